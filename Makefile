@@ -1,0 +1,44 @@
+# Every target works on a clean clone: it sets up .venv first, and once.
+STAMP := .venv/.setup-done
+BIN := .venv/bin
+
+.PHONY: help setup test test-slow demo check lock
+
+help:
+	@echo "make setup      environment in .venv, with .venv/bin/llada"
+	@echo "make test       the tests that are not slow"
+	@echo "make test-slow  the slow tests"
+	@echo "make demo       the whole pipeline, small, on this machine"
+	@echo "make check      format, lint and types"
+	@echo "make lock       requirements.txt anew from pyproject.toml"
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml launch/setup.sh launch/uv-requirements.txt
+	@bash launch/setup.sh
+
+# Multi-process tests start several ranks per core; more threads each would only make them wait.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
+test: $(STAMP)
+	$(BIN)/pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -q -m slow
+
+demo: $(STAMP)
+	$(BIN)/llada demo
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Keeps the versions that still fit; delete requirements.txt first to take the newest ones.
+lock: $(BIN)/uv
+	UV_SYSTEM_CERTS=1 $(BIN)/uv pip compile --quiet --universal --python-version 3.12 --generate-hashes \
+		--no-emit-index-url --no-header --extra test pyproject.toml -o requirements.txt
+
+# Not through the stamp: a lock that cannot be installed must still be replaceable.
+$(BIN)/uv:
+	@echo "make lock: error: run make setup once, it installs uv" >&2; exit 1

@@ -1,0 +1,118 @@
+"""`llada VERB ...`: parse, dispatch, exit codes.
+
+A verb's module offers `add_arguments(parser)`, `run(args) -> int` and, if it likes, `EXAMPLE` (one runnable
+command). It is imported when its verb is called, so that `llada --help` answers without importing torch.
+
+Exit codes: what the verb returns (0 is success), 2 for bad input, 130 when interrupted, 1 for a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+VERBS = {
+    "train": ("llada_megatron.training.command", "convert or train a model as a configuration says"),
+    "data": ("llada_megatron.data.command", "prepare, pack and inspect training data"),
+    "verify": (
+        "llada_megatron.verify.command",
+        "check this installation against golden cases, layouts, resume",
+    ),
+    "bench": ("llada_megatron.bench.command", "measure attention, steps and checkpoints; dry-run a layout"),
+    "report": ("llada_megatron.observe.command", "render a run's report with pictures"),
+    "demo": ("llada_megatron.demo", "run the whole pipeline, small, on this machine"),
+}
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with the project's defaults, which sub-parsers made from it inherit."""
+
+    def __init__(self, **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
+        super().__init__(**(defaults | options))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `llada` with `argv` (default: the process's arguments) and return its exit code.
+
+    Raises SystemExit (2 on a usage error, 0 after --help) and any exception that is not bad input.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Only the first word is the front door's: what follows belongs to the verb, --help included.
+    verb = front_parser().parse_args(arguments[:1]).verb
+    try:
+        module, args = parse(verb, arguments[1:])
+        return run(verb, module, args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def parse(verb: str, arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    module_name, summary = VERBS[verb]
+    module = importlib.import_module(module_name)
+    example = getattr(module, "EXAMPLE", None)
+    parser = Parser(prog=f"llada {verb}", description=summary, epilog=example and f"example:\n  {example}")
+    module.add_arguments(parser)
+    return module, parser.parse_args(arguments)
+
+
+def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:
+    try:
+        return module.run(args)
+    except Exception as error:
+        if not is_bad_input(error):
+            raise
+        if os.environ.get("LLADA_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"llada {verb}: error: {sentence(error)}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def front_parser() -> argparse.ArgumentParser:
+    width = max(map(len, VERBS))
+    table = "\n".join(f"  {verb:{width}}  {summary}" for verb, (_, summary) in VERBS.items())
+    parser = Parser(
+        prog="llada",
+        usage="llada VERB ...",
+        description="Turn autoregressive Mixture-of-Experts models into block-diffusion models.",
+        epilog=f"verbs:\n{table}\n\n`llada VERB --help` shows options; LLADA_DEBUG=1 shows tracebacks.",
+    )
+    parser.add_argument("verb", metavar="VERB", choices=VERBS, help="what to do")
+    return parser
+
+
+def is_bad_input(error: Exception) -> bool:
+    """True for what a user can mend: a value, a file, the disk, a configuration key."""
+    if isinstance(error, OSError):
+        # A bare OSError without a number is no answer of the operating system (inspect raises such, for one).
+        return type(error) is not OSError or error.errno is not None
+    return isinstance(error, ValueError) or is_configuration_error(error)
+
+
+def is_configuration_error(error: Exception) -> bool:
+    """True for errors of omegaconf and hydra, told by name because importing either is slow."""
+    return type(error).__module__ in ("omegaconf.errors", "hydra.errors")
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, in words: no errno, no dump of the configuration's types."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = str(error).strip() or type(error).__name__
+    if not is_configuration_error(error):
+        return text
+    line = text.splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return line if not key or key in line else f"{line} (in {key})"

@@ -1,0 +1,181 @@
+"""The command line's promises: quick help, exit codes, one sentence per error."""
+
+import errno
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+
+from llada_megatron import cli
+
+SLOW_IMPORTS = ("torch", "hydra", "omegaconf", "numpy", "rich", "megatron", "wandb", "matplotlib")
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., int]], types.ModuleType]:
+    """Registers the verb `fake`, whose `run` is the function given."""
+
+    def register(run: Callable[..., int]) -> types.ModuleType:
+        module = types.ModuleType("fake_verb")
+        module.add_arguments = lambda parser: parser.add_argument("--batch-size", type=int, default=1)
+        module.run = run
+        monkeypatch.setitem(sys.modules, "fake_verb", module)
+        monkeypatch.setitem(cli.VERBS, "fake", ("fake_verb", "do nothing"))
+        return module
+
+    monkeypatch.delenv("LLADA_DEBUG", raising=False)
+    return register
+
+
+def raising(error: BaseException) -> Callable[..., int]:
+    def run(args: object) -> int:
+        raise error
+
+    return run
+
+
+def error_of(module: str, name: str, message: str, **attributes: str) -> Exception:
+    """An exception that is told from a library's own by nothing but its class's module, as cli tells them."""
+    error = type(name, (Exception,), {"__module__": module})(message)
+    vars(error).update(attributes)
+    return error
+
+
+def test_help_imports_nothing_slow() -> None:
+    code = (
+        "import sys\n"
+        "from llada_megatron import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        f"print('slow:', [name for name in {SLOW_IMPORTS} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "slow: []" in result.stdout
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {verb} " in printed and summary in printed for verb, (_, summary) in cli.VERBS.items())
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["--nonsense"]])
+def test_a_missing_or_unknown_verb_exits_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("argv", [["--unknown"], ["--batch-size", "many"], ["--batch", "3"]])
+def test_a_verbs_usage_errors_and_abbreviations_exit_2(verb, argv: list[str]) -> None:
+    verb(lambda args: 0)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fake", *argv])
+    assert end.value.code == 2
+
+
+def test_sub_parsers_refuse_abbreviations_too(verb) -> None:
+    module = verb(lambda args: 0)
+    module.add_arguments = lambda parser: (
+        parser.add_subparsers().add_parser("pack").add_argument("--sequence-length")
+    )
+    assert cli.main(["fake", "pack", "--sequence-length", "8"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["fake", "pack", "--sequence", "8"])
+
+
+@pytest.mark.parametrize("code", [0, 1, 7])
+def test_a_verbs_return_value_is_the_exit_code(verb, code: int) -> None:
+    verb(lambda args: code)
+    assert cli.main(["fake"]) == code
+
+
+def test_a_verb_gets_its_parsed_arguments(verb) -> None:
+    verb(lambda args: args.batch_size)
+    assert cli.main(["fake", "--batch-size", "5"]) == 5
+
+
+def test_a_verbs_help_shows_its_example(verb, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(lambda args: 0).EXAMPLE = "llada fake --batch-size 4"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fake", "--help"])
+    assert end.value.code == 0
+    assert "example:\n  llada fake --batch-size 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("set run.seed to a number"), "set run.seed to a number"),
+        (ValueError(), "ValueError"),
+        (FileNotFoundError("no checkpoint; set run.resume"), "no checkpoint; set run.resume"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.bin"), "No such file: a.bin"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a"), "Not a directory: a"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "Permission denied: a"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (
+            error_of("omegaconf.errors", "KeyError", "Key 'sede' not in 'Run'\n    type=Run"),
+            "Key 'sede' not in 'Run'",
+        ),
+        (
+            error_of("omegaconf.errors", "E", "Value 'x' is no int\n", full_key="run.seed"),
+            "Value 'x' is no int (in run.seed)",
+        ),
+        (error_of("hydra.errors", "E", "\nCould not find 'tiny'\n\nOptions:"), "Could not find 'tiny'"),
+    ],
+)
+def test_bad_input_exits_2_with_one_sentence(verb, capsys, error: Exception, sentence: str) -> None:
+    verb(raising(error))
+    assert cli.main(["fake"]) == 2
+    assert capsys.readouterr().err == f"llada fake: error: {sentence}\n"
+
+
+def test_an_installed_omegaconf_error_is_bad_input(verb, capsys) -> None:
+    from omegaconf import OmegaConf
+
+    def run(args: object) -> int:
+        config = OmegaConf.create({"run": {"seed": 1}})
+        OmegaConf.set_struct(config, True)
+        return config.run.sede
+
+    verb(run)
+    assert cli.main(["fake"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("llada fake: error: ") and "sede" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), TypeError("bug"), KeyError("bug"), OSError("bug")])
+def test_a_bug_keeps_its_traceback(verb, error: Exception) -> None:
+    verb(raising(error))
+    with pytest.raises(type(error)):
+        cli.main(["fake"])
+
+
+def test_an_error_while_a_verb_is_imported_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.VERBS, "fake", ("fake_verb_that_is_nowhere", "do nothing"))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["fake"])
+
+
+def test_an_interrupt_exits_130(verb) -> None:
+    verb(raising(KeyboardInterrupt()))
+    assert cli.main(["fake"]) == 130
+
+
+def test_debugging_shows_the_traceback_and_keeps_the_exit_code(verb, capsys, monkeypatch) -> None:
+    verb(raising(ValueError("set run.seed")))
+    monkeypatch.setenv("LLADA_DEBUG", "1")
+    assert cli.main(["fake"]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and printed.endswith("llada fake: error: set run.seed\n")
+
+
+def test_the_module_runs_like_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "llada_megatron", "nonsense"], capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "invalid choice" in result.stderr
