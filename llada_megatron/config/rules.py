@@ -1,0 +1,169 @@
+"""Rules across groups: what cannot work is refused before any process starts, naming the setting."""
+
+from __future__ import annotations
+
+from llada_megatron.config.schedule import Schedule, block_size_of
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Objective
+
+LEARNING_RATE_STYLES = ("WSD", "cosine", "linear", "constant")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def data_parallel_size(layout: LayoutConfig) -> int:
+    """dp = processes / (tp pp cp); ValueError if it does not come out whole."""
+    model_parallel = layout.tp * layout.pp * layout.cp
+    require(
+        layout.processes % model_parallel == 0,
+        f"layout.processes={layout.processes} is not a multiple of tp*pp*cp={model_parallel}:"
+        f" use {-(-layout.processes // model_parallel) * model_parallel} processes.",
+    )
+    return layout.processes // model_parallel
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The schedule on the axis of steps."""
+    return Schedule(
+        config.schedule,
+        sequence_length=config.data.sequence_length,
+        global_batch=config.layout.global_batch,
+        micro_batch=config.layout.micro_batch,
+    )
+
+
+def check(config: Config) -> Schedule:
+    """Check every rule that needs no file; returns the schedule. Raises ValueError with one sentence."""
+    _check_model(config.model)
+    _check_layout(config)
+    _check_objective(config)
+    schedule = schedule_of(config)
+    dp = data_parallel_size(config.layout)
+    for stage in schedule.stages:
+        per_step = stage.micro_batch * dp
+        require(
+            config.layout.global_batch % per_step == 0,
+            f"layout.global_batch={config.layout.global_batch} is not a multiple of micro_batch*dp={per_step}"
+            f" (stage {stage.name}): change layout.global_batch or the stage's micro_batch.",
+        )
+        require(
+            not config.diffusion.complementary or not stage.is_diffusion or stage.micro_batch % 2 == 0,
+            f"diffusion.complementary needs an even micro-batch, stage {stage.name} has {stage.micro_batch}:"
+            " set layout.micro_batch to an even number.",
+        )
+    for index, size in enumerate(config.evaluation.block_sizes):
+        block_size_of(size, config.data.sequence_length, f"evaluation.block_sizes[{index}]")
+    return schedule
+
+
+def _check_model(model: ModelConfig) -> None:
+    require(
+        model.heads % model.kv_heads == 0,
+        f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}.",
+    )
+    require(
+        0 <= model.mask_token_id < model.vocab_size,
+        f"model.mask_token_id={model.mask_token_id} is outside model.vocab_size={model.vocab_size}.",
+    )
+    require(
+        0 < model.rotary_fraction <= 1 and int(model.rotary_fraction * model.head_dim) % 2 == 0,
+        f"model.rotary_fraction={model.rotary_fraction} of head_dim={model.head_dim} must be an even number of"
+        " channels.",
+    )
+    if model.dense_layers >= model.layers:
+        return
+    require(model.experts > 0, "model.experts is 0 but model.dense_layers < model.layers: set model.experts.")
+    require(
+        model.experts % model.expert_groups == 0,
+        f"model.experts={model.experts} is not a multiple of model.expert_groups={model.expert_groups}.",
+    )
+    reachable = model.experts // model.expert_groups * model.expert_groups_per_token
+    require(
+        0 < model.experts_per_token <= reachable,
+        f"model.experts_per_token={model.experts_per_token} must be between 1 and the {reachable} experts of"
+        " model.expert_groups_per_token groups.",
+    )
+    require(
+        model.expert_groups == 1 or model.experts_per_token % model.expert_groups_per_token == 0,
+        f"model.experts_per_token={model.experts_per_token} is not a multiple of"
+        f" model.expert_groups_per_token={model.expert_groups_per_token}: megatron-core scores a group by its"
+        " experts_per_token/expert_groups_per_token best experts.",
+    )
+
+
+def _check_layout(config: Config) -> None:
+    layout, model = config.layout, config.model
+    for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "processes", "micro_batch", "global_batch"):
+        require(getattr(layout, name) >= 1, f"layout.{name}={getattr(layout, name)} must be at least 1.")
+    data_parallel_size(layout)
+    require(layout.cp == 1, f"layout.cp={layout.cp}: context parallelism is not served yet, set layout.cp=1.")
+    require(
+        model.kv_heads % layout.tp == 0,
+        f"layout.tp={layout.tp} does not divide model.kv_heads={model.kv_heads}: use a tp that does.",
+    )
+    require(
+        model.vocab_size % layout.tp == 0,
+        f"layout.tp={layout.tp} does not divide model.vocab_size={model.vocab_size}: pad model.vocab_size.",
+    )
+    require(
+        layout.ep == 1 or (model.experts > 0 and model.experts % layout.ep == 0),
+        f"layout.ep={layout.ep} does not divide model.experts={model.experts}.",
+    )
+    expert_parallel = layout.ep * layout.etp * layout.pp
+    require(
+        layout.processes % expert_parallel == 0,
+        f"layout.processes={layout.processes} is not a multiple of ep*etp*pp={expert_parallel}.",
+    )
+    require(
+        layout.vpp == 1 or layout.pp > 1,
+        f"layout.vpp={layout.vpp} needs layout.pp > 1: interleaving divides a pipeline.",
+    )
+    require(
+        model.layers % (layout.pp * layout.vpp) == 0,
+        f"model.layers={model.layers} is not a multiple of layout.pp*vpp={layout.pp * layout.vpp}.",
+    )
+    require(
+        config.data.sequence_length % layout.tp == 0,
+        f"layout.tp={layout.tp} does not divide data.sequence_length={config.data.sequence_length}"
+        " (sequence parallelism splits it).",
+    )
+
+
+def _check_objective(config: Config) -> None:
+    diffusion, optimizer = config.diffusion, config.optimizer
+    require(
+        0 <= diffusion.mask_rate_min < diffusion.mask_rate_max <= 1,
+        f"diffusion.mask_rate_min={diffusion.mask_rate_min} and mask_rate_max={diffusion.mask_rate_max} must"
+        " satisfy 0 <= min < max <= 1.",
+    )
+    require(
+        diffusion.weight != "inverse" or diffusion.mask_rate_min > 0,
+        "diffusion.mask_rate_min=0 gives an unbounded weight 1/t: set it above 0 or use diffusion.weight=flat.",
+    )
+    noise = diffusion.embedding_noise
+    require(
+        noise.sigma_over_rms == 0 or noise.fade_tokens > 0,
+        "diffusion.embedding_noise.fade_tokens is 0 while sigma_over_rms is not: say over how many tokens the"
+        " noise fades.",
+    )
+    require(
+        optimizer.decay_style in LEARNING_RATE_STYLES,
+        f"optimizer.decay_style={optimizer.decay_style} is unknown: choose from {', '.join(LEARNING_RATE_STYLES)}.",
+    )
+    rewarms = any(stage.learning_rate == "rewarm" for stage in config.schedule.stages)
+    require(
+        not rewarms or config.schedule.rewarm_tokens > 0,
+        "schedule.rewarm_tokens is 0 while a stage re-warms the learning rate: set its length.",
+    )
+    require(
+        config.precision.dtype in ("fp32", "bf16"),
+        f"precision.dtype={config.precision.dtype} is unknown: choose fp32 or bf16.",
+    )
+    first_diffusion = [stage.objective is Objective.diffusion for stage in config.schedule.stages]
+    require(
+        first_diffusion == sorted(first_diffusion),
+        "schedule.stages returns to an autoregressive stage after a diffusion one: put autoregressive stages first.",
+    )

@@ -1,0 +1,319 @@
+"""What a run is: one dataclass per configuration group, without torch.
+
+hydra composes `configs/` into `Config`, so a misspelt key fails before anything starts.
+Rules that span groups live in `rules.py`, arithmetic on the schedule in `schedule.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum  # members are lower case: configuration files name them as they are written
+
+from omegaconf import MISSING
+
+
+class Weight(StrEnum):
+    """w(t) of the masked positions' cross entropy."""
+
+    inverse = "inverse"
+    flat = "flat"
+
+
+class RatePer(StrEnum):
+    """What shares one draw of the mask rate t."""
+
+    sequence = "sequence"
+    block = "block"
+
+
+class Denominator(StrEnum):
+    """What the weighted sum of cross entropies is divided by; formulas in diffusion/loss.py."""
+
+    tokens = "tokens"
+    masked = "masked"
+    sequence = "sequence"
+    batch = "batch"
+
+
+class BlockGrid(StrEnum):
+    """Where block 0 begins."""
+
+    sequence = "sequence"
+    document = "document"
+
+
+class Objective(StrEnum):
+    """What a stage of the schedule trains."""
+
+    diffusion = "diffusion"
+    autoregressive = "autoregressive"
+
+
+class LearningRateAtStart(StrEnum):
+    """What the learning rate does when a stage begins."""
+
+    keep = "keep"
+    rewarm = "rewarm"
+
+
+class MomentsAtStart(StrEnum):
+    """What happens to the optimizer's moments when a stage begins."""
+
+    keep = "keep"
+    reset = "reset"
+
+
+@dataclass
+class RunConfig:
+    """Identity of a run."""
+
+    name: str = MISSING
+    """Stable across restarts; also the identity in wandb."""
+    dir: str = "runs/${run.name}"
+    """Holds config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/ and report/."""
+    seed: int = 1
+    """Every random draw is a function of this seed, the global sample index and the draw's purpose."""
+    resume: str = "auto"
+    """`auto` (newest good checkpoint of this run, if any), `never`, or a checkpoint's path."""
+
+
+@dataclass
+class ModelConfig:
+    """An architecture as data: BailingMoeV2 (Ling 2.0, LLaDA2) and its relatives."""
+
+    vocab_size: int = MISSING
+    mask_token_id: int = MISSING
+    """The id that stands for [MASK]; it is not in the public config.json of LLaDA2 (156895 there)."""
+    layers: int = MISSING
+    hidden_size: int = MISSING
+    heads: int = MISSING
+    kv_heads: int = MISSING
+    head_dim: int = MISSING
+    ffn_hidden_size: int = MISSING
+    """Width of the dense feed-forward layers."""
+    dense_layers: int = 1
+    """The first N layers are dense; equal to `layers` for a model without experts."""
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_hidden_size: int = 0
+    shared_expert_hidden_size: int = 0
+    """0: no shared expert. The shared expert is ungated."""
+    expert_groups: int = 1
+    """Experts are selected from the best `expert_groups_per_token` of this many groups."""
+    expert_groups_per_token: int = 1
+    routed_scaling_factor: float = 1.0
+    expert_bias: bool = True
+    """Loss-free balancing: a bias per expert that takes part in selection only."""
+    expert_bias_update_rate: float = 1e-3
+    """Ling 2.0's rate; what LLaDA2.0 used is not published."""
+    expert_bias_zero_mean: bool = True
+    """Subtract the mean of each update, as Ling 2.0 does."""
+    qk_norm: bool = True
+    """RMSNorm over the head dimension of queries and keys, before rotary."""
+    rotary_fraction: float = 0.5
+    """The first `rotary_fraction * head_dim` channels of a head are rotated."""
+    rotary_base: float = 600000.0
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    init_std: float = 0.02
+    attention_backend: str = "auto"
+    """`auto`, `reference` or `composed`."""
+    layer_spec: str = "auto"
+    """`local`, `transformer_engine`, or `auto` (transformer_engine on CUDA when it is installed)."""
+    head_chunk_tokens: int = 1024
+    """Supervised positions per call of the output head; bounds the memory of the logits."""
+
+
+@dataclass
+class DataConfig:
+    """Where clean tokens come from."""
+
+    path: list[str] = field(default_factory=list)
+    """Prefixes of Megatron .bin/.idx pairs."""
+    weights: list[float] = field(default_factory=list)
+    """One per path; empty means in proportion to the tokens."""
+    split: str = "99,1"
+    """Shares of the documents for training and validation, in file order."""
+    sequence_length: int = MISSING
+    """L: tokens of one packed sequence."""
+    tokenizer: str = "bytes"
+    """A tokenizer.json, or `bytes`."""
+    cache_dir: str = ""
+    """Where indices are kept; empty means `<first path>.cache`."""
+    allow_change: bool = False
+    """Resume although the data's fingerprint differs from the checkpoint's."""
+
+
+@dataclass
+class EmbeddingNoiseConfig:
+    """Noise on the embeddings of masked tokens at the start of a conversion (LLaDA2.0, section 7.1).
+
+    sigma and its duration are not published; both numbers are ours.
+    """
+
+    sigma_over_rms: float = 0.0
+    """Standard deviation relative to the RMS of the embedding table's entries; 0 switches it off."""
+    fade_tokens: int = 0
+    """The noise fades linearly to zero over this many data tokens from the first diffusion stage."""
+
+
+@dataclass
+class DiffusionConfig:
+    """The objective; where LLaDA2.0's report is silent the default is ours (docs/objective.md)."""
+
+    weight: Weight = Weight.inverse
+    t_per: RatePer = RatePer.sequence
+    mask_rate_min: float = 1e-3
+    mask_rate_max: float = 1.0
+    denominator: Denominator = Denominator.tokens
+    complementary: bool = False
+    """Pair every sample with its complement: masked where the first was clean, and the reverse."""
+    block_grid: BlockGrid = BlockGrid.sequence
+    embedding_noise: EmbeddingNoiseConfig = field(default_factory=EmbeddingNoiseConfig)
+
+
+@dataclass
+class StageConfig:
+    """One stage of the block-size schedule."""
+
+    name: str = MISSING
+    block_size: str = MISSING
+    """A number of tokens that divides L, or `full`: one block, the clean half dropped (MDLM)."""
+    tokens: int = MISSING
+    """Budget in data tokens; the stage ends on the whole step that reaches it."""
+    objective: Objective = Objective.diffusion
+    learning_rate: LearningRateAtStart = LearningRateAtStart.keep
+    moments: MomentsAtStart = MomentsAtStart.keep
+    micro_batch: int = 0
+    """Sequences per micro-batch in this stage; 0 means layout.micro_batch."""
+
+
+@dataclass
+class ScheduleConfig:
+    """The block-size schedule: warm-up 1 -> 4 -> 32 -> 64 -> L, stable L, decay L -> ... -> 32."""
+
+    stages: list[StageConfig] = field(default_factory=list)
+    rewarm_tokens: int = 0
+    """Length of the linear warm-up of stages with `learning_rate: rewarm`."""
+
+
+@dataclass
+class LayoutConfig:
+    """How the run is split over processes; dp is derived."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    processes: int = 1
+    micro_batch: int = 1
+    """Sequences per process and micro-batch."""
+    global_batch: int = 1
+    """Sequences per step, over all processes."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and the learning rate's schedule (which is not the block-size schedule)."""
+
+    lr: float = MISSING
+    min_lr: float = 0.0
+    warmup_tokens: int = 0
+    decay_style: str = "WSD"
+    """`WSD`, `cosine`, `linear` or `constant`; the names are megatron-core's."""
+    wsd_decay_tokens: int = 0
+    """Length of the final decay of `WSD`."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class PrecisionConfig:
+    """Numbers of the weights and activations; the optimizer keeps fp32 masters and moments."""
+
+    dtype: str = "fp32"
+    """`fp32` or `bf16`."""
+    deterministic: bool = True
+    """Ask torch for deterministic kernels on CUDA; CPU runs are deterministic anyway."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept, and what a run starts from."""
+
+    every_steps: int = 0
+    """0: only at the end, on a signal and at the end of a stage."""
+    at_stage_end: bool = True
+    keep_last: int = 2
+    """Older checkpoints are deleted, except those at the end of a stage."""
+    init_from: str = ""
+    """A checkpoint (or a run's directory: its newest) whose weights alone are taken."""
+
+
+@dataclass
+class EvaluationConfig:
+    """The likelihood bound on held-out text."""
+
+    block_sizes: list[str] = field(default_factory=list)
+    """Block sizes of the bound; `full` means L. Empty: no evaluation."""
+    sequences: int = 64
+    """Held-out sequences."""
+    draws: int = 4
+    """Masks per sequence, stratified in the number of masked tokens."""
+    at_stage_end: bool = True
+    every_steps: int = 0
+
+
+@dataclass
+class TrainingConfig:
+    """Limits of the loop."""
+
+    steps: int = 0
+    """Stop after this many steps; 0: the schedule alone decides."""
+    max_skipped_steps: int = 10
+    """Steps with a non-finite loss or gradient are skipped; past this many the run stops."""
+    threads: int = 0
+    """CPU threads per process; 0: cores divided by processes."""
+
+
+@dataclass
+class LoggingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    every_steps: int = 1
+    wandb: str = "disabled"
+    """`disabled`, `offline` or `online`."""
+    wandb_project: str = "llada_megatron"
+
+
+@dataclass
+class ClusterConfig:
+    """What the machine can do; unknown numbers are zero and give null figures."""
+
+    name: str = "local"
+    peak_tflops: float = 0.0
+    """Dense bf16 peak per device in TFLOP/s, for MFU."""
+
+
+@dataclass
+class Config:
+    """A complete run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
