@@ -1,0 +1,1 @@
+"""How a run is split: process groups and layout-independent random numbers."""

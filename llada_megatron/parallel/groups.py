@@ -1,0 +1,54 @@
+"""megatron-core's process groups, made from a layout."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch.distributed as dist
+
+from llada_megatron.config.schema import LayoutConfig
+from llada_megatron.runtime import device, mcore_cpu
+
+mcore_cpu.install()  # before the first import of megatron.core
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+
+def initialize(layout: LayoutConfig, *, threads: int = 1, timeout_sec: int = 600) -> None:
+    """Join the process group of RANK and WORLD_SIZE and build every group of the layout.
+
+    Raises ValueError when the number of processes is not layout.processes.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != layout.processes:
+        raise ValueError(
+            f"layout.processes={layout.processes} but {world} processes were started: make them the same."
+        )
+    device.bind(int(os.environ.get("LOCAL_RANK", "0")), threads)
+    if not dist.is_initialized():
+        store = dist.HashStore() if world == 1 else None  # one process needs no address
+        dist.init_process_group(
+            device.backend(),
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=timeout_sec),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    # megatron-core wants its tracker seeded; nothing here draws from it (weights are counter-based).
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def destroy() -> None:
+    """Leave every group, so that the process can build another layout."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

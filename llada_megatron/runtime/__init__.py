@@ -1,0 +1,1 @@
+"""Where a run runs: device, backend, processes, and the seam to megatron-core on a CPU."""

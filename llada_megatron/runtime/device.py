@@ -1,0 +1,64 @@
+"""Device, backend and dtype of this process; the only room that mentions torch.cuda."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import time
+
+import numpy
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def on_cuda() -> bool:
+    """Whether this machine has a CUDA device that torch can use."""
+    return torch.cuda.is_available() and torch.version.cuda is not None
+
+
+def device() -> torch.device:
+    """The device of this process: the current CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The collective backend: `nccl` on CUDA, `gloo` on a CPU."""
+    return "nccl" if on_cuda() else "gloo"
+
+
+def bind(local_rank: int, threads: int) -> None:
+    """Bind this process to its device and its share of the CPU threads."""
+    if on_cuda():
+        torch.cuda.set_device(local_rank)
+    torch.set_num_threads(threads)
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed the ambient generators; nothing that training computes reads them, libraries might."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic and on_cuda():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def synchronize() -> None:
+    """Wait until the device has done what was asked of it; nothing to wait for on a CPU."""
+    if on_cuda():
+        torch.cuda.synchronize()
+
+
+def seconds() -> float:
+    """A clock in seconds that has waited for the device."""
+    synchronize()
+    return time.perf_counter()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the CUDA device, or resident on a CPU."""
+    if on_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,273 @@
+"""The seam: unmodified megatron-core on a machine without CUDA; a no-op where CUDA is there.
+
+Every patch names the place in megatron-core 0.19.2 that needs it and is checked against the installed
+source by `_expect`, so that an upgrade fails at start-up instead of training wrongly. Two combinations
+that compute wrong results without an error are refused by `llada_megatron.config.rules` and
+`llada_megatron.model.provider`: deallocated pipeline outputs on gloo (storage is freed while gloo still
+sends), and interleaved PP=2 with batched p2p (two messages between one pair of ranks are swapped).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.adamw import adamw
+
+SUPPORTED_VERSION = "0.19."
+CPU = torch.device("cpu")
+
+
+class _NoEvent:
+    """CPU work is synchronous: recording and waiting have nothing to do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait(self, *args: Any, **kwargs: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _NoEvent) -> float:
+        return 0.0
+
+
+class _NoStream:
+    """The only stream of a CPU."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, *args: Any) -> _NoEvent:
+        return _NoEvent()
+
+
+class FusedAdamCPU(torch.optim.Optimizer):
+    """AdamW with the contract of TE's and Apex's FusedAdam: `step` lives in the parameter group.
+
+    megatron-core's fall-back to torch.optim.AdamW saves but does not load: optimizer/distrib_optimizer.py
+    wants one common step of a fresh optimizer (line 839) and finds no `step` in the reshardable form.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        **unused: Any,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("FusedAdamCPU decouples weight decay: keep adam_w_mode=True.")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not group["params"]:
+                continue
+            done = int(group.get("step", 0))
+            group["step"] = done + 1
+            for param in params:
+                if "exp_avg" not in self.state[param]:
+                    self.state[param]["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
+                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
+            adamw(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [],
+                [torch.tensor(float(done)) for _ in params],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def install() -> bool:
+    """Make megatron-core importable and runnable on this CPU; returns whether the seam is active.
+
+    Call it before anything imports megatron.core. Raises RuntimeError when megatron-core is not the
+    version that was checked, or when a patched place no longer looks as expected.
+    """
+    if torch.cuda.is_available():
+        return False
+    if getattr(torch, "_llada_megatron_seam", False):
+        return True
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine and Apex are not installed|absl.logging).*")
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module="megatron.*")
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # megatron/core/jit.py compiles small functions; needs a compiler
+    _patch_torch()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    core = importlib.import_module("megatron.core")
+    if not core.__version__.startswith(SUPPORTED_VERSION):
+        raise RuntimeError(
+            f"megatron-core {core.__version__} is installed, the CPU seam knows {SUPPORTED_VERSION}x:"
+            " install the version of requirements.txt."
+        )
+    _patch_megatron()
+    torch._llada_megatron_seam = True  # type: ignore[attr-defined]
+    return True
+
+
+def _expect(module: str, *fragments: str) -> Any:
+    """The module, after checking that its source still contains what a patch relies on."""
+    loaded = importlib.import_module(module)
+    with open(str(loaded.__file__), encoding="utf-8") as file:
+        source = file.read()
+    for fragment in fragments:
+        if fragment not in source:
+            raise RuntimeError(
+                f"{module} no longer contains '{fragment}': the CPU seam (runtime/mcore_cpu.py) must be reviewed"
+                " for this version of megatron-core."
+            )
+    return loaded
+
+
+def _patch_torch() -> None:
+    """torch.cuda names that megatron-core calls unconditionally."""
+    cuda: Any = torch.cuda
+    # transformer/moe/router.py:178 and many others: buffers are made on the current CUDA device.
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda _device: None
+    # models/common/embeddings/rope_utils.py, optimizer/grad_scaler.py: moves to "the" GPU.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.record_stream = lambda self, *args: None  # type: ignore[assignment,method-assign]
+    # pipeline_parallel/schedules.py:749, optimizer/optimizer.py, clip_grads.py: literal device="cuda".
+    for name in ("zeros", "ones", "empty", "full", "tensor", "arange"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    # optimizer/distrib_optimizer.py:466, optimizer.py:1028: compares Tensor.type() with 'torch.cuda.FloatTensor'.
+    tensor_type = torch.Tensor.type
+
+    def type_as_cuda(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return str(tensor_type(self)).replace("torch.", "torch.cuda.", 1)
+        return tensor_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = type_as_cuda  # type: ignore[assignment,method-assign]
+    # transformer/moe/token_dispatcher.py:469 makes a stream; p2p_communication.py synchronises.
+    cuda.Stream, cuda.Event = _NoStream, _NoEvent
+    stream = _NoStream()
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
+    cuda.is_current_stream_capturing = lambda: False
+    # tensor_parallel/random.py: one generator here, the CPU's.
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: None if torch.manual_seed(seed) else None
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _patch_megatron() -> None:
+    random = _expect(
+        "megatron.core.tensor_parallel.random",
+        "def _get_cuda_rng_state(",
+        "def _set_cuda_rng_state(",
+        "'CPU RNG state changed within GPU RNG context'",
+    )
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+    # moe_utils.py:1184: split sizes become numpy arrays only when they were on a GPU, but
+    # token_dispatcher.py hands them to all_to_all_single either way.
+    moe_utils = _expect(
+        "megatron.core.transformer.moe.moe_utils", "if torch.is_tensor(tensor) and tensor.is_cuda:"
+    )
+    dispatcher = _expect(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "self.input_splits = maybe_move_tensor_to_cpu(",
+    )
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy() if as_numpy else tensor
+        return move(tensor, as_numpy, record_stream)
+
+    moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+
+    # tensor_parallel/mappings.py gathers and scatters uneven splits (EP with ETP); gloo wants even ones.
+    _expect("megatron.core.tensor_parallel.mappings", "torch.distributed.reduce_scatter(", "output_split_sizes")
+    dist.all_gather = _uneven_all_gather(dist.all_gather)
+    dist.reduce_scatter = _uneven_reduce_scatter(dist.reduce_scatter)
+
+    optimizer = _expect("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER = True", "adam_cls = Adam")
+    distributed = _expect(
+        "megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE = False", "'torch.cuda.FloatTensor"
+    )
+    optimizer.Adam = distributed.Adam = FusedAdamCPU
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+
+
+def _uneven_all_gather(even: Callable[..., Any]) -> Callable[..., Any]:
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if len({part.shape for part in tensor_list}) <= 1:
+            return even(tensor_list, tensor, group=group, async_op=async_op)
+        group = group or dist.group.WORLD
+        tensor_list[group.rank()].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            buffer = part.contiguous()
+            dist.broadcast(buffer, group_src=rank, group=group)
+            part.copy_(buffer)
+        return None
+
+    return all_gather
+
+
+def _uneven_reduce_scatter(even: Callable[..., Any]) -> Callable[..., Any]:
+    def reduce_scatter(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({part.shape for part in input_list}) <= 1:
+            return even(output, input_list, op=op, group=group, async_op=async_op)
+        group = group or dist.group.WORLD
+        flat = torch.cat([part.reshape(-1) for part in input_list])
+        dist.all_reduce(flat, op=op, group=group)
+        sizes = [part.numel() for part in input_list]
+        output.copy_(flat.split(sizes)[group.rank()].view_as(output))
+        return None
+
+    return reduce_scatter
