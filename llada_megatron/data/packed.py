@@ -1,0 +1,347 @@
+"""Token files to packed sequences: documents, cut at L, in one global order that a seed fixes.
+
+    index i --> (blend: member m, its index j) --> epoch e, position p = divmod(j, N)
+            --> permutation of (seed, e) --> GPTDataset's shuffle --> L tokens and their documents
+
+The documents of a split are shuffled once and laid end to end; every L tokens are one sequence and the
+tail of fewer than L is left out. A document cut at L continues in another sequence as a piece of its own:
+that piece does not see its beginning. Pieces come from the .idx, not from end-of-document tokens, so
+corpora without such tokens work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import megatron.core
+import numpy
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from llada_megatron.config.schema import DataConfig
+from llada_megatron.data.prepare import CorpusIndex, read_index, read_sidecar
+from llada_megatron.data.tokenizer import load_tokenizer
+
+SPLITS = {"train": Split.train, "validation": Split.valid}
+_MIB = 2**20
+_SAMPLED_MIB = 66  # the first, the last and 64 between
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSample:
+    """One clean sequence and the pieces of documents in it."""
+
+    tokens: numpy.ndarray
+    """int64 [L]."""
+    cu_seqlens: numpy.ndarray
+    """int32 [pieces + 1]: where each piece starts, from 0, and L."""
+
+
+class PackedDocuments(GPTDataset):
+    """The sequences of one corpus and split: endless, each epoch in an order of its own."""
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """N: sequences of L tokens in the split."""
+        return self.sample_index.shape[0] - 1
+
+    def __len__(self) -> int:
+        """Return more than any blend asks for: members start their next epoch by themselves."""
+        return 2**62
+
+    def __getitem__(self, index: int) -> dict[str, numpy.ndarray]:
+        """Return tokens [L], cu_seqlens [pieces + 1] and document_ids [pieces] of an index >= 0."""
+        epoch, position = divmod(int(index), self.sequences_per_epoch)
+        if epoch > 0:
+            position = int(self._permutation(epoch)[position])
+        tokens, document_ids, lengths = self._query_document_sample_shuffle_indices(position)
+        # A sequence that starts where a document ends lists that document with no tokens.
+        occupied = numpy.flatnonzero(lengths)
+        ends = numpy.cumsum(numpy.asarray(lengths)[occupied])
+        return {
+            "tokens": tokens,
+            "cu_seqlens": numpy.concatenate(([0], ends)).astype(numpy.int32),
+            "document_ids": document_ids[occupied],
+        }
+
+    def _permutation(self, epoch: int) -> numpy.ndarray:
+        """Return the order of an epoch after the first, a function of (seed, epoch) alone."""
+        if getattr(self, "_permuted_epoch", None) != epoch:
+            # Raw bits and a stable sort: numpy promises the same bits in every version, but not the same
+            # `Generator.permutation`.
+            key = numpy.array([self.config.random_seed, epoch], dtype=numpy.uint64)
+            bits = numpy.random.Philox(key=key).random_raw(self.sequences_per_epoch)
+            self._order, self._permuted_epoch = numpy.argsort(bits, kind="stable"), epoch
+        return self._order
+
+
+class PackedSequences:
+    """Packed sequences by global sample index: `sequences[i]` for any i >= 0 is a `PackedSample`.
+
+    The sample at i is a function of (data, seed, i). Raises ValueError for a sequence that contains the
+    mask token, IndexError for i < 0 and, in a blend, for i past the sequences it was built for.
+    """
+
+    def __init__(
+        self, members: list[PackedDocuments], blend: BlendedDataset | None, mask_token_id: int
+    ) -> None:
+        self.members = members
+        self.blend = blend
+        self._mask_token_id = mask_token_id
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """Sequences in one epoch of every corpus."""
+        return sum(member.sequences_per_epoch for member in self.members)
+
+    def __getitem__(self, index: int) -> PackedSample:
+        """Return the sample at a global index >= 0."""
+        if index < 0 or (self.blend is not None and index >= len(self.blend)):
+            raise IndexError(f"There is no sequence {index}: build with a larger sequences_wanted.")
+        drawn = self.members[0][index] if self.blend is None else self.blend[index]
+        tokens, cu_seqlens = drawn["tokens"], drawn["cu_seqlens"]
+        masked = numpy.flatnonzero(tokens == self._mask_token_id)
+        if masked.size:
+            piece = numpy.searchsorted(cu_seqlens, masked[0], side="right") - 1
+            prefix = self.members[int(drawn.get("dataset_id", 0))].dataset_path
+            raise ValueError(
+                f"{prefix}: document {drawn['document_ids'][piece]} (counted from 0) contains the mask token "
+                f"{self._mask_token_id}: remove it from the corpus or change model.mask_token_id."
+            )
+        return PackedSample(tokens, cu_seqlens)
+
+
+def build_sequences(
+    data: DataConfig, *, split: str, seed: int, mask_token_id: int, sequences_wanted: int
+) -> PackedSequences:
+    """Build the sequences of `split` ("train" or "validation"), or load their indices from the cache.
+
+    `sequences_wanted` bounds the index of a blend and changes no sample. Every process of an initialised
+    torch.distributed group must call this; rank 0 builds before the others load. Raises ValueError for
+    files that cannot be used, for settings that do not fit together and for a split below one sequence.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"run.seed must be from 0 to 2**32 - 1, not {seed}.")
+    corpora = _check(data)
+    documents = [_documents_of(corpus, data, split) for corpus in corpora]
+    members = [
+        _build_member(data, corpus, numbers, split, seed)
+        for corpus, numbers in zip(corpora, documents, strict=True)
+    ]
+    blend = None
+    if len(members) > 1:
+        weights = [float(weight) for weight in data.weights] or [
+            float(corpus.document_lengths[numbers].sum(dtype=numpy.int64))
+            for corpus, numbers in zip(corpora, documents, strict=True)
+        ]
+        blend = _build_blend(data, members, weights, sequences_wanted)
+    return PackedSequences(members, blend, mask_token_id)
+
+
+def _check(data: DataConfig) -> list[CorpusIndex]:
+    """Return the checked corpora; every process finds the same fault before any of them waits."""
+    if not data.path:
+        raise ValueError("data.path is empty: name the prefix of at least one .bin/.idx pair.")
+    if data.weights and (len(data.weights) != len(data.path) or min(data.weights) <= 0):
+        raise ValueError("data.weights must be positive numbers, one per entry of data.path.")
+    if data.sequence_length < 1:
+        raise ValueError(f"data.sequence_length must be at least 1, not {data.sequence_length}.")
+    _shares(data.split)
+    corpora = [read_index(prefix) for prefix in data.path]
+    tokenizer = load_tokenizer(data.tokenizer)
+    for prefix in data.path:
+        sidecar = read_sidecar(prefix)
+        if sidecar is not None and sidecar["tokenizer_sha256"] != tokenizer.sha256:
+            raise ValueError(
+                f"{prefix} was prepared with another tokenizer: set data.tokenizer to {sidecar['tokenizer']}."
+            )
+    return corpora
+
+
+def _megatron_config(data: DataConfig, prefix: str, seed: int, directory: Path) -> GPTDatasetConfig:
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=data.sequence_length,
+        blend=([prefix], None),
+        split=data.split,
+        path_to_cache=str(directory),
+        # The dataset never tokenizes; megatron-core asks this object for its size and its identity only.
+        tokenizer=SimpleNamespace(vocab_size=None, unique_identifiers={}),
+        add_extra_token_to_sequence=False,
+        create_attention_mask=False,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+
+
+def _documents_of(corpus: CorpusIndex, data: DataConfig, split: str) -> numpy.ndarray:
+    """Return the document numbers of a split, int32 [documents of the split]."""
+    train, validation = _shares(data.split)
+    documents = len(corpus.document_lengths)
+    boundary = round(documents * train / (train + validation))
+    first, last = (0, boundary) if split == "train" else (boundary, documents)
+    tokens = int(corpus.document_lengths[first:last].sum(dtype=numpy.int64))
+    if tokens < data.sequence_length:
+        raise ValueError(
+            f"{corpus.prefix}: the {split} split holds {last - first} of {documents} documents and {tokens} "
+            f"tokens, less than one sequence: change data.split ({data.split}) or data.sequence_length "
+            f"({data.sequence_length})."
+        )
+    return numpy.arange(first, last, dtype=numpy.int32)
+
+
+def _shares(split: str) -> tuple[float, float]:
+    try:
+        train, validation = (float(share) for share in split.split(","))
+        if train >= 0 and validation >= 0 and 0 < train + validation < float("inf"):
+            return train, validation
+    except ValueError:
+        pass
+    raise ValueError(f"data.split must be two shares such as '99,1', not {split!r}.")
+
+
+def _build_member(
+    data: DataConfig, corpus: CorpusIndex, documents: numpy.ndarray, split: str, seed: int
+) -> PackedDocuments:
+    identity = {
+        "prefix": corpus.prefix,
+        "index": _sampled_sha256(f"{corpus.prefix}.idx"),
+        "seed": seed,
+        "sequence_length": data.sequence_length,
+        "shares": data.split,
+        "split": split,
+    }
+
+    def build(directory: Path) -> PackedDocuments:
+        config = _megatron_config(data, corpus.prefix, seed, directory)
+        dataset = IndexedDataset(corpus.prefix)
+        return PackedDocuments(dataset, corpus.prefix, documents, None, SPLITS[split], config)
+
+    return _publish(data, identity, build)
+
+
+def _build_blend(
+    data: DataConfig, members: list[PackedDocuments], weights: list[float], sequences_wanted: int
+) -> BlendedDataset:
+    # The greedy blend of a larger size begins with that of a smaller one; powers of two let runs of about
+    # the same length share one index.
+    size = 1 << max(sequences_wanted - 1, 0).bit_length()
+    identity = {
+        "members": [member.unique_description for member in members],
+        "weights": weights,
+        "size": size,
+    }
+
+    def build(directory: Path) -> BlendedDataset:
+        config = replace(members[0].config, path_to_cache=str(directory))
+        return BlendedDataset(members, weights, size, config)
+
+    return _publish(data, identity, build)
+
+
+def _publish[Dataset](
+    data: DataConfig, identity: dict[str, Any], build: Callable[[Path], Dataset]
+) -> Dataset:
+    """Return `build(directory)` after one process has filled the directory aside and renamed it.
+
+    megatron-core writes its indices in place and trusts what it finds, so a crash or a corpus prepared
+    again under the same name would leave indices that are wrong. The directory's name is the identity of
+    what is in it, and it appears when it is whole.
+    """
+    content = json.dumps({"megatron_core": megatron.core.__version__, **identity}, sort_keys=True)
+    root = Path(data.cache_dir or f"{data.path[0]}.cache")
+    directory = root / hashlib.sha256(content.encode()).hexdigest()[:32]
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if (not distributed or torch.distributed.get_rank() == 0) and not directory.is_dir():
+        aside = root / f"{directory.name}.partial-{socket.gethostname()}-{os.getpid()}"
+        try:
+            aside.mkdir(parents=True)
+            build(aside)
+            aside.rename(directory)
+        except OSError as error:
+            if not directory.is_dir():  # else another process was faster
+                raise ValueError(
+                    f"Indices cannot be written under {root} ({error.strerror}): set data.cache_dir."
+                ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    if distributed:
+        torch.distributed.barrier()
+    return build(directory)
+
+
+def fingerprint(data: DataConfig) -> dict[str, Any]:
+    """Return what a resume compares: sizes and hashes of the files and the settings that order them.
+
+    The .idx is hashed whole; of a .bin above 66 MiB the first, the last and 64 evenly spaced MiB are. Paths
+    take no part, so a corpus may be moved. The result is plain JSON data.
+    """
+    return {
+        "corpora": [
+            {
+                "bin_bytes": os.path.getsize(f"{corpus.prefix}.bin"),
+                "idx_bytes": os.path.getsize(f"{corpus.prefix}.idx"),
+                "bin_sampled_sha256": _sampled_sha256(f"{corpus.prefix}.bin"),
+                "idx_sha256": _sha256(f"{corpus.prefix}.idx"),
+            }
+            for corpus in _check(data)
+        ],
+        "weights": [float(weight) for weight in data.weights],
+        "split": data.split,
+        "sequence_length": data.sequence_length,
+        "tokenizer_sha256": load_tokenizer(data.tokenizer).sha256,
+    }
+
+
+def fingerprint_difference(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return one sentence per difference between two fingerprints; empty when the data are the same."""
+    sentences = []
+    if len(saved["corpora"]) != len(now["corpora"]):
+        sentences.append(f"data.path had {len(saved['corpora'])} corpora and has {len(now['corpora'])} now.")
+    for number, (before, after) in enumerate(zip(saved["corpora"], now["corpora"], strict=False)):
+        name = f"data.path[{number}]"
+        for suffix, digest in (("bin", "bin_sampled_sha256"), ("idx", "idx_sha256")):
+            size = f"{suffix}_bytes"
+            if before[size] != after[size]:
+                sentences.append(
+                    f"The .{suffix} of {name} had {before[size]} bytes and has {after[size]} now."
+                )
+            elif before[digest] != after[digest]:
+                sentences.append(f"The .{suffix} of {name} has the same size and other content.")
+    for setting in ("weights", "split", "sequence_length"):
+        if saved[setting] != now[setting]:
+            sentences.append(f"data.{setting} was {saved[setting]} and is {now[setting]} now.")
+    if saved["tokenizer_sha256"] != now["tokenizer_sha256"]:
+        sentences.append("data.tokenizer is another tokenizer now.")
+    return sentences
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sampled_sha256(path: str) -> str:
+    """Hash a file whole, or 66 evenly spaced MiB of a larger one."""
+    size = os.path.getsize(path)
+    if size <= _SAMPLED_MIB * _MIB:
+        return _sha256(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for number in range(_SAMPLED_MIB):
+            file.seek(number * (size - _MIB) // (_SAMPLED_MIB - 1))
+            digest.update(file.read(_MIB))
+    return digest.hexdigest()
