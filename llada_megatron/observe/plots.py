@@ -1,0 +1,236 @@
+"""The pictures of a report, as PNG files.
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; sequences in time use viridis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llada_megatron.observe.metrics import Record, by_stage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+LINES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILION, "D"), (PURPLE, "v"), (SKY, "P")]
+GREY = "#666666"
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
+}
+NOISE_BINS = (np.arange(10) + 0.5) / 10
+"""Centres of the bins of t that `loss_by_t` is given in."""
+
+
+def plot_loss(steps: list[Record], path: Path) -> None:
+    """Draw the training loss over a panel with the learning rate, the stages shaded."""
+    with _picture(path, height=5.2) as figure:
+        loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        _shade_stages(loss, steps, labels=True)
+        _shade_stages(rate, steps, labels=False)
+        loss.plot(_column(steps, "step"), _column(steps, "loss"), color=SKY, linewidth=0.8, alpha=0.6)
+        for _, records in by_stage(steps):
+            loss.plot(
+                _column(records, "step"), _running_mean(_column(records, "loss")), color=BLUE, linewidth=2
+            )
+        loss.set_ylabel("training loss")
+        rate.plot(_column(steps, "step"), _column(steps, "lr"), color=GREY)
+        rate.set_ylim(bottom=0)
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        rate.set_ylabel("learning rate")
+        rate.set_xlabel("step")
+
+
+def plot_bound(evaluations: list[Record], ar_nll: float | None, baselines: Record | None, path: Path) -> None:
+    """Draw the likelihood bound by stage, one line per block size, against the AR model and n-gram entropies.
+
+    `evaluations` holds one record per stage; `baselines` has `unigram` and `bigram`; all in nats per token.
+    """
+    block_sizes = sorted({int(size) for record in evaluations for size in record["bound"]})
+    references = {"AR": ar_nll, **(baselines or {})}
+    x = np.arange(len(evaluations))
+    with _picture(path, height=4.6) as figure:
+        axes = figure.subplots()
+        ends: list[tuple[float, str, str]] = []  # value, text, colour
+        for index, size in enumerate(block_sizes):
+            color, marker = LINES[index % len(LINES)]
+            bounds = [record["bound"].get(str(size), {}) for record in evaluations]
+            mean, error = _column(bounds, "mean"), _column(bounds, "se")
+            axes.errorbar(x, mean, error, color=color, marker=marker, markersize=5, capsize=3, linewidth=1.8)
+            ends += [(value, f"block {size}: {value:.2f}", color) for value in mean[np.isfinite(mean)][-1:]]
+        for name, value in references.items():
+            if value is not None:
+                axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+                ends.append((value, f"{name}: {value:.2f}", GREY))
+        _label_right(axes, ends)
+        names = [f"{record['stage']}\n(block {record['block_size']})" for record in evaluations]
+        crowded = len(names) > 6
+        axes.set_xticks(
+            x, names, rotation=35 if crowded else 0, ha="right" if crowded else "center", fontsize=9
+        )
+        axes.set_ylabel("nats per token")
+        axes.set_xlabel("stage, evaluated at its end")
+
+
+def plot_loss_by_noise_level(steps: list[Record], path: Path) -> None:
+    """Draw the cross entropy of masked tokens by mask rate t, over the last quarter of each diffusion stage.
+
+    A run with one such stage shows its first, middle and last third instead.
+    """
+    from matplotlib import colormaps
+
+    parts = by_stage(record for record in steps if record["loss_by_t"] is not None)
+    if len(parts) == 1:
+        thirds = np.array_split(np.array(parts[0][1], dtype=object), 3)
+        names = ("first third", "middle third", "last third")
+        parts = [(name, list(third)) for name, third in zip(names, thirds, strict=True) if len(third)]
+    else:
+        parts = [
+            (f"{name} (block {part[-1]['block_size']})", part[-(len(part) // 4 + 1) :])
+            for name, part in parts
+        ]
+    with _picture(path, height=4.2) as figure:
+        axes = figure.subplots()
+        colors = colormaps["viridis"](np.linspace(0, 0.9, len(parts)))
+        for (name, part), color in zip(parts, colors, strict=True):
+            loss = _mean_of_finite(np.array([record["loss_by_t"] for record in part], dtype=float))
+            axes.plot(NOISE_BINS, loss, color=color, marker="o", markersize=4, label=name)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("mask rate t")
+        axes.set_ylabel("nats per masked token")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9.5, title="early to late")
+
+
+def plot_expert_load(steps: list[Record], path: Path) -> None:
+    """Draw the load of the busiest expert over the mean load."""
+    with _picture(path, height=3.4) as figure:
+        axes = figure.subplots()
+        _shade_stages(axes, steps, labels=True)
+        axes.plot(_column(steps, "step"), _column(steps, "load_max_over_mean"), color=GREEN, linewidth=1.2)
+        axes.axhline(1, color=GREY, linestyle="--", linewidth=1.2)
+        axes.set_ylim(bottom=0.9)
+        _label_right(axes, [(1.0, "balanced", GREY)])
+        axes.set_ylabel("expert load, max / mean")
+        axes.set_xlabel("step")
+
+
+@contextmanager
+def _picture(path: Path, height: float) -> Iterator[Figure]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, height), layout="constrained")
+        yield figure
+        figure.savefig(path, dpi=120, format="png")
+
+
+def _shade_stages(axes: Axes, steps: list[Record], labels: bool) -> None:
+    """Shade every other stage and write the block sizes above, moved apart where stages are short."""
+    stages = by_stage(steps)
+    first, last = steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5
+    axes.set_xlim(first, last)
+    edges = [records[0]["step"] - 0.5 for _, records in stages] + [last]
+    for left, right in list(pairwise(edges))[::2]:
+        axes.axvspan(left, right, color="#f1f1f1", linewidth=0, zorder=0)
+    if not labels:
+        return
+    centres = (np.array(edges[:-1]) + np.array(edges[1:])) / 2
+    centres = (centres - first) / (last - first)
+    for centre, place, (_, records) in zip(centres, _spread(centres, 0.05), stages, strict=True):
+        label = "AR" if records[0]["objective"] == "autoregressive" else str(records[0]["block_size"])
+        axes.annotate(
+            label,
+            xy=(centre, 1),
+            xytext=(place, 1.07),
+            xycoords="axes fraction",
+            ha="center",
+            fontsize=9.5,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#bbbbbb",
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "relpos": (0.5, 0),
+            },
+        )
+    axes.set_title("block size of the stage", loc="left", fontsize=9.5, color=GREY, pad=24)
+
+
+def _label_right(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Write (value, text, colour) labels right of the axes, moved apart where values are close."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    heights = np.array([(value - low) / (high - low) for value, _, _ in ends])
+    for height, place, (_, text, color) in zip(heights, _spread(heights, 0.06), ends, strict=True):
+        axes.annotate(
+            text,
+            xy=(1, height),
+            xytext=(1.04, place),
+            xycoords="axes fraction",
+            va="center",
+            color=color,
+            fontsize=10,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#bbbbbb",
+                "shrinkA": 2,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def _spread(places: np.ndarray, gap: float) -> np.ndarray:
+    """`places` in [0, 1] moved apart until neighbours are `gap` away, their order kept."""
+    order = np.argsort(places, kind="stable")
+    gap = min(gap, 1 / max(1, len(places) - 1))
+    offsets = gap * np.arange(len(places))
+    slack = places[order] - offsets  # neighbours are far enough apart where this does not fall
+    upwards = np.maximum.accumulate(slack)
+    downwards = np.minimum.accumulate(slack[::-1])[::-1]
+    result = np.empty_like(slack)
+    result[order] = np.clip((upwards + downwards) / 2, 0, 1 - offsets[-1]) + offsets
+    return result
+
+
+def _column(records: list[Record], key: str) -> np.ndarray:
+    """The values of `key` as float64, NaN where a record has none."""
+    return np.array([record.get(key) for record in records], dtype=float)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the finite values of a window centred on each value, of a thirtieth of the length."""
+    reach = max(1, len(values) // 60)
+    finite = np.isfinite(values)
+    total = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    left = np.maximum(np.arange(len(values)) - reach, 0)
+    right = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    window = count[right] - count[left]
+    return np.where(window > 0, (total[right] - total[left]) / np.maximum(window, 1), np.nan)
+
+
+def _mean_of_finite(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis without NaNs, NaN where there is nothing else."""
+    finite = np.isfinite(values)
+    count = finite.sum(axis=0)
+    return np.where(count > 0, np.where(finite, values, 0).sum(axis=0) / np.maximum(count, 1), np.nan)

@@ -1,0 +1,172 @@
+"""Where a step's record goes: metrics.jsonl always, the terminal, and wandb when asked."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.config.schema import LoggingConfig
+from llada_megatron.observe.metrics import MetricsFile, Record, short_count
+
+if TYPE_CHECKING:
+    import wandb
+    from rich.live import Live
+
+HEADER = (
+    f"{'step':>8}  {'stage':<16} {'block':>6} {'loss':>9} {'grad':>8} {'lr':>9} {'tok/s':>7} {'tokens':>7}"
+)
+
+
+class Trackers:
+    """Writes the records of a run; only rank 0 makes one.
+
+    `first_step` is the step that the run does next: 0 for a new run, and after a resume the records
+    from there on are dropped because they come again.
+    """
+
+    def __init__(self, run_dir: Path, logging_config: LoggingConfig, run_name: str, first_step: int) -> None:
+        if logging_config.wandb not in ("disabled", "offline", "online"):
+            raise ValueError(f"logging.wandb is {logging_config.wandb!r}; set disabled, offline or online")
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl", first_step)
+        # An evaluation at step n was made before the checkpoint of step n, so a resume there keeps it.
+        first_evaluation = first_step + 1 if first_step else 0
+        self._evaluations = MetricsFile(run_dir / "evaluations.jsonl", first_evaluation)
+        self._samples = MetricsFile(run_dir / "samples.jsonl", first_evaluation)
+        self._every_steps = max(1, logging_config.every_steps)
+        self._terminal = _Terminal()
+        self._wandb = (
+            None if logging_config.wandb == "disabled" else _start_wandb(run_dir, logging_config, run_name)
+        )
+
+    def log(self, record: Record) -> None:
+        """Record one training step."""
+        self._metrics.write(record)
+        if record["step"] % self._every_steps == 0:
+            self._terminal.show(record)
+        self._send_to_wandb("", record)
+
+    def evaluation(self, record: Record) -> None:
+        """Record one evaluation, whose `step` is the last step that it has seen."""
+        self._evaluations.write(record)
+        self._terminal.say(evaluation_line(record))
+        self._send_to_wandb("evaluation/", record)
+
+    def sample(self, record: Record) -> None:
+        """Record one filled-in text, made at the same step as an evaluation."""
+        self._samples.write(record)
+
+    def close(self) -> None:
+        """Close the files, the terminal's line and wandb."""
+        self._terminal.close()
+        self._metrics.close()
+        self._evaluations.close()
+        self._samples.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _send_to_wandb(self, prefix: str, record: Record) -> None:
+        # A resumed run repeats steps, and wandb asks for steps that never go back.
+        if self._wandb is not None and record["step"] >= self._wandb.step:
+            self._wandb.log(scalars(record, prefix), step=record["step"])
+
+
+class _Terminal:
+    """One line that is rewritten in place on a terminal; plain lines anywhere else.
+
+    On a terminal each stage leaves its last line behind.
+    """
+
+    def __init__(self) -> None:
+        self._live: Live | None = None
+        self._stage: str | None = None
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(auto_refresh=False)
+            self._live.start()
+
+    def show(self, record: Record) -> None:
+        last_stage, self._stage = self._stage, record["stage"]
+        new_stage = last_stage != self._stage
+        if self._live is None:
+            print(f"{HEADER}\n{step_line(record)}" if new_stage else step_line(record), flush=True)
+            return
+        from rich.text import Text
+
+        if new_stage and last_stage is not None:
+            self._live.console.print(self._live.renderable)
+        self._live.update(
+            Text(f"{HEADER}\n", style="dim").append(step_line(record), style="not dim"), refresh=True
+        )
+
+    def say(self, line: str) -> None:
+        if self._live is None:
+            print(line, flush=True)
+        else:
+            self._live.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def step_line(record: Record) -> str:
+    """A step's record as one aligned line under `HEADER`."""
+    grad_norm, lr = _number(record["grad_norm"], "8.3f"), _number(record["lr"], "9.2e")
+    return (
+        f"{record['step']:>8}  {record['stage']:<16.16} {record['block_size']:>6}"
+        f" {_number(record['loss'], '9.4f')} {grad_norm} {lr}"
+        f" {short_count(record['tokens_per_sec']):>7} {short_count(record['consumed_tokens']):>7}"
+    )
+
+
+def evaluation_line(record: Record) -> str:
+    """An evaluation's record as one line."""
+    parts = [
+        f"block {size} {_number(bound['mean'], '.4f')} ± {_number(bound['se'], '.4f')}"
+        for size, bound in record["bound"].items()
+    ]
+    if record["ar"] is not None:
+        parts.append(f"AR {_number(record['ar']['nll'], '.4f')}")
+    return f"evaluation after {record['stage']}, nats per token: {', '.join(parts)}"
+
+
+def scalars(record: Record, prefix: str = "") -> dict[str, float]:
+    """The numbers of a nested record under flat keys (`loss_by_t/3`, `bound/4/mean`)."""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            flat |= scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _number(value: float | None, spec: str) -> str:
+    width = spec.split(".")[0]
+    return f"{'-':>{width}}" if value is None else f"{value:{spec}}"
+
+
+def _start_wandb(run_dir: Path, logging_config: LoggingConfig, run_name: str) -> wandb.Run:
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        # Readable, and unique although wandb's ids exclude characters that names may have.
+        digest = hashlib.sha256(run_name.encode()).hexdigest()[:8]
+        id_file.write_text(f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', run_name)[:64]}-{digest}\n")
+    mode: Any = logging_config.wandb
+    return wandb.init(
+        project=logging_config.wandb_project,
+        name=run_name,
+        id=id_file.read_text().strip(),
+        resume="allow" if mode == "online" else None,  # wandb ignores it offline, with a warning
+        mode=mode,
+        dir=run_dir,
+        settings=wandb.Settings(console="off"),
+    )
