@@ -1,0 +1,166 @@
+"""The block-diffusion mask: the one definition of who sees whom in `[x_t ; x_0]`.
+
+Legend: S positions the attention sees (2L or L), B batch, L data tokens per sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+BlockGrid = Literal["sequence", "document"]
+PerToken = npt.NDArray[np.int64]  # [B, L]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDiffusionMask:
+    """Visibility of keys for a micro-batch of packed sequences (LLaDA2.0, arXiv 2512.15745, eq. 3 and 4).
+
+    With b(i) the block of token i, and only within one document:
+
+        noisy -> noisy   b(query) == b(key)
+        noisy -> clean   b(query) >  b(key)
+        clean -> clean   b(query) >= b(key)
+        clean -> noisy   never
+
+    Without a clean copy every key of the same document is visible, or, with `causal`, b(query) >= b(key).
+
+    Attributes:
+        cu_seqlens: one integer CPU tensor per sample: the document starts, then L; same L for all samples.
+        block_size: tokens per block, 1 to L.
+        block_grid: "sequence" counts blocks from position 0 of the packed sequence, so a document may begin
+            with a short block; "document" counts from the start of each document.
+        clean_copy: the input is `[x_t ; x_0]` (S = 2L, noisy half first) rather than one sequence (S = L).
+        causal: without a clean copy, hide later blocks. Block size 1 is autoregressive.
+
+    Compared and hashed by identity, so that an executor can keep what it derives from a mask.
+    Raises ValueError, naming the value, for anything else.
+    """
+
+    cu_seqlens: Sequence[Tensor]
+    block_size: int
+    block_grid: BlockGrid = "sequence"
+    clean_copy: bool = True
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cu_seqlens", tuple(self.cu_seqlens))
+        if not self.cu_seqlens:
+            raise ValueError("cu_seqlens is empty: give one tensor of document boundaries per sample")
+        for sample, boundaries in enumerate(self.cu_seqlens):
+            _check_boundaries(sample, boundaries)
+        lengths = [int(boundaries[-1]) for boundaries in self._boundaries]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"cu_seqlens ends at {lengths}: every sample of a micro-batch needs one length")
+        if not 1 <= self.block_size <= self.length:
+            raise ValueError(f"block_size must be from 1 to the {self.length} tokens, got {self.block_size}")
+        if self.block_grid not in get_args(BlockGrid):
+            raise ValueError(f"block_grid must be one of {get_args(BlockGrid)}, got {self.block_grid!r}")
+        if self.clean_copy and self.causal:
+            raise ValueError("causal=True needs clean_copy=False: a clean copy is already causal over blocks")
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return len(self.cu_seqlens)
+
+    @property
+    def length(self) -> int:
+        """Data tokens per sequence, L."""
+        return int(self._boundaries[0][-1])
+
+    @property
+    def total(self) -> int:
+        """Positions that the attention sees, S: 2L with a clean copy, L without."""
+        return 2 * self.length if self.clean_copy else self.length
+
+    # Documents and blocks are runs of neighbours, so each query sees a range of keys in either half. These
+    # four [B, L] arrays hold the ends of every token's document and block. They are numpy so that shapes
+    # which depend on the data can be worked out under fake tensors as well.
+
+    @cached_property
+    def document_start(self) -> PerToken:
+        """First token of each token's document, [B, L]."""
+        return np.stack([np.repeat(cu[:-1], np.diff(cu)) for cu in self._boundaries])
+
+    @cached_property
+    def document_stop(self) -> PerToken:
+        """One past the last token of each token's document, [B, L]."""
+        return np.stack([np.repeat(cu[1:], np.diff(cu)) for cu in self._boundaries])
+
+    @cached_property
+    def block_start(self) -> PerToken:
+        """First token of each token's block within its document, [B, L]."""
+        return np.maximum(self._grid_start, self.document_start)
+
+    @cached_property
+    def block_stop(self) -> PerToken:
+        """One past the last token of each token's block within its document, [B, L]."""
+        return np.minimum(self._grid_start + self.block_size, self.document_stop)
+
+    def document_ids(self, sample: int) -> Tensor:
+        """Return the index of each token's document, int64 [L]."""
+        counts = np.diff(self._boundaries[sample])
+        return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+
+    def block_ids(self, sample: int) -> Tensor:
+        """Return b(i), the index of each token's block on the grid, int64 [L]."""
+        position = np.arange(self.length)
+        return torch.from_numpy((position - self._grid_origin[sample]) // self.block_size)
+
+    def dense(self, sample: int = 0) -> Tensor:
+        """Return bool [S, S], True where a query (row) may see a key (column); quadratic."""
+        document, block = self.document_ids(sample), self.block_ids(sample)
+        same_document = document[:, None] == document[None, :]
+        if not self.clean_copy:
+            return same_document & (block[:, None] >= block[None, :]) if self.causal else same_document
+        noisy_to_noisy = same_document & (block[:, None] == block[None, :])
+        noisy_to_clean = same_document & (block[:, None] > block[None, :])
+        clean_to_clean = same_document & (block[:, None] >= block[None, :])
+        clean_to_noisy = torch.zeros_like(same_document)
+        noisy_rows = torch.cat([noisy_to_noisy, noisy_to_clean], dim=1)
+        clean_rows = torch.cat([clean_to_noisy, clean_to_clean], dim=1)
+        return torch.cat([noisy_rows, clean_rows], dim=0)
+
+    def visible_pairs(self) -> int:
+        """Return the number of visible query-key pairs of the micro-batch, in O(B L)."""
+        if not self.clean_copy and not self.causal:
+            return int((self.document_stop - self.document_start).sum())
+        # A noisy query sees its block and the clean text before it: as many keys as its clean copy sees.
+        per_half = int((self.block_stop - self.document_start).sum())
+        return 2 * per_half if self.clean_copy else per_half
+
+    @cached_property
+    def _boundaries(self) -> list[PerToken]:
+        return [boundaries.numpy().astype(np.int64) for boundaries in self.cu_seqlens]
+
+    @property
+    def _grid_origin(self) -> PerToken:
+        """Where the block grid of each token starts, [B, L]."""
+        return np.zeros_like(self.document_start) if self.block_grid == "sequence" else self.document_start
+
+    @property
+    def _grid_start(self) -> PerToken:
+        """Start of each token's block on the grid, before a document cuts it, [B, L]."""
+        within = (np.arange(self.length) - self._grid_origin) % self.block_size
+        return np.arange(self.length) - within
+
+
+def _check_boundaries(sample: int, boundaries: Tensor) -> None:
+    where = f"cu_seqlens[{sample}]"
+    if boundaries.device.type != "cpu":
+        raise ValueError(f"{where} is on {boundaries.device}: keep document boundaries on the CPU")
+    if boundaries.is_floating_point() or boundaries.dtype == torch.bool or boundaries.dim() != 1:
+        raise ValueError(
+            f"{where} must be a one-dimensional integer tensor, got {boundaries.dtype} "
+            f"of shape {tuple(boundaries.shape)}"
+        )
+    values = boundaries.tolist()
+    if len(values) < 2 or values[0] != 0 or any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"{where} must rise strictly from 0 to the sequence length, got {values}")
