@@ -1,0 +1,1 @@
+"""The objective: corruption, position weights and denominators."""

@@ -1,0 +1,57 @@
+"""Which tokens are masked and at what rate: a function of (run seed, global sample index) alone.
+
+Notation: t is the mask rate, the probability that a token is replaced by [MASK] (alpha_t = 1 - t). The
+LLaDA2.0 report writes 1 - alpha_t for it in section 4 and alpha_t in section 5.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
+from llada_megatron.parallel.random import Purpose, generator
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """masked bool [L]; rate float64 [L], the t that each position was masked with."""
+
+    masked: np.ndarray
+    rate: np.ndarray
+
+
+def block_starts(cu_seqlens: np.ndarray, block_size: int, grid: BlockGrid) -> np.ndarray:
+    """First position, int64 [L], of each position's block; a block never spans two documents."""
+    length = int(cu_seqlens[-1])
+    position = np.arange(length)
+    document_start = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)).astype(np.int64)
+    if grid is BlockGrid.document:
+        return document_start + (position - document_start) // block_size * block_size
+    return np.maximum(document_start, position // block_size * block_size)
+
+
+def corrupt(
+    seed: int, sample: int, cu_seqlens: np.ndarray, block_size: int, diffusion: DiffusionConfig
+) -> Corruption:
+    """Draw t ~ U[mask_rate_min, mask_rate_max] per sequence or per block, then mask each token with t.
+
+    With `complementary`, samples 2j and 2j+1 are one sequence masked with m and with its complement, whose
+    rate is 1 - t. Empty masks are kept as they fall. cu_seqlens: int [documents + 1].
+    """
+    pair, is_complement = divmod(sample, 2) if diffusion.complementary else (sample, 0)
+    length = int(cu_seqlens[-1])
+    low, high = diffusion.mask_rate_min, diffusion.mask_rate_max
+    draws = generator(seed, Purpose.MASK_RATE, pair)
+    if diffusion.t_per is RatePer.sequence:
+        rate = np.full(length, draws.uniform(low, high))
+    else:
+        rate = draws.uniform(low, high, length)[block_starts(cu_seqlens, block_size, diffusion.block_grid)]
+    masked = generator(seed, Purpose.MASK, pair).random(length) < rate
+    return Corruption(~masked, 1 - rate) if is_complement else Corruption(masked, rate)
+
+
+def data_index(sample: int, diffusion: DiffusionConfig) -> int:
+    """Which sequence of the data a global sample index reads: two samples share one when complementary."""
+    return sample // 2 if diffusion.complementary else sample

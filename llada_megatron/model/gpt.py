@@ -1,0 +1,81 @@
+"""megatron-core's GPTModel reading `[x_t ; x_0]`: explicit positions, embedding noise, a head on chosen rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from llada_megatron.model.core_attention import MaskParams
+from llada_megatron.model.head import head_output, reduce_input_gradient_once
+from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
+
+
+class ExplicitRotary(torch.nn.Module):
+    """Stands in for GPTModel.rotary_pos_emb, which knows only 0..S-1 and a zig-zag slice of it."""
+
+    def __init__(self, head_dim: int, fraction: float, base: float) -> None:
+        super().__init__()
+        channels = int(head_dim * fraction)
+        exponents = torch.arange(0, channels, 2, dtype=torch.float32) / channels
+        self.register_buffer("inv_freq", 1.0 / base**exponents, persistent=False)
+        self.positions: torch.Tensor | None = None
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        return 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Angles fp32 [S, 1, 1, channels] of the current positions."""
+        assert self.positions is not None
+        inv_freq: torch.Tensor = self.inv_freq  # type: ignore[assignment]
+        angles = self.positions.to(inv_freq.device).float()[:, None] * inv_freq.float()
+        return torch.cat([angles, angles], dim=-1)[:, None, None]
+
+
+class BlockDiffusionGPT(GPTModel):
+    """One pipeline stage of the model; `forward` takes ModelInputs."""
+
+    def __init__(self, *args: Any, rotary: ExplicitRotary, head_chunk_tokens: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotary_pos_emb = rotary
+        self.head_chunk_tokens = head_chunk_tokens
+        if self.post_process:
+            reduce_input_gradient_once(self.output_layer)
+
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
+        """Hidden states [S, B, H] of this stage; on the last one what `head_output` returns."""
+        S = inputs.tokens.shape[1]
+        self.rotary_pos_emb.positions = inputs.positions
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(input_ids=inputs.tokens, position_ids=None)  # [S/tp, B, H]
+            if inputs.noise is not None:
+                embedded = embedded + self._noise(inputs.noise, embedded)
+        return super().forward(
+            input_ids=inputs.tokens,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=embedded,
+            packed_seq_params=MaskParams(qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, mask=inputs.mask),
+            output_processor=head_output,
+            output_processor_context=(inputs, self.head_chunk_tokens),
+        )
+
+    def _noise(self, noise: EmbeddingNoise, embedded: torch.Tensor) -> torch.Tensor:
+        """eps ~ N(0, sigma^2 I) at masked positions, zero elsewhere (LLaDA2.0, section 7.1); like `embedded`.
+
+        Every rank draws the rows of all masked tokens of a sample and keeps its own, so that ranks which
+        hold the same token add the same noise.
+        """
+        H = embedded.shape[-1]
+        noise_SBH = embedded.new_zeros(noise.masked.shape[1], embedded.shape[1], H)
+        for b, seed in enumerate(noise.seeds):
+            rows = noise.masked[b].nonzero()[:, 0]
+            generator = torch.Generator(embedded.device).manual_seed(seed)
+            eps = torch.randn(len(rows), H, generator=generator, device=embedded.device)
+            noise_SBH[rows, b] = (noise.sigma * eps).to(embedded.dtype)
+        if not self.config.sequence_parallel:
+            return noise_SBH
+        tp = self.pg_collection.tp
+        return noise_SBH.chunk(tp.size())[tp.rank()]

@@ -1,0 +1,87 @@
+"""Initial weights as a function of (seed, global parameter name, global element index)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from llada_megatron.model.gpt import BlockDiffusionGPT
+
+SHARDING_METADATA = {"non_homogeneous_layers": True}
+"""Each layer keeps a name of its own in checkpoints, whatever the architecture."""
+ELEMENTS_PER_CALL = 1 << 21
+"""Bounds the temporaries of the hash to a few tens of MB."""
+
+
+def initialize_weights(model: BlockDiffusionGPT, *, seed: int, std: float, layers: int) -> None:
+    """Fill every parameter of this shard in place; no rank holds a tensor that it owns only a part of.
+
+    Matrices are N(0, std^2), the projections back into the residual stream N(0, std^2 / (2 layers)), norms
+    one. Raises RuntimeError if a parameter is left without a value.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+        sharded = model.sharded_state_dict(metadata=SHARDING_METADATA)
+        apply_factories(sharded)
+        for shard in nested_values(sharded):
+            if isinstance(shard, ShardedTensor) and shard.data is not None and shard.data.is_floating_point():
+                _fill(shard, seed, std, layers)
+    unset = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    if unset:
+        raise RuntimeError(f"These parameters have no entry in the sharded state and kept no value: {unset}")
+
+
+def _fill(shard: ShardedTensor, seed: int, std: float, layers: int) -> None:
+    if shard.key.endswith("expert_bias"):
+        shard.data.zero_()
+    elif "norm" in shard.key:
+        shard.data.fill_(1.0)
+    else:
+        residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        _fill_normal(shard, seed, std / math.sqrt(2 * layers) if residual else std)
+
+
+def _fill_normal(shard: ShardedTensor, seed: int, std: float) -> None:
+    data = shard.data
+    own_axes = len(shard.global_shape) - data.dim()  # axes that only the global tensor has, such as experts
+    strides = [math.prod(shard.global_shape[axis + 1 :]) for axis in range(len(shard.global_shape))]
+    base = sum(offset * stride for offset, stride in zip(shard.global_offset, strides, strict=True))
+    columns = torch.zeros((), dtype=torch.int64, device=data.device)
+    for axis in range(1, data.dim()):
+        steps = torch.arange(data.shape[axis], device=data.device) * strides[own_axes + axis]
+        columns = columns[..., None] + steps
+    rows_per_call = max(1, ELEMENTS_PER_CALL // max(1, columns.numel()))
+    for first in range(0, data.shape[0], rows_per_call):
+        rows = torch.arange(first, min(first + rows_per_call, data.shape[0]), device=data.device)
+        index = base + (rows * strides[own_axes]).view(-1, *[1] * columns.dim()) + columns
+        data[first : first + len(rows)].copy_(std * counter_normal(index, seed, shard.key))
+
+
+def counter_normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
+    """Standard normals, float64, of the int64 `index`'s shape: Box-Muller over two hashes of each index."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    keys = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in (0, 8)]
+    u1, u2 = (_uniform(_splitmix64(index + key)) for key in keys)
+    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
+
+
+def _splitmix64(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64 (Steele et al., OOPSLA'14); int64 arithmetic wraps as uint64 does."""
+
+    def shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
+        return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical shift of a signed type
+
+    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ shifted(x, 31)
+
+
+def _uniform(bits: torch.Tensor) -> torch.Tensor:
+    """float64 in (0, 1) from the upper 53 bits."""
+    return (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) / float(1 << 53)

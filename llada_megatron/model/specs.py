@@ -1,0 +1,69 @@
+"""Layer specs: `local` runs anywhere, `transformer_engine` on CUDA; both write the same checkpoint keys."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
+from llada_megatron.runtime import device
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm in the parameters' dtype, marked for sequence parallelism as TransformerEngine's is.
+
+    megatron-core's WrappedTorchNorm refuses sequence parallelism and keeps its weight in fp32.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def resolve_layer_spec(name: str) -> str:
+    """`local` or `transformer_engine` for model.layer_spec; ValueError when it cannot be served here."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if name == "auto":
+        return "transformer_engine" if device.on_cuda() and installed else "local"
+    if name not in ("local", "transformer_engine"):
+        raise ValueError(f"model.layer_spec={name} is unknown: choose auto, local or transformer_engine.")
+    if name == "transformer_engine" and not installed:
+        raise ValueError("model.layer_spec=transformer_engine needs the package: pip install '.[cuda]'.")
+    return name
+
+
+def block_spec(
+    config: TransformerConfig, *, layer_spec: str, attention_backend: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage with our attention, and in the local spec our norms.
+
+    In its local spec megatron-core 0.19.2 writes the pre-MLP norm of MoE layers under the key of a fused
+    linear layer that MoE layers do not have (gpt_layer_specs.py:459); the TE spec writes
+    `pre_mlp_layernorm`. The entry is dropped here for MoE layers, so that the keys agree.
+    """
+    transformer_engine = layer_spec == "transformer_engine"
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
+    attention = partial(BlockDiffusionCoreAttention, backend=attention_backend)
+    spec.layer_specs = [copy.deepcopy(layer) for layer in spec.layer_specs]
+    for layer in spec.layer_specs:
+        submodules = layer.submodules
+        submodules.self_attention.submodules.core_attention = attention
+        if transformer_engine:
+            continue
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            submodules.self_attention.submodules.q_layernorm = RMSNorm
+            submodules.self_attention.submodules.k_layernorm = RMSNorm
+        if submodules.mlp.func is MoELayer:
+            submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    if not transformer_engine:
+        spec.layer_norm = RMSNorm
+    return spec
