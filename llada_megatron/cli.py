@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 VERBS = {
-    "train": ("llada_megatron.training.command", "convert or train a model as a configuration says"),
+    "train": ("llada_megatron.train", "convert or train a model as a configuration says"),
     "data": ("llada_megatron.data.command", "prepare, pack and inspect training data"),
     "verify": (
         "llada_megatron.verify.command",

@@ -1,0 +1,275 @@
+"""Seconds and peak memory per training step for AR, MDLM and BDLM at equal L, against their FLOPs.
+
+All cases train one model in one process in interleaved rounds, so that a busy machine slows them alike; each
+case's memory is measured in a process of its own. Checks: the BDLM / MDLM ratio of time against that of the
+FLOPs that the executors perform, and the share of a step spent outside megatron-core.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.config import rules
+from llada_megatron.config.compose import compose
+from llada_megatron.config.flops import training_flops_per_sequence
+from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schema import Config
+from llada_megatron.runtime.launch import launch
+
+RATIO_TOLERANCE = 0.10
+OVERHEAD_LIMIT = 0.03
+FULL_LOGITS = "full logits"
+
+
+@dataclass
+class Case:
+    """Measurements of one kind of step."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
+    """Seconds of each step spent outside megatron-core's forward, backward and optimizer."""
+    flops: float = 0.0
+    visible_flops: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def run(overrides: list[str], *, rounds: int, json_file: str | None) -> int:
+    """Measure, print, and return 0 when both checks hold, 1 otherwise."""
+    config = compose(["experiment=bench", *overrides])
+    schedule = rules.check(config)
+    preload = "llada_megatron.training.loop"
+    cases: list[Case] = launch(_time, config, rounds, processes=1, preload=preload)[0]
+    for case in cases:
+        case.peak_bytes = launch(_peak_bytes, config, case.name, processes=1, preload=preload)[0]
+    report = _report(cases, config, schedule.tokens_per_step)
+    _print(report)
+    if json_file:
+        Path(json_file).write_text(json.dumps(report, indent=1))
+    return 0 if all(check["passed"] for check in report["checks"]) else 1
+
+
+def _trainer(config: Config) -> Any:
+    from llada_megatron.parallel import groups
+    from llada_megatron.runtime.launch import threads_per_process
+    from llada_megatron.training.loop import build_trainer
+
+    groups.initialize(config.layout, threads=config.training.threads or threads_per_process(1))
+    return build_trainer(config, rules.schedule_of(config))
+
+
+def _cases(config: Config) -> dict[str, tuple[Stage, bool]]:
+    """Stage of each case, and whether the head computes full logits."""
+    stages = {stage.name: stage for stage in rules.schedule_of(config).stages}
+    cases = {name: (stage, False) for name, stage in stages.items()}
+    cases[f"bdlm, {FULL_LOGITS}"] = (stages["bdlm"], True)
+    return cases
+
+
+def _time(config: Config, rounds: int) -> list[Case]:
+    trainer = _trainer(config)
+    cases = {name: Case(name) for name in _cases(config)}
+    for turn in range(rounds + 1):  # the first round warms up
+        for name, (stage, full) in _cases(config).items():
+            seconds, outside = _step(trainer, stage, turn, full)
+            if turn:
+                cases[name].seconds.append(seconds)
+                cases[name].outside.append(outside)
+            else:
+                cases[name].flops, cases[name].visible_flops = _flops(trainer, stage, full)
+    return list(cases.values())
+
+
+def _peak_bytes(config: Config, name: str) -> int:
+    """Peak resident memory that two steps of a case add to that of the built trainer."""
+    from llada_megatron.runtime import device
+
+    trainer = _trainer(config)
+    before = device.peak_memory_bytes()
+    stage, full = _cases(config)[name]
+    for turn in range(2):
+        _step(trainer, stage, turn, full)
+    return device.peak_memory_bytes() - before
+
+
+def _step(trainer: Any, stage: Stage, turn: int, full_logits: bool) -> tuple[float, float]:
+    """Seconds of one step, and of its part outside megatron-core."""
+    from llada_megatron.runtime import device
+    from llada_megatron.training import step as step_module
+
+    inside = _Stopwatch()
+    ours = _Stopwatch()
+    optimizer = trainer.optimizer
+    with (
+        _timed(step_module, "get_forward_backward_func", lambda get: lambda: inside.around(get())),
+        _timed(step_module, "diffusion_batch", ours.around),
+        _timed(step_module, "autoregressive_batch", ours.around),
+        _timed(step_module, "loss_sum", ours.around),
+        _timed(optimizer, "step", inside.around),
+        _full_logits(trainer, full_logits),
+    ):
+        began = device.seconds()
+        step_module.train_step(trainer, stage.first_step + turn)
+        seconds = device.seconds() - began
+    return seconds, seconds - (inside.seconds - ours.seconds)
+
+
+class _Stopwatch:
+    """Adds up the seconds spent in the functions that it is put around."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+@contextmanager
+def _timed(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def _full_logits(trainer: Any, active: bool) -> Iterator[None]:
+    """The head as stock models use it: logits of all 2L positions in one piece, the loss on some of them."""
+    if not active:
+        yield
+        return
+    import torch
+
+    from llada_megatron.training import step as step_module
+
+    def on_every_row(build: Callable[..., Any]) -> Callable[..., Any]:
+        def batch(*args: Any, **kwargs: Any) -> Any:
+            made = build(*args, **kwargs)
+            inputs = made.inputs
+            rows = inputs.tokens.numel()
+            for name in ("weights", "rate_bin", "position_bin"):
+                value = getattr(made, name)
+                setattr(made, name, value.new_zeros(rows).index_copy_(0, inputs.outputs, value))
+            inputs.labels = inputs.tokens.new_zeros(rows).index_copy_(0, inputs.outputs, inputs.labels)
+            inputs.outputs = torch.arange(rows)
+            return made
+
+        return batch
+
+    stage = trainer.model[0].module
+    chunk_tokens, stage.head_chunk_tokens = stage.head_chunk_tokens, 1 << 30
+    with _timed(step_module, "diffusion_batch", on_every_row):
+        yield
+    stage.head_chunk_tokens = chunk_tokens
+
+
+def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]:
+    """FLOPs of a step that the executor performs, and that the visible pairs need."""
+    from llada_megatron.attention.composed import performed_pairs
+    from llada_megatron.training.step import micro_batches
+
+    config = trainer.config
+    model = config.model
+    performed = visible = 0.0
+    for batch in micro_batches(trainer, stage, stage.first_step, 0.0):
+        inputs = batch.inputs
+        samples, positions = inputs.tokens.shape
+        rows = inputs.tokens.numel() if full_logits else len(inputs.outputs)
+        common = dict(
+            positions=positions * samples,
+            supervised=rows,
+            head_recomputed=not full_logits and rows > model.head_chunk_tokens,
+        )
+        performed += training_flops_per_sequence(model, pairs=performed_pairs(inputs.mask), **common)
+        visible += training_flops_per_sequence(model, pairs=inputs.mask.visible_pairs(), **common)
+    return performed, visible
+
+
+def _report(cases: list[Case], config: Config, tokens: int) -> dict[str, Any]:
+    by_name = {case.name: case for case in cases}
+    bdlm, mdlm, full = by_name["bdlm"], by_name["mdlm"], by_name[f"bdlm, {FULL_LOGITS}"]
+    paired = [b / m for b, m in zip(bdlm.seconds, mdlm.seconds, strict=True)]
+    time_ratio, flops_ratio = statistics.median(paired), bdlm.flops / mdlm.flops
+    overhead = max(statistics.median(case.outside) / case.median for case in (bdlm, mdlm))
+    return {
+        "model": f"{config.model.layers} layers, hidden {config.model.hidden_size}, vocabulary {config.model.vocab_size}",
+        "sequence_length": config.data.sequence_length,
+        "tokens_per_step": tokens,
+        "cases": [
+            {
+                "name": case.name,
+                "seconds": case.median,
+                "seconds_min": min(case.seconds),
+                "seconds_max": max(case.seconds),
+                "peak_bytes": case.peak_bytes,
+                "performed_flops": case.flops,
+                "visible_flops": case.visible_flops,
+                "outside_share": statistics.median(case.outside) / case.median,
+            }
+            for case in cases
+        ],
+        "checks": [
+            {
+                "name": "BDLM / MDLM time over FLOPs",
+                "time_ratio": time_ratio,
+                "flops_ratio": flops_ratio,
+                "bound": RATIO_TOLERANCE,
+                "passed": abs(time_ratio / flops_ratio - 1) <= RATIO_TOLERANCE,
+            },
+            {
+                "name": "share of a step outside megatron-core",
+                "value": overhead,
+                "bound": OVERHEAD_LIMIT,
+                "passed": overhead <= OVERHEAD_LIMIT,
+            },
+            {
+                "name": "masked-only head saves time and memory",
+                "seconds_saved": full.median - bdlm.median,
+                "bytes_saved": full.peak_bytes - bdlm.peak_bytes,
+                "passed": full.median > bdlm.median and full.peak_bytes > bdlm.peak_bytes,
+            },
+        ],
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{report['model']}; L = {report['sequence_length']}; {report['tokens_per_step']} tokens a step")
+    table = Table("case", box=None, pad_edge=False)
+    for name in ("s/step", "min", "max", "peak MiB", "GFLOP", "visible", "outside"):
+        table.add_column(name, justify="right")
+    for case in report["cases"]:
+        table.add_row(
+            case["name"],
+            *(f"{case[key]:.3f}" for key in ("seconds", "seconds_min", "seconds_max")),
+            f"{case['peak_bytes'] / 2**20:.0f}",
+            *(f"{case[key] / 1e9:.1f}" for key in ("performed_flops", "visible_flops")),
+            f"{case['outside_share']:.1%}",
+        )
+    console.print(table)
+    for check in report["checks"]:
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in check.items() if isinstance(value, int | float) and not isinstance(value, bool))
+        console.print(f"{'ok  ' if check['passed'] else 'FAIL'}  {check['name']}: {figures}")

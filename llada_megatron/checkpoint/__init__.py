@@ -1,0 +1,5 @@
+"""Checkpoints over megatron-core's dist_checkpointing: published whole, refused when they do not fit."""
+
+from llada_megatron.runtime import mcore_cpu
+
+mcore_cpu.install()

@@ -1,0 +1,171 @@
+"""Save, publish, find, load and retire checkpoints of a run.
+
+runs/NAME/checkpoints/step_00000012/
+    shards/         megatron-core's torch_dist format: weights, fully reshardable optimizer state, SHA-256 list
+    manifest.json   position, configuration, data fingerprint, versions; its presence means "whole"
+
+A checkpoint is written as `.step_00000012.partial` and renamed when every rank is done, so a half-written
+one never has a name that is looked for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from llada_megatron.model.initialize import SHARDING_METADATA
+
+PACKAGES = ("torch", "megatron-core", "numpy", "llada-megatron")
+OPTIMIZER_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclass
+class Manifest:
+    """What a checkpoint is, readable without loading it."""
+
+    step: int
+    """Steps done: training goes on with this one."""
+    consumed_samples: int
+    consumed_tokens: int
+    stage: str
+    block_size: int
+    stage_ended: bool
+    skipped_steps: int
+    config: dict[str, Any]
+    data_fingerprint: dict[str, Any]
+    versions: dict[str, str]
+
+    @staticmethod
+    def read(checkpoint: Path) -> Manifest:
+        """Raises ValueError for a directory that is not a whole checkpoint."""
+        path = checkpoint / "manifest.json"
+        try:
+            return Manifest(**json.loads(path.read_text()))
+        except (OSError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{checkpoint} is not a whole checkpoint ({path.name}: {error}).") from None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a checkpoint means."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run that were published, oldest first."""
+    found = sorted((run_dir / "checkpoints").glob("step_*"))
+    return [path for path in found if (path / "manifest.json").is_file()]
+
+
+def find(where: str) -> Path:
+    """The checkpoint at a path, or the newest of the run at that path; ValueError if there is none."""
+    path = Path(where)
+    if (path / "manifest.json").is_file():
+        return path
+    checkpoints = whole_checkpoints(path)
+    if not checkpoints:
+        raise ValueError(f"{where} is neither a checkpoint nor a run with one.")
+    return checkpoints[-1]
+
+
+def save(
+    run_dir: Path,
+    manifest: Manifest,
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    *,
+    keep_last: int,
+) -> Path:
+    """Write and publish a checkpoint, then retire old ones; every rank calls it.
+
+    Raises OSError naming the path when it cannot be written; what was published before stays whole.
+    """
+    final = run_dir / "checkpoints" / f"step_{manifest.step:08d}"
+    aside = final.with_name(f".{final.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "shards").mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded(model, optimizer), str(aside / "shards"), verify_integrity=True)
+    if dist.get_rank() == 0:
+        (aside / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
+        _sync(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        _sync_directory(final.parent)
+        _retire(run_dir, keep_last)
+    dist.barrier()
+    return final
+
+
+def load(
+    checkpoint: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer | None
+) -> None:
+    """Load weights, and the optimizer's state where one is given, after checking the files' hashes.
+
+    Raises ValueError naming the checkpoint when a file is damaged or does not fit the model.
+    """
+    sharded = _sharded(model, optimizer, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(sharded, str(checkpoint / "shards"), verify_integrity=True)
+    except Exception as error:
+        raise ValueError(f"{checkpoint} cannot be loaded: {_first_line(error)}") from error
+    for index, chunk in enumerate(model):
+        chunk.module.load_state_dict(loaded[f"model{index}"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _sharded(
+    model: list[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, is_loading: bool = False
+) -> dict[str, Any]:
+    metadata = {
+        **SHARDING_METADATA,
+        **OPTIMIZER_METADATA,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {
+        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(model)
+    }
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _retire(run_dir: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints; those at the end of a stage stay."""
+    for checkpoint in whole_checkpoints(run_dir)[: -max(keep_last, 1)]:
+        if not Manifest.read(checkpoint).stage_ended:
+            shutil.rmtree(checkpoint)
+
+
+def _sync(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,63 @@
+"""Loss-free load balancing (Wang et al., arXiv 2408.15664): a bias per expert, moved by the global load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+
+from llada_megatron.config.schema import ModelConfig
+
+
+class ExpertBalance:
+    """Counts tokens per expert over a global batch and updates the biases once per step.
+
+    megatron-core's own update has no zero-mean form, so the biases are frozen for it and moved here. It
+    clears the routers' counts when it finalises the gradients: `finalize` reads them just before that.
+    """
+
+    def __init__(self, model: list[torch.nn.Module], settings: ModelConfig) -> None:
+        self.routers = [
+            module
+            for stage in model
+            for module in stage.modules()
+            if getattr(module, "expert_bias", None) is not None
+        ]
+        self.rate, self.zero_mean = settings.expert_bias_update_rate, settings.expert_bias_zero_mean
+        self.experts = settings.experts
+        self.tokens_RE: torch.Tensor | None = None  # [routers of this rank, experts]
+
+    def finalize(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        """Stands in for megatron-core's `finalize_model_grads`."""
+        if self.routers:
+            self.tokens_RE = torch.stack([router.local_tokens_per_expert for router in self.routers])
+            dist.all_reduce(
+                self.tokens_RE,
+                group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+            )
+        finalize_model_grads(model, *args, **kwargs)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """b_e <- b_e + rate * sign(mean load - load_e), minus the mean of the change if asked."""
+        if self.tokens_RE is None:
+            return
+        change = self.rate * torch.sign(self.tokens_RE.mean(dim=1, keepdim=True) - self.tokens_RE)
+        if self.zero_mean:
+            change -= change.mean(dim=1, keepdim=True)
+        for router, step in zip(self.routers, change, strict=True):
+            router.expert_bias.add_(step)
+
+    def load_max_over_mean(self) -> float | None:
+        """The busiest expert's load over the mean load, of the worst layer; None without experts."""
+        if not self.experts:
+            return None
+        worst = torch.zeros((), dtype=torch.float32)
+        if self.tokens_RE is not None:
+            worst = (self.tokens_RE.amax(dim=1) / self.tokens_RE.mean(dim=1).clamp(min=1)).max().cpu()
+        worst = worst.to(self.tokens_RE.device if self.tokens_RE is not None else worst.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
+        return float(worst)

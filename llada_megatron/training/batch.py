@@ -1,0 +1,155 @@
+"""From packed sequences to what the model reads: built on the host, so that every shape is known there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schema import BlockGrid, DiffusionConfig
+from llada_megatron.data.packed import PackedSample
+from llada_megatron.diffusion.corruption import block_starts, corrupt
+from llada_megatron.diffusion.loss import position_weights
+from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
+from llada_megatron.parallel.random import Purpose, torch_seed
+
+RATE_BINS = 10
+POSITION_BINS = 32
+
+
+@dataclass
+class MicroBatch:
+    """Model inputs and the weights of their N outputs; bins tell metrics apart."""
+
+    inputs: ModelInputs
+    weights: torch.Tensor
+    """fp32 [N]."""
+    count: int
+    """What this micro-batch adds to the loss's denominator."""
+    rate_bin: torch.Tensor
+    """int64 [N]: which tenth of [0, 1] the mask rate lies in."""
+    position_bin: torch.Tensor
+    """int64 [N]: place in the block, in at most POSITION_BINS bins."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Move every tensor; a no-op on the host."""
+        if device.type == "cpu":
+            return self
+        inputs = self.inputs
+        for name in ("tokens", "positions", "outputs", "labels"):
+            value = getattr(inputs, name)
+            if value is not None:
+                setattr(inputs, name, value.to(device, non_blocking=True))
+        if inputs.noise is not None:
+            inputs.noise.masked = inputs.noise.masked.to(device, non_blocking=True)
+        for name in ("weights", "rate_bin", "position_bin"):
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        return self
+
+
+def model_mask(samples: list[PackedSample], block_size: int, grid: BlockGrid, *, clean_copy: bool, causal: bool):
+    """The attention mask of a micro-batch."""
+    return BlockDiffusionMask(
+        [torch.from_numpy(sample.cu_seqlens) for sample in samples],
+        block_size,
+        block_grid=grid.value,
+        clean_copy=clean_copy,
+        causal=causal,
+    )
+
+
+def flat_outputs(rows: list[np.ndarray]) -> torch.Tensor:
+    """int64 [N]: rows of each sample as indices into hidden states [S, B, H] flattened over S and B."""
+    return torch.from_numpy(np.concatenate([row * len(rows) + b for b, row in enumerate(rows)]))
+
+
+def autoregressive_batch(samples: list[PackedSample]) -> MicroBatch:
+    """Next-token prediction inside documents; the first token of a document is predicted by nothing."""
+    rows, labels = [], []
+    for sample in samples:
+        row = np.setdiff1d(np.arange(len(sample.tokens)), sample.cu_seqlens[1:] - 1)
+        rows.append(row)
+        labels.append(sample.tokens[row + 1])
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+    count = sum(len(row) for row in rows)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    inputs = ModelInputs(
+        tokens=tokens,
+        positions=torch.arange(tokens.shape[1]),
+        mask=model_mask(samples, 1, BlockGrid.sequence, clean_copy=False, causal=True),
+        outputs=flat_outputs(rows),
+        labels=torch.from_numpy(np.concatenate(labels)),
+    )
+    return MicroBatch(inputs, torch.ones(count), count, zeros, zeros)
+
+
+def diffusion_inputs(
+    samples: list[PackedSample],
+    masked: list[np.ndarray],
+    *,
+    block_size: int,
+    grid: BlockGrid,
+    mask_token_id: int,
+) -> ModelInputs:
+    """`[x_t ; x_0]` (x_t alone when one block spans the sequence), with outputs at the masked positions."""
+    clean = np.stack([sample.tokens for sample in samples])
+    noisy = np.where(np.stack(masked), mask_token_id, clean)
+    clean_copy = block_size < clean.shape[1]
+    positions = torch.arange(clean.shape[1])
+    rows = [np.flatnonzero(row) for row in masked]
+    return ModelInputs(
+        tokens=torch.from_numpy(np.concatenate([noisy, clean], axis=1) if clean_copy else noisy),
+        positions=torch.cat([positions, positions]) if clean_copy else positions,
+        mask=model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False),
+        outputs=flat_outputs(rows),
+        labels=torch.from_numpy(np.concatenate([c[row] for c, row in zip(clean, rows, strict=True)])),
+    )
+
+
+def diffusion_batch(
+    samples: list[PackedSample],
+    indices: list[int],
+    stage: Stage,
+    diffusion: DiffusionConfig,
+    *,
+    seed: int,
+    mask_token_id: int,
+    noise_sigma: float,
+) -> MicroBatch:
+    """Corrupt the samples with global indices `indices` as the stage asks."""
+    grid = diffusion.block_grid
+    corruptions = [
+        corrupt(seed, index, sample.cu_seqlens, stage.block_size, diffusion)
+        for index, sample in zip(indices, samples, strict=True)
+    ]
+    masked = [corruption.masked for corruption in corruptions]
+    inputs = diffusion_inputs(
+        samples, masked, block_size=stage.block_size, grid=grid, mask_token_id=mask_token_id
+    )
+    if noise_sigma > 0:
+        padding = ((0, 0), (0, inputs.tokens.shape[1] - len(masked[0])))  # the clean half gets no noise
+        inputs.noise = EmbeddingNoise(
+            sigma=noise_sigma,
+            seeds=[torch_seed(seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
+            masked=torch.from_numpy(np.pad(np.stack(masked), padding)),
+        )
+    weights, counts, rates, places = [], [], [], []
+    for sample, corruption in zip(samples, corruptions, strict=True):
+        weight, count = position_weights(corruption, diffusion)
+        place = np.arange(len(weight)) - block_starts(sample.cu_seqlens, stage.block_size, grid)
+        weights.append(weight[corruption.masked])
+        counts.append(count)
+        rates.append(corruption.rate[corruption.masked])
+        places.append(place[corruption.masked])
+    rate_bin = np.minimum((np.concatenate(rates) * RATE_BINS).astype(np.int64), RATE_BINS - 1)
+    bins = min(stage.block_size, POSITION_BINS)
+    return MicroBatch(
+        inputs=inputs,
+        weights=torch.from_numpy(np.concatenate(weights)).float(),
+        count=sum(counts),
+        rate_bin=torch.from_numpy(rate_bin),
+        position_bin=torch.from_numpy(np.concatenate(places) * bins // stage.block_size),
+    )

@@ -1,0 +1,273 @@
+"""The life of one rank: build, find the position, train stage by stage, checkpoint, evaluate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.utils import get_model_config
+
+from llada_megatron.checkpoint import store
+from llada_megatron.config import rules
+from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
+from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schema import Config
+from llada_megatron.data.packed import build_sequences, fingerprint
+from llada_megatron.model.provider import build_model
+from llada_megatron.observe.metrics import read_jsonl
+from llada_megatron.observe.trackers import Trackers
+from llada_megatron.parallel import groups
+from llada_megatron.runtime import device
+from llada_megatron.runtime.launch import threads_per_process
+from llada_megatron.training.balance import ExpertBalance
+from llada_megatron.training.evaluate import Evaluator
+from llada_megatron.training.optimizer import LearningRate, build_optimizer, wrap
+from llada_megatron.training.position import Position, check_same_run, resume_checkpoint
+from llada_megatron.training.signals import StopRequest
+from llada_megatron.training.step import StepResult, Trainer, train_step
+
+TRAIN_LOSS_STEPS = 20
+"""The train loss of a stage is the mean of its last steps."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended: `finished`, or the signal that stopped it."""
+
+    step: int
+    signal: int
+    finished: bool
+
+
+def run(config: Config) -> Outcome:
+    """Train this rank's part of a run to its end, or to a signal.
+
+    Raises ValueError for settings, data or checkpoints that do not fit, and FloatingPointError when too
+    many steps were skipped for non-finite losses or gradients.
+    """
+    schedule = rules.check(config)
+    device.seed_everything(config.run.seed, config.precision.deterministic)
+    groups.initialize(
+        config.layout, threads=config.training.threads or threads_per_process(config.layout.processes)
+    )
+    try:
+        return _Run(config, schedule).train()
+    finally:
+        groups.destroy()
+
+
+def build_trainer(config: Config, schedule: Any) -> Trainer:
+    """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
+    data = build_sequences(
+        config.data,
+        split="train",
+        seed=config.run.seed,
+        mask_token_id=config.model.mask_token_id,
+        sequences_wanted=schedule.total_steps * config.layout.global_batch,
+    )
+    model = wrap(build_model(config))
+    optimizer = build_optimizer(config, model)
+    balance = ExpertBalance(list(model), config.model)
+    get_model_config(model[0]).finalize_model_grads_func = balance.finalize
+    rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
+    return Trainer(config, schedule, data, model, optimizer, rate, balance)
+
+
+class _Run:
+    def __init__(self, config: Config, schedule: Any) -> None:
+        self.config, self.schedule = config, schedule
+        self.dir = Path(config.run.dir)
+        self.is_writer = dist.get_rank() == 0
+        self.fingerprint = fingerprint(config.data)
+        self.trainer = build_trainer(config, schedule)
+        self.position = self._load()
+        self.evaluator = self._build_evaluator()
+        self.trackers = None
+        if self.is_writer:
+            self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
+        self.started = time.monotonic()
+
+    def train(self) -> Outcome:
+        """Steps, with what surrounds them: evaluation, checkpoints, signals."""
+        config, step = self.config, self.position.step
+        last_step = self.schedule.total_steps
+        if config.training.steps:
+            last_step = min(last_step, config.training.steps)
+        stop = StopRequest()
+        signal_number = 0
+        try:
+            if step == 0 and config.checkpoint.init_from:
+                self._evaluate(0, None)
+            while step < last_step and not signal_number:
+                stage = self.schedule.stage_at(step)
+                began = device.seconds()
+                result = train_step(self.trainer, step)
+                self._log(step, stage, result, device.seconds() - began)
+                self._count_skipped(step, result)
+                step += 1
+                signal_number = stop.agreed()
+                ended = step == stage.end_step
+                # Evaluated before it is saved: a resume at this step finds its evaluation on the record.
+                every = config.evaluation.every_steps
+                if (ended and config.evaluation.at_stage_end) or (every and step % every == 0):
+                    self._evaluate(step, stage)
+                if self._is_due(step, ended, signal_number, step == last_step):
+                    self._save(step, stage, ended)
+        finally:
+            stop.release()
+            if self.trackers is not None:
+                self.trackers.close()
+        return Outcome(step=step, signal=signal_number, finished=step >= last_step)
+
+    def _is_due(self, step: int, stage_ended: bool, signal_number: int, is_last: bool) -> bool:
+        every = self.config.checkpoint.every_steps
+        at_end = stage_ended and self.config.checkpoint.at_stage_end
+        return bool(at_end or signal_number or is_last or (every and step % every == 0))
+
+    def _load(self) -> Position:
+        checkpoint = resume_checkpoint(self.config)
+        if checkpoint is not None:
+            manifest = store.Manifest.read(checkpoint)
+            check_same_run(self.config, manifest, self.fingerprint)
+            store.load(checkpoint, self.trainer.model, self.trainer.optimizer)
+            return Position(manifest.step, manifest.skipped_steps)
+        if self.config.checkpoint.init_from:
+            checkpoint = store.find(self.config.checkpoint.init_from)
+            store.load(checkpoint, self.trainer.model, None)
+            self.trainer.optimizer.reload_model_params()
+            return Position(autoregressive_tokens=store.Manifest.read(checkpoint).consumed_tokens)
+        return Position()
+
+    def _save(self, step: int, stage: Stage, stage_ended: bool) -> None:
+        from omegaconf import OmegaConf
+
+        samples = step * self.config.layout.global_batch
+        manifest = store.Manifest(
+            step=step,
+            consumed_samples=samples,
+            consumed_tokens=samples * self.config.data.sequence_length,
+            stage=stage.name,
+            block_size=stage.block_size,
+            stage_ended=stage_ended,
+            skipped_steps=self.position.skipped_steps,
+            config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
+            data_fingerprint=self.fingerprint,
+            versions=store.versions(),
+        )
+        keep = self.config.checkpoint.keep_last
+        store.save(self.dir, manifest, self.trainer.model, self.trainer.optimizer, keep_last=keep)
+
+    def _count_skipped(self, step: int, result: StepResult) -> None:
+        if not result.skipped:
+            return
+        self.position.skipped_steps += 1
+        limit = self.config.training.max_skipped_steps
+        if self.position.skipped_steps > limit:
+            first = step * self.config.layout.global_batch
+            raise FloatingPointError(
+                f"Step {step} (samples {first} to {first + self.config.layout.global_batch - 1}) is the"
+                f" {self.position.skipped_steps}th with a non-finite loss or gradient, more than"
+                f" training.max_skipped_steps={limit}: lower optimizer.lr or look at these samples."
+            )
+
+    def _log(self, step: int, stage: Stage, result: StepResult, seconds: float) -> None:
+        if self.trackers is None:
+            return
+        tokens_per_sec = self.schedule.tokens_per_step / seconds
+        record = asdict(result)
+        record.pop("skipped")
+        self.trackers.log(
+            {
+                "step": step,
+                "consumed_samples": (step + 1) * self.config.layout.global_batch,
+                "consumed_tokens": (step + 1) * self.schedule.tokens_per_step,
+                "stage": stage.name,
+                "objective": stage.objective.value,
+                "block_size": stage.block_size,
+                **record,
+                "tokens_per_sec": tokens_per_sec,
+                "mfu": self._mfu(stage, tokens_per_sec),
+                "skipped_steps": self.position.skipped_steps + int(result.skipped),
+            }
+        )
+
+    def _mfu(self, stage: Stage, tokens_per_sec: float) -> float | None:
+        """Model FLOPs, attention counted on visible pairs of one document, over the devices' peak."""
+        config = self.config
+        if not config.cluster.peak_tflops:
+            return None
+        length, diffusion = config.data.sequence_length, config.diffusion
+        rate = (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
+        flops = training_flops_per_sequence(
+            config.model,
+            positions=length * (2 if stage.clean_copy else 1),
+            pairs=expected_pairs(
+                length, stage.block_size, clean_copy=stage.clean_copy, causal=not stage.is_diffusion
+            ),
+            supervised=length * (rate if stage.is_diffusion else 1),
+        )
+        return flops * tokens_per_sec / length / (config.cluster.peak_tflops * 1e12 * config.layout.processes)
+
+    def _build_evaluator(self) -> Evaluator | None:
+        config = self.config
+        if not config.evaluation.block_sizes:
+            return None
+        held_out = build_sequences(
+            config.data,
+            split="validation",
+            seed=config.run.seed,
+            mask_token_id=config.model.mask_token_id,
+            sequences_wanted=config.evaluation.sequences,
+        )
+        return Evaluator(config, held_out, list(self.trainer.model))
+
+    def _evaluate(self, step: int, stage: Stage | None) -> None:
+        """Evaluate after a stage, or (stage None) the weights that a conversion starts from."""
+        if self.evaluator is None:
+            return
+        is_diffusion = stage is not None and stage.is_diffusion
+        is_autoregressive = stage is None or not stage.is_diffusion
+        autoregressive = None
+        if is_autoregressive:
+            tokens = self.position.autoregressive_tokens or step * self.schedule.tokens_per_step
+            estimate = self.evaluator.autoregressive()
+            autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
+        record = {
+            "step": step,
+            "consumed_tokens": step * self.schedule.tokens_per_step,
+            "stage": stage.name if stage else "init",
+            "objective": stage.objective.value if stage else "autoregressive",
+            "block_size": stage.block_size if stage else 1,
+            "stage_tokens": stage.tokens if stage else 0,
+            "train_loss": self._train_loss(stage),
+            "bound": self.evaluator.bounds() if is_diffusion or stage is None else {},
+            "ar": autoregressive,
+            "block1_views": self.evaluator.block_one_views() if stage is None else None,
+            "baselines": self.evaluator.baselines,
+            "vocab_size": self.config.model.vocab_size,
+            "wall_sec": time.monotonic() - self.started,
+        }
+        if self.trackers is not None:
+            self.trackers.evaluation(record)
+        if stage is not None and is_diffusion:
+            self._infill(step, stage)
+
+    def _infill(self, step: int, stage: Stage) -> None:
+        assert self.evaluator is not None
+        for original, masked, filled in self.evaluator.infilled(stage.block_size):
+            if self.trackers is not None:
+                texts = {"original": original, "masked": masked, "filled": filled}
+                self.trackers.sample({"step": step, "stage": stage.name, "block_size": stage.block_size, **texts})
+
+    def _train_loss(self, stage: Stage | None) -> float | None:
+        if stage is None or not self.is_writer:
+            return None
+        losses = [
+            record["loss"]
+            for record in read_jsonl(self.dir / "metrics.jsonl")
+            if record["stage"] == stage.name and record["loss"] is not None
+        ][-TRAIN_LOSS_STEPS:]
+        return sum(losses) / len(losses) if losses else None
