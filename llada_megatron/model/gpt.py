@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel reading `[x_t ; x_0]`: explicit positions, embedding noise, a head on chosen rows."""
+"""megatron-core's GPTModel on `[x_t ; x_0]`: explicit positions, embedding noise, a head on chosen rows."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ class BlockDiffusionGPT(GPTModel):
         self.head_chunk_tokens = head_chunk_tokens
         if self.post_process:
             reduce_input_gradient_once(self.output_layer)
+        self.register_load_state_dict_post_hook(_want_no_extra_state)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without `_extra_state`: empty fp8 scaling factors, of which each layer spec has others."""
+        sharded = super().sharded_state_dict(*args, **kwargs)
+        return {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
         """Hidden states [S, B, H] of this stage; on the last one what `head_output` returns."""
@@ -57,7 +63,9 @@ class BlockDiffusionGPT(GPTModel):
             position_ids=None,
             attention_mask=None,
             decoder_input=embedded,
-            packed_seq_params=MaskParams(qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, mask=inputs.mask),
+            packed_seq_params=MaskParams(
+                qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, mask=inputs.mask
+            ),
             output_processor=head_output,
             output_processor_context=(inputs, self.head_chunk_tokens),
         )
@@ -79,3 +87,7 @@ class BlockDiffusionGPT(GPTModel):
             return noise_SBH
         tp = self.pg_collection.tp
         return noise_SBH.chunk(tp.size())[tp.rank()]
+
+
+def _want_no_extra_state(module: torch.nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith("_extra_state")]
