@@ -1,13 +1,15 @@
 # Every target works on a clean clone: it sets up .venv first, and once.
 STAMP := .venv/.setup-done
 BIN := .venv/bin
+TRANSFORMER_ENGINE := .venv/transformer-engine
 
-.PHONY: help setup test test-slow demo check lock
+.PHONY: help setup test test-slow test-gpu demo check lock
 
 help:
 	@echo "make setup      environment in .venv, with .venv/bin/llada"
 	@echo "make test       the tests that are not slow"
 	@echo "make test-slow  the slow tests"
+	@echo "make test-gpu   the tests for a machine with a CUDA device"
 	@echo "make demo       the whole pipeline, small, on this machine"
 	@echo "make check      format, lint and types"
 	@echo "make lock       requirements.txt anew from pyproject.toml"
@@ -20,11 +22,23 @@ $(STAMP): requirements.txt pyproject.toml launch/setup.sh launch/uv-requirements
 # Multi-process tests start several ranks per core; more threads each would only make them wait.
 test test-slow: export OMP_NUM_THREADS ?= 1
 
-test: $(STAMP)
+test: $(STAMP) $(TRANSFORMER_ENGINE)/.setup-done
 	$(BIN)/pytest -q -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
+
+# For a machine with a CUDA device, after `pip install '.[cuda]'` there; elsewhere everything is skipped.
+test-gpu: $(STAMP)
+	$(BIN)/pytest -q -m gpu tests/gpu
+
+# Python only, for tests that build its modules without a GPU. In a folder of its own: in site-packages
+# megatron-core would find it in every run and take it for an installation that works.
+$(TRANSFORMER_ENGINE)/.setup-done: tests/transformer-engine-requirements.txt $(STAMP)
+	@rm -rf $(@D)
+	@UV_SYSTEM_CERTS=1 UV_HTTP_TIMEOUT=300 $(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) \
+		--compile-bytecode --no-deps --require-hashes -r $<
+	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/llada demo
