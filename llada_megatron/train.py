@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("--check", action="store_true", help="compose, validate and print what would run")
     parser.add_argument("--config", metavar="FILE", help="a resolved config.yaml instead of overrides")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides, experiment=NAME first")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides, experiment=NAME first"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,22 +70,24 @@ def _worker(config: Config) -> Outcome:
 
 def description(config: Config) -> str:
     """What a run would do, for people: model, layout, and the schedule with effective tokens."""
-    schedule = rules.schedule_of(config)
-    layout = config.layout
+    schedule, model, layout = rules.schedule_of(config), config.model, config.layout
+    axes = ", ".join(f"{axis} {getattr(layout, axis)}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
+    paths = ", ".join(config.data.path) or "(data.path is not set)"
     lines = [
         f"run       {config.run.name} in {config.run.dir}",
-        f"model     {config.model.layers} layers, hidden {config.model.hidden_size}, {config.model.experts} experts,"
-        f" vocabulary {config.model.vocab_size}",
-        f"layout    {layout.processes} processes: tp {layout.tp}, pp {layout.pp}, cp {layout.cp}, ep {layout.ep},"
-        f" dp {rules.data_parallel_size(layout)}; global batch {layout.global_batch}",
-        f"data      {', '.join(config.data.path) or '(data.path is not set)'}; L = {config.data.sequence_length}",
+        f"model     {model.layers} layers, hidden size {model.hidden_size}, {model.experts} experts,"
+        f" vocabulary {model.vocab_size}",
+        f"layout    {layout.processes} processes: {axes}, dp {rules.data_parallel_size(layout)};"
+        f" global batch {layout.global_batch}",
+        f"data      {paths}; L = {config.data.sequence_length}",
         "",
         f"{'stage':<14} {'objective':<15} {'block':>6} {'steps':>9} {'tokens':>17} {'micro-batch':>12}",
     ]
-    lines += [
-        f"{s.name:<14} {s.objective.value:<15} {s.block_size:>6} {s.steps:>9} {s.tokens:>17,} {s.micro_batch:>12}"
-        for s in schedule.stages
-    ]
+    for stage in schedule.stages:
+        lines.append(
+            f"{stage.name:<14} {stage.objective.value:<15} {stage.block_size:>6} {stage.steps:>9}"
+            f" {stage.tokens:>17,} {stage.micro_batch:>12}"
+        )
     lines.append(f"{'total':<14} {'':<15} {'':>6} {schedule.total_steps:>9} {schedule.total_tokens:>17,}")
     return "\n".join(lines)
 

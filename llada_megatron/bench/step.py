@@ -206,13 +206,13 @@ def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]
 
 
 def _report(cases: list[Case], config: Config, tokens: int) -> dict[str, Any]:
-    by_name = {case.name: case for case in cases}
+    by_name, model = {case.name: case for case in cases}, config.model
     bdlm, mdlm, full = by_name["bdlm"], by_name["mdlm"], by_name[f"bdlm, {FULL_LOGITS}"]
     paired = [b / m for b, m in zip(bdlm.seconds, mdlm.seconds, strict=True)]
     time_ratio, flops_ratio = statistics.median(paired), bdlm.flops / mdlm.flops
     overhead = max(statistics.median(case.outside) / case.median for case in (bdlm, mdlm))
     return {
-        "model": f"{config.model.layers} layers, hidden {config.model.hidden_size}, vocabulary {config.model.vocab_size}",
+        "model": f"{model.layers} layers, hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
         "sequence_length": config.data.sequence_length,
         "tokens_per_step": tokens,
         "cases": [
@@ -257,7 +257,9 @@ def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    console.print(f"{report['model']}; L = {report['sequence_length']}; {report['tokens_per_step']} tokens a step")
+    console.print(
+        f"{report['model']}; L = {report['sequence_length']}; {report['tokens_per_step']} tokens a step"
+    )
     table = Table("case", box=None, pad_edge=False)
     for name in ("s/step", "min", "max", "peak MiB", "GFLOP", "visible", "outside"):
         table.add_column(name, justify="right")
@@ -271,5 +273,9 @@ def _print(report: dict[str, Any]) -> None:
         )
     console.print(table)
     for check in report["checks"]:
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in check.items() if isinstance(value, int | float) and not isinstance(value, bool))
+        figures = ", ".join(
+            f"{key} {value:.4g}"
+            for key, value in check.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        )
         console.print(f"{'ok  ' if check['passed'] else 'FAIL'}  {check['name']}: {figures}")

@@ -32,7 +32,7 @@ def compose(overrides: list[str]) -> Config:
 
 def load(path: str | os.PathLike[str]) -> Config:
     """Read a resolved configuration that `save` wrote; an unknown key is an error."""
-    return _to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    return _to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(os.fspath(path))))
 
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:

@@ -49,11 +49,23 @@ def check(config: Config) -> Schedule:
             f"layout.global_batch={config.layout.global_batch} is not a multiple of micro_batch*dp={per_step}"
             f" (stage {stage.name}): change layout.global_batch or the stage's micro_batch.",
         )
+        micro_batches = config.layout.global_batch // per_step
         require(
-            not config.diffusion.complementary or not stage.is_diffusion or stage.micro_batch % 2 == 0,
-            f"diffusion.complementary needs an even micro-batch, stage {stage.name} has {stage.micro_batch}:"
-            " set layout.micro_batch to an even number.",
+            config.layout.vpp == 1 or micro_batches % config.layout.pp == 0,
+            f"layout.vpp={config.layout.vpp} needs micro-batches per step in multiples of"
+            f" layout.pp={config.layout.pp}, stage {stage.name} has {micro_batches}: change"
+            " layout.global_batch.",
         )
+    require(
+        config.optimizer.warmup_tokens < schedule.total_tokens,
+        f"optimizer.warmup_tokens={config.optimizer.warmup_tokens} is not less than the schedule's"
+        f" {schedule.total_tokens} tokens: shorten the warm-up.",
+    )
+    require(
+        not config.evaluation.infill_sequences or config.layout.pp == 1,
+        f"evaluation.infill_sequences={config.evaluation.infill_sequences} needs layout.pp=1, not"
+        f" {config.layout.pp}: decoding serves one pipeline stage, set it to 0.",
+    )
     for index, size in enumerate(config.evaluation.block_sizes):
         block_size_of(size, config.data.sequence_length, f"evaluation.block_sizes[{index}]")
     return schedule
@@ -69,9 +81,9 @@ def _check_model(model: ModelConfig) -> None:
         f"model.mask_token_id={model.mask_token_id} is outside model.vocab_size={model.vocab_size}.",
     )
     require(
-        0 < model.rotary_fraction <= 1 and int(model.rotary_fraction * model.head_dim) % 2 == 0,
-        f"model.rotary_fraction={model.rotary_fraction} of head_dim={model.head_dim} must be an even number of"
-        " channels.",
+        model.rotary_fraction <= 1 and int(model.rotary_fraction * model.head_dim) in range(2, 2**31, 2),
+        f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} must be an even"
+        " number of channels.",
     )
     if model.dense_layers >= model.layers:
         return
@@ -141,7 +153,18 @@ def _check_objective(config: Config) -> None:
     )
     require(
         diffusion.weight != "inverse" or diffusion.mask_rate_min > 0,
-        "diffusion.mask_rate_min=0 gives an unbounded weight 1/t: set it above 0 or use diffusion.weight=flat.",
+        "diffusion.mask_rate_min=0 gives an unbounded weight 1/t: set it above 0 or use"
+        " diffusion.weight=flat.",
+    )
+    require(
+        not diffusion.complementary or config.layout.global_batch % 2 == 0,
+        "diffusion.complementary pairs the samples of a step, but"
+        f" layout.global_batch={config.layout.global_batch} is odd: make it even.",
+    )
+    require(
+        not diffusion.complementary or diffusion.weight != "inverse" or diffusion.mask_rate_max < 1,
+        "diffusion.mask_rate_max=1 gives the complement an unbounded weight 1/(1-t): set it below 1 or use"
+        " diffusion.weight=flat.",
     )
     noise = diffusion.embedding_noise
     require(
@@ -151,7 +174,12 @@ def _check_objective(config: Config) -> None:
     )
     require(
         optimizer.decay_style in LEARNING_RATE_STYLES,
-        f"optimizer.decay_style={optimizer.decay_style} is unknown: choose from {', '.join(LEARNING_RATE_STYLES)}.",
+        f"optimizer.decay_style={optimizer.decay_style} is unknown: choose from"
+        f" {', '.join(LEARNING_RATE_STYLES)}.",
+    )
+    require(
+        0 <= optimizer.min_lr <= optimizer.lr,
+        f"optimizer.min_lr={optimizer.min_lr} must lie between 0 and optimizer.lr={optimizer.lr}.",
     )
     rewarms = any(stage.learning_rate == "rewarm" for stage in config.schedule.stages)
     require(
@@ -165,5 +193,6 @@ def _check_objective(config: Config) -> None:
     first_diffusion = [stage.objective is Objective.diffusion for stage in config.schedule.stages]
     require(
         first_diffusion == sorted(first_diffusion),
-        "schedule.stages returns to an autoregressive stage after a diffusion one: put autoregressive stages first.",
+        "schedule.stages returns to an autoregressive stage after a diffusion one: put autoregressive stages"
+        " first.",
     )

@@ -73,12 +73,15 @@ class Schedule:
             setting = f"schedule.stages[{index}]"
             if stage.tokens < 1:
                 raise ValueError(
-                    f"{setting}.tokens is {stage.tokens}: an empty stage trains nothing, drop it from the list."
+                    f"{setting}.tokens is {stage.tokens}: an empty stage trains nothing, drop it from the"
+                    " list."
                 )
             is_diffusion = stage.objective is Objective.diffusion
             block_size = block_size_of(stage.block_size, sequence_length, f"{setting}.block_size")
             if not is_diffusion and block_size != 1:
-                raise ValueError(f"{setting}.block_size is {block_size}: an autoregressive stage has blocks of 1.")
+                raise ValueError(
+                    f"{setting}.block_size is {block_size}: an autoregressive stage has blocks of 1."
+                )
             steps = -(-stage.tokens // self.tokens_per_step)
             self.stages.append(
                 Stage(
@@ -98,7 +101,9 @@ class Schedule:
             first_step += steps
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise ValueError(f"schedule.stages has a name twice in {names}: reports tell stages apart by name.")
+            raise ValueError(
+                f"schedule.stages has a name twice in {names}: reports tell stages apart by name."
+            )
         self.total_steps = first_step
         self.total_tokens = first_step * self.tokens_per_step
 

@@ -267,6 +267,8 @@ class EvaluationConfig:
     """Masks per sequence, stratified in the number of masked tokens."""
     at_stage_end: bool = True
     every_steps: int = 0
+    infill_sequences: int = 0
+    """After a diffusion stage fill in this many half-masked held-out sequences, as samples for the eye."""
 
 
 @dataclass

@@ -131,7 +131,11 @@ def evaluation_line(record: Record) -> str:
     ]
     if record["ar"] is not None:
         parts.append(f"AR {_number(record['ar']['nll'], '.4f')}")
-    return f"evaluation after {record['stage']}, nats per token: {', '.join(parts)}"
+    line = f"evaluation after {record['stage']}, nats per token: {', '.join(parts)}"
+    if record["block1_views"] is None:
+        return line
+    views = (f"{name} {_number(value, '.4f')}" for name, value in record["block1_views"].items())
+    return f"{line}\nthe AR model read as block diffusion of block 1: {', '.join(views)}"
 
 
 def scalars(record: Record, prefix: str = "") -> dict[str, float]:

@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     EMBEDDING_NOISE = 3
     EVALUATION_COUNT = 4
     EVALUATION_MASK = 5
+    EVALUATION_INFILL = 6
 
 
 def generator(seed: int, purpose: Purpose, index: int) -> np.random.Generator:

@@ -7,22 +7,41 @@ once and forks every worker from there. Under torchrun or srun nothing is starte
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import socket
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from enum import IntEnum
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
 
 GRACE_SEC = 10.0
 """How long the others get to end after the first process failed."""
+SETTLE_SEC = 1.0
+"""How long to wait for the cause: a failed rank breaks the others' collectives, and they may report first."""
+AS_THEY_ARE = (ValueError, OSError, FloatingPointError)
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class WorkerError(RuntimeError):
     """A worker failed; the message holds its rank and traceback."""
+
+
+class _Blame(IntEnum):
+    """How well a failure explains that several ranks failed at once; the lowest is reported."""
+
+    RAISED = 0  # a sentence for the user
+    DIED = 1
+    FOLLOWED = 2  # any other exception, such as a collective whose peer is gone
+
+
+@dataclass
+class _Failure:
+    error: BaseException
+    blame: _Blame
 
 
 def already_started() -> bool:
@@ -42,7 +61,7 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
     """Run worker(*args) in `processes` ranks and return their results in rank order.
 
     worker and args are picklable; `preload` is the module that the parent of the ranks imports. Raises
-    what a rank raised (ValueError and OSError as they are, anything else as WorkerError with the rank's
+    what a rank raised (AS_THEY_ARE as they are, anything else as WorkerError with the rank and its
     traceback) after ending the others; SIGINT, SIGTERM and SIGUSR1 are passed on to every rank.
     """
     context = multiprocessing.get_context("forkserver")
@@ -90,32 +109,36 @@ def _run(
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
     try:
-        sender.send((worker(*args), None, ""))
-    except KeyboardInterrupt as error:
-        sender.send((None, error, ""))
-    except Exception as error:
-        keep = error if isinstance(error, ValueError | OSError) else WorkerError(str(error))
-        sender.send((None, keep, traceback.format_exc()))
+        sender.send((worker(*args), None))
+    except (*AS_THEY_ARE, KeyboardInterrupt) as error:
+        sender.send((None, _Failure(error, _Blame.RAISED)))
+    except Exception:
+        bug = WorkerError(f"process {rank} failed:\n{traceback.format_exc()}")
+        sender.send((None, _Failure(bug, _Blame.FOLLOWED)))
 
 
-def _collect(ranks: list[Any], pipes: list[Any]) -> list[Any]:
+def _collect(ranks: list[Any], pipes: list[Connection]) -> list[Any]:
+    """Results in rank order; raises the failure that explains the others, after ending every rank."""
     results: dict[int, Any] = {}
+    failures: list[_Failure] = []
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
-    while waiting:
-        for pipe in multiprocessing.connection.wait(list(waiting)):
-            rank = waiting.pop(pipe)  # type: ignore[index]
+    deadline = float("inf")
+    while waiting and time.monotonic() < deadline:
+        timeout = max(0.0, deadline - time.monotonic()) if failures else None
+        for pipe in cast(list[Connection], wait(list(waiting), timeout)):
+            rank = waiting.pop(pipe)
             try:
-                result, error, trace = pipe.recv()  # type: ignore[union-attr]
+                results[rank], failure = pipe.recv()
             except EOFError:
                 ranks[rank].join(GRACE_SEC)
-                result, trace = None, ""
-                error = WorkerError(f"process {rank} died with exit code {ranks[rank].exitcode}")
-            if error is not None:
-                _end(ranks)
-                if isinstance(error, WorkerError) and trace:
-                    raise WorkerError(f"process {rank} failed:\n{trace}") from None
-                raise error
-            results[rank] = result
+                death = WorkerError(f"process {rank} died with exit code {ranks[rank].exitcode}")
+                failure = _Failure(death, _Blame.DIED)
+            if failure is not None:
+                failures.append(failure)
+                deadline = min(deadline, time.monotonic() + SETTLE_SEC)
+    if failures:
+        _end(ranks)
+        raise min(failures, key=lambda failure: failure.blame).error
     for process in ranks:
         process.join()
     return [results[rank] for rank in range(len(ranks))]

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
 
+from llada_megatron.runtime import quiet
+
 SUPPORTED_VERSION = "0.19."
 CPU = torch.device("cpu")
 
@@ -75,7 +77,9 @@ class FusedAdamCPU(torch.optim.Optimizer):
     ) -> None:
         if not adam_w_mode:
             raise ValueError("FusedAdamCPU decouples weight decay: keep adam_w_mode=True.")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
+        super().__init__(
+            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -113,13 +117,16 @@ def install() -> bool:
     Call it before anything imports megatron.core. Raises RuntimeError when megatron-core is not the
     version that was checked, or when a patched place no longer looks as expected.
     """
+    quiet.install()
     if torch.cuda.is_available():
         return False
     if getattr(torch, "_llada_megatron_seam", False):
         return True
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine and Apex are not installed|absl.logging).*")
-    warnings.filterwarnings("ignore", category=SyntaxWarning, module="megatron.*")
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # megatron/core/jit.py compiles small functions; needs a compiler
+    # tensor_parallel/layers.py:848: advice on the order of CUDA kernels.
+    warnings.filterwarnings("ignore", ".*environment variable CUDA_DEVICE_MAX_CONNECTIONS", UserWarning)
+    os.environ["TORCH_COMPILE_DISABLE"] = (
+        "1"  # megatron/core/jit.py compiles small functions; needs a compiler
+    )
     _patch_torch()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     core = importlib.import_module("megatron.core")
@@ -141,8 +148,8 @@ def _expect(module: str, *fragments: str) -> Any:
     for fragment in fragments:
         if fragment not in source:
             raise RuntimeError(
-                f"{module} no longer contains '{fragment}': the CPU seam (runtime/mcore_cpu.py) must be reviewed"
-                " for this version of megatron-core."
+                f"{module} no longer contains '{fragment}': the CPU seam (runtime/mcore_cpu.py) must be"
+                " reviewed for this version of megatron-core."
             )
     return loaded
 
@@ -160,7 +167,7 @@ def _patch_torch() -> None:
     # pipeline_parallel/schedules.py:749, optimizer/optimizer.py, clip_grads.py: literal device="cuda".
     for name in ("zeros", "ones", "empty", "full", "tensor", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    # optimizer/distrib_optimizer.py:466, optimizer.py:1028: compares Tensor.type() with 'torch.cuda.FloatTensor'.
+    # optimizer/distrib_optimizer.py:466, optimizer.py:1028: Tensor.type() must be 'torch.cuda.FloatTensor'.
     tensor_type = torch.Tensor.type
 
     def type_as_cuda(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +187,7 @@ def _patch_torch() -> None:
     # tensor_parallel/random.py: one generator here, the CPU's.
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: None if torch.manual_seed(seed) else None
+    cuda.manual_seed = torch.manual_seed
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -202,7 +209,9 @@ def _patch_megatron() -> None:
     )
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
     # moe_utils.py:1184: split sizes become numpy arrays only when they were on a GPU, but
     # token_dispatcher.py hands them to all_to_all_single either way.
@@ -223,7 +232,9 @@ def _patch_megatron() -> None:
     moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
 
     # tensor_parallel/mappings.py gathers and scatters uneven splits (EP with ETP); gloo wants even ones.
-    _expect("megatron.core.tensor_parallel.mappings", "torch.distributed.reduce_scatter(", "output_split_sizes")
+    _expect(
+        "megatron.core.tensor_parallel.mappings", "torch.distributed.reduce_scatter(", "output_split_sizes"
+    )
     dist.all_gather = _uneven_all_gather(dist.all_gather)
     dist.reduce_scatter = _uneven_reduce_scatter(dist.reduce_scatter)
 

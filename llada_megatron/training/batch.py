@@ -50,7 +50,22 @@ class MicroBatch:
         return self
 
 
-def model_mask(samples: list[PackedSample], block_size: int, grid: BlockGrid, *, clean_copy: bool, causal: bool):
+def check_vocabulary(samples: list[PackedSample], vocab_size: int) -> None:
+    """Raise ValueError for a token that the model has no row for.
+
+    Under tensor parallelism megatron-core would embed it as zero and give it a wrong loss, silently.
+    """
+    largest = max(int(sample.tokens.max()) for sample in samples)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The data hold token {largest}, outside model.vocab_size={vocab_size}: set a larger"
+            " model.vocab_size, or prepare the data with the model's tokenizer."
+        )
+
+
+def model_mask(
+    samples: list[PackedSample], block_size: int, grid: BlockGrid, *, clean_copy: bool, causal: bool
+) -> BlockDiffusionMask:
     """The attention mask of a micro-batch."""
     return BlockDiffusionMask(
         [torch.from_numpy(sample.cu_seqlens) for sample in samples],

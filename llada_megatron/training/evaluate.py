@@ -24,11 +24,13 @@ from llada_megatron.diffusion.corruption import block_starts
 from llada_megatron.generate.infill import infill
 from llada_megatron.parallel.random import Purpose, generator
 from llada_megatron.runtime import device
-from llada_megatron.training.batch import MicroBatch, autoregressive_batch, diffusion_inputs
+from llada_megatron.training.batch import MicroBatch, autoregressive_batch, check_vocabulary, diffusion_inputs
 from llada_megatron.training.step import data_parallel, forward_step
 
 Estimate = dict[str, float | None]
 MASK_CHARACTER = "░"
+BASELINE_SEQUENCES = 4096
+"""The entropies of the text are taken over at most this many held-out sequences."""
 
 
 class Evaluator:
@@ -36,7 +38,8 @@ class Evaluator:
 
     def __init__(self, config: Config, data: PackedSequences, model: list[Any]) -> None:
         self.config, self.model = config, model
-        held_out = [data[index] for index in range(data.sequences_per_epoch)]
+        held_out = [data[index] for index in range(min(data.sequences_per_epoch, held_out_sequences(config)))]
+        check_vocabulary(held_out, config.model.vocab_size)
         self.samples = held_out[: config.evaluation.sequences]
         self.bytes_per_token = bytes_per_token(config.data.path)
         self.baselines = entropies(held_out)
@@ -44,14 +47,18 @@ class Evaluator:
     def bounds(self) -> dict[str, Estimate]:
         """The bound at every `evaluation.block_sizes`, keyed by block size."""
         length = self.config.data.sequence_length
-        sizes = [block_size_of(size, length, "evaluation.block_sizes") for size in self.config.evaluation.block_sizes]
+        sizes = [
+            block_size_of(size, length, "evaluation.block_sizes")
+            for size in self.config.evaluation.block_sizes
+        ]
         return {str(size): self.bound(size) for size in sizes}
 
     def bound(self, block_size: int) -> Estimate:
         """Upper bound of the NLL in nats per token, its standard error over sequences, bits per byte."""
         draws = 1 if block_size == 1 else self.config.evaluation.draws
-        sums = sum(self._sums(partial(self._bound_batch, block_size, draw, draws)) for draw in range(draws))
-        return self._estimate(sums / draws, np.full(len(self.samples), self.config.data.sequence_length))
+        sums = [self._sums(partial(self._bound_batch, block_size, draw, draws)) for draw in range(draws)]
+        tokens = np.full(len(self.samples), self.config.data.sequence_length)
+        return self._estimate(np.mean(sums, axis=0), tokens)
 
     def autoregressive(self) -> Estimate:
         """Exact next-token NLL in nats per predicted token."""
@@ -86,7 +93,10 @@ class Evaluator:
                 mask_token_id=mask_token_id,
                 grid=self.config.diffusion.block_grid,
             )
-            shown = [MASK_CHARACTER if h else tokenizer.decode([int(t)]) for h, t in zip(hidden, tokens, strict=True)]
+            shown = [
+                MASK_CHARACTER if h else tokenizer.decode([int(t)])
+                for h, t in zip(hidden, tokens, strict=True)
+            ]
             yield tokenizer.decode(sample.tokens.tolist()), "".join(shown), tokenizer.decode(filled.tolist())
 
     def _predicted(self) -> np.ndarray:
@@ -128,7 +138,9 @@ class Evaluator:
         rank, ranks = data_parallel()
         size = self.config.layout.micro_batch
         count = len(self.samples)
-        per_rank = -(-count // (size * ranks)) * size
+        # Interleaved pipelines want micro-batches in multiples of their stages.
+        multiple = size * (self.config.layout.pp if self.config.layout.vpp > 1 else 1)
+        per_rank = -(-count // (multiple * ranks)) * multiple
         padded = [min(index, count - 1) for index in range(per_rank * ranks)]
         mine = padded[rank * per_rank : (rank + 1) * per_rank]
         groups = [mine[at : at + size] for at in range(0, per_rank, size)]
@@ -165,6 +177,11 @@ class Evaluator:
         error = float(per_sequence.std(ddof=1) / math.sqrt(len(sums))) if len(sums) > 1 else None
         bits = mean / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
         return {"mean": mean, "se": error, "bits_per_byte": bits}
+
+
+def held_out_sequences(config: Config) -> int:
+    """How many held-out sequences an Evaluator reads at most."""
+    return max(config.evaluation.sequences, BASELINE_SEQUENCES)
 
 
 def bytes_per_token(prefixes: list[str]) -> float | None:

@@ -16,6 +16,7 @@ from llada_megatron.config.flops import expected_pairs, training_flops_per_seque
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
+from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.model.provider import build_model
 from llada_megatron.observe.metrics import read_jsonl
 from llada_megatron.observe.trackers import Trackers
@@ -23,9 +24,14 @@ from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.balance import ExpertBalance
-from llada_megatron.training.evaluate import Evaluator
+from llada_megatron.training.evaluate import Evaluator, held_out_sequences
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, wrap
-from llada_megatron.training.position import Position, check_same_run, resume_checkpoint
+from llada_megatron.training.position import (
+    Position,
+    check_nothing_later,
+    check_same_run,
+    resume_checkpoint,
+)
 from llada_megatron.training.signals import StopRequest
 from llada_megatron.training.step import StepResult, Trainer, train_step
 
@@ -53,14 +59,22 @@ def run(config: Config) -> Outcome:
     groups.initialize(
         config.layout, threads=config.training.threads or threads_per_process(config.layout.processes)
     )
+    stop = StopRequest()  # before the model is built, which may take minutes
     try:
-        return _Run(config, schedule).train()
+        return _Run(config, schedule).train(stop)
     finally:
+        stop.release()
         groups.destroy()
 
 
 def build_trainer(config: Config, schedule: Any) -> Trainer:
     """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
+    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
+    if vocabulary > config.model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer has {vocabulary} ids, more than model.vocab_size={config.model.vocab_size}:"
+            " choose the model's own tokenizer, or set a larger model.vocab_size."
+        )
     data = build_sequences(
         config.data,
         split="train",
@@ -90,13 +104,12 @@ class _Run:
             self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
         self.started = time.monotonic()
 
-    def train(self) -> Outcome:
+    def train(self, stop: StopRequest) -> Outcome:
         """Steps, with what surrounds them: evaluation, checkpoints, signals."""
         config, step = self.config, self.position.step
         last_step = self.schedule.total_steps
         if config.training.steps:
             last_step = min(last_step, config.training.steps)
-        stop = StopRequest()
         signal_number = 0
         try:
             if step == 0 and config.checkpoint.init_from:
@@ -117,7 +130,6 @@ class _Run:
                 if self._is_due(step, ended, signal_number, step == last_step):
                     self._save(step, stage, ended)
         finally:
-            stop.release()
             if self.trackers is not None:
                 self.trackers.close()
         return Outcome(step=step, signal=signal_number, finished=step >= last_step)
@@ -133,7 +145,11 @@ class _Run:
             manifest = store.Manifest.read(checkpoint)
             check_same_run(self.config, manifest, self.fingerprint)
             store.load(checkpoint, self.trainer.model, self.trainer.optimizer)
-            return Position(manifest.step, manifest.skipped_steps)
+            check_nothing_later(self.dir, manifest.step)
+            return Position(
+                manifest.step, manifest.skipped_steps, manifest.wall_sec, manifest.autoregressive_tokens
+            )
+        check_nothing_later(self.dir, 0)
         if self.config.checkpoint.init_from:
             checkpoint = store.find(self.config.checkpoint.init_from)
             store.load(checkpoint, self.trainer.model, None)
@@ -156,9 +172,14 @@ class _Run:
             config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
             data_fingerprint=self.fingerprint,
             versions=store.versions(),
+            wall_sec=self._wall_sec(),
+            autoregressive_tokens=self.position.autoregressive_tokens,
         )
         keep = self.config.checkpoint.keep_last
         store.save(self.dir, manifest, self.trainer.model, self.trainer.optimizer, keep_last=keep)
+
+    def _wall_sec(self) -> float:
+        return self.position.wall_sec + time.monotonic() - self.started
 
     def _count_skipped(self, step: int, result: StepResult) -> None:
         if not result.skipped:
@@ -220,7 +241,7 @@ class _Run:
             split="validation",
             seed=config.run.seed,
             mask_token_id=config.model.mask_token_id,
-            sequences_wanted=config.evaluation.sequences,
+            sequences_wanted=held_out_sequences(config),
         )
         return Evaluator(config, held_out, list(self.trainer.model))
 
@@ -232,7 +253,7 @@ class _Run:
         is_autoregressive = stage is None or not stage.is_diffusion
         autoregressive = None
         if is_autoregressive:
-            tokens = self.position.autoregressive_tokens or step * self.schedule.tokens_per_step
+            tokens = self.position.autoregressive_tokens + step * self.schedule.tokens_per_step
             estimate = self.evaluator.autoregressive()
             autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
         record = {
@@ -248,7 +269,7 @@ class _Run:
             "block1_views": self.evaluator.block_one_views() if stage is None else None,
             "baselines": self.evaluator.baselines,
             "vocab_size": self.config.model.vocab_size,
-            "wall_sec": time.monotonic() - self.started,
+            "wall_sec": self._wall_sec(),
         }
         if self.trackers is not None:
             self.trackers.evaluation(record)
@@ -260,7 +281,9 @@ class _Run:
         for original, masked, filled in self.evaluator.infilled(stage.block_size):
             if self.trackers is not None:
                 texts = {"original": original, "masked": masked, "filled": filled}
-                self.trackers.sample({"step": step, "stage": stage.name, "block_size": stage.block_size, **texts})
+                self.trackers.sample(
+                    {"step": step, "stage": stage.name, "block_size": stage.block_size, **texts}
+                )
 
     def _train_loss(self, stage: Stage | None) -> float | None:
         if stage is None or not self.is_writer:

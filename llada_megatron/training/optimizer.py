@@ -47,6 +47,10 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
         ),
         list(model),
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.init_state_fn is not None and part.optimizer is not None:
+            # Adam makes its moments in its first step; a checkpoint before that (all skipped) needs them.
+            part.init_state_fn(part.optimizer, part.config)
     get_model_config(model[0]).grad_scale_func = optimizer.scale_loss
     return optimizer
 
@@ -54,7 +58,9 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
 class LearningRate:
     """megatron-core's parameter scheduler in units of tokens; a function of the step, so it has no state."""
 
-    def __init__(self, optimizer: MegatronOptimizer, settings: OptimizerSettings, schedule: Schedule, rewarm: int):
+    def __init__(
+        self, optimizer: MegatronOptimizer, settings: OptimizerSettings, schedule: Schedule, rewarm: int
+    ):
         self.optimizer, self.schedule, self.rewarm_tokens = optimizer, schedule, rewarm
         self.scheduler = OptimizerParamScheduler(
             optimizer,

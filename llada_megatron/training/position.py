@@ -8,6 +8,7 @@ from typing import Any
 
 from llada_megatron.checkpoint import store
 from llada_megatron.config.compose import differences
+from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import fingerprint_difference
 
@@ -23,6 +24,12 @@ MAY_CHANGE = (
     "data.allow_change",
     "schedule.stages",
     "layout.micro_batch",
+    "layout.processes",
+    "layout.tp",
+    "layout.pp",
+    "layout.vpp",
+    "layout.ep",
+    "layout.etp",
     "checkpoint.",
     "evaluation.",
     "training.",
@@ -30,7 +37,7 @@ MAY_CHANGE = (
     "cluster.",
     "precision.deterministic",
 )
-"""Keys that a resume may change; data.path is covered by the fingerprint, later stages may be added."""
+"""Keys that a resume may change; data.path is covered by the fingerprint, stages by `_changed_stages`."""
 
 
 @dataclasses.dataclass
@@ -39,6 +46,7 @@ class Position:
 
     step: int = 0
     skipped_steps: int = 0
+    wall_sec: float = 0.0
     autoregressive_tokens: int = 0
     """Data tokens of the model that the weights came from, when they came from another run."""
 
@@ -57,9 +65,7 @@ def check_same_run(config: Config, manifest: store.Manifest, data_fingerprint: d
     """Raise ValueError when the checkpoint belongs to another model, objective, seed, order or data."""
     saved = config_of(manifest)
     changed = [line for line in differences(saved, config) if not line.startswith(MAY_CHANGE)]
-    done = [stage for stage in saved.schedule.stages if stage in config.schedule.stages]
-    if manifest.step and saved.schedule.stages and not done:
-        changed.append("schedule.stages: no stage of the checkpoint is left")
+    changed += _changed_stages(saved, config, manifest.step)
     if changed:
         raise ValueError(
             "The checkpoint belongs to another run: "
@@ -70,8 +76,33 @@ def check_same_run(config: Config, manifest: store.Manifest, data_fingerprint: d
         return
     if data := fingerprint_difference(manifest.data_fingerprint, data_fingerprint):
         raise ValueError(
-            "The data changed since the checkpoint: " + " ".join(data) + " Set data.allow_change=true to go on."
+            f"The data changed since the checkpoint: {' '.join(data)} Set data.allow_change=true to go on."
         )
+
+
+def check_nothing_later(run_dir: Path, step: int) -> None:
+    """Raise ValueError when the run's directory holds checkpoints past the step that it starts from.
+
+    They belong to a history that this start abandons: the next resume would pick one of them, and they
+    would count as newer than what is saved from now on.
+    """
+    for checkpoint in store.whole_checkpoints(run_dir):
+        if store.Manifest.read(checkpoint).step > step:
+            raise ValueError(
+                f"{checkpoint} is later than step {step}, where run.resume starts: remove it and those after"
+                " it, or choose another run.dir."
+            )
+
+
+def _changed_stages(saved: Config, now: Config, step: int) -> list[str]:
+    """Stages that were trained, up to the one in progress, stay as they are; later ones are free."""
+    in_progress = schedule_of(saved).stage_at(step - 1).index
+    changed = []
+    for index, before in enumerate(saved.schedule.stages[: in_progress + 1]):
+        after = now.schedule.stages[index] if index < len(now.schedule.stages) else None
+        if after is None or dataclasses.replace(after, micro_batch=before.micro_batch) != before:
+            changed.append(f"schedule.stages[{index}] ({before.name}) has been trained and is another now")
+    return changed
 
 
 def config_of(manifest: store.Manifest) -> Config:

@@ -27,6 +27,7 @@ from llada_megatron.training.batch import (
     RATE_BINS,
     MicroBatch,
     autoregressive_batch,
+    check_vocabulary,
     diffusion_batch,
 )
 from llada_megatron.training.embedding import embedding_statistics
@@ -127,8 +128,12 @@ def micro_batches(trainer: Trainer, stage: Stage, step: int, sigma: float) -> It
     """This rank's micro-batches of a step, on its device."""
     config = trainer.config
     for indices in sample_indices(step, stage.micro_batch, config.layout.global_batch):
+        sequences = [
+            data_index(index, config.diffusion) if stage.is_diffusion else index for index in indices
+        ]
+        samples = [trainer.data[sequence] for sequence in sequences]
+        check_vocabulary(samples, config.model.vocab_size)
         if stage.is_diffusion:
-            samples = [trainer.data[data_index(index, config.diffusion)] for index in indices]
             batch = diffusion_batch(
                 samples,
                 indices,
@@ -139,7 +144,7 @@ def micro_batches(trainer: Trainer, stage: Stage, step: int, sigma: float) -> It
                 noise_sigma=sigma,
             )
         else:
-            batch = autoregressive_batch([trainer.data[index] for index in indices])
+            batch = autoregressive_batch(samples)
         yield batch.to(device.device())
 
 

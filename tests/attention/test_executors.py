@@ -14,6 +14,11 @@ from llada_megatron.attention.composed import performed_pairs
 VIEWS = [(True, False), (False, False), (False, True)]  # clean_copy, causal
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def one_document(length, samples=1):
     return [torch.tensor([0, length])] * samples
 
@@ -47,11 +52,10 @@ def masks(draw, max_length=180):
     return BlockDiffusionMask(cu_seqlens, block_size, grid, *draw(st.sampled_from(VIEWS)))
 
 
-@settings(deadline=None, max_examples=150)
-@given(mask=masks(), kv_heads=st.integers(1, 3), group=st.integers(1, 3), seed=st.integers(0, 999))
+@settings(max_examples=150)
+@given(mask=masks(), kv_heads=st.integers(1, 3), group=st.integers(1, 3))
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_composed_equals_reference_in_output_and_gradients(dtype, tolerance, mask, kv_heads, group, seed):
-    torch.manual_seed(seed)
+def test_composed_equals_reference_in_output_and_gradients(dtype, tolerance, mask, kv_heads, group):
     qkv = random_qkv(mask, kv_heads * group, kv_heads, dtype=dtype)
     expected = output_and_gradients(qkv, mask, "reference")
     for got, want in zip(output_and_gradients(qkv, mask, "composed"), expected, strict=True):
@@ -117,6 +121,23 @@ def test_bfloat16_stays_bfloat16_and_close_to_float64(backend):
     for got, want in zip(output_and_gradients(bfloat16_qkv, mask, backend), exact, strict=True):
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.double(), want, rtol=0.05, atol=0.05)
+
+
+def test_key_gradients_of_many_calls_are_rounded_to_bfloat16_once():
+    mask = BlockDiffusionMask(one_document(1024), 4)
+    qkv = [tensor.detach().bfloat16() for tensor in random_qkv(mask, heads=1, head_dim=16)]
+    weight = torch.rand(mask.total, 1, 1, 16, dtype=torch.float64)
+
+    def key_and_value_gradients(backend, dtype):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in qkv]
+        output = block_diffusion_attention(*inputs, mask, backend)
+        return torch.autograd.grad(output, inputs[1:], weight.to(dtype))
+
+    exact = key_and_value_gradients("reference", torch.float64)
+    seen_by_every_call = slice(1024, 1088)
+    for got, want in zip(key_and_value_gradients("composed", torch.bfloat16), exact, strict=True):
+        error = (got - want)[seen_by_every_call].norm() / want[seen_by_every_call].norm()
+        assert error < 0.004  # one rounding is 2^-9; adding up in bfloat16 gives 0.006
 
 
 def test_composed_works_in_any_memory_layout():
@@ -213,7 +234,6 @@ def test_one_document_without_clean_copy_is_one_call():
         assert (call.query, call.bias, call.is_causal) == ((0, 2048), None, is_causal)
 
 
-@settings(deadline=None)
 @given(mask=masks())
 def test_performed_pairs_are_at_least_the_visible_ones(mask):
     assert mask.visible_pairs() <= performed_pairs(mask) <= mask.batch * mask.total**2

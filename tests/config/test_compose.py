@@ -1,0 +1,81 @@
+import omegaconf
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from llada_megatron.config import rules
+from llada_megatron.config.compose import CONFIG_DIR, compose, differences, load, save
+from llada_megatron.config.schema import Denominator, Objective
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
+PARITY = ["experiment=parity"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_keeps_the_rules(experiment):
+    config = compose([f"experiment={experiment}"])
+    schedule = rules.check(config)
+    assert schedule.total_steps > 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_fits_a_run(model):
+    rules.check(compose([*PARITY, f"model={model}"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("optimizer.learning_rate=1", "learning_rate"),
+        ("diffusion.embedding_noise.sigm=1", "sigm"),
+        ("difusion.weight=flat", "difusion"),
+        ("diffusion.weight=invers", "invers"),
+        ("layout.tp=two", "two"),
+        ("schedule.stages=[{name: a, blocksize: '4', tokens: 1}]", "blocksize"),
+        ("experiment=no_such_experiment", "no_such_experiment"),
+    ],
+)
+def test_a_typo_fails_at_composition(override, names):
+    with pytest.raises((ConfigCompositionException, omegaconf.errors.OmegaConfBaseException)) as caught:
+        compose([*PARITY, override] if not override.startswith("experiment") else [override])
+    causes = f"{caught.value} {caught.value.__cause__}"
+    assert names in causes
+
+
+def test_a_value_that_an_experiment_must_set_is_named():
+    with pytest.raises(ValueError, match=r"run\.name is not set"):
+        compose([])
+
+
+def test_strings_become_members_and_interpolations_are_resolved():
+    config = compose([*PARITY, "diffusion.denominator=masked", "run.name=x"])
+    assert config.diffusion.denominator is Denominator.masked
+    assert config.schedule.stages[0].objective is Objective.diffusion
+    assert config.run.dir == "runs/x"
+
+
+def test_save_and_load_return_the_same_configuration(tmp_path):
+    config = compose([*PARITY, "diffusion.t_per=block", "evaluation.block_sizes=['4', full]"])
+    save(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_load_refuses_a_key_that_nobody_knows(tmp_path):
+    save(compose(PARITY), tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("clip_grad:", "clip_gradient:"))
+    with pytest.raises(omegaconf.errors.OmegaConfBaseException, match="clip_gradient"):
+        load(tmp_path / "config.yaml")
+
+
+def test_differences_name_exactly_the_leaves_that_differ():
+    saved = compose(PARITY)
+    assert differences(saved, compose(PARITY)) == []
+    now = compose([*PARITY, "optimizer.lr=0.5", "diffusion.weight=flat", "data.path=[a, b]"])
+    assert differences(saved, now) == [
+        "data.path[0]: runs/data/python -> a",
+        "data.path[1]: absent -> b",
+        "diffusion.weight: inverse -> flat",
+        "optimizer.lr: 0.001 -> 0.5",
+    ]

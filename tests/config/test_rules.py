@@ -1,0 +1,88 @@
+import pytest
+
+from llada_megatron.config import rules
+from llada_megatron.config.compose import compose
+
+AR = "{name: a, objective: autoregressive, block_size: '1', tokens: 4096}"
+BD = "{name: b, block_size: '4', tokens: 4096}"
+
+BROKEN = [
+    (["model.kv_heads=3"], "model.kv_heads"),
+    (["model.mask_token_id=512"], "model.mask_token_id"),
+    (["model.rotary_fraction=0.03"], "model.rotary_fraction"),
+    (["model.experts=0"], "model.experts"),
+    (["model.expert_groups=3"], "model.expert_groups"),
+    (["model.experts_per_token=5"], "model.experts_per_token"),
+    (["model.experts_per_token=3"], "model.expert_groups_per_token"),
+    (["layout.tp=0"], "layout.tp"),
+    (["layout.processes=3", "layout.tp=2"], "layout.processes"),
+    (["layout.cp=2", "layout.processes=2"], "layout.cp"),
+    (["layout.tp=4", "layout.processes=4"], "model.kv_heads"),
+    (["layout.tp=2", "layout.processes=2", "model.vocab_size=511"], "model.vocab_size"),
+    (
+        [
+            "layout.tp=2",
+            "layout.processes=2",
+            "data.sequence_length=1",
+            "schedule.stages=[{name: a, block_size: full, tokens: 4096}]",
+        ],
+        "data.sequence_length",
+    ),
+    (["layout.ep=3", "layout.processes=3"], "model.experts"),
+    (["layout.ep=2"], r"ep\*etp\*pp"),
+    (["layout.vpp=2"], "layout.pp"),
+    (["layout.pp=3", "layout.processes=3"], "model.layers"),
+    (["layout.pp=2", "layout.vpp=2", "layout.processes=2", "layout.global_batch=7"], "layout.global_batch"),
+    (["layout.micro_batch=3"], "layout.global_batch"),
+    (["schedule.stages=[{name: a, block_size: '4', tokens: 4096, micro_batch: 5}]"], "micro_batch"),
+    ([f"schedule.stages=[{BD}, {AR}]"], "autoregressive stages first"),
+    (["schedule.stages=[{name: a, block_size: '4', tokens: 4096, learning_rate: rewarm}]"], "rewarm_tokens"),
+    (["diffusion.mask_rate_min=0.5", "diffusion.mask_rate_max=0.5"], "diffusion.mask_rate_min"),
+    (["diffusion.mask_rate_max=1.5"], "mask_rate_max"),
+    (["diffusion.mask_rate_min=0"], "diffusion.mask_rate_min"),
+    (["diffusion.complementary=true"], "diffusion.mask_rate_max"),
+    (
+        ["diffusion.complementary=true", "diffusion.mask_rate_max=0.9", "layout.global_batch=7"],
+        "layout.global_batch",
+    ),
+    (["diffusion.embedding_noise.fade_tokens=0"], "diffusion.embedding_noise.fade_tokens"),
+    (["optimizer.decay_style=sometimes"], "optimizer.decay_style"),
+    (["optimizer.min_lr=1.0"], "optimizer.min_lr"),
+    (["optimizer.warmup_tokens=12288"], "optimizer.warmup_tokens"),
+    (["precision.dtype=fp16"], "precision.dtype"),
+    (["evaluation.block_sizes=['4', '7']"], r"evaluation.block_sizes\[1\]"),
+    (["evaluation.infill_sequences=1", "layout.pp=2", "layout.processes=2"], "evaluation.infill_sequences"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting"), BROKEN, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_what_cannot_work_is_refused_and_the_setting_named(overrides, setting):
+    with pytest.raises(ValueError, match=setting) as caught:
+        rules.check(compose(["experiment=parity", *overrides]))
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+SOUND = [
+    ["layout.pp=2", "layout.vpp=2", "layout.processes=4", "layout.ep=2"],
+    ["layout.tp=2", "layout.ep=2", "layout.processes=2"],
+    ["diffusion.complementary=true", "diffusion.mask_rate_max=0.9", "layout.micro_batch=1"],
+    ["diffusion.complementary=true", "diffusion.weight=flat"],
+    ["diffusion.mask_rate_min=0", "diffusion.weight=flat"],
+    [f"schedule.stages=[{AR}, {BD}]"],
+    ["model.dense_layers=4", "model.experts=0", "model.experts_per_token=0"],
+    ["evaluation.block_sizes=['1', full]"],
+]
+
+
+@pytest.mark.parametrize("overrides", SOUND, ids=" ".join)
+def test_what_can_work_is_let_through(overrides):
+    rules.check(compose(["experiment=parity", *overrides]))
+
+
+def test_data_parallelism_is_what_the_other_axes_leave():
+    layout = compose(
+        ["experiment=parity", "layout.processes=8", "layout.tp=2", "layout.pp=2", "layout.ep=2"]
+    ).layout
+    assert rules.data_parallel_size(layout) == 2

@@ -1,0 +1,68 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llada_megatron.config.schedule import Schedule
+from llada_megatron.config.schema import Objective, ScheduleConfig, StageConfig
+
+L, GLOBAL_BATCH = 64, 4
+TOKENS_PER_STEP = L * GLOBAL_BATCH
+
+
+def schedule(*stages: StageConfig) -> Schedule:
+    config = ScheduleConfig(stages=list(stages))
+    return Schedule(config, sequence_length=L, global_batch=GLOBAL_BATCH, micro_batch=2)
+
+
+def stage(name="a", block_size="4", tokens=TOKENS_PER_STEP, **options) -> StageConfig:
+    return StageConfig(name=name, block_size=block_size, tokens=tokens, **options)
+
+
+@given(budgets=st.lists(st.integers(1, 10 * TOKENS_PER_STEP), min_size=1, max_size=5))
+def test_stages_tile_the_steps_and_round_their_tokens_up_to_whole_steps(budgets):
+    made = schedule(*(stage(name=str(i), tokens=tokens) for i, tokens in enumerate(budgets)))
+    ends = [0, *(each.end_step for each in made.stages)]
+    for index, (budget, each) in enumerate(zip(budgets, made.stages, strict=True)):
+        assert each.first_step == ends[index]
+        assert each.tokens == each.steps * TOKENS_PER_STEP
+        assert budget <= each.tokens < budget + TOKENS_PER_STEP
+        assert all(made.stage_at(step) is each for step in range(each.first_step, each.end_step))
+    assert made.total_steps == ends[-1]
+    assert made.total_tokens == sum(each.tokens for each in made.stages)
+    assert made.stage_at(made.total_steps + 5) is made.stages[-1]
+
+
+def test_a_clean_copy_is_kept_exactly_while_a_block_is_shorter_than_the_sequence():
+    made = schedule(
+        stage("ar", "1", objective=Objective.autoregressive),
+        stage("one", "1"),
+        stage("half", "32"),
+        stage("full", "full"),
+        stage("number", str(L)),
+    )
+    assert [each.clean_copy for each in made.stages] == [False, True, True, False, False]
+    assert [each.block_size for each in made.stages] == [1, 1, 32, L, L]
+    assert [each.is_diffusion for each in made.stages] == [False, True, True, True, True]
+    assert made.first_diffusion_step() == 1
+
+
+def test_a_stage_may_have_a_micro_batch_of_its_own():
+    assert [each.micro_batch for each in schedule(stage("a"), stage("b", micro_batch=4)).stages] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], r"schedule\.stages is empty"),
+        ([stage(), stage("b", "5")], r"schedule\.stages\[1\]\.block_size is 5, .*data\.sequence_length=64"),
+        ([stage(block_size="128")], r"schedule\.stages\[0\]\.block_size is 128"),
+        ([stage(block_size="0")], r"schedule\.stages\[0\]\.block_size is 0"),
+        ([stage(block_size="all")], r"schedule\.stages\[0\]\.block_size is 'all'"),
+        ([stage(tokens=0)], r"schedule\.stages\[0\]\.tokens is 0"),
+        ([stage(objective=Objective.autoregressive)], r"schedule\.stages\[0\]\.block_size is 4"),
+        ([stage("a"), stage("b"), stage("a")], r"schedule\.stages has a name twice"),
+    ],
+)
+def test_a_stage_that_cannot_be_trained_is_refused_by_its_setting(stages, message):
+    with pytest.raises(ValueError, match=message):
+        schedule(*stages)

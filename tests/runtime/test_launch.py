@@ -1,0 +1,139 @@
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from llada_megatron.runtime.launch import WorkerError, already_started, threads_per_process
+from tests.distributed import run_ranks
+
+
+def join_group() -> None:
+    import torch.distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def identity(offset):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    return [int(os.environ[name]) + offset for name in names], os.getpid()
+
+
+def test_every_rank_gets_its_place_and_results_come_in_rank_order():
+    results = run_ranks(identity, 10, processes=3)
+    assert [places for places, _ in results] == [[10 + rank, 10 + rank, 13] for rank in range(3)]
+    assert len({os.getpid(), *(pid for _, pid in results)}) == 4
+
+
+def raise_in_rank_one(error):
+    join_group()
+    if os.environ["RANK"] == "1":
+        raise error
+    import torch.distributed as dist
+
+    dist.barrier()  # fails or waits for ever: either way rank 1 is to blame
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("optimizer.lr is wrong."), FileNotFoundError(2, "gone", "file")]
+)
+def test_bad_input_of_a_rank_arrives_as_it_was_raised(error):
+    with pytest.raises(type(error)) as caught:
+        run_ranks(raise_in_rank_one, error, processes=2)
+    assert str(caught.value) == str(error)
+    assert not multiprocessing.active_children()
+
+
+def test_a_bug_in_a_rank_arrives_with_its_rank_and_traceback():
+    with pytest.raises(WorkerError, match=r"process 1 failed:\n(.|\n)*in raise_in_rank_one\n(.|\n)*KeyError"):
+        run_ranks(raise_in_rank_one, KeyError("x"), processes=2)
+    assert not multiprocessing.active_children()
+
+
+def break_others_then_raise():
+    join_group()
+    import torch.distributed as dist
+
+    if os.environ["RANK"] == "1":
+        dist.destroy_process_group()
+        time.sleep(0.3)  # rank 0 reports its broken collective first
+        raise ValueError("the cause")
+    dist.barrier()
+
+
+def test_the_cause_is_raised_although_another_rank_reports_its_consequence_first():
+    with pytest.raises(ValueError, match="the cause"):
+        run_ranks(break_others_then_raise, processes=2)
+
+
+def die_in_rank_one():
+    join_group()
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_rank_that_dies_ends_the_launch_and_is_named(attempt):
+    with pytest.raises(WorkerError, match="process 1 died with exit code -9"):
+        run_ranks(die_in_rank_one, processes=2)
+    assert not multiprocessing.active_children()
+
+
+def wait_for(number, folder):
+    received = []
+    signal.signal(number, lambda *_: received.append(number))
+    (folder / os.environ["RANK"]).touch()
+    deadline = time.monotonic() + 60
+    while not received and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return received
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_every_rank_and_the_handlers_come_back(number, tmp_path):
+    def signal_when_both_wait():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=signal_when_both_wait, daemon=True).start()
+    assert run_ranks(wait_for, number, tmp_path, processes=2) == [[number], [number]]
+    assert signal.getsignal(number) is before
+
+
+def not_picklable():
+    return lambda: None
+
+
+def test_a_result_that_cannot_travel_is_an_error_and_no_hang():
+    with pytest.raises(WorkerError, match="pickle"):
+        run_ranks(not_picklable)
+
+
+def test_under_slurm_the_variables_of_torch_are_adopted(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # so that monkeypatch takes them back
+        monkeypatch.delenv(name)
+    for name, value in {"PROCID": 3, "LOCALID": 1, "STEP_NUM_TASKS": 8}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert already_started()
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["3", "1", "8"]
+
+
+def test_a_slurm_allocation_with_one_task_starts_nothing(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not already_started()
+
+
+def test_threads_are_divided_and_never_fewer_than_one():
+    cores = len(os.sched_getaffinity(0))
+    assert threads_per_process(1) == cores
+    assert threads_per_process(10 * cores) == 1

@@ -1,0 +1,138 @@
+"""The seam to megatron-core on a CPU. What patches torch runs in forked ranks, so that nothing leaks."""
+
+import logging
+import os
+import warnings
+
+import pytest
+import torch
+
+from llada_megatron.runtime import mcore_cpu, quiet
+from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam is for machines without CUDA")
+
+
+def depth(function) -> int:
+    return 1 + depth(function.__wrapped__) if hasattr(function, "__wrapped__") else 0
+
+
+def install_again():
+    before = depth(torch.zeros), torch.distributed.all_gather, torch.Tensor.type
+    answers = [mcore_cpu.install(), mcore_cpu.install()]
+    return answers, (depth(torch.zeros), torch.distributed.all_gather, torch.Tensor.type) == before
+
+
+def test_installing_again_changes_nothing():
+    assert run_ranks(install_again) == [([True, True], True)]
+
+
+def install_for_another_version():
+    torch._llada_megatron_seam = False
+    mcore_cpu.SUPPORTED_VERSION = "0.1."
+    try:
+        mcore_cpu.install()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_another_version_of_megatron_core_is_refused():
+    assert run_ranks(install_for_another_version)[0].endswith("install the version of requirements.txt.")
+
+
+def test_a_place_that_no_longer_looks_as_expected_is_named():
+    assert mcore_cpu._expect("json.decoder", "class JSONDecoder").__name__ == "json.decoder"
+    with pytest.raises(RuntimeError, match=r"json\.decoder no longer contains 'class Nothing'"):
+        mcore_cpu._expect("json.decoder", "class JSONDecoder", "class Nothing")
+
+
+def pipeline_settings(vpp):
+    from llada_megatron.config.compose import compose
+    from llada_megatron.model.provider import transformer_config
+
+    config = compose(["experiment=parity", "layout.processes=2", "layout.pp=2", f"layout.vpp={vpp}"])
+    made = transformer_config(config.model, config.layout, config.precision, layer_spec="local")
+    return made.deallocate_pipeline_outputs, made.batch_p2p_comm
+
+
+@pytest.mark.parametrize("vpp", [1, 2])
+def test_pipeline_settings_that_compute_wrong_results_on_gloo_are_off(vpp):
+    assert run_ranks(pipeline_settings, vpp) == [(False, False)]
+
+
+def devices():
+    made = [torch.zeros(1, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(1).cuda()]
+    return [str(tensor.device) for tensor in made], torch.zeros(1).type()
+
+
+def test_tensors_that_are_asked_for_on_cuda_are_made_on_the_cpu():
+    assert run_ranks(devices) == [(["cpu"] * 3, "torch.cuda.FloatTensor")]
+
+
+def test_fused_adam_equals_torch_s_adamw():
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 3), (7,))]
+
+    settings = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    ours, theirs = parameters(), parameters()
+    fused = mcore_cpu.FusedAdamCPU(
+        [{"params": ours[:1]}, {"params": ours[1:], "weight_decay": 0.0}], **settings
+    )
+    adamw = torch.optim.AdamW(
+        [{"params": theirs[:1]}, {"params": theirs[1:], "weight_decay": 0.0}], **settings
+    )
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in (fused, adamw):
+            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+            optimizer.step()
+    assert [group["step"] for group in fused.param_groups] == [6, 6]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_fused_adam_refuses_coupled_weight_decay():
+    with pytest.raises(ValueError, match="adam_w_mode"):
+        mcore_cpu.FusedAdamCPU([torch.nn.Parameter(torch.zeros(1))], adam_w_mode=False)
+
+
+def gather_and_scatter(sizes):
+    import torch.distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    gathered = [torch.empty(size, 2) for size in sizes]
+    dist.all_gather(gathered, torch.full((sizes[rank], 2), float(rank + 1)))
+    mine = torch.empty(sizes[rank])
+    parts = [torch.arange(size) + 10.0 * part + 100.0 * rank for part, size in enumerate(sizes)]
+    dist.reduce_scatter(mine, parts)
+    return [part.tolist() for part in gathered], mine.tolist()
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (0, 2), (2, 2)])
+def test_uneven_parts_are_gathered_and_reduced(sizes):
+    for rank, (gathered, reduced) in enumerate(run_ranks(gather_and_scatter, sizes, processes=2)):
+        assert gathered == [[[part + 1.0] * 2] * size for part, size in enumerate(sizes)]
+        assert reduced == [2 * i + 20.0 * rank + 100.0 for i in range(sizes[rank])]
+
+
+def test_known_messages_are_dropped_and_others_are_heard(caplog):
+    for _ in range(2):
+        quiet.install()
+    logger, fragment = quiet.LOGGED[0]
+    assert len(logging.getLogger(logger).filters) == 1
+    logging.getLogger(logger).warning("%s: advice", fragment)
+    logging.getLogger(logger).warning("something new")
+    assert caplog.messages == ["something new"]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet.install()
+        for category, message, module in quiet.WARNINGS:
+            name = "megatron.core.optimizer.optimizer" if module else "anywhere"
+            warnings.warn_explicit(f"{message} and more", category, "file.py", 1, name)
+        warnings.warn("something new", stacklevel=1)
+    assert [str(each.message) for each in heard] == ["something new"]

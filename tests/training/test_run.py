@@ -1,0 +1,383 @@
+"""Whole runs of experiment=parity on a corpus of short documents (see conftest.py)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llada_megatron.config.compose import compose
+from tests.distributed import run_ranks
+
+STEPS = 6
+STAGES = (
+    "schedule.stages=[{name: bdlm_4, block_size: '4', tokens: 512},"
+    " {name: bdlm_16, block_size: '16', tokens: 512}, {name: mdlm, block_size: full, tokens: 512}]"
+)
+LONG = "schedule.stages=[{name: bdlm_4, block_size: '4', tokens: 2560000}]"
+SMALL = [
+    "model.hidden_size=64",
+    "model.head_dim=16",
+    "model.ffn_hidden_size=64",
+    "model.expert_hidden_size=32",
+]
+TWO = "layout.processes=2"
+NEVER_THE_SAME = ("tokens_per_sec", "mfu")
+
+
+def configure(corpus: str, run_dir: Path, *overrides: str):
+    return compose(
+        [
+            "experiment=parity",
+            *SMALL,
+            f"data.path=[{corpus}]",
+            "data.sequence_length=64",
+            "data.split='8,2'",
+            f"run.dir={run_dir}",
+            "layout.global_batch=4",
+            "optimizer.warmup_tokens=512",
+            "diffusion.embedding_noise.fade_tokens=1024",
+            STAGES,
+            *overrides,
+        ]
+    )
+
+
+def train_rank(configs) -> list[tuple[int, int, bool]]:
+    from llada_megatron.training import loop
+
+    outcomes = [loop.run(config) for config in configs]
+    return [(outcome.step, outcome.signal, outcome.finished) for outcome in outcomes]
+
+
+def train(*configs) -> list[tuple[int, int, bool]]:
+    """Outcomes of runs that follow each other in the same forked ranks."""
+    ranks = run_ranks(train_rank, configs, processes=configs[0].layout.processes)
+    assert all(outcomes == ranks[0] for outcomes in ranks)
+    return ranks[0]
+
+
+def records(run_dir: Path, file: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / f"{file}.jsonl").read_text().splitlines()]
+
+
+def comparable(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in NEVER_THE_SAME} for record in records(run_dir)]
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def arrays_in(folders: list[Path]) -> list[dict[str, bytes]]:
+    """Every tensor of checkpoints, weights and optimizer state, as bytes."""
+    from megatron.core import dist_checkpointing
+
+    from llada_megatron.config.schema import LayoutConfig
+    from llada_megatron.parallel import groups
+
+    def leaves(node, name=""):
+        if isinstance(node, dict):
+            return {k: v for key, value in node.items() for k, v in leaves(value, f"{name}/{key}").items()}
+        return {name: node.contiguous().numpy().tobytes()} if hasattr(node, "numpy") else {}
+
+    groups.initialize(LayoutConfig())
+    return [leaves(dist_checkpointing.load_plain_tensors(str(folder / "shards"))) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory) -> Path:
+    """A run of one process without interruption."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    assert train(configure(corpus, run_dir)) == [(STEPS, 0, True)]
+    return run_dir
+
+
+def test_a_run_goes_through_its_stages_and_keeps_a_checkpoint_of_each_end(straight):
+    assert [record["step"] for record in records(straight)] == list(range(STEPS))
+    assert [record["block_size"] for record in records(straight)] == [4, 4, 16, 16, 64, 64]
+    assert [path.name for path in sorted((straight / "checkpoints").iterdir())] == [
+        f"step_{step:08d}" for step in (2, 4, 6)
+    ]
+
+
+def test_a_resume_inside_a_later_stage_equals_the_uninterrupted_run_bit_for_bit(corpus, straight, tmp_path):
+    assert train(configure(corpus, tmp_path, "training.steps=3"), configure(corpus, tmp_path)) == [
+        (3, 0, True),
+        (STEPS, 0, True),
+    ]
+    assert comparable(tmp_path) == comparable(straight)
+    resumed, uninterrupted = run_ranks(arrays_in, [checkpoint(run, STEPS) for run in (tmp_path, straight)])[0]
+    assert any("exp_avg_sq" in name for name in resumed) and any("expert_bias" in name for name in resumed)
+    assert resumed == uninterrupted
+
+
+def assert_equal_within_rounding(run_dir: Path, straight: Path) -> None:
+    for mine, theirs in zip(records(run_dir), records(straight), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert mine["load_max_over_mean"] == theirs["load_max_over_mean"]
+
+
+LAYOUTS = [
+    ["layout.tp=2"],
+    ["layout.pp=2"],
+    pytest.param(["layout.ep=2"], marks=pytest.mark.slow),
+    pytest.param(["layout.micro_batch=2"], marks=pytest.mark.slow),  # data parallelism
+    pytest.param(["layout.tp=2", "layout.ep=2"], marks=pytest.mark.slow),
+    pytest.param(["layout.tp=2", "layout.etp=2"], marks=pytest.mark.slow),
+    pytest.param(["layout.pp=2", "layout.vpp=2"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
+def test_two_processes_equal_one(corpus, straight, tmp_path, layout):
+    train(configure(corpus, tmp_path, TWO, *layout))
+    assert_equal_within_rounding(tmp_path, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["layout.tp=2"], ["layout.pp=2"], ["layout.ep=2"]], ids=" ".join)
+def test_a_run_goes_on_under_another_layout(corpus, straight, tmp_path, layout):
+    train(configure(corpus, tmp_path, "training.steps=2"))
+    train(configure(corpus, tmp_path, TWO, *layout, "training.steps=4"))
+    train(configure(corpus, tmp_path))
+    assert_equal_within_rounding(tmp_path, straight)
+
+
+def test_evaluations_are_recorded_once_count_time_over_restarts_and_do_not_touch_training(
+    corpus, straight, tmp_path
+):
+    evaluation = ["evaluation.block_sizes=['1', full]", "evaluation.sequences=3", "evaluation.every_steps=1"]
+    train(
+        configure(corpus, tmp_path, *evaluation, "training.steps=3"), configure(corpus, tmp_path, *evaluation)
+    )
+    evaluations = records(tmp_path, "evaluations")
+    assert [record["step"] for record in evaluations] == [1, 2, 3, 4, 5, 6]
+    seconds = [record["wall_sec"] for record in evaluations]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    manifest = json.loads((checkpoint(tmp_path, STEPS) / "manifest.json").read_text())
+    assert manifest["wall_sec"] >= seconds[-1]
+    assert comparable(tmp_path) == comparable(straight)
+
+
+@pytest.mark.parametrize(
+    ("number", "layout"),
+    [(signal.SIGINT, []), pytest.param(signal.SIGUSR1, [TWO], marks=pytest.mark.slow)],
+)
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(corpus, tmp_path, number, layout):
+    def signal_once_it_trains():
+        while not (tmp_path / "metrics.jsonl").exists() or len(records(tmp_path)) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=signal_once_it_trains, daemon=True).start()
+    [(step, received, finished)] = train(configure(corpus, tmp_path, LONG, *layout))
+    assert received == number and not finished and step >= 2
+    assert (checkpoint(tmp_path, step) / "manifest.json").is_file()
+    assert train(configure(corpus, tmp_path, LONG, *layout, f"training.steps={step + 1}")) == [
+        (step + 1, 0, True)
+    ]
+    assert [record["step"] for record in records(tmp_path)] == list(range(step + 1))
+
+
+def press_twice_then_later():
+    from llada_megatron.training.signals import ONE_KEYPRESS_SEC, StopRequest
+
+    stop, presses = StopRequest(), 0
+    try:
+        for pause_sec in (0.0, ONE_KEYPRESS_SEC + 0.1, 0.0):  # the terminal's, the launcher's, another one
+            signal.raise_signal(signal.SIGINT)
+            presses += 1
+            time.sleep(pause_sec)
+    except KeyboardInterrupt:
+        return stop.number, presses
+    finally:
+        stop.release()
+
+
+def test_one_keypress_that_arrives_twice_stops_gently_and_another_interrupts():
+    assert run_ranks(press_twice_then_later) == [(signal.SIGINT, 2)]
+
+
+REFUSED = [
+    (["run.seed=2"], "run.seed: 1 -> 2"),
+    (["model.layers=2"], "model.layers: 4 -> 2"),
+    (["diffusion.weight=flat"], "diffusion.weight: inverse -> flat"),
+    (["optimizer.lr=0.5"], "optimizer.lr: 0.001 -> 0.5"),
+    (["layout.global_batch=8"], "layout.global_batch: 4 -> 8"),
+    ([STAGES.replace("'16'", "'32'")], "schedule.stages[1] (bdlm_16) has been trained and is another now"),
+    (["data.split='9,1'"], "data.split: 8,2 -> 9,1"),
+]
+
+
+def refusals(configs) -> list[str]:
+    from llada_megatron.training import loop
+
+    found = []
+    for config in configs:
+        try:
+            loop.run(config)
+            found.append("went on")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_resume_of_another_run_is_refused_and_the_difference_named(corpus, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(checkpoint(tmp_path / "run", STEPS))
+    configs = [configure(corpus, tmp_path / "run", *overrides) for overrides, _ in REFUSED]
+    (messages,) = run_ranks(refusals, configs)
+    for (_, difference), message in zip(REFUSED, messages, strict=True):
+        assert difference in message and "\n" not in message
+    later = STAGES.replace("mdlm, block_size: full", "half, block_size: '32'")
+    assert train(configure(corpus, tmp_path / "run", later, "training.steps=5")) == [(5, 0, True)]
+
+
+def copy_corpus(corpus: str, folder: Path) -> str:
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(f"{corpus}.{suffix}", folder / f"text.{suffix}")
+    return f"{folder}/text"
+
+
+def test_a_resume_on_changed_data_is_refused_unless_it_is_allowed(corpus, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(checkpoint(tmp_path / "run", STEPS))
+    mine = copy_corpus(corpus, tmp_path)
+    tokens = np.memmap(f"{mine}.bin", np.uint16, "r+")
+    tokens[5] = 65 if tokens[5] != 65 else 66
+    tokens.flush()
+    with pytest.raises(ValueError, match=r"The data changed since the checkpoint: .*data\.allow_change=true"):
+        train(configure(mine, tmp_path / "run"))
+    allowed = configure(mine, tmp_path / "run", "data.allow_change=true", "training.steps=5")
+    assert train(allowed) == [(5, 0, True)]
+
+
+def test_only_a_whole_checkpoint_of_this_run_is_picked_up(corpus, straight, tmp_path):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(checkpoint(tmp_path, STEPS))
+    whole = checkpoint(tmp_path, 4)
+    shutil.copytree(whole, checkpoint(tmp_path, 50))
+    (checkpoint(tmp_path, 50) / "manifest.json").unlink()
+    shutil.copytree(whole, whole.with_name(".step_00000060.partial"))
+    assert train(configure(corpus, tmp_path)) == [(STEPS, 0, True)]
+    assert comparable(tmp_path) == comparable(straight)
+    assert not whole.with_name(".step_00000060.partial").exists()
+
+
+def test_a_start_before_checkpoints_that_exist_is_refused(corpus, straight):
+    for resume, step in (("never", 0), (str(checkpoint(straight, 2)), 2)):
+        with pytest.raises(ValueError, match=rf"later than step {step}, .*run\.dir"):
+            train(configure(corpus, straight, f"run.resume={resume}"))
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(corpus, straight, tmp_path):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    shard = max(checkpoint(tmp_path, STEPS).rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="step_00000006 cannot be loaded"):
+        train(configure(corpus, tmp_path))
+
+
+def test_a_run_that_diverges_skips_counts_and_stops_at_its_limit_naming_the_samples(corpus, tmp_path):
+    diverging = ["optimizer.lr=1e30", "optimizer.warmup_tokens=0", "training.max_skipped_steps=2"]
+    with pytest.raises(FloatingPointError, match=r"Step 3 \(samples 12 to 15\).*max_skipped_steps=2"):
+        train(configure(corpus, tmp_path, *diverging))
+    metrics = records(tmp_path)
+    assert [record["skipped_steps"] for record in metrics] == [0, 1, 2, 3]
+    assert [record["loss"] is None or record["grad_norm"] is None for record in metrics] == [
+        False, True, True, True,
+    ]  # fmt: skip
+    assert len({record["mask_row_norm"] for record in metrics[1:]}) == 1
+
+
+def test_a_step_with_an_infinite_input_leaves_no_trace_and_the_run_goes_on(corpus, tmp_path):
+    # Noise of sigma 1e45 overflows in the first step and has faded before the second.
+    noise = "diffusion.embedding_noise={sigma_over_rms: 1e45, fade_tokens: 256}"
+    config = configure(corpus, tmp_path, noise, "checkpoint.every_steps=1", "training.steps=1")
+    go_on = configure(corpus, tmp_path, noise, "training.steps=3")
+    assert train(config, go_on) == [(1, 0, True), (3, 0, True)]
+    metrics = records(tmp_path)
+    assert [record["skipped_steps"] for record in metrics] == [1, 1, 1]
+    assert metrics[0]["loss"] is None or metrics[0]["grad_norm"] is None
+    assert all(record["loss"] < 10 for record in metrics[1:])
+    assert metrics[1]["mask_row_norm"] == metrics[0]["mask_row_norm"] != metrics[2]["mask_row_norm"]
+
+
+@pytest.mark.parametrize("layout", [[], pytest.param([TWO, "layout.tp=2"], marks=pytest.mark.slow)])
+def test_tokens_outside_the_model_s_vocabulary_are_refused(corpus, tmp_path, layout):
+    small = ["model.vocab_size=256", "model.mask_token_id=255"]
+    with pytest.raises(ValueError, match=r"data\.tokenizer has 258 ids, more than model\.vocab_size=256"):
+        train(configure(corpus, tmp_path / "run", *small, *layout))
+    mine = copy_corpus(corpus, tmp_path)
+    os.remove(f"{mine}.json")  # a corpus from elsewhere, of unknown tokenizer
+    np.memmap(f"{mine}.bin", np.uint16, "r+")[:] = 600
+    with pytest.raises(ValueError, match=r"token 600, outside model\.vocab_size=512"):
+        train(configure(mine, tmp_path / "run", *layout))
+
+
+def test_the_weights_of_another_run_start_a_conversion_at_step_zero(corpus, tmp_path):
+    ar = "schedule.stages=[{name: ar, objective: autoregressive, block_size: '1', tokens: 512}]"
+    first = configure(corpus, tmp_path / "ar", ar, "optimizer.warmup_tokens=0")
+    evaluation = ["evaluation.block_sizes=['4']", "evaluation.sequences=2"]
+    init = [f"checkpoint.init_from={tmp_path / 'ar'}", *evaluation]
+    half = configure(corpus, tmp_path / "bd", *init, "training.steps=2")
+    assert train(first, half) == [(2, 0, True), (2, 0, True)]
+    evaluated = records(tmp_path / "bd", "evaluations")
+    assert [record["stage"] for record in evaluated] == ["init", "bdlm_4"]
+    assert evaluated[0]["ar"]["tokens"] == 512
+    assert records(tmp_path / "bd")[0]["step"] == 0
+    manifest = json.loads((checkpoint(tmp_path / "bd", 2) / "manifest.json").read_text())
+    assert manifest["autoregressive_tokens"] == 512
+    last, converted = run_ranks(arrays_in, [checkpoint(tmp_path / "ar", 2), checkpoint(tmp_path / "bd", 2)])[
+        0
+    ]
+    assert last.keys() == converted.keys()
+
+
+@pytest.mark.slow
+def test_the_command_shows_only_our_own_lines(corpus, tmp_path):
+    overrides = ["data.sequence_length=64", "layout.global_batch=4", "optimizer.warmup_tokens=0", STAGES]
+    command = [sys.executable, "-m", "llada_megatron", "train", "experiment=parity", TWO, "layout.tp=2"]
+    command += [f"data.path=[{corpus}]", f"run.dir={tmp_path}", *overrides]
+    for step in ("0", "1"):  # the second one resumes
+        done = subprocess.run(
+            [*command, f"training.steps={int(step) + 1}"], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0 and done.stderr == ""
+        assert [line.split()[0] for line in done.stdout.splitlines()] == ["step", step]
+
+
+def train_with_small_files(config, limit_bytes: int) -> str:
+    """What `loop.run` says when no file of this process may grow past a limit, as on a full disk."""
+    import resource
+
+    from llada_megatron.training import loop
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    try:
+        loop.run(config)
+    except OSError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_save_that_cannot_be_written_names_its_path_and_leaves_the_last_checkpoint_whole(
+    corpus, straight, tmp_path
+):
+    train(configure(corpus, tmp_path, "training.steps=2"))
+    said = run_ranks(train_with_small_files, configure(corpus, tmp_path), 50_000)[0]
+    assert str(checkpoint(tmp_path, 4)) in said
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000002"]
+    train(configure(corpus, tmp_path))
+    assert comparable(tmp_path) == comparable(straight)
