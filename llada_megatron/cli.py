@@ -29,6 +29,7 @@ VERBS = {
     "demo": ("llada_megatron.demo", "run the whole pipeline, small, on this machine"),
 }
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -72,12 +73,13 @@ def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:
     try:
         return module.run(args)
     except Exception as error:
-        if not is_bad_input(error):
+        diverged = isinstance(error, FloatingPointError)
+        if not (diverged or is_bad_input(error)):
             raise
         if os.environ.get("LLADA_DEBUG") == "1":
             traceback.print_exc()
         print(f"llada {verb}: error: {sentence(error)}", file=sys.stderr)
-        return BAD_INPUT
+        return FAILED if diverged else BAD_INPUT
 
 
 def front_parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from llada_megatron.config import rules
-from llada_megatron.config.compose import compose, save
+from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import Config
 
 EXAMPLE = "llada demo"
@@ -83,13 +83,10 @@ def _train(config: Config) -> None:
     from llada_megatron.train import train
 
     schedule = rules.check(config)
-    run_dir = Path(config.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save(config, run_dir / "config.yaml")
     outcome = train(config)
     if outcome.signal:
         raise KeyboardInterrupt
-    print(f"{schedule.total_steps} steps, {schedule.total_tokens:,} tokens: {run_dir}")
+    print(f"{schedule.total_steps} steps, {schedule.total_tokens:,} tokens: {config.run.dir}")
 
 
 def _shorten(config: Config) -> None:

@@ -6,9 +6,7 @@ Composes, validates, and starts the processes that the layout asks for, unless a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.config import compose, rules
@@ -37,10 +35,6 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print(description(config))
         return 0
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-        run_dir = Path(config.run.dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        compose.save(config, run_dir / "config.yaml")
     outcome = train(config)
     if outcome.signal:
         print(

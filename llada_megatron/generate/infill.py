@@ -28,17 +28,20 @@ def infill(
     threshold: float = 0.95,
     steps: int | None = None,
     grid: BlockGrid = BlockGrid.sequence,
+    cu_seqlens: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
     """Replace every mask token of `tokens` (int64 [L]) greedily; returns the tokens and the forwards used.
 
     At most `steps` (default: block_size) forwards per block. In forward s at least
     need_s = block_size // steps positions are accepted, one more in the first block_size % steps forwards:
-    all with p > threshold if those are enough, else the need_s most probable. Raises ValueError under
+    all with p > threshold if those are enough, else the need_s most probable. cu_seqlens, int
+    [documents + 1]: documents do not see each other; default: one document. Raises ValueError under
     pipeline parallelism, which this decoder does not serve.
     """
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         raise ValueError("Decoding serves one pipeline stage: set layout.pp=1.")
     filled, forwards = tokens.copy(), 0
+    boundaries = np.array([0, len(tokens)]) if cu_seqlens is None else cu_seqlens
     steps = steps or block_size
     for start in range(0, len(tokens), block_size):
         end = min(start + block_size, len(tokens))
@@ -46,7 +49,15 @@ def infill(
             candidates = start + np.flatnonzero(filled[start:end] == mask_token_id)
             if not len(candidates):
                 break
-            probability, choice = _predict(model, filled[:end], candidates, block_size, grid)
+            documents = [*boundaries[boundaries < end], end]
+            mask = BlockDiffusionMask(
+                [torch.tensor(documents)],
+                min(block_size, end),
+                block_grid=grid.value,
+                clean_copy=False,
+                causal=True,
+            )
+            probability, choice = _predict(model, filled[:end], candidates, mask)
             forwards += 1
             need = block_size // steps + int(step < block_size % steps)
             accepted = np.flatnonzero(probability > threshold)
@@ -57,20 +68,12 @@ def infill(
 
 
 def _predict(
-    model: Any, window: np.ndarray, candidates: np.ndarray, block_size: int, grid: BlockGrid
+    model: Any, window: np.ndarray, candidates: np.ndarray, mask: BlockDiffusionMask
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most probable token and its probability at each candidate, seeing the window block-causally."""
-    length = len(window)
-    mask = BlockDiffusionMask(
-        [torch.tensor([0, length])],
-        min(block_size, length),
-        block_grid=grid.value,
-        clean_copy=False,
-        causal=True,
-    )
     inputs = ModelInputs(
         tokens=torch.from_numpy(window)[None].to(device.device()),
-        positions=torch.arange(length, device=device.device()),
+        positions=torch.arange(len(window), device=device.device()),
         mask=mask,
         outputs=torch.from_numpy(candidates).to(device.device()),
     )

@@ -92,6 +92,7 @@ class Evaluator:
                 block_size=block_size,
                 mask_token_id=mask_token_id,
                 grid=self.config.diffusion.block_grid,
+                cu_seqlens=sample.cu_seqlens,
             )
             shown = [
                 MASK_CHARACTER if h else tokenizer.decode([int(t)])

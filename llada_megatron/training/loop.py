@@ -12,6 +12,7 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
+from llada_megatron.config.compose import save
 from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
@@ -101,6 +102,8 @@ class _Run:
         self.evaluator = self._build_evaluator()
         self.trackers = None
         if self.is_writer:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            save(config, self.dir / "config.yaml")  # a start that is refused has left the old one
             self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
         self.started = time.monotonic()
 

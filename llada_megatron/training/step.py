@@ -56,7 +56,8 @@ class StepResult:
     lr: float
     skipped: bool
     load_max_over_mean: float | None
-    loss_by_t: list[float | None]
+    loss_by_t: list[float | None] | None
+    """None in autoregressive stages, which have no mask rate."""
     loss_by_block_position: list[float | None]
     mask_row_norm: float
     embedding_noise_sigma: float
@@ -102,7 +103,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         lr=lr,
         skipped=skipped,
         load_max_over_mean=trainer.balance.load_max_over_mean(),
-        loss_by_t=means(by_t, RATE_BINS),
+        loss_by_t=means(by_t, RATE_BINS) if stage.is_diffusion else None,
         loss_by_block_position=means(by_position, min(stage.block_size, POSITION_BINS)),
         mask_row_norm=statistics.mask_row_norm,
         embedding_noise_sigma=sigma,
