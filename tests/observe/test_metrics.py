@@ -40,6 +40,7 @@ def evaluation_record(step: int) -> dict:
         "stage": "warmup-4",
         "bound": {"1": {"mean": 2.5, "se": 0.01, "bits_per_byte": 1.0}},
         "ar": {"nll": 2.25, "se": 0.01, "bits_per_byte": 0.9, "tokens": 4096},
+        "block1_views": {"unshifted": 4.5, "shifted": 4.25, "ar_from_clean_half": 2.25},
     }
 
 
@@ -150,8 +151,9 @@ def test_output_that_is_not_a_terminal_is_plain_text(tmp_path, capsys):
     assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
-def test_evaluations_that_a_resume_repeats_are_dropped(tmp_path):
-    for first_step, steps in ((0, (0, 5, 9)), (6, (9,))):
+def test_a_resume_keeps_the_evaluation_at_its_step_and_drops_later_ones(tmp_path):
+    # An evaluation comes before the checkpoint of the same step, so that a resume there does not repeat it.
+    for first_step, steps in ((0, (0, 5, 9)), (5, (9,))):
         trackers = Trackers(tmp_path, LoggingConfig(), "a-run", first_step)
         for step in steps:
             trackers.evaluation(evaluation_record(step))
