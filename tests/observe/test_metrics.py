@@ -146,7 +146,9 @@ def test_output_that_is_not_a_terminal_is_plain_text(tmp_path, capsys):
     trackers.close()
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\r" not in out
-    assert [line.split()[0] for line in out.splitlines()] == ["step", "0", "step", "2", "evaluation"]
+    first_words = [line.split()[0] for line in out.splitlines()]
+    assert first_words == ["step", "0", "step", "2", "evaluation", "the"]
+    assert "of block 1: unshifted 4.5000, shifted 4.2500, ar_from_clean_half 2.2500" in out
     assert "block 1 2.5000 ± 0.0100, AR 2.2500" in out
     assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
