@@ -278,4 +278,5 @@ def _print(report: dict[str, Any]) -> None:
             for key, value in check.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         )
-        console.print(f"{'ok  ' if check['passed'] else 'FAIL'}  {check['name']}: {figures}")
+        verdict = "ok  " if check["passed"] else "FAIL"
+        console.print(f"{verdict}  {check['name']}: {figures}", soft_wrap=True)
