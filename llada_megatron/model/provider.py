@@ -26,7 +26,7 @@ def transformer_config(
     dtype = device.DTYPES[precision.dtype]
     moe = model.experts > 0
     fused = layer_spec == "transformer_engine"
-    grouped = model.expert_groups > 1
+    grouped = moe and model.expert_groups > 1
     return TransformerConfig(
         # architecture
         num_layers=model.layers,
@@ -55,10 +55,10 @@ def transformer_config(
         moe_router_num_groups=model.expert_groups if grouped else None,
         moe_router_group_topk=model.expert_groups_per_token if grouped else None,
         moe_router_topk_scaling_factor=model.routed_scaling_factor,
-        moe_ffn_hidden_size=model.expert_hidden_size or None,
-        moe_shared_expert_intermediate_size=model.shared_expert_hidden_size or None,
+        moe_ffn_hidden_size=model.expert_hidden_size if moe else None,
+        moe_shared_expert_intermediate_size=(model.shared_expert_hidden_size or None) if moe else None,
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=fused,
+        moe_grouped_gemm=moe and fused,
         moe_permute_fusion=False,
         # layout
         tensor_model_parallel_size=layout.tp,

@@ -345,6 +345,28 @@ def test_the_weights_of_another_run_start_a_conversion_at_step_zero(corpus, tmp_
     assert last.keys() == converted.keys()
 
 
+RELATIVES = {
+    "tied head": ["model.tied_head=true"],
+    "Llama-like experts": [
+        "model.qk_norm=false",
+        "model.rotary_fraction=1",
+        "model.shared_expert_hidden_size=0",
+    ],
+    "dense": ["model.dense_layers=4", "model.experts=0", "model.qk_norm=false", "model.rotary_fraction=1"],
+}
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_relatives_of_the_architecture_are_data_they_learn_and_resume(corpus, tmp_path, relative):
+    run_dirs = tmp_path / "straight", tmp_path / "resumed"
+    train(configure(corpus, run_dirs[0], *RELATIVES[relative], "optimizer.lr=0.003"))
+    for stop in ("training.steps=3", "training.steps=0"):
+        train(configure(corpus, run_dirs[1], *RELATIVES[relative], "optimizer.lr=0.003", stop))
+    assert comparable(run_dirs[0]) == comparable(run_dirs[1])
+    losses = [record["loss"] for record in records(run_dirs[0])]
+    assert np.isfinite(losses).all() and min(losses[3:]) < losses[0]
+
+
 @pytest.mark.slow
 def test_the_command_shows_only_our_own_lines(corpus, tmp_path):
     overrides = ["data.sequence_length=64", "layout.global_batch=4", "optimizer.warmup_tokens=0", STAGES]
