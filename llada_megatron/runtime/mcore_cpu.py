@@ -128,7 +128,6 @@ def install() -> bool:
         "1"  # megatron/core/jit.py compiles small functions; needs a compiler
     )
     _patch_torch()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     core = importlib.import_module("megatron.core")
     if not core.__version__.startswith(SUPPORTED_VERSION):
         raise RuntimeError(

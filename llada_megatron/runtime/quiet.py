@@ -37,6 +37,8 @@ WARNINGS: list[tuple[type[Warning], str, str]] = [  # category, beginning of the
 ]
 
 LOGGED = [  # logger, part of the message
+    # A CUDA toolkit without a device: the seam serves the CPU.
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
     # Advice to move to HybridModel; the version is pinned and GPTModel still gets its fixes.
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
     # The layout that DistributedDataParallel then computes is the one we want.
