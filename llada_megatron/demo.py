@@ -91,9 +91,7 @@ def _train(config: Config) -> None:
 
 def _shorten(config: Config) -> None:
     config.evaluation.sequences = 8
-    config.schedule.stages = [
-        stage.__class__(**{**vars(stage), "tokens": max(1, stage.tokens // SHORT_DIVISOR)})
-        for stage in config.schedule.stages
-    ]
+    for stage in config.schedule.stages:
+        stage.tokens = max(1, stage.tokens // SHORT_DIVISOR)
     config.optimizer.warmup_tokens //= SHORT_DIVISOR
     config.optimizer.wsd_decay_tokens //= SHORT_DIVISOR

@@ -178,9 +178,11 @@ def _full_logits(trainer: Any, active: bool) -> Iterator[None]:
 
     stage = trainer.model[0].module
     chunk_tokens, stage.head_chunk_tokens = stage.head_chunk_tokens, 1 << 30
-    with _timed(step_module, "diffusion_batch", on_every_row):
-        yield
-    stage.head_chunk_tokens = chunk_tokens
+    try:
+        with _timed(step_module, "diffusion_batch", on_every_row):
+            yield
+    finally:
+        stage.head_chunk_tokens = chunk_tokens
 
 
 def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]:

@@ -20,8 +20,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of an architecture under a layout.
 
-    Pipeline outputs are kept and p2p is unbatched on gloo, where the other choices compute wrong results
-    without an error (runtime/mcore_cpu.py).
+    Two choices are no settings, because the other one computes wrong results without an error: pipeline
+    outputs are kept on gloo, and p2p is never batched (runtime/mcore_cpu.py).
     """
     dtype = device.DTYPES[precision.dtype]
     moe = model.experts > 0
@@ -105,8 +105,6 @@ def build_stage(config: Config, *, vp_stage: int | None = None, initialize: bool
         parallel_output=True,
         share_embeddings_and_output_weights=model.tied_head,
         position_embedding_type="rope",
-        rotary_percent=model.rotary_fraction,
-        rotary_base=int(model.rotary_base),
         vp_stage=vp_stage,
         rotary=ExplicitRotary(model.head_dim, model.rotary_fraction, model.rotary_base),
         head_chunk_tokens=model.head_chunk_tokens,

@@ -2,9 +2,9 @@
 
 Every patch names the place in megatron-core 0.19.2 that needs it and is checked against the installed
 source by `_expect`, so that an upgrade fails at start-up instead of training wrongly. Two combinations
-that compute wrong results without an error are refused by `llada_megatron.config.rules` and
-`llada_megatron.model.provider`: deallocated pipeline outputs on gloo (storage is freed while gloo still
-sends), and interleaved PP=2 with batched p2p (two messages between one pair of ranks are swapped).
+that compute wrong results without an error cannot be configured, since `model/provider.py` decides both:
+deallocated pipeline outputs on gloo (storage is freed while gloo still sends), and interleaved PP=2 with
+batched p2p (two messages between one pair of ranks are swapped).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 from llada_megatron.config.schema import ModelConfig
+from llada_megatron.runtime import device
 
 
 class ExpertBalance:
@@ -55,9 +56,8 @@ class ExpertBalance:
         """The busiest expert's load over the mean load, of the worst layer; None without experts."""
         if not self.experts:
             return None
-        worst = torch.zeros((), dtype=torch.float32)
+        worst = torch.zeros((), device=device.device())  # of a pipeline stage without experts
         if self.tokens_RE is not None:
-            worst = (self.tokens_RE.amax(dim=1) / self.tokens_RE.mean(dim=1).clamp(min=1)).max().cpu()
-        worst = worst.to(self.tokens_RE.device if self.tokens_RE is not None else worst.device)
+            worst = (self.tokens_RE.amax(dim=1) / self.tokens_RE.mean(dim=1).clamp(min=1)).max()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
         return float(worst)
