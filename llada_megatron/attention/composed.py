@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from llada_megatron.attention.mask import BlockDiffusionMask
+from llada_megatron.attention.mask import BlockDiffusionMask, KeySpans, Rectangle
 
 # Short blocks share a call of up to max(MIN_CHUNK_TOKENS, L / MAX_CHUNKS) queries; a longer block is a call
 # of its own. Measured forward and backward on one CPU core, float32, one document, 4 to 8 heads, head dim
@@ -55,19 +55,19 @@ class Call:
 Plan = list[Call]  # the queries tile [0, S) in order
 
 # Every layer of a model uses the same mask object within a micro-batch, so its plans are made once.
-_plans: WeakKeyDictionary[BlockDiffusionMask, dict[tuple[torch.device, torch.dtype], list[Plan]]]
+_plans: WeakKeyDictionary[Rectangle, dict[tuple[torch.device, torch.dtype], list[Plan]]]
 _plans = WeakKeyDictionary()
 
 
 def composed_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: BlockDiffusionMask, softmax_scale: float
+    query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle, softmax_scale: float
 ) -> Tensor:
-    """Return the attention output [S, B, H, D] without ever holding S x S elements.
+    """Return the attention output [Q, B, H, D] without ever holding Q x K elements.
 
-    query [S, B, H, D]; key, value [S, B, Hkv, D], not copied for grouped queries.
+    query [Q, B, H, D]; key, value [K, B, Hkv, D], not copied for grouped queries.
     """
-    plans = _plans_of(mask, query.device, query.dtype)
-    samples_per_plan = mask.batch // len(plans)
+    plans = _plans_of(rectangle, query.device, query.dtype)
+    samples_per_plan = rectangle.batch // len(plans)
     parts = (tensor.permute(1, 2, 0, 3).split(samples_per_plan) for tensor in (query, key, value))
     outputs = [_run(plan, q, k, v, softmax_scale) for plan, q, k, v in zip(plans, *parts, strict=True)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -78,7 +78,7 @@ def performed_pairs(mask: BlockDiffusionMask) -> int:
 
     A causal call counts its triangle: how a kernel rounds it to tiles is not counted.
     """
-    plans = _plans_of(mask, torch.device("cpu"), torch.float32)
+    plans = _plans_of(mask.whole(), torch.device("cpu"), torch.float32)
     return mask.batch // len(plans) * sum(call.pairs for plan in plans for call in plan)
 
 
@@ -126,13 +126,14 @@ class _TakeSpans(torch.autograd.Function):
         return total.to(dtype), None
 
 
-def _plans_of(mask: BlockDiffusionMask, device: torch.device, dtype: torch.dtype) -> list[Plan]:
+def _plans_of(rectangle: Rectangle, device: torch.device, dtype: torch.dtype) -> list[Plan]:
     """Return one plan for all samples where their documents are the same, else one plan per sample."""
-    plans = _plans.setdefault(mask, {})
+    plans = _plans.setdefault(rectangle, {})
     if (device, dtype) not in plans:
-        shared = (mask.document_start == mask.document_start[0]).all()
-        samples = range(1 if shared else mask.batch)
-        plans[device, dtype] = [_plan(mask, sample, device, dtype) for sample in samples]
+        arrays = rectangle.mask.document_start, rectangle.tokens, rectangle.noisy_keys
+        shared = all((array == array[0]).all() for array in arrays)
+        samples = range(1 if shared else rectangle.batch)
+        plans[device, dtype] = [_plan(rectangle, sample, device, dtype) for sample in samples]
     return plans[device, dtype]
 
 
@@ -142,15 +143,14 @@ def _plans_of(mask: BlockDiffusionMask, device: torch.device, dtype: torch.dtype
 
 @dataclass(frozen=True)
 class KeyRange:
-    """The keys that each row sees in one half: data tokens [start, stop)."""
+    """Keys [start, stop) of each row; both rise with the row."""
 
-    half_start: int  # position of the half's first token: 0 or L
     start: PerToken
     stop: PerToken
 
     @property
     def span(self) -> Span:
-        """Data tokens that any row sees."""
+        """Keys that any row sees."""
         return int(self.start[0]), int(self.stop[-1])
 
     @property
@@ -158,10 +158,10 @@ class KeyRange:
         return bool(self.start[0] == self.start[-1] and self.stop[0] == self.stop[-1])
 
     def rows(self, start: int, stop: int) -> "KeyRange":
-        return KeyRange(self.half_start, self.start[start:stop], self.stop[start:stop])
+        return KeyRange(self.start[start:stop], self.stop[start:stop])
 
     def hidden(self) -> npt.NDArray[np.bool_]:
-        """Return [rows, tokens of span], True where a row does not see a key."""
+        """Return [rows, keys of span], True where a row does not see a key."""
         key = np.arange(*self.span)
         return (key < self.start[:, None]) | (key >= self.stop[:, None])
 
@@ -175,7 +175,7 @@ class Chunk:
 
     @property
     def keys(self) -> list[Span]:
-        return [(r.half_start + r.span[0], r.half_start + r.span[1]) for r in self.ranges]
+        return [r.span for r in self.ranges]
 
     @property
     def key_tokens(self) -> int:
@@ -197,37 +197,39 @@ class Chunk:
         return np.concatenate([r.hidden() for r in self.ranges], axis=1)  # [q, k]
 
 
-def _plan(mask: BlockDiffusionMask, sample: int, device: torch.device, dtype: torch.dtype) -> Plan:
-    document_start, document_stop = mask.document_start[sample], mask.document_stop[sample]
-    block_start, block_stop = mask.block_start[sample], mask.block_stop[sample]
-    L = mask.length
+def _plan(rectangle: Rectangle, sample: int, device: torch.device, dtype: torch.dtype) -> Plan:
+    mask = rectangle.mask
+
+    def keys(spans: KeySpans) -> KeyRange:
+        return KeyRange(spans.start[sample], spans.stop[sample])
+
+    clean_so_far = keys(rectangle.past_and_block)
     # Blocks of one token make a document a causal triangle, which needs neither a mask nor chunks.
-    causal_run_stop = document_stop if mask.block_size == 1 else block_stop
+    causal_run = clean_so_far.start if mask.block_size == 1 else clean_so_far.stop
+    n = rectangle.tokens.shape[1]
     if mask.clean_copy:
-        clean_before = KeyRange(L, document_start, block_start)
-        own_block = KeyRange(0, block_start, block_stop)
-        clean_so_far = KeyRange(L, document_start, block_stop)
-        chunks = _chunks(0, block_stop, [clean_before, own_block])
-        chunks += _chunks(L, causal_run_stop, [clean_so_far])
+        chunks = _chunks(0, clean_so_far.stop, [keys(rectangle.past), keys(rectangle.own_block)])
+        chunks += _chunks(n, causal_run, [clean_so_far])
     elif mask.causal:
-        chunks = _chunks(0, causal_run_stop, [KeyRange(0, document_start, block_stop)])
+        chunks = _chunks(0, causal_run, [clean_so_far])
     else:
-        chunks = _chunks(0, document_stop, [KeyRange(0, document_start, document_stop)])
+        document = keys(rectangle.document)
+        chunks = _chunks(0, document.start, [document])
     biases = _biases(chunks, device, dtype)
     return [Call(c.query, c.keys, bias, c.is_causal) for c, bias in zip(chunks, biases, strict=True)]
 
 
-def _chunks(half_start: int, run_stop: PerToken, ranges: list[KeyRange]) -> list[Chunk]:
-    """Cut a half into chunks of whole runs (blocks or documents): one long run, or short ones together."""
-    chunk_tokens = max(MIN_CHUNK_TOKENS, len(run_stop) // MAX_CHUNKS)
+def _chunks(first_row: int, run: PerToken, ranges: list[KeyRange]) -> list[Chunk]:
+    """Cut rows into chunks of whole runs (equal values: blocks or documents): a long one, or short ones."""
+    chunk_tokens = max(MIN_CHUNK_TOKENS, len(run) // MAX_CHUNKS)
+    run_stops = [*(np.flatnonzero(np.diff(run)) + 1).tolist(), len(run)]
     chunks, start = [], 0
-    while start < len(run_stop):
-        stop = int(run_stop[start])
-        while stop < len(run_stop) and run_stop[stop] <= start + chunk_tokens:
-            stop = int(run_stop[stop])
+    for index, stop in enumerate(run_stops):
+        if index + 1 < len(run_stops) and run_stops[index + 1] <= start + chunk_tokens:
+            continue
         rows = [r.rows(start, stop) for r in ranges]
         seen = [r for r in rows if r.span[0] < r.span[1]]
-        chunks.append(Chunk((half_start + start, half_start + stop), seen))
+        chunks.append(Chunk((first_row + start, first_row + stop), seen))
         start = stop
     return chunks
 

@@ -104,6 +104,11 @@ class BlockDiffusionMask:
         """One past the last token of each token's block within its document, [B, L]."""
         return np.minimum(self._grid_start + self.block_size, self.document_stop)
 
+    def whole(self) -> "Rectangle":
+        """Return every query against every key. Executors keep their plans with the object: make it once."""
+        every_token = np.tile(np.arange(self.length), (self.batch, 1))
+        return Rectangle(self, every_token, every_token if self.clean_copy else every_token[:, :0])
+
     def document_ids(self, sample: int) -> Tensor:
         """Return the index of each token's document, int64 [L]."""
         counts = np.diff(self._boundaries[sample])
@@ -128,13 +133,18 @@ class BlockDiffusionMask:
         clean_rows = torch.cat([clean_to_noisy, clean_to_clean], dim=1)
         return torch.cat([noisy_rows, clean_rows], dim=0)
 
+    @cached_property
+    def pairs_per_token(self) -> PerToken:
+        """Keys that the queries of each token see: of both its copies with a clean copy, [B, L]."""
+        if not self.clean_copy and not self.causal:
+            return self.document_stop - self.document_start
+        # A noisy query sees its block and the clean text before it: as many keys as its clean copy sees.
+        per_half = self.block_stop - self.document_start
+        return 2 * per_half if self.clean_copy else per_half
+
     def visible_pairs(self) -> int:
         """Return the number of visible query-key pairs of the micro-batch, in O(B L)."""
-        if not self.clean_copy and not self.causal:
-            return int((self.document_stop - self.document_start).sum())
-        # A noisy query sees its block and the clean text before it: as many keys as its clean copy sees.
-        per_half = int((self.block_stop - self.document_start).sum())
-        return 2 * per_half if self.clean_copy else per_half
+        return int(self.pairs_per_token.sum())
 
     @cached_property
     def _boundaries(self) -> list[PerToken]:
@@ -150,6 +160,103 @@ class BlockDiffusionMask:
         """Start of each token's block on the grid, before a document cuts it, [B, L]."""
         within = (np.arange(self.length) - self._grid_origin) % self.block_size
         return np.arange(self.length) - within
+
+
+@dataclass(frozen=True)
+class KeySpans:
+    """Keys [start, stop) of neighbouring queries, int64 [B, n] each; both rise with the query."""
+
+    start: PerToken
+    stop: PerToken
+
+
+@dataclass(frozen=True, eq=False)
+class Rectangle:
+    """The part of a mask that one executor call computes: the queries of some tokens against their keys.
+
+    Queries: the noisy rows of `tokens`, then the clean rows of the same tokens; without a clean copy their
+    only rows. Keys: the noisy keys of `noisy_keys`, then all L clean keys; without a clean copy all L keys.
+    Context parallelism gives each rank such a rectangle; `mask.whole` is the one of a single process.
+
+    Attributes:
+        mask: the definition.
+        tokens: int64 [B, n], data tokens in rising order.
+        noisy_keys: int64 [B, Kn], data tokens in rising order, every token of the blocks of `tokens` among
+            them; entries equal to L are padding that no query sees. Kn = 0 without a clean copy.
+
+    Compared and hashed by identity, so that an executor can keep what it derives from one.
+    """
+
+    mask: BlockDiffusionMask
+    tokens: PerToken
+    noisy_keys: PerToken
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return self.mask.batch
+
+    @property
+    def queries(self) -> int:
+        """Query rows Q of each sample: 2n with a clean copy, else n."""
+        return self.tokens.shape[1] * (2 if self.mask.clean_copy else 1)
+
+    @property
+    def keys(self) -> int:
+        """Keys K of each sample: Kn + L."""
+        return self.noisy_keys.shape[1] + self.mask.length
+
+    @cached_property
+    def own_block(self) -> KeySpans:
+        """What the noisy rows see of the noisy keys: their block. As indices of keys."""
+        edges = self._of_tokens(self.mask.block_start), self._of_tokens(self.mask.block_stop)
+        return KeySpans(*(self._count_below(edge) for edge in edges))
+
+    @cached_property
+    def past(self) -> KeySpans:
+        """What the noisy rows see of the clean keys: their document's past. As indices of keys."""
+        return self._clean_spans(self.mask.document_start, self.mask.block_start)
+
+    @cached_property
+    def past_and_block(self) -> KeySpans:
+        """What the clean rows see, and the only rows of a causal mask. As indices of keys."""
+        return self._clean_spans(self.mask.document_start, self.mask.block_stop)
+
+    @cached_property
+    def document(self) -> KeySpans:
+        """What the rows of a mask with neither clean copy nor causality see. As indices of keys."""
+        return self._clean_spans(self.mask.document_start, self.mask.document_stop)
+
+    def dense(self, sample: int = 0) -> Tensor:
+        """Return bool [Q, K], True where a query sees a key: the rows and columns of `mask.dense`."""
+        rows = [self.tokens[sample]]
+        columns = [np.arange(self.mask.length)]
+        if self.mask.clean_copy:
+            rows.append(self.tokens[sample] + self.mask.length)
+            noisy = self.noisy_keys[sample]
+            columns = [
+                np.where(noisy < self.mask.length, noisy, self.mask.total),
+                columns[0] + self.mask.length,
+            ]
+        nothing = torch.zeros(self.mask.total, 1, dtype=torch.bool)
+        padded = torch.cat([self.mask.dense(sample), nothing], dim=1)
+        return padded[np.concatenate(rows)][:, np.concatenate(columns)]
+
+    def visible_pairs(self) -> int:
+        """Return the number of visible query-key pairs of the micro-batch."""
+        return int(self._of_tokens(self.mask.pairs_per_token).sum())
+
+    def _of_tokens(self, per_token: PerToken) -> PerToken:
+        return np.take_along_axis(per_token, self.tokens, axis=1)
+
+    def _clean_spans(self, start: PerToken, stop: PerToken) -> KeySpans:
+        first = self.noisy_keys.shape[1]
+        return KeySpans(first + self._of_tokens(start), first + self._of_tokens(stop))
+
+    def _count_below(self, edge: PerToken) -> PerToken:
+        """How many noisy keys lie before each edge, [B, n]."""
+        pairs = zip(self.noisy_keys, edge, strict=True)
+        return np.stack([np.searchsorted(keys, edges) for keys, edges in pairs])
 
 
 def _check_boundaries(sample: int, boundaries: Tensor) -> None:

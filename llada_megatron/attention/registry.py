@@ -1,6 +1,6 @@
 """The one entry to block-diffusion attention: checks the shapes and picks an executor.
 
-Legend: S sequence, B batch, H heads, D head dim, Hkv key and value heads.
+Legend: S sequence, Q queries, K keys, B batch, H heads, D head dim, Hkv key and value heads.
 """
 
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from llada_megatron.attention.composed import composed_attention
-from llada_megatron.attention.mask import BlockDiffusionMask
+from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
 from llada_megatron.attention.reference import reference_attention
 
-Executor = Callable[[Tensor, Tensor, Tensor, BlockDiffusionMask, float], Tensor]
+Executor = Callable[[Tensor, Tensor, Tensor, Rectangle, float], Tensor]
 
 _EXECUTORS: dict[str, Executor] = {"reference": reference_attention, "composed": composed_attention}
 
@@ -33,32 +33,33 @@ def block_diffusion_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: BlockDiffusionMask,
+    mask: BlockDiffusionMask | Rectangle,
     backend: str = "auto",
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Return attention under `mask` as [S, B, H, D] in the query's dtype.
+    """Return attention under `mask` as [Q, B, H, D] in the query's dtype.
 
-    query [S, B, H, D]; key, value [S, B, Hkv, D], noisy half first where the mask has a clean copy. Groups of
-    H / Hkv neighbouring query heads share a key and value head. `softmax_scale` defaults to 1 / sqrt(D).
-    Raises ValueError for shapes that do not fit the mask or each other and for an unknown backend.
+    query [Q, B, H, D]; key, value [K, B, Hkv, D], noisy half first where the mask has a clean copy; Q = K = S
+    for a whole mask. Groups of H / Hkv neighbouring query heads share a key and value head. `softmax_scale`
+    defaults to 1 / sqrt(D). Raises ValueError for shapes that do not fit the mask or each other and for an
+    unknown backend.
     """
-    _check_shapes(query, key, value, mask)
+    rectangle = mask.whole() if isinstance(mask, BlockDiffusionMask) else mask
+    _check_shapes(query, key, value, rectangle)
     executor, _ = select_backend(backend)
-    return executor(
-        query, key, value, mask, query.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
-    )
+    scale = query.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
+    return executor(query, key, value, rectangle, scale)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: BlockDiffusionMask) -> None:
-    if query.dim() != 4 or query.shape[:2] != (mask.total, mask.batch):
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle) -> None:
+    queries, keys, batch = rectangle.queries, rectangle.keys, rectangle.batch
+    if query.dim() != 4 or query.shape[:2] != (queries, batch):
         raise ValueError(
-            f"query must be [{mask.total}, {mask.batch}, heads, head_dim] for this mask, "
-            f"got {tuple(query.shape)}"
+            f"query must be [{queries}, {batch}, heads, head_dim] for this mask, got {tuple(query.shape)}"
         )
-    if key.dim() != 4 or key.shape[:2] != query.shape[:2] or key.size(3) != query.size(3):
+    if key.dim() != 4 or key.shape[:2] != (keys, batch) or key.size(3) != query.size(3):
         raise ValueError(
-            f"key must be [{mask.total}, {mask.batch}, kv_heads, {query.size(3)}] for this mask and query, "
+            f"key must be [{keys}, {batch}, kv_heads, {query.size(3)}] for this mask and query, "
             f"got {tuple(key.shape)}"
         )
     if value.shape != key.shape:

@@ -186,7 +186,7 @@ def test_reference_is_quadratic_as_the_recorder_must_see():
 def test_memory_of_masks_and_copied_keys_grows_linearly():
     def held(length):
         plan = composed._plans_of(
-            BlockDiffusionMask(one_document(length), 4), torch.device("cpu"), torch.float32
+            BlockDiffusionMask(one_document(length), 4).whole(), torch.device("cpu"), torch.float32
         )[0]
         masks = {
             call.bias.untyped_storage().data_ptr(): call.bias.untyped_storage().nbytes()
@@ -200,14 +200,14 @@ def test_memory_of_masks_and_copied_keys_grows_linearly():
     assert more_keys <= 4.1 * keys
 
 
-def test_the_plan_is_made_once_per_mask(monkeypatch):
+def test_the_plan_is_made_once_per_rectangle(monkeypatch):
     made = []
     make_plan = composed._plan
     monkeypatch.setattr(composed, "_plan", lambda *arguments: made.append(1) or make_plan(*arguments))
     mask = BlockDiffusionMask(one_document(100, samples=3), 4)
-    qkv = random_qkv(mask)
+    qkv, rectangle = random_qkv(mask), mask.whole()
     for _layer in range(3):
-        block_diffusion_attention(*qkv, mask)
+        block_diffusion_attention(*qkv, rectangle)
     assert len(made) == 1  # samples with the same documents share it too
     block_diffusion_attention(*qkv, replace(mask, block_size=5))
     assert len(made) == 2
@@ -222,7 +222,7 @@ def test_maskless_views_perform_exactly_the_visible_pairs():
         BlockDiffusionMask(documents, 128, "document"),
     ):
         assert performed_pairs(mask) == mask.visible_pairs()
-        plans = composed._plans_of(mask, torch.device("cpu"), torch.float32)
+        plans = composed._plans_of(mask.whole(), torch.device("cpu"), torch.float32)
         assert all(call.bias is None for plan in plans for call in plan)
 
 
@@ -230,7 +230,7 @@ def test_one_document_without_clean_copy_is_one_call():
     mdlm = BlockDiffusionMask(one_document(2048), 32, clean_copy=False)
     autoregressive = BlockDiffusionMask(one_document(2048), 1, clean_copy=False, causal=True)
     for mask, is_causal in ((mdlm, False), (autoregressive, True)):
-        [[call]] = composed._plans_of(mask, torch.device("cpu"), torch.float32)
+        [[call]] = composed._plans_of(mask.whole(), torch.device("cpu"), torch.float32)
         assert (call.query, call.bias, call.is_causal) == ((0, 2048), None, is_causal)
 
 
