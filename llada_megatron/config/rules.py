@@ -111,7 +111,10 @@ def _check_layout(config: Config) -> None:
     for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "processes", "micro_batch", "global_batch"):
         require(getattr(layout, name) >= 1, f"layout.{name}={getattr(layout, name)} must be at least 1.")
     data_parallel_size(layout)
-    require(layout.cp == 1, f"layout.cp={layout.cp}: context parallelism is not served yet, set layout.cp=1.")
+    require(
+        config.data.sequence_length % layout.cp == 0,
+        f"layout.cp={layout.cp} does not divide data.sequence_length={config.data.sequence_length}.",
+    )
     require(
         model.kv_heads % layout.tp == 0,
         f"layout.tp={layout.tp} does not divide model.kv_heads={model.kv_heads}: use a tp that does.",

@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.runtime import device
@@ -73,8 +74,8 @@ def _predict(
     """The most probable token and its probability at each candidate, seeing the window block-causally."""
     inputs = ModelInputs(
         tokens=torch.from_numpy(window)[None].to(device.device()),
-        positions=torch.arange(len(window), device=device.device()),
-        mask=mask,
+        positions=torch.arange(len(window), device=device.device())[None],
+        shard=ContextShard(mask),
         outputs=torch.from_numpy(candidates).to(device.device()),
     )
     model.eval()

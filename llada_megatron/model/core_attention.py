@@ -10,21 +10,23 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention
+from llada_megatron.attention import block_diffusion_attention
+from llada_megatron.attention.context import ContextShard, exchange
 
 
 @dataclass
-class MaskParams(PackedSeqParams):
-    """Carries the mask through GPTModel and every layer, also under recompute and on every pipeline stage.
+class ShardParams(PackedSeqParams):
+    """Carries the mask, and what this rank holds of it, through GPTModel and every layer.
 
-    megatron-core hands `packed_seq_params` to each layer untouched as long as qkv_format is not 'thd'.
+    megatron-core hands `packed_seq_params` to each layer untouched as long as qkv_format is not 'thd', also
+    under recompute and on every pipeline stage.
     """
 
-    mask: BlockDiffusionMask | None = None
+    shard: ContextShard | None = None
 
 
 class BlockDiffusionCoreAttention(MegatronModule):
-    """Softmax attention under a BlockDiffusionMask; has no parameters."""
+    """Softmax attention under a BlockDiffusionMask, with context parallelism; has no parameters."""
 
     def __init__(
         self,
@@ -34,11 +36,13 @@ class BlockDiffusionCoreAttention(MegatronModule):
         attention_type: str = "self",
         softmax_scale: float | None = None,
         backend: str = "auto",
+        pg_collection: Any = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.backend = backend
+        self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -48,13 +52,15 @@ class BlockDiffusionCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: MaskParams | None = None,
+        packed_seq_params: ShardParams | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """query [S, B, heads, D]; key, value [S, B, kv_heads, D]; returns [S, B, heads * D]."""
-        assert packed_seq_params is not None and packed_seq_params.mask is not None
+        """query [S/cp, B, heads, D]; key, value [S/cp, B, kv_heads, D]; returns [S/cp, B, heads * D]."""
+        assert packed_seq_params is not None and packed_seq_params.shard is not None
+        shard = packed_seq_params.shard
+        key, value = exchange(key, value, shard, self.context_group)
         out = block_diffusion_attention(
-            query, key, value, packed_seq_params.mask, backend=self.backend, softmax_scale=self.softmax_scale
+            query, key, value, shard.rectangle, backend=self.backend, softmax_scale=self.softmax_scale
         )
         return out.flatten(2)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from llada_megatron.model.core_attention import MaskParams
+from llada_megatron.model.core_attention import ShardParams
 from llada_megatron.model.head import head_output, reduce_input_gradient_once
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 
@@ -26,11 +26,11 @@ class ExplicitRotary(torch.nn.Module):
         return 0
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Angles fp32 [S, 1, 1, channels] of the current positions."""
+        """Angles fp32 [S, B or 1, 1, channels] of the current positions."""
         assert self.positions is not None
         inv_freq: torch.Tensor = self.inv_freq  # type: ignore[assignment]
-        angles = self.positions.to(inv_freq.device).float()[:, None] * inv_freq.float()
-        return torch.cat([angles, angles], dim=-1)[:, None, None]
+        angles = self.positions.T.to(inv_freq.device).float()[..., None] * inv_freq.float()
+        return torch.cat([angles, angles], dim=-1)[:, :, None]
 
 
 class BlockDiffusionGPT(GPTModel):
@@ -57,32 +57,32 @@ class BlockDiffusionGPT(GPTModel):
         if self.pre_process:
             embedded = self.embedding(input_ids=inputs.tokens, position_ids=None)  # [S/tp, B, H]
             if inputs.noise is not None:
-                embedded = embedded + self._noise(inputs.noise, embedded)
+                embedded = embedded + self._noise(inputs.noise, S, embedded)
         return super().forward(
             input_ids=inputs.tokens,
             position_ids=None,
             attention_mask=None,
             decoder_input=embedded,
-            packed_seq_params=MaskParams(
-                qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, mask=inputs.mask
+            packed_seq_params=ShardParams(
+                qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, shard=inputs.shard
             ),
             output_processor=head_output,
             output_processor_context=(inputs, self.head_chunk_tokens),
         )
 
-    def _noise(self, noise: EmbeddingNoise, embedded: torch.Tensor) -> torch.Tensor:
+    def _noise(self, noise: EmbeddingNoise, S: int, embedded: torch.Tensor) -> torch.Tensor:
         """eps ~ N(0, sigma^2 I) at masked positions, zero elsewhere (LLaDA2.0, section 7.1); like `embedded`.
 
         Every rank draws the rows of all masked tokens of a sample and keeps its own, so that ranks which
         hold the same token add the same noise.
         """
         H = embedded.shape[-1]
-        noise_SBH = embedded.new_zeros(noise.masked.shape[1], embedded.shape[1], H)
-        for b, seed in enumerate(noise.seeds):
-            rows = noise.masked[b].nonzero()[:, 0]
+        noise_SBH = embedded.new_zeros(S, embedded.shape[1], H)
+        for b, (seed, rows) in enumerate(zip(noise.seeds, noise.rows, strict=True)):
             generator = torch.Generator(embedded.device).manual_seed(seed)
             eps = torch.randn(len(rows), H, generator=generator, device=embedded.device)
-            noise_SBH[rows, b] = (noise.sigma * eps).to(embedded.dtype)
+            here = rows >= 0
+            noise_SBH[rows[here], b] = (noise.sigma * eps[here]).to(embedded.dtype)
         if not self.config.sequence_parallel:
             return noise_SBH
         tp = self.pg_collection.tp

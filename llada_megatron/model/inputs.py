@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
 
 
 @dataclass
@@ -16,19 +16,24 @@ class EmbeddingNoise:
     sigma: float
     seeds: list[int]
     """One per sample of the micro-batch."""
-    masked: torch.Tensor
-    """bool [B, S]: positions whose embedding gets noise."""
+    rows: list[torch.Tensor]
+    """Per sample int64 [masked tokens of the whole sequence]: the row of this rank whose embedding gets the
+    noise of that token, or -1 where another context-parallel rank holds it."""
 
 
 @dataclass
 class ModelInputs:
-    """S = 2L with a clean copy (noisy half first), else L; B samples; N supervised positions."""
+    """S = 2L with a clean copy (noisy half first), else L; B samples; N supervised positions.
+
+    Under context parallelism S, N and everything else is this rank's part: see `training.batch.context_part`.
+    """
 
     tokens: torch.Tensor
     """int64 [B, S]."""
     positions: torch.Tensor
-    """int64 [S]: 0..L-1, twice with a clean copy."""
-    mask: BlockDiffusionMask
+    """int64 [B or 1, S]: place of each row in its sequence, 0..L-1; twice with a clean copy."""
+    shard: ContextShard
+    """The attention mask, and which of its rows and keys are here."""
     outputs: torch.Tensor
     """int64 [N]: rows of the hidden states, flattened as s * B + b, that the head is applied to."""
     labels: torch.Tensor | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
+from collections.abc import Iterator
 
 import torch.distributed as dist
 
@@ -15,8 +17,8 @@ mcore_cpu.install()  # before the first import of megatron.core
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 
-def initialize(layout: LayoutConfig, *, threads: int = 1, timeout_sec: int = 600) -> None:
-    """Join the process group of RANK and WORLD_SIZE and build every group of the layout.
+def join(layout: LayoutConfig, *, threads: int = 1, timeout_sec: int = 600) -> None:
+    """Join the process group of RANK and WORLD_SIZE, of all processes.
 
     Raises ValueError when the number of processes is not layout.processes.
     """
@@ -26,15 +28,19 @@ def initialize(layout: LayoutConfig, *, threads: int = 1, timeout_sec: int = 600
             f"layout.processes={layout.processes} but {world} processes were started: make them the same."
         )
     device.bind(int(os.environ.get("LOCAL_RANK", "0")), threads)
+    dist.init_process_group(
+        device.backend(),
+        store=_next_store(rank, world, timeout_sec),
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout_sec),
+    )
+
+
+def initialize(layout: LayoutConfig, *, threads: int = 1) -> None:
+    """Build every group of the layout, after joining all processes unless `join` already did."""
     if not dist.is_initialized():
-        store = dist.HashStore() if world == 1 else None  # one process needs no address
-        dist.init_process_group(
-            device.backend(),
-            store=store,
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=timeout_sec),
-        )
+        join(layout, threads=threads)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -45,6 +51,26 @@ def initialize(layout: LayoutConfig, *, threads: int = 1, timeout_sec: int = 600
     )
     # megatron-core wants its tracker seeded; nothing here draws from it (weights are counter-based).
     tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+_stores: Iterator[dist.Store] | None = None
+
+
+def _next_store(rank: int, world: int, timeout_sec: int) -> dist.Store:
+    """A store for one life of the process group.
+
+    The same processes may build one layout after another: the connection is made once, and each life has
+    keys of its own, for a new server on the old address would be confused with the one that is closing.
+    """
+    global _stores
+    if world == 1:
+        return dist.HashStore()  # needs no address
+    if _stores is None:
+        timeout = datetime.timedelta(seconds=timeout_sec)
+        connection, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        connection.set_timeout(timeout)
+        _stores = (dist.PrefixStore(f"life_{number}", connection) for number in itertools.count())
+    return next(_stores)
 
 
 def destroy() -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import BlockGrid, DiffusionConfig
 from llada_megatron.data.packed import PackedSample
@@ -43,8 +45,9 @@ class MicroBatch:
             value = getattr(inputs, name)
             if value is not None:
                 setattr(inputs, name, value.to(device, non_blocking=True))
+        inputs.shard.to(device)
         if inputs.noise is not None:
-            inputs.noise.masked = inputs.noise.masked.to(device, non_blocking=True)
+            inputs.noise.rows = [rows.to(device, non_blocking=True) for rows in inputs.noise.rows]
         for name in ("weights", "rate_bin", "position_bin"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
         return self
@@ -93,8 +96,8 @@ def autoregressive_batch(samples: list[PackedSample]) -> MicroBatch:
     zeros = torch.zeros(count, dtype=torch.int64)
     inputs = ModelInputs(
         tokens=tokens,
-        positions=torch.arange(tokens.shape[1]),
-        mask=model_mask(samples, 1, BlockGrid.sequence, clean_copy=False, causal=True),
+        positions=torch.arange(tokens.shape[1])[None],
+        shard=ContextShard(model_mask(samples, 1, BlockGrid.sequence, clean_copy=False, causal=True)),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate(labels)),
     )
@@ -113,12 +116,12 @@ def diffusion_inputs(
     clean = np.stack([sample.tokens for sample in samples])
     noisy = np.where(np.stack(masked), mask_token_id, clean)
     clean_copy = block_size < clean.shape[1]
-    positions = torch.arange(clean.shape[1])
+    positions = torch.arange(clean.shape[1])[None]
     rows = [np.flatnonzero(row) for row in masked]
     return ModelInputs(
         tokens=torch.from_numpy(np.concatenate([noisy, clean], axis=1) if clean_copy else noisy),
-        positions=torch.cat([positions, positions]) if clean_copy else positions,
-        mask=model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False),
+        positions=torch.cat([positions, positions], dim=1) if clean_copy else positions,
+        shard=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate([c[row] for c, row in zip(clean, rows, strict=True)])),
     )
@@ -145,11 +148,10 @@ def diffusion_batch(
         samples, masked, block_size=stage.block_size, grid=grid, mask_token_id=mask_token_id
     )
     if noise_sigma > 0:
-        padding = ((0, 0), (0, inputs.tokens.shape[1] - len(masked[0])))  # the clean half gets no noise
         inputs.noise = EmbeddingNoise(
             sigma=noise_sigma,
             seeds=[torch_seed(seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
-            masked=torch.from_numpy(np.pad(np.stack(masked), padding)),
+            rows=[torch.from_numpy(np.flatnonzero(row)) for row in masked],  # the clean half gets no noise
         )
     weights, counts, rates, places = [], [], [], []
     for sample, corruption in zip(samples, corruptions, strict=True):
@@ -168,3 +170,38 @@ def diffusion_batch(
         rate_bin=torch.from_numpy(rate_bin),
         position_bin=torch.from_numpy(np.concatenate(places) * bins // stage.block_size),
     )
+
+
+def context_part(batch: MicroBatch) -> MicroBatch:
+    """This context-parallel rank's part of a micro-batch: rows, outputs and weights of the tokens it holds.
+
+    The batch is built whole on every rank, so masks, labels and noise cannot depend on the split. `count`,
+    which is summed over the ranks, stays with the first.
+    """
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return batch
+    inputs = batch.inputs
+    shard = ContextShard(inputs.shard.mask, parallel_state.get_context_parallel_rank(), ranks)
+    B, L, n = shard.mask.batch, shard.mask.length, shard.tokens.shape[1]
+    sample = np.arange(B)[:, None]
+    position, b = np.divmod(inputs.outputs.numpy(), B)  # of each of the N outputs, in the whole sequence
+    half, token = np.divmod(position, L)
+    here = torch.from_numpy(shard.owner[b, token] == shard.rank)
+    row = half * n + shard.row_of_token[b, token]
+    rows = torch.from_numpy(shard.rows)
+    noise = inputs.noise
+    if noise is not None:
+        owned = np.where(shard.owner == shard.rank, shard.row_of_token, -1)
+        local = [torch.from_numpy(owned[b, masked.numpy()]) for b, masked in enumerate(noise.rows)]
+        noise = EmbeddingNoise(noise.sigma, noise.seeds, local)
+    part = ModelInputs(
+        tokens=inputs.tokens[sample, rows],
+        positions=inputs.positions.expand(B, -1).gather(1, rows),
+        shard=shard,
+        outputs=torch.from_numpy(row * B + b)[here],
+        labels=None if inputs.labels is None else inputs.labels[here],
+        noise=noise,
+    )
+    count = batch.count if shard.rank == 0 else 0
+    return MicroBatch(part, batch.weights[here], count, batch.rate_bin[here], batch.position_bin[here])

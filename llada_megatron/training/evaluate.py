@@ -24,7 +24,13 @@ from llada_megatron.diffusion.corruption import block_starts
 from llada_megatron.generate.infill import infill
 from llada_megatron.parallel.random import Purpose, generator
 from llada_megatron.runtime import device
-from llada_megatron.training.batch import MicroBatch, autoregressive_batch, check_vocabulary, diffusion_inputs
+from llada_megatron.training.batch import (
+    MicroBatch,
+    autoregressive_batch,
+    check_vocabulary,
+    context_part,
+    diffusion_inputs,
+)
 from llada_megatron.training.step import data_parallel, forward_step
 
 Estimate = dict[str, float | None]
@@ -160,7 +166,9 @@ class Evaluator:
         for indices, sums in zip(groups, reduced, strict=False):
             totals[indices] = sums  # a padded sequence is written twice with the same value
         covered = torch.zeros_like(totals)
-        covered[mine] = 1.0 if reduced else 0.0
+        # Context-parallel ranks hold parts of the same sequences: the parts add up to one covering.
+        if reduced and parallel_state.get_context_parallel_rank() == 0:
+            covered[mine] = 1.0
         for tensor in (totals, covered):
             dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             dist.all_reduce(tensor, group=parallel_state.get_pipeline_model_parallel_group())
@@ -170,7 +178,8 @@ class Evaluator:
         self, groups: list[list[int]], build: Callable[[list[PackedSample], list[int]], MicroBatch]
     ) -> Iterator[MicroBatch]:
         for indices in groups:
-            yield build([self.samples[index] for index in indices], indices).to(device.device())
+            batch = build([self.samples[index] for index in indices], indices)
+            yield context_part(batch).to(device.device())
 
     def _estimate(self, sums: np.ndarray, tokens: np.ndarray) -> Estimate:
         mean = float(sums.sum() / tokens.sum())
@@ -213,8 +222,8 @@ def _entropy(values: np.ndarray) -> float:
 
 
 def _batch(inputs: Any, weights: np.ndarray) -> MicroBatch:
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return MicroBatch(inputs, torch.from_numpy(weights), 0, nothing, nothing)
+    no_bin = torch.zeros(len(weights), dtype=torch.int64)
+    return MicroBatch(inputs, torch.from_numpy(weights), 0, no_bin, no_bin)
 
 
 def _forward(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:

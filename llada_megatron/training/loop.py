@@ -24,6 +24,7 @@ from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
+from llada_megatron.training.agreement import check_agreement
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.evaluate import Evaluator, held_out_sequences
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, wrap
@@ -57,12 +58,15 @@ def run(config: Config) -> Outcome:
     """
     schedule = rules.check(config)
     device.seed_everything(config.run.seed, config.precision.deterministic)
-    groups.initialize(
+    groups.join(
         config.layout, threads=config.training.threads or threads_per_process(config.layout.processes)
     )
     stop = StopRequest()  # before the model is built, which may take minutes
     try:
-        return _Run(config, schedule).train(stop)
+        data_fingerprint = fingerprint(config.data)
+        check_agreement(config, data_fingerprint)
+        groups.initialize(config.layout)
+        return _Run(config, schedule, data_fingerprint).train(stop)
     finally:
         stop.release()
         groups.destroy()
@@ -92,11 +96,11 @@ def build_trainer(config: Config, schedule: Any) -> Trainer:
 
 
 class _Run:
-    def __init__(self, config: Config, schedule: Any) -> None:
+    def __init__(self, config: Config, schedule: Any, data_fingerprint: dict[str, Any]) -> None:
         self.config, self.schedule = config, schedule
         self.dir = Path(config.run.dir)
         self.is_writer = dist.get_rank() == 0
-        self.fingerprint = fingerprint(config.data)
+        self.fingerprint = data_fingerprint
         self.trainer = build_trainer(config, schedule)
         self.position = self._load()
         self.evaluator = self._build_evaluator()

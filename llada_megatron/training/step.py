@@ -28,6 +28,7 @@ from llada_megatron.training.batch import (
     MicroBatch,
     autoregressive_batch,
     check_vocabulary,
+    context_part,
     diffusion_batch,
 )
 from llada_megatron.training.embedding import embedding_statistics
@@ -146,7 +147,7 @@ def micro_batches(trainer: Trainer, stage: Stage, step: int, sigma: float) -> It
             )
         else:
             batch = autoregressive_batch(samples)
-        yield batch.to(device.device())
+        yield context_part(batch).to(device.device())
 
 
 def noise_sigma(trainer: Trainer, step: int, rms: float) -> float:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
 from llada_megatron.checkpoint import hf
 from llada_megatron.config.schema import (
     BlockGrid,
@@ -226,8 +227,8 @@ def forward_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
     at = device.device()
     inputs = ModelInputs(
         tokens=stored["input_ids"][None].to(at),
-        positions=stored["position_ids"].to(at),
-        mask=mask,
+        positions=stored["position_ids"][None].to(at),
+        shard=ContextShard(mask),
         outputs=torch.arange(*case["logits_rows"], device=at),
     )
     with torch.no_grad(), recorded(golden.stage) as seen:
@@ -257,7 +258,9 @@ def greedy_case(golden: Golden, name: str) -> CaseResult:
         last = torch.tensor([length - 1], device=at)
         with torch.no_grad():
             logits = golden.stage(
-                ModelInputs(tokens[None], torch.arange(length, device=at), mask, outputs=last)
+                ModelInputs(
+                    tokens[None], torch.arange(length, device=at)[None], ContextShard(mask), outputs=last
+                )
             )
         tokens = torch.cat([tokens, logits.argmax(-1)])
     return CaseResult(name, {"tokens": float((tokens[len(prompt) :].cpu() != expected).sum())})

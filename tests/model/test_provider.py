@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import Config
 from llada_megatron.model import initialize, specs
@@ -50,11 +51,11 @@ def random_tokens(config: Config, count: int, seed: int = 0) -> torch.Tensor:
 
 
 def model_inputs(tokens_BS: torch.Tensor, mask: BlockDiffusionMask, **chosen: Any) -> ModelInputs:
-    positions = torch.arange(mask.length)
+    positions = torch.arange(mask.length)[None]
     return ModelInputs(
         tokens=tokens_BS,
-        positions=torch.cat([positions, positions]) if mask.clean_copy else positions,
-        mask=mask,
+        positions=torch.cat([positions, positions], dim=1) if mask.clean_copy else positions,
+        shard=ContextShard(mask),
         **({"outputs": torch.arange(tokens_BS.numel())} | chosen),
     )
 

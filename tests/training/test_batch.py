@@ -54,7 +54,7 @@ def test_a_sample_is_corrupted_alike_in_any_micro_batch_and_order(stage):
         assert torch.equal(together.rate_bin[mine], alone.rate_bin)
         assert torch.equal(together.position_bin[mine], alone.position_bin)
         assert together.inputs.noise.seeds[row] == alone.inputs.noise.seeds[0]
-        assert torch.equal(together.inputs.noise.masked[row], alone.inputs.noise.masked[0])
+        assert torch.equal(together.inputs.noise.rows[row], alone.inputs.noise.rows[0])
 
 
 @BOTH_STAGES
@@ -78,11 +78,14 @@ def test_the_noisy_half_is_masked_where_outputs_are_and_the_clean_half_is_clean(
     padded[:, :L] = clean
     assert torch.equal(padded.T.flatten()[batch.inputs.outputs], batch.inputs.labels)
     assert len(batch.inputs.outputs) == int(masked.sum()) == len(batch.weights)
-    assert torch.equal(batch.inputs.noise.masked[:, :L], masked)
-    assert not batch.inputs.noise.masked[:, L:].any()
+    for rows, of_sample in zip(batch.inputs.noise.rows, masked, strict=True):
+        assert torch.equal(rows, of_sample.nonzero()[:, 0])
     positions = torch.arange(L).repeat(tokens.shape[1] // L)
-    assert torch.equal(batch.inputs.positions, positions)
-    assert batch.inputs.mask.total == tokens.shape[1] and batch.inputs.mask.block_size == stage.block_size
+    assert torch.equal(batch.inputs.positions, positions[None])
+    assert (
+        batch.inputs.shard.mask.total == tokens.shape[1]
+        and batch.inputs.shard.mask.block_size == stage.block_size
+    )
 
 
 @BOTH_STAGES
@@ -120,7 +123,7 @@ def test_autoregressive_labels_are_the_next_tokens_of_the_same_document():
     made = zip(batch.inputs.outputs.tolist(), batch.inputs.labels.tolist(), strict=True)
     assert {(output // 4, output % 4, label) for output, label in made} == pairs
     assert batch.count == len(batch.weights) == len(pairs)
-    assert batch.inputs.mask.causal and batch.inputs.mask.block_size == 1
+    assert batch.inputs.shard.mask.causal and batch.inputs.shard.mask.block_size == 1
 
 
 def test_rows_of_samples_become_rows_of_flattened_hidden_states():

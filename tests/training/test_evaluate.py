@@ -50,10 +50,13 @@ def log_probabilities(evaluator, tokens, positions, mask):
     """Log probabilities [S, V] at every position of one input."""
     import torch
 
+    from llada_megatron.attention.context import ContextShard
     from llada_megatron.model.inputs import ModelInputs
 
     rows = torch.arange(len(tokens))
-    inputs = ModelInputs(torch.from_numpy(tokens)[None], torch.from_numpy(positions), mask, rows)
+    inputs = ModelInputs(
+        torch.from_numpy(tokens)[None], torch.from_numpy(positions)[None], ContextShard(mask), rows
+    )
     with torch.no_grad():
         return evaluator.model[0](inputs).double().log_softmax(dim=-1).numpy()
 

@@ -129,6 +129,7 @@ def assert_equal_within_rounding(run_dir: Path, straight: Path) -> None:
 LAYOUTS = [
     ["layout.tp=2"],
     ["layout.pp=2"],
+    ["layout.cp=2"],
     pytest.param(["layout.ep=2"], marks=pytest.mark.slow),
     pytest.param(["layout.micro_batch=2"], marks=pytest.mark.slow),  # data parallelism
     pytest.param(["layout.tp=2", "layout.ep=2"], marks=pytest.mark.slow),

@@ -1,0 +1,177 @@
+"""Context parallelism for `[x_t ; x_0]`: both halves are split by the same tokens, and clean keys travel.
+
+A noisy key is visible inside its own block only. As long as a block lies on one rank, a rank therefore needs
+its own noisy keys and every clean key: L (R-1)/R keys received in forward, and as many key gradients in
+backward, half of what gathering `[x_t ; x_0]` moves. Blocks that span ranks add their noisy keys (a halo).
+Masks with one half (MDLM, autoregressive) gather all of it.
+
+Legend: L data tokens per sequence, R ranks, n = L/R tokens of a rank, B batch, K keys of a call, T halo keys
+that each rank sends, padded to the largest count; Hkv key and value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
+from llada_megatron.parallel.context import deal_tokens
+
+
+class ContextShard:
+    """What one rank of a context-parallel group holds of a micro-batch, and how it gets its keys.
+
+    Every rank works out the same deal from the mask alone. Raises ValueError when L is not a multiple of
+    `ranks`. With one rank the shard is the whole mask and nothing travels.
+    """
+
+    def __init__(self, mask: BlockDiffusionMask, rank: int = 0, ranks: int = 1) -> None:
+        self.mask, self.rank, self.ranks = mask, rank, ranks
+        self.device = torch.device("cpu")
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """The rank that holds each token, int64 [B, L]."""
+        mask = self.mask
+        if self.ranks == 1:
+            return np.zeros((mask.batch, mask.length), dtype=np.int64)
+        # Without a clean copy all keys travel anyway, so cutting a block costs nothing.
+        block_size = mask.block_size if mask.clean_copy else 1
+        deals = zip(mask.pairs_per_token, mask.block_start, strict=True)
+        return np.stack([deal_tokens(work, starts, block_size, self.ranks) for work, starts in deals])
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """This rank's tokens in rising order, int64 [B, n]."""
+        return self._tokens_BRn[:, self.rank]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Positions in [0, S) of this rank's model rows, int64 [B, S/R]: noisy rows, then clean ones."""
+        halves = [0, self.mask.length] if self.mask.clean_copy else [0]
+        return np.concatenate([self.tokens + half for half in halves], axis=1)
+
+    @cached_property
+    def row_of_token(self) -> np.ndarray:
+        """The row, in its owner's first half, that holds each token, int64 [B, L]."""
+        row = np.empty_like(self.owner)
+        np.put_along_axis(row, self._tokens_BRn.reshape(row.shape), self._slots[None], axis=1)
+        return row
+
+    @cached_property
+    def rectangle(self) -> Rectangle:
+        """This rank's queries against the keys it holds after `exchange`."""
+        if self.ranks == 1:
+            return self.mask.whole()
+        return Rectangle(self.mask, self.tokens, self._noisy_keys)
+
+    @cached_property
+    def halo_rows(self) -> Tensor:
+        """Noisy rows, flattened as row * B + sample, that this rank sends; int64 [T]."""
+        sent = self._halo_of_rank[self.rank]
+        return torch.from_numpy(np.pad(sent, (0, self._halo_size - len(sent)))).to(self.device)
+
+    @cached_property
+    def key_order(self) -> Tensor:
+        """Where each key of the rectangle lies: own noisy rows first, then what was received; int64 [K B]."""
+        B, L, n = self.mask.batch, self.mask.length, self.tokens.shape[1]
+        sample = np.arange(B)[:, None]
+        row = self.row_of_token * B + sample  # [B, L], flattened as the owner's rows are
+        received = self._own_rows + self.owner * (n * B + self._halo_size)
+        keys = received + row
+        if self.mask.clean_copy:
+            travelled = received + n * B + self._halo_slot
+            noisy_BL = np.where(self.owner == self.rank, row, travelled)
+            padded = np.minimum(self._noisy_keys, L - 1)  # nobody looks at padding: any key will do
+            keys = np.concatenate([np.take_along_axis(noisy_BL, padded, axis=1), keys], axis=1)
+        return torch.from_numpy(keys.T.reshape(-1)).to(self.device)
+
+    def to(self, device: torch.device) -> ContextShard:
+        """The same shard with its index tensors on `device`."""
+        self.device = device
+        return self
+
+    @cached_property
+    def _tokens_BRn(self) -> np.ndarray:
+        by_rank = np.argsort(self.owner, axis=1, kind="stable")
+        return by_rank.reshape(self.mask.batch, self.ranks, -1)
+
+    @property
+    def _slots(self) -> np.ndarray:
+        return np.tile(np.arange(self.mask.length // self.ranks), self.ranks)
+
+    @property
+    def _own_rows(self) -> int:
+        """Own noisy rows, flattened, in front of what is received."""
+        return self.tokens.size if self.mask.clean_copy else 0
+
+    @cached_property
+    def _noisy_keys(self) -> np.ndarray:
+        """Tokens of every block that this rank has a token of, int64 [B, Kn], padded with L."""
+        if not self.mask.clean_copy:
+            return self.tokens[:, :0]
+        block_start = self.mask.block_start
+        own_blocks = np.take_along_axis(block_start, self.tokens, axis=1)
+        needed = [
+            np.flatnonzero(np.isin(starts, own)) for starts, own in zip(block_start, own_blocks, strict=True)
+        ]
+        size = max(len(tokens) for tokens in needed)
+        return np.stack([np.pad(t, (0, size - len(t)), constant_values=self.mask.length) for t in needed])
+
+    @cached_property
+    def spans_ranks(self) -> np.ndarray:
+        """Whether each token's block has tokens of other ranks, bool [B, L]."""
+        if not self.mask.clean_copy:
+            return np.zeros(self.owner.shape, dtype=bool)
+        same = np.ones(self.owner.shape, dtype=bool)
+        same[:, 1:] = (self.owner[:, 1:] == self.owner[:, :-1]) | (np.diff(self.mask.block_start) != 0)
+        changes_before = np.cumsum(~same, axis=1)
+        first = np.take_along_axis(changes_before, self.mask.block_start, axis=1)
+        last = np.take_along_axis(changes_before, self.mask.block_stop - 1, axis=1)
+        return first != last
+
+    @cached_property
+    def _halo_of_rank(self) -> list[np.ndarray]:
+        """For each rank the noisy rows that it sends, flattened as row * B + sample and rising."""
+        sample = np.broadcast_to(np.arange(self.mask.batch)[:, None], self.owner.shape)
+        flat = self.row_of_token * self.mask.batch + sample
+        return [np.sort(flat[self.spans_ranks & (self.owner == rank)]) for rank in range(self.ranks)]
+
+    @cached_property
+    def _halo_size(self) -> int:
+        return max(len(rows) for rows in self._halo_of_rank)
+
+    @cached_property
+    def _halo_slot(self) -> np.ndarray:
+        """Place of each token's noisy key among those that its owner sends, int64 [B, L]."""
+        flat = self.row_of_token * self.mask.batch + np.arange(self.mask.batch)[:, None]
+        slot = np.zeros_like(flat)
+        for rank, sent in enumerate(self._halo_of_rank):
+            mine = self.spans_ranks & (self.owner == rank)
+            slot[mine] = np.searchsorted(sent, flat[mine])
+        return slot
+
+
+def exchange(key: Tensor, value: Tensor, shard: ContextShard, group: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of the shard's rectangle, [K, B, Hkv, D] each, from this rank's [S/R, B, Hkv, D].
+
+    One all-gather in forward and one reduce-scatter of the gradients in backward, keys and values together.
+    `group` is the context-parallel process group; unused with one rank.
+    """
+    if shard.ranks == 1:
+        return key, value
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    rows = torch.stack([key, value], dim=2).flatten(0, 1)  # [S/R * B, 2, Hkv, D]
+    own = rows[: shard._own_rows]
+    travelling = rows[shard._own_rows :]
+    if len(shard.halo_rows):
+        travelling = torch.cat([travelling, own.index_select(0, shard.halo_rows)])
+    received = gather_from_sequence_parallel_region(travelling, group=group)
+    pool = torch.cat([own, received]) if len(own) else received
+    chosen = pool.index_select(0, shard.key_order).unflatten(0, (-1, shard.mask.batch))  # [K, B, 2, Hkv, D]
+    return chosen[:, :, 0], chosen[:, :, 1]

@@ -1,0 +1,39 @@
+"""How close a run came to routing a token otherwise: rounding can flip a choice below this margin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class RoutingMargin:
+    """Watches routers and keeps the smallest gap between a chosen and a rejected score.
+
+    Scores are sigmoid(logits) + expert_bias, as megatron-core compares them: first groups, by the
+    sum of their best experts, then experts of the chosen groups.
+    """
+
+    def __init__(self, routers: list[Any]) -> None:
+        self.smallest = float("inf")
+        for router in routers:
+            router.register_forward_pre_hook(self._watch)
+
+    @torch.no_grad()
+    def _watch(self, router: Any, arguments: tuple[Any, ...]) -> None:
+        config = router.config
+        logits = router.gating(arguments[0]).flatten(0, -2)
+        scores = torch.sigmoid(logits) + router.expert_bias  # [tokens, E]
+        if config.moe_router_num_groups:
+            chosen = config.moe_router_group_topk
+            by_group = scores.unflatten(1, (config.moe_router_num_groups, -1))
+            group_score = by_group.topk(config.moe_router_topk // chosen, dim=2).values.sum(dim=2)
+            self._keep(group_score, chosen)
+            kept = torch.zeros_like(group_score).scatter(1, group_score.topk(chosen, dim=1).indices, 1.0)
+            scores = by_group.masked_fill(kept[..., None] == 0, float("-inf")).flatten(1)
+        self._keep(scores, config.moe_router_topk)
+
+    def _keep(self, scores: torch.Tensor, chosen: int) -> None:
+        if chosen < scores.shape[1]:
+            best = scores.topk(chosen + 1, dim=1).values
+            self.smallest = min(self.smallest, float((best[:, -2] - best[:, -1]).min()))

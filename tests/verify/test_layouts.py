@@ -1,0 +1,225 @@
+"""Layouts against one process, and that the comparison sees every way in which a layout can be wrong."""
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from llada_megatron.verify import layouts
+from tests.distributed import run_ranks
+
+FAST = ["TP2", "CP2 EP2", "PP2 VPP2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return layouts.write_corpus(tmp_path_factory.mktemp("paragraphs"))
+
+
+@pytest.fixture(scope="module")
+def reference(corpus):
+    [measured] = layouts.measure_in_processes([layouts.parity_config(corpus)], None)
+    return measured
+
+
+def results_of(names, corpus, reference):
+    configs = [layouts.parity_config(corpus, **layouts.MATRIX[name]) for name in names]
+    processes = configs[0].layout.processes
+    measured = layouts.measure_in_processes(configs, reference)
+    return [layouts.compare(n, processes, m, reference) for n, m in zip(names, measured, strict=True)]
+
+
+def test_the_reference_has_every_property_that_the_comparison_relies_on(reference):
+    assert all(np.isfinite(reference.losses)) and all(np.isfinite(reference.grad_norms))
+    assert reference.routing_margin > 0
+    assert len(reference.load) == 3 and all(sum(counts[0]) > 0 for counts in reference.load.values())
+    assert any(key.endswith("expert_bias") and weight.any() for key, weight in reference.weights.items())
+
+
+def test_a_core_of_the_matrix_equals_one_process(corpus, reference):
+    for result in results_of(FAST, corpus, reference):
+        assert result.passed, (result.name, result.differences, result.worst_weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_whole_matrix_equals_one_process(corpus, reference, processes):
+    names = [name for name, layout in layouts.MATRIX.items() if layout["processes"] == processes]
+    for result in results_of(sorted(set(names) - set(FAST)), corpus, reference):
+        assert result.passed, (result.name, result.differences, result.worst_weight)
+
+
+# Each mutation breaks one rank's arithmetic as a plausible bug would. They run in forked ranks.
+
+
+@contextmanager
+def wrong_context_slice():
+    """Rank 1 feeds its rows to the model in another order than the mask believes."""
+    from llada_megatron.attention.context import ContextShard
+
+    rows = ContextShard.rows.fget
+    wrong = property(lambda shard: np.roll(rows(shard), shard.rank, axis=1))
+    with mock.patch.object(ContextShard, "rows", wrong):
+        yield
+
+
+@contextmanager
+def key_gradients_not_reduced():
+    """dK and dV of the other ranks' queries are dropped."""
+    from functools import partial
+
+    from megatron.core import tensor_parallel
+
+    gather = tensor_parallel.gather_from_sequence_parallel_region
+    wrong = partial(gather, tensor_parallel_output_grad=False)
+    with mock.patch.object(tensor_parallel, "gather_from_sequence_parallel_region", wrong):
+        yield
+
+
+@contextmanager
+def expert_load_not_reduced():
+    from llada_megatron.training import balance
+
+    alone = SimpleNamespace(all_reduce=lambda *args, **kwargs: None, ReduceOp=balance.dist.ReduceOp)
+    with mock.patch.object(balance, "dist", alone):
+        yield
+
+
+@contextmanager
+def noise_seeds_of_the_rank():
+    import torch.distributed as dist
+
+    from llada_megatron.training import batch
+
+    seed_of = batch.torch_seed
+    with mock.patch.object(batch, "torch_seed", lambda *names: seed_of(*names) + dist.get_rank()):
+        yield
+
+
+@contextmanager
+def loss_count_not_reduced():
+    """Gradients are divided by this rank's count of tokens."""
+    from llada_megatron.training import balance
+
+    finalize = balance.finalize_model_grads
+
+    def wrong(model, num_tokens, *args, **kwargs):
+        return finalize(model, num_tokens // 2, *args, **kwargs)  # the sum over two ranks is one rank's
+
+    with mock.patch.object(balance, "finalize_model_grads", wrong):
+        yield
+
+
+@contextmanager
+def noisy_key_leaks_from_the_next_block():
+    from llada_megatron.attention.mask import KeySpans, Rectangle
+
+    own_block = Rectangle.own_block.func
+
+    def wrong(rectangle):
+        spans = own_block(rectangle)
+        return KeySpans(spans.start, np.minimum(spans.stop + 1, rectangle.noisy_keys.shape[1]))
+
+    with mock.patch.object(Rectangle, "own_block", property(wrong)):
+        yield
+
+
+@contextmanager
+def halo_ignored():
+    """Blocks that span ranks are taken for whole ones."""
+    from llada_megatron.attention.context import ContextShard
+
+    nowhere = property(lambda shard: np.zeros(shard.owner.shape, dtype=bool))
+    with mock.patch.object(ContextShard, "spans_ranks", nowhere):
+        yield
+
+
+@contextmanager
+def positions_of_the_shard():
+    """Rotary positions count the rows of the rank."""
+    from llada_megatron.training import step
+
+    part_of = step.context_part
+
+    def wrong(batch):
+        part = part_of(batch)
+        part.inputs.positions = part.inputs.positions.sort(dim=1).values
+        return part
+
+    with mock.patch.object(step, "context_part", wrong):
+        yield
+
+
+@contextmanager
+def norms_not_summed_over_sequence_parallel_ranks():
+    from llada_megatron.model.specs import RMSNorm
+
+    make = RMSNorm.__init__
+
+    def wrong(norm, *args, **kwargs):
+        make(norm, *args, **kwargs)
+        norm.weight.sequence_parallel = False
+
+    with mock.patch.object(RMSNorm, "__init__", wrong):
+        yield
+
+
+MUTATIONS = [
+    (wrong_context_slice, "CP2"),
+    (key_gradients_not_reduced, "CP2"),
+    (expert_load_not_reduced, "DP2"),
+    (noise_seeds_of_the_rank, "DP2"),
+    (loss_count_not_reduced, "DP2"),
+    (noisy_key_leaks_from_the_next_block, "CP2"),
+    (positions_of_the_shard, "CP2"),
+    (norms_not_summed_over_sequence_parallel_ranks, "TP2"),
+    (halo_ignored, "CP4"),
+]
+
+
+def measure_mutants(mutants, reference):
+    from llada_megatron.verify.measure import measure
+
+    measured = []
+    for mutation, config in mutants:
+        with mutation():
+            measured.append(measure(config, reference))
+    return measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_comparison_fails_for_every_deliberate_error(corpus, reference, processes):
+    chosen = [(m, name) for m, name in MUTATIONS if layouts.MATRIX[name]["processes"] == processes]
+    mutants = [(m, layouts.parity_config(corpus, **layouts.MATRIX[name])) for m, name in chosen]
+    for (mutation, name), measured in zip(
+        chosen, run_ranks(measure_mutants, mutants, reference, processes=processes)[0], strict=True
+    ):
+        result = layouts.compare(name, processes, measured, reference)
+        assert not result.passed, mutation.__name__
+
+
+def test_the_report_names_what_failed_and_is_written_as_json(capsys):
+    from llada_megatron.verify.command import _print_layouts
+
+    exact = dict.fromkeys(layouts.TOLERANCES, 0.0)
+    report = layouts.LayoutReport(
+        [
+            layouts.LayoutResult("TP2", 2, exact, "w"),
+            layouts.LayoutResult("CP2", 2, exact | {"loss": float("nan")}, "w"),
+        ],
+        1e-4,
+    )
+    _print_layouts(report, layouts.TOLERANCES)
+    shown = capsys.readouterr().out
+    assert "1 of 2 layouts differ" in shown and "FAILED" in shown and "1.0e-04" in shown
+    written = json.loads(report.as_json())
+    assert [entry["passed"] for entry in written["layouts"]] == [True, False] and not written["passed"]
+
+
+def test_an_unknown_layout_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"no layouts of the matrix: \['CP3'\]. Choose from DP2, DP4"):
+        layouts.check(["CP3"])
