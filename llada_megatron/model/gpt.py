@@ -36,10 +36,18 @@ class ExplicitRotary(torch.nn.Module):
 class BlockDiffusionGPT(GPTModel):
     """One pipeline stage of the model; `forward` takes ModelInputs."""
 
-    def __init__(self, *args: Any, rotary: ExplicitRotary, head_chunk_tokens: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rotary: ExplicitRotary,
+        head_chunk_tokens: int,
+        balance_clean_half: bool,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.rotary_pos_emb = rotary
         self.head_chunk_tokens = head_chunk_tokens
+        self.balance_clean_half = balance_clean_half
         if self.post_process:
             reduce_input_gradient_once(self.output_layer)
         self.register_load_state_dict_post_hook(_want_no_extra_state)
@@ -66,9 +74,23 @@ class BlockDiffusionGPT(GPTModel):
             packed_seq_params=ShardParams(
                 qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, shard=inputs.shard
             ),
+            padding_mask=self._uncounted(inputs),
             output_processor=head_output,
             output_processor_context=(inputs, self.head_chunk_tokens),
         )
+
+    def _uncounted(self, inputs: ModelInputs) -> torch.Tensor | None:
+        """bool [B, S/tp], True for rows that the balance of experts leaves out; None when all rows count.
+
+        megatron-core carries it to every router as `padding_mask`; model/router.py gives it this meaning.
+        """
+        if self.balance_clean_half or not inputs.shard.mask.clean_copy:
+            return None
+        B, S = inputs.tokens.shape
+        is_clean = torch.arange(S, device=inputs.tokens.device) >= S // 2
+        if self.config.sequence_parallel:
+            is_clean = is_clean.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
+        return is_clean.expand(B, -1)
 
     def _noise(self, noise: EmbeddingNoise, S: int, embedded: torch.Tensor) -> torch.Tensor:
         """eps ~ N(0, sigma^2 I) at masked positions, zero elsewhere (LLaDA2.0, section 7.1); like `embedded`.
