@@ -10,7 +10,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from llada_megatron.config import compose, rules
-from llada_megatron.config.schema import Config
+from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size, pipeline_stages
+from llada_megatron.config.layout_rules import has_experts
+from llada_megatron.config.schema import Config, Recompute
 from llada_megatron.runtime import launch
 
 if TYPE_CHECKING:
@@ -71,8 +73,9 @@ def description(config: Config) -> str:
         f"run       {config.run.name} in {config.run.dir}",
         f"model     {model.layers} layers, hidden size {model.hidden_size}, {model.experts} experts,"
         f" vocabulary {model.vocab_size}",
-        f"layout    {layout.processes} processes: {axes}, dp {rules.data_parallel_size(layout)};"
+        f"layout    {layout.processes} processes: {axes}, dp {data_parallel_size(layout)};"
         f" global batch {layout.global_batch}",
+        f"          {'; '.join(_layout_options(config))}",
         f"data      {paths}; L = {config.data.sequence_length}",
         "",
         f"{'stage':<14} {'objective':<15} {'block':>6} {'steps':>9} {'tokens':>17} {'micro-batch':>12}",
@@ -84,6 +87,21 @@ def description(config: Config) -> str:
         )
     lines.append(f"{'total':<14} {'':<15} {'':>6} {schedule.total_steps:>9} {schedule.total_tokens:>17,}")
     return "\n".join(lines)
+
+
+def _layout_options(config: Config) -> list[str]:
+    layout, options = config.layout, []
+    if layout.pp > 1:
+        options.append(
+            f"layers per stage {', '.join(map(str, pipeline_stages(config.model.layers, layout)))}"
+        )
+    if has_experts(config.model):
+        options.append(f"expert dp {expert_data_parallel_size(layout)}, {layout.dispatcher.value} dispatcher")
+    modules = f" ({', '.join(layout.recompute_modules)})" if layout.recompute is Recompute.selective else ""
+    options.append(f"recompute {layout.recompute.value}{modules}")
+    overlaps = [name for name in ("grad_reduce", "param_gather") if getattr(layout, f"overlap_{name}")]
+    options.append(f"overlap {' and '.join(overlaps) or 'none'}")
+    return options
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ def save(
 
     Raises OSError naming the path when it cannot be written; what was published before stays whole.
     """
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:  # the next forward would gather what the optimizer left
+            chunk.start_param_sync(force_sync=True)
     final = run_dir / "checkpoints" / f"step_{manifest.step:08d}"
     aside = final.with_name(f".{final.name}.partial")
     sharded = _sharded(model, optimizer)

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
+from llada_megatron.config.layout_rules import check_batches, check_layout, has_experts, require
 from llada_megatron.config.schedule import Schedule, block_size_of
-from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Objective
+from llada_megatron.config.schema import Config, ModelConfig, Objective
 
 LEARNING_RATE_STYLES = ("WSD", "cosine", "linear", "constant")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def data_parallel_size(layout: LayoutConfig) -> int:
-    """dp = processes / (tp pp cp); ValueError if it does not come out whole."""
-    model_parallel = layout.tp * layout.pp * layout.cp
-    require(
-        layout.processes % model_parallel == 0,
-        f"layout.processes={layout.processes} is not a multiple of tp*pp*cp={model_parallel}:"
-        f" use {-(-layout.processes // model_parallel) * model_parallel} processes.",
-    )
-    return layout.processes // model_parallel
 
 
 def schedule_of(config: Config) -> Schedule:
@@ -38,40 +22,35 @@ def schedule_of(config: Config) -> Schedule:
 def check(config: Config) -> Schedule:
     """Check every rule that needs no file; returns the schedule. Raises ValueError with one sentence."""
     _check_model(config.model)
-    _check_layout(config)
+    length = config.data.sequence_length
+    require(length >= 1, f"data.sequence_length={length} must be at least 1.")
+    check_layout(config)
     _check_objective(config)
     schedule = schedule_of(config)
-    dp = data_parallel_size(config.layout)
-    for stage in schedule.stages:
-        per_step = stage.micro_batch * dp
-        require(
-            config.layout.global_batch % per_step == 0,
-            f"layout.global_batch={config.layout.global_batch} is not a multiple of micro_batch*dp={per_step}"
-            f" (stage {stage.name}): change layout.global_batch or the stage's micro_batch.",
-        )
-        micro_batches = config.layout.global_batch // per_step
-        require(
-            config.layout.vpp == 1 or micro_batches % config.layout.pp == 0,
-            f"layout.vpp={config.layout.vpp} needs micro-batches per step in multiples of"
-            f" layout.pp={config.layout.pp}, stage {stage.name} has {micro_batches}: change"
-            " layout.global_batch.",
-        )
+    check_batches(config.layout, schedule)
     require(
         config.optimizer.warmup_tokens < schedule.total_tokens,
         f"optimizer.warmup_tokens={config.optimizer.warmup_tokens} is not less than the schedule's"
         f" {schedule.total_tokens} tokens: shorten the warm-up.",
     )
-    require(
-        not config.evaluation.infill_sequences or config.layout.pp == 1,
-        f"evaluation.infill_sequences={config.evaluation.infill_sequences} needs layout.pp=1, not"
-        f" {config.layout.pp}: decoding serves one pipeline stage, set it to 0.",
-    )
+    for axis in ("pp", "cp"):
+        ways = getattr(config.layout, axis)
+        require(
+            not config.evaluation.infill_sequences or ways == 1,
+            f"evaluation.infill_sequences={config.evaluation.infill_sequences} needs layout.{axis}=1, not"
+            f" {ways}: decoding runs whole sequences through whole models, set it to 0.",
+        )
     for index, size in enumerate(config.evaluation.block_sizes):
-        block_size_of(size, config.data.sequence_length, f"evaluation.block_sizes[{index}]")
+        block_size_of(size, length, f"evaluation.block_sizes[{index}]")
     return schedule
 
 
 def _check_model(model: ModelConfig) -> None:
+    sizes = ["vocab_size", "layers", "hidden_size", "heads", "kv_heads", "head_dim", "head_chunk_tokens"]
+    sizes += ["ffn_hidden_size"] if model.dense_layers else []
+    sizes += ["expert_hidden_size", "expert_groups", "expert_groups_per_token"] if has_experts(model) else []
+    for name in sizes:
+        require(getattr(model, name) >= 1, f"model.{name}={getattr(model, name)} must be at least 1.")
     require(
         model.heads % model.kv_heads == 0,
         f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}.",
@@ -85,7 +64,7 @@ def _check_model(model: ModelConfig) -> None:
         f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} must be an even"
         " number of channels.",
     )
-    if model.dense_layers >= model.layers:
+    if not has_experts(model):
         return
     require(model.experts > 0, "model.experts is 0 but model.dense_layers < model.layers: set model.experts.")
     require(
@@ -103,47 +82,6 @@ def _check_model(model: ModelConfig) -> None:
         f"model.experts_per_token={model.experts_per_token} is not a multiple of"
         f" model.expert_groups_per_token={model.expert_groups_per_token}: megatron-core scores a group by its"
         " experts_per_token/expert_groups_per_token best experts.",
-    )
-
-
-def _check_layout(config: Config) -> None:
-    layout, model = config.layout, config.model
-    for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "processes", "micro_batch", "global_batch"):
-        require(getattr(layout, name) >= 1, f"layout.{name}={getattr(layout, name)} must be at least 1.")
-    data_parallel_size(layout)
-    require(
-        config.data.sequence_length % layout.cp == 0,
-        f"layout.cp={layout.cp} does not divide data.sequence_length={config.data.sequence_length}.",
-    )
-    require(
-        model.kv_heads % layout.tp == 0,
-        f"layout.tp={layout.tp} does not divide model.kv_heads={model.kv_heads}: use a tp that does.",
-    )
-    require(
-        model.vocab_size % layout.tp == 0,
-        f"layout.tp={layout.tp} does not divide model.vocab_size={model.vocab_size}: pad model.vocab_size.",
-    )
-    require(
-        layout.ep == 1 or (model.experts > 0 and model.experts % layout.ep == 0),
-        f"layout.ep={layout.ep} does not divide model.experts={model.experts}.",
-    )
-    expert_parallel = layout.ep * layout.etp * layout.pp
-    require(
-        layout.processes % expert_parallel == 0,
-        f"layout.processes={layout.processes} is not a multiple of ep*etp*pp={expert_parallel}.",
-    )
-    require(
-        layout.vpp == 1 or layout.pp > 1,
-        f"layout.vpp={layout.vpp} needs layout.pp > 1: interleaving divides a pipeline.",
-    )
-    require(
-        model.layers % (layout.pp * layout.vpp) == 0,
-        f"model.layers={model.layers} is not a multiple of layout.pp*vpp={layout.pp * layout.vpp}.",
-    )
-    require(
-        config.data.sequence_length % layout.tp == 0,
-        f"layout.tp={layout.tp} does not divide data.sequence_length={config.data.sequence_length}"
-        " (sequence parallelism splits it).",
     )
 
 

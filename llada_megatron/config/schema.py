@@ -63,6 +63,21 @@ class MomentsAtStart(StrEnum):
     reset = "reset"
 
 
+class Recompute(StrEnum):
+    """What backward computes a second time instead of keeping it."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Dispatcher(StrEnum):
+    """How tokens reach their experts on other processes."""
+
+    alltoall = "alltoall"
+    allgather = "allgather"
+
+
 @dataclass
 class RunConfig:
     """Identity of a run."""
@@ -108,6 +123,14 @@ class ModelConfig:
     """Ling 2.0's rate; what LLaDA2.0 used is not published."""
     expert_bias_zero_mean: bool = True
     """Subtract the mean of each update, as Ling 2.0 does."""
+    expert_balance_clean_half: bool = True
+    """Whether the clean half of `[x_t ; x_0]` counts in the balance statistics.
+
+    True balances the load that experts carry in training, where every other token is a clean one; their
+    time and memory follow that load. False balances what decoding mostly runs: each block passes up to
+    block_size times noisy and once clean, and a balance over both halves may hide experts that only clean
+    tokens choose. Stages without a clean half count all tokens either way.
+    """
     qk_norm: bool = True
     """RMSNorm over the head dimension of queries and keys, before rotary."""
     rotary_fraction: float = 0.5
@@ -199,19 +222,42 @@ class ScheduleConfig:
 
 @dataclass
 class LayoutConfig:
-    """How the run is split over processes; dp is derived."""
+    """How the run is split over processes; dp = processes / (tp pp cp) is derived."""
 
     tp: int = 1
+    """Tensor parallelism. sp, sequence parallelism, is derived: on where tp > 1, because experts need it."""
     pp: int = 1
+    """Pipeline stages."""
     vpp: int = 1
+    """Virtual stages per pipeline stage, interleaved: less idle time, more messages."""
     cp: int = 1
+    """Context parallelism: each process holds L/cp tokens of each half."""
     ep: int = 1
+    """Expert parallelism: experts/ep experts per process, over the processes of tp, cp and dp."""
     etp: int = 1
+    """Tensor parallelism inside an expert; need not equal tp."""
     processes: int = 1
+    """Ranks, one per device."""
     micro_batch: int = 1
     """Sequences per process and micro-batch."""
     global_batch: int = 1
     """Sequences per step, over all processes."""
+    pipeline: list[int] = field(default_factory=list)
+    """Layers of each of the pp*vpp stages in the order that data passes them; empty means evenly.
+
+    The last stage also computes the output head: with a large vocabulary it should hold fewer layers.
+    """
+    dispatcher: Dispatcher = Dispatcher.alltoall
+    """`alltoall` sends a token to the processes of its experts; `allgather` sends all to all."""
+    recompute: Recompute = Recompute.none
+    """`selective` recomputes recompute_modules in backward, `full` whole layers: less memory, more time."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """Of `selective`, by megatron-core's names: core_attn, mlp (of dense layers), moe, shared_experts; with
+    model.layer_spec=transformer_engine also layernorm and moe_act."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward still computes others."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward computes; needs overlap_grad_reduce."""
 
 
 @dataclass

@@ -8,7 +8,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig
+from llada_megatron.config.layout import pipeline_stages
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig, Recompute
 from llada_megatron.model.gpt import BlockDiffusionGPT, ExplicitRotary
 from llada_megatron.model.initialize import initialize_weights
 from llada_megatron.model.specs import block_spec, resolve_layer_spec
@@ -57,7 +58,7 @@ def transformer_config(
         moe_router_topk_scaling_factor=model.routed_scaling_factor,
         moe_ffn_hidden_size=model.expert_hidden_size if moe else None,
         moe_shared_expert_intermediate_size=(model.shared_expert_hidden_size or None) if moe else None,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=layout.dispatcher.value,
         moe_grouped_gemm=moe and fused,
         moe_permute_fusion=False,
         # layout
@@ -65,6 +66,7 @@ def transformer_config(
         sequence_parallel=layout.tp > 1,  # megatron-core refuses to train MoE with TP and without SP
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(model.layers, layout),
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
@@ -72,6 +74,10 @@ def transformer_config(
         batch_p2p_comm=False,
         overlap_p2p_comm=layout.vpp > 1,
         variable_seq_lengths=False,
+        recompute_granularity=None if layout.recompute is Recompute.none else layout.recompute.value,
+        recompute_modules=list(layout.recompute_modules) if layout.recompute is Recompute.selective else None,
+        recompute_method="uniform" if layout.recompute is Recompute.full else None,
+        recompute_num_layers=1 if layout.recompute is Recompute.full else None,
         # numbers
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -86,6 +92,14 @@ def transformer_config(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
     )
+
+
+def pipeline_layout(layers: int, layout: LayoutConfig) -> list[list[str]] | None:
+    """What each stage holds, in megatron-core's words; None where its own even split is meant."""
+    stages = [["decoder"] * count for count in pipeline_stages(layers, layout)]
+    if all(stage == stages[0] for stage in stages):
+        return None
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def build_stage(config: Config, *, vp_stage: int | None = None, initialize: bool = True) -> BlockDiffusionGPT:
@@ -108,10 +122,8 @@ def build_stage(config: Config, *, vp_stage: int | None = None, initialize: bool
         vp_stage=vp_stage,
         rotary=ExplicitRotary(model.head_dim, model.rotary_fraction, model.rotary_base),
         head_chunk_tokens=model.head_chunk_tokens,
+        balance_clean_half=model.expert_balance_clean_half,
     )
-    for module in stage.modules():
-        if hasattr(module, "expert_bias"):
-            module.frozen_expert_bias = True  # training/balance.py updates it from global counts
     if initialize:
         initialize_weights(stage, seed=config.run.seed, std=model.init_std, layers=model.layers)
     return stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
+from llada_megatron.model.router import BalancedRouter
 from llada_megatron.runtime import device
 
 
@@ -43,7 +45,7 @@ def resolve_layer_spec(name: str) -> str:
 def block_spec(
     config: TransformerConfig, *, layer_spec: str, attention_backend: str, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage with our attention, and in the local spec our norms.
+    """The layers of this pipeline stage with our attention and router, and in the local spec our norms.
 
     In its local spec megatron-core 0.19.2 writes the pre-MLP norm of MoE layers under the key of a fused
     linear layer that MoE layers do not have (gpt_layer_specs.py:459); the TE spec writes
@@ -56,13 +58,17 @@ def block_spec(
     for layer in spec.layer_specs:
         submodules = layer.submodules
         submodules.self_attention.submodules.core_attention = attention
+        is_moe = submodules.mlp.func is MoELayer
+        if is_moe:
+            experts = submodules.mlp.keywords["submodules"]
+            submodules.mlp = partial(MoELayer, submodules=replace(experts, router=BalancedRouter))
         if transformer_engine:
             continue
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
         if config.qk_layernorm:
             submodules.self_attention.submodules.q_layernorm = RMSNorm
             submodules.self_attention.submodules.k_layernorm = RMSNorm
-        if submodules.mlp.func is MoELayer:
+        if is_moe:
             submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     if not transformer_engine:
         spec.layer_norm = RMSNorm

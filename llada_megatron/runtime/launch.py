@@ -64,7 +64,7 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
     what a rank raised (AS_THEY_ARE as they are, anything else as WorkerError with the rank and its
     traceback) after ending the others; SIGINT, SIGTERM and SIGUSR1 are passed on to every rank.
     """
-    # Asked through the driver's monitor, whether CUDA is there leaves the parent of the forks without a context.
+    # Through the driver's monitor, asking whether CUDA is there leaves the parent of the forks untouched.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])

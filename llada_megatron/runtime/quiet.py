@@ -13,6 +13,8 @@ WARNINGS: list[tuple[type[Warning], str, str]] = [  # category, beginning of the
     (UserWarning, "Could not determine rank from torch.distributed", ""),
     # Raised by TransformerConfig's own default; no CUDA graphs are captured here.
     (UserWarning, "full scope is deprecated", ""),
+    # recompute_modules with core_attn: TransformerEngine's attention would not need it, ours takes its place.
+    (UserWarning, "If you are using transformer_engine as the transformer implementation", ""),
     # Expert layers split by etp, not tp: with etp 1 there is no sequence parallelism inside an expert.
     (UserWarning, "`sequence_parallel` is set to `True`, but tensor model parallel size is 1", ""),
     # megatron-core then uses Python's logging, as intended.
@@ -41,8 +43,6 @@ LOGGED = [  # logger, part of the message
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
     # Advice to move to HybridModel; the version is pinned and GPTModel still gets its fixes.
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
-    # The layout that DistributedDataParallel then computes is the one we want.
-    ("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided"),
     # Said by every save; ours are synchronous.
     ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
 ]

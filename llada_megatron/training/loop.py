@@ -87,7 +87,7 @@ def build_trainer(config: Config, schedule: Any) -> Trainer:
         mask_token_id=config.model.mask_token_id,
         sequences_wanted=schedule.total_steps * config.layout.global_batch,
     )
-    model = wrap(build_model(config))
+    model = wrap(config, build_model(config))
     optimizer = build_optimizer(config, model)
     balance = ExpertBalance(list(model), config.model)
     get_model_config(model[0]).finalize_model_grads_func = balance.finalize

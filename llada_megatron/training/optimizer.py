@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
@@ -13,19 +19,67 @@ from llada_megatron.config.schema import Config, LearningRateAtStart
 from llada_megatron.config.schema import OptimizerConfig as OptimizerSettings
 from llada_megatron.runtime import device
 
+BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000
+"""Gradients of one message during backward, the larger of the two; megatron-core's own numbers."""
 
-def wrap(stages: list[torch.nn.Module]) -> list[DistributedDataParallel]:
+
+def wrap(config: Config, stages: list[torch.nn.Module]) -> list[DistributedDataParallel]:
     """Each virtual stage with its gradient buffers, reduced in fp32."""
+    layout = config.layout
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
+        align_param_gather=layout.overlap_param_gather and layout.vpp > 1,
         average_in_collective=False,
         check_for_nan_in_grad=False,  # the step checks the norm once and skips
     )
-    return [
-        DistributedDataParallel(get_model_config(stage), ddp, stage, disable_bucketing=index > 0)
+    model = [
+        DistributedDataParallel(
+            get_model_config(stage),
+            ddp,
+            stage,
+            disable_bucketing=index > 0,
+            full_param_layout=_parameter_layout(stage, ddp, in_buckets=index == 0),
+        )
         for index, stage in enumerate(stages)
     ]
+    schedule = get_model_config(model[0])  # where megatron-core's schedules look
+    if ddp.overlap_grad_reduce:  # gradients leave with the last micro-batch of a step, not with each
+        schedule.no_sync_func = _for_each([chunk.no_sync for chunk in model])
+    if ddp.align_param_gather:
+        schedule.param_sync_func = _for_each([chunk.start_param_sync for chunk in model])
+    return model
+
+
+def _parameter_layout(
+    stage: torch.nn.Module, ddp: DistributedDataParallelConfig, *, in_buckets: bool
+) -> FullParamLayout:
+    """Where each parameter lies in the gradient buffers, with the padding behind a bucket as part of it.
+
+    megatron-core 0.19.2 gathers the optimizer's state for a checkpoint without that padding but looks
+    parameters up with it (distrib_optimizer.py:1398 and 1784), so all but the first bucket would be saved
+    shifted. Later versions count alike (pull request 5077 of NVIDIA/Megatron-LM). Buckets only pay where
+    backward ends: megatron-core makes them in the first virtual stage of the first pipeline stage.
+    """
+    dp = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    in_buckets &= ddp.overlap_grad_reduce and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    layout = DistributedOptimizer.compute_full_param_layout(
+        [parameter for parameter in stage.parameters() if parameter.requires_grad],
+        max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK * dp) if in_buckets else None,
+        dp,
+        ddp,
+        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
+    )
+    for buffer in layout.layouts.values():
+        buffer.per_bucket_numel_unpadded = [end - start for start, end in buffer.bucket_indices]
+    return layout
+
+
+def _for_each(functions: list[Callable[..., Any]]) -> Any:
+    """One function per virtual stage, or the function itself where there is one stage."""
+    return functions if len(functions) > 1 else functions[0]
 
 
 def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -44,6 +98,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
             bf16=config.precision.dtype == "bf16",
             params_dtype=device.DTYPES[config.precision.dtype],
             use_distributed_optimizer=True,
+            overlap_param_gather=config.layout.overlap_param_gather,
         ),
         list(model),
     )

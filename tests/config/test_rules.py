@@ -14,27 +14,6 @@ BROKEN = [
     (["model.expert_groups=3"], "model.expert_groups"),
     (["model.experts_per_token=5"], "model.experts_per_token"),
     (["model.experts_per_token=3"], "model.expert_groups_per_token"),
-    (["layout.tp=0"], "layout.tp"),
-    (["layout.processes=3", "layout.tp=2"], "layout.processes"),
-    (["layout.cp=2", "layout.processes=2"], "layout.cp"),
-    (["layout.tp=4", "layout.processes=4"], "model.kv_heads"),
-    (["layout.tp=2", "layout.processes=2", "model.vocab_size=511"], "model.vocab_size"),
-    (
-        [
-            "layout.tp=2",
-            "layout.processes=2",
-            "data.sequence_length=1",
-            "schedule.stages=[{name: a, block_size: full, tokens: 4096}]",
-        ],
-        "data.sequence_length",
-    ),
-    (["layout.ep=3", "layout.processes=3"], "model.experts"),
-    (["layout.ep=2"], r"ep\*etp\*pp"),
-    (["layout.vpp=2"], "layout.pp"),
-    (["layout.pp=3", "layout.processes=3"], "model.layers"),
-    (["layout.pp=2", "layout.vpp=2", "layout.processes=2", "layout.global_batch=7"], "layout.global_batch"),
-    (["layout.micro_batch=3"], "layout.global_batch"),
-    (["schedule.stages=[{name: a, block_size: '4', tokens: 4096, micro_batch: 5}]"], "micro_batch"),
     ([f"schedule.stages=[{BD}, {AR}]"], "autoregressive stages first"),
     (["schedule.stages=[{name: a, block_size: '4', tokens: 4096, learning_rate: rewarm}]"], "rewarm_tokens"),
     (["diffusion.mask_rate_min=0.5", "diffusion.mask_rate_max=0.5"], "diffusion.mask_rate_min"),
@@ -51,7 +30,6 @@ BROKEN = [
     (["optimizer.warmup_tokens=12288"], "optimizer.warmup_tokens"),
     (["precision.dtype=fp16"], "precision.dtype"),
     (["evaluation.block_sizes=['4', '7']"], r"evaluation.block_sizes\[1\]"),
-    (["evaluation.infill_sequences=1", "layout.pp=2", "layout.processes=2"], "evaluation.infill_sequences"),
 ]
 
 
@@ -65,8 +43,6 @@ def test_what_cannot_work_is_refused_and_the_setting_named(overrides, setting):
 
 
 SOUND = [
-    ["layout.pp=2", "layout.vpp=2", "layout.processes=4", "layout.ep=2"],
-    ["layout.tp=2", "layout.ep=2", "layout.processes=2"],
     ["diffusion.complementary=true", "diffusion.mask_rate_max=0.9", "layout.micro_batch=1"],
     ["diffusion.complementary=true", "diffusion.weight=flat"],
     ["diffusion.mask_rate_min=0", "diffusion.weight=flat"],
@@ -79,10 +55,3 @@ SOUND = [
 @pytest.mark.parametrize("overrides", SOUND, ids=" ".join)
 def test_what_can_work_is_let_through(overrides):
     rules.check(compose(["experiment=parity", *overrides]))
-
-
-def test_data_parallelism_is_what_the_other_axes_leave():
-    layout = compose(
-        ["experiment=parity", "layout.processes=8", "layout.tp=2", "layout.pp=2", "layout.ep=2"]
-    ).layout
-    assert rules.data_parallel_size(layout) == 2

@@ -121,9 +121,9 @@ def test_both_layer_specs_start_from_the_same_weights(built: dict[str, Built]) -
     assert not different
 
 
-def test_the_layers_are_transformer_engines_and_the_attention_is_ours(built: dict[str, Built]) -> None:
+def test_the_layers_are_transformer_engines_and_attention_and_router_ours(built: dict[str, Built]) -> None:
     classes, owners = built["transformer_engine"].classes, built["transformer_engine"].owners
-    # The embedding, the head and the router are megatron-core's in either spec.
+    # The embedding and the head are megatron-core's in either spec.
     layers = {name for name in owners if name.startswith("decoder.") and not name.endswith(".router")}
     assert not [name for name in layers if not classes[name].startswith(FROM_TRANSFORMER_ENGINE)]
     norms = {name.rpartition(".")[2] for name in layers if name.endswith("layernorm")}
@@ -131,6 +131,8 @@ def test_the_layers_are_transformer_engines_and_the_attention_is_ours(built: dic
     assert any(name.endswith(".TEGroupedMLP") for name in classes.values())
     attention = {kind for name, kind in classes.items() if name.endswith(".core_attention")}
     assert attention == {"llada_megatron.model.core_attention.BlockDiffusionCoreAttention"}
+    routers = {kind for name, kind in classes.items() if name.endswith(".router")}
+    assert routers == {"llada_megatron.model.router.BalancedRouter"}
 
 
 def test_the_local_spec_holds_nothing_of_transformer_engine(built: dict[str, Built]) -> None:

@@ -1,0 +1,190 @@
+"""Rules of a layout: what megatron-core would refuse later, or compute wrongly, is refused without torch.
+
+Each message names the setting to change and values that would work.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llada_megatron.config.layout import data_parallel_size, micro_batches_per_step, pipeline_stages
+from llada_megatron.config.schedule import Schedule
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
+
+RECOMPUTE_MODULES = ("core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act")
+"""Of transformer_config.py:1762 in megatron-core 0.19.2; the others there belong to other architectures."""
+NEED_TRANSFORMER_ENGINE = {
+    "layernorm": "tensor_parallel/random.py:693 calls TransformerEngine",
+    "moe_act": "only grouped experts have it",
+}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_layout(config: Config) -> None:
+    """Everything about a layout that needs no schedule. Raises ValueError with one sentence."""
+    layout, model = config.layout, config.model
+    for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "processes", "micro_batch", "global_batch"):
+        require(getattr(layout, name) >= 1, f"layout.{name}={getattr(layout, name)} must be at least 1.")
+    _check_processes(layout)
+    _check_tensor_parallel(layout, model)
+    _check_experts(layout, model)
+    _check_pipeline(layout, model)
+    length, split = config.data.sequence_length, layout.cp * layout.tp
+    require(
+        length % split == 0,
+        f"data.sequence_length={length} is not a multiple of layout.cp*tp={split} (context and sequence"
+        " parallelism split it evenly): make it one, or choose another layout.cp or layout.tp.",
+    )
+    _check_options(layout, model)
+
+
+def check_batches(layout: LayoutConfig, schedule: Schedule) -> None:
+    """Every stage's micro-batches come out whole, and in groups where the pipeline is interleaved."""
+    total, dp = layout.global_batch, data_parallel_size(layout)
+    group = layout.pp if layout.vpp > 1 else 1
+    for stage in schedule.stages:
+        require(
+            stage.micro_batch >= 1,
+            f"schedule.stages[{stage.index}].micro_batch={stage.micro_batch} must be at least 1, or 0 for"
+            " layout.micro_batch.",
+        )
+    larger = _next_multiple(total, math.lcm(*(stage.micro_batch for stage in schedule.stages)) * dp * group)
+    for stage in schedule.stages:
+        per_step = stage.micro_batch * dp
+        require(
+            total % per_step == 0,
+            f"layout.global_batch={total} is not a multiple of micro_batch*dp={per_step} (stage"
+            f" {stage.name}): make layout.global_batch {larger}, or change micro_batch.",
+        )
+        micro_batches = micro_batches_per_step(layout, stage.micro_batch)
+        require(
+            micro_batches % group == 0,
+            f"layout.vpp={layout.vpp} needs micro-batches per step in multiples of layout.pp={layout.pp}, but"
+            f" stage {stage.name} has {micro_batches}: make layout.global_batch {larger}, or layout.vpp 1.",
+        )
+
+
+def _check_processes(layout: LayoutConfig) -> None:
+    dense, experts = layout.tp * layout.pp * layout.cp, layout.ep * layout.etp * layout.pp
+    for names, share in (("tp*pp*cp", dense), ("ep*etp*pp", experts)):
+        require(
+            layout.processes % share == 0,
+            f"layout.processes={layout.processes} is not a multiple of layout.{names}={share}: use"
+            f" {_next_multiple(layout.processes, math.lcm(dense, experts))} processes, or smaller"
+            f" {names.replace('*', ', ')}.",
+        )
+
+
+def _check_tensor_parallel(layout: LayoutConfig, model: ModelConfig) -> None:
+    """Heads, kv heads, vocabulary and feed-forward widths are cut into tp equal parts."""
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "vocab_size": model.vocab_size}
+    if model.dense_layers:
+        sizes["ffn_hidden_size"] = model.ffn_hidden_size
+    if has_experts(model) and model.shared_expert_hidden_size:
+        sizes["shared_expert_hidden_size"] = model.shared_expert_hidden_size
+    others = layout.pp * layout.cp
+    for name, size in sizes.items():
+        padding = (
+            f", or pad model.{name} to {_next_multiple(size, layout.tp)}" if name == "vocab_size" else ""
+        )
+        require(
+            size % layout.tp == 0,
+            f"layout.tp={layout.tp} does not divide model.{name}={size}: use a layout.tp of"
+            f" {_divisors(layout.processes // others, *sizes.values())}{padding}.",
+        )
+
+
+def _check_experts(layout: LayoutConfig, model: ModelConfig) -> None:
+    others = {"ep": layout.etp * layout.pp, "etp": layout.ep * layout.pp}
+    divided = {"ep": "experts", "etp": "expert_hidden_size"}
+    for axis, of in divided.items():
+        ways, size = getattr(layout, axis), getattr(model, of)
+        require(
+            ways == 1 or has_experts(model),
+            f"layout.{axis}={ways} divides experts, but no layer has any: set layout.{axis}=1.",
+        )
+        require(
+            ways == 1 or size % ways == 0,
+            f"layout.{axis}={ways} does not divide model.{of}={size}: use a layout.{axis} of"
+            f" {_divisors(layout.processes // others[axis], size)}.",
+        )
+
+
+def _check_pipeline(layout: LayoutConfig, model: ModelConfig) -> None:
+    require(
+        layout.vpp == 1 or layout.pp > 1,
+        f"layout.vpp={layout.vpp} interleaves a pipeline's stages: set layout.vpp=1, or layout.pp above 1.",
+    )
+    stages, layers = layout.pp * layout.vpp, model.layers
+    if not layout.pipeline:
+        require(
+            stages <= layers,
+            f"layout.pp*vpp={stages} is more than model.layers={layers}: use at most {layers} stages.",
+        )
+        even = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+        require(
+            layers % stages == 0,
+            f"model.layers={layers} is not a multiple of layout.pp*vpp={stages}: give the layers of each"
+            f" stage, for example layout.pipeline=[{','.join(map(str, even))}].",
+        )
+        return
+    given = pipeline_stages(layers, layout)
+    require(
+        len(given) == stages,
+        f"layout.pipeline={given} has {len(given)} entries, not one for each of pp*vpp={stages} stages: give"
+        f" {stages}.",
+    )
+    require(
+        sum(given) == layers,
+        f"layout.pipeline={given} adds up to {sum(given)}, not to model.layers={layers}: change an entry by"
+        f" {layers - sum(given):+d}.",
+    )
+    require(
+        all(count >= 1 for count in given[1:-1]) and min(given) >= 0,
+        f"layout.pipeline={given} leaves a stage without layers: only the first, which embeds, and the last,"
+        " which computes the head, may have 0.",
+    )
+
+
+def _check_options(layout: LayoutConfig, model: ModelConfig) -> None:
+    require(
+        layout.overlap_grad_reduce or not layout.overlap_param_gather,
+        "layout.overlap_param_gather needs layout.overlap_grad_reduce: set both to true.",
+    )
+    if layout.recompute is not Recompute.selective:
+        return
+    choice = ", ".join(RECOMPUTE_MODULES)
+    require(
+        bool(layout.recompute_modules),
+        f"layout.recompute_modules is empty while layout.recompute=selective: choose from {choice}.",
+    )
+    for name in layout.recompute_modules:
+        require(
+            name in RECOMPUTE_MODULES,
+            f"layout.recompute_modules has '{name}', which is unknown: choose from {choice}.",
+        )
+        require(
+            name not in NEED_TRANSFORMER_ENGINE or model.layer_spec == "transformer_engine",
+            f"layout.recompute_modules has '{name}', which needs TransformerEngine: set"
+            f" model.layer_spec=transformer_engine (now {model.layer_spec}), or leave {name} out.",
+        )
+
+
+def has_experts(model: ModelConfig) -> bool:
+    """Whether any layer is a mixture of experts."""
+    return model.dense_layers < model.layers
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def _divisors(*sizes: int) -> str:
+    """The numbers that divide all sizes, as text."""
+    common = math.gcd(*sizes)
+    return ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)

@@ -1,0 +1,114 @@
+"""What the router counts for the balance of the experts."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.config.compose import compose
+from llada_megatron.config.schema import Config, Recompute
+from llada_megatron.model.provider import build_model, build_stage
+from llada_megatron.model.router import BalancedRouter
+from llada_megatron.parallel import groups
+from tests.model.test_provider import model_inputs, random_tokens
+
+# isort: split
+from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+S, B = 7, 2
+
+
+@pytest.fixture(scope="module")
+def config() -> Iterator[Config]:
+    composed = compose(["experiment=parity", "model=tiny"])
+    groups.initialize(composed.layout)
+    yield composed
+    groups.destroy()
+
+
+@pytest.fixture
+def layer(config: Config) -> MoELayer:
+    return next(module for module in build_stage(config).modules() if isinstance(module, MoELayer))
+
+
+def hidden(config: Config) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(S, B, config.model.hidden_size, generator=generator, requires_grad=True)
+
+
+def routers(stage: torch.nn.Module) -> list[BalancedRouter]:
+    return [module for module in stage.modules() if isinstance(module, BalancedRouter)]
+
+
+def counts(stage: torch.nn.Module) -> list[list[float]]:
+    return [router.local_tokens_per_expert.tolist() for router in routers(stage)]
+
+
+def test_every_layer_with_experts_has_the_router(config: Config) -> None:
+    stage = build_stage(config, initialize=False)
+    assert len(routers(stage)) == config.model.layers - config.model.dense_layers
+
+
+def test_only_tokens_that_count_are_counted_and_each_is_routed_as_without_a_mask(
+    config: Config, layer: MoELayer
+) -> None:
+    x = hidden(config)
+    ignored_BS = torch.rand(B, S, generator=torch.Generator().manual_seed(1)) < 0.5
+    with torch.no_grad():
+        routing_map = layer.router(x)[1].view(S, B, -1)
+        output = layer(x)[0]
+    masked = layer(x, padding_mask=ignored_BS)[0]
+    counted = routing_map[~ignored_BS.T].sum(dim=0)
+    assert 0 < counted.sum() < routing_map.sum()
+    assert layer.router.local_tokens_per_expert.tolist() == counted.tolist()
+    assert torch.equal(masked, output)
+
+
+def test_counts_add_up_over_micro_batches_and_a_pass_without_gradients_adds_nothing(
+    config: Config, layer: MoELayer
+) -> None:
+    x = hidden(config)
+    layer(x)
+    once = layer.router.local_tokens_per_expert.clone()
+    assert once.sum() == S * B * config.model.experts_per_token
+    with torch.no_grad():
+        layer(x)
+    assert torch.equal(layer.router.local_tokens_per_expert, once)
+    layer(x)
+    assert torch.equal(layer.router.local_tokens_per_expert, 2 * once)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "modules"), [(Recompute.full, []), (Recompute.selective, ["core_attn", "moe"])]
+)
+def test_recompute_counts_every_token_once(config: Config, recompute: Recompute, modules: list[str]) -> None:
+    def counted(**layout: object) -> list[list[float]]:
+        stage = build_stage(replace(config, layout=replace(config.layout, **layout)))
+        mask = BlockDiffusionMask([torch.tensor([0, 16])], 4)
+        stage(model_inputs(random_tokens(config, 32)[None], mask)).sum().backward()
+        return counts(stage)
+
+    expected = counted()
+    assert sum(expected[0]) == 32 * config.model.experts_per_token
+    assert counted(recompute=recompute, recompute_modules=modules) == expected
+
+
+def test_counts_stay_exact_in_a_bf16_model(config: Config) -> None:
+    L = 1003  # in bf16 it is 1004
+    bf16 = replace(config, precision=replace(config.precision, dtype="bf16"))
+    (model,) = build_model(bf16)
+    tokens = random_tokens(config, L).fill_(7)[None]  # one token over and over chooses the same experts
+    model(model_inputs(tokens, BlockDiffusionMask([torch.tensor([0, L])], L, clean_copy=False)))
+    for router in routers(model):
+        assert sum(router.local_tokens_per_expert.tolist()) == L * config.model.experts_per_token
+        assert router.expert_bias.dtype is torch.float32
+
+
+def test_megatron_cores_own_update_leaves_the_bias_alone(config: Config, layer: MoELayer) -> None:
+    layer(hidden(config))
+    layer.config.moe_router_bias_update_rate = 1.0
+    _update_router_expert_bias([layer], layer.config)
+    assert (layer.router.expert_bias == 0).all()
