@@ -102,7 +102,7 @@ def _print_layouts(report: LayoutReport, tolerances: dict[str, float]) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("layout", ""):
         table.add_column(name, no_wrap=True)
-    for name in ("n", *(name.replace("_", " ") for name in tolerances)):
+    for name in ("n", *(name.replace("grad_norm", "grad").replace("expert_", "") for name in tolerances)):
         table.add_column(name, justify="right", no_wrap=True)
     for result in report.results:
         figures = [
