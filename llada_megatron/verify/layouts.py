@@ -149,8 +149,8 @@ def write_corpus(folder: Path) -> str:
     return str(folder / "paragraphs")
 
 
-def parity_config(corpus: str, **layout: Any) -> Config:
-    """experiment=parity, shortened, on a corpus under a layout."""
+def parity_config(corpus: str, *overrides: str, **layout: Any) -> Config:
+    """experiment=parity, shortened, on a corpus under a layout, with further hydra overrides."""
     return compose(
         [
             "experiment=parity",
@@ -161,6 +161,7 @@ def parity_config(corpus: str, **layout: Any) -> Config:
             "evaluation.sequences=4",
             "evaluation.draws=1",
             *[f"layout.{name}={value}" for name, value in layout.items()],
+            *overrides,
         ]
     )
 

@@ -52,6 +52,20 @@ def test_the_whole_matrix_equals_one_process(corpus, reference, processes):
         assert result.passed, (result.name, result.differences, result.worst_weight)
 
 
+@pytest.mark.slow
+def test_a_balance_without_the_clean_half_is_the_same_under_every_split_of_the_rows(corpus, reference):
+    noisy_only = "model.expert_balance_clean_half=false"
+    [alone] = layouts.measure_in_processes([layouts.parity_config(corpus, noisy_only)], None)
+    diffusion_step = -2  # before it as many tokens counted twice
+    for layer, counts in alone.load.items():
+        assert 2 * sum(counts[diffusion_step]) == sum(reference.load[layer][diffusion_step])
+    for name in ("TP2", "TP2 CP2 EP4"):
+        config = layouts.parity_config(corpus, noisy_only, **layouts.MATRIX[name])
+        [measured] = layouts.measure_in_processes([config], alone)
+        result = layouts.compare(name, config.layout.processes, measured, alone)
+        assert result.passed, (result.name, result.differences, result.worst_weight)
+
+
 # Each mutation breaks one rank's arithmetic as a plausible bug would. They run in forked ranks.
 
 
