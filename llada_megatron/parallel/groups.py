@@ -59,17 +59,20 @@ _stores: Iterator[dist.Store] | None = None
 def _next_store(rank: int, world: int, timeout_sec: int) -> dist.Store:
     """A store for one life of the process group.
 
-    The same processes may build one layout after another: the connection is made once, and each life has
-    keys of its own, for a new server on the old address would be confused with the one that is closing.
+    The same processes may build one layout after another: they meet once, in a file when runtime/launch.py
+    started them and else where torchrun or srun says, and each life of the group has keys of its own.
     """
     global _stores
     if world == 1:
         return dist.HashStore()  # needs no address
     if _stores is None:
-        timeout = datetime.timedelta(seconds=timeout_sec)
-        connection, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
-        connection.set_timeout(timeout)
-        _stores = (dist.PrefixStore(f"life_{number}", connection) for number in itertools.count())
+        shared: dist.Store
+        if file := os.environ.get("LLADA_STORE"):
+            shared = dist.FileStore(file, world)
+        else:
+            shared, _, _ = next(dist.rendezvous("env://", rank, world))
+        shared.set_timeout(datetime.timedelta(seconds=timeout_sec))
+        _stores = (dist.PrefixStore(f"life_{number}", shared) for number in itertools.count())
     return next(_stores)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
-import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -68,11 +69,13 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    port = _free_port()
+    meeting = tempfile.mkdtemp(
+        prefix="llada_ranks_"
+    )  # a file, where a port could be taken by others meanwhile
     ranks, pipes = [], []
     for rank in range(processes):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(rank, processes, port, sender, worker, args))
+        process = context.Process(target=_run, args=(rank, processes, meeting, sender, worker, args))
         process.start()
         sender.close()
         ranks.append(process)
@@ -91,23 +94,17 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        shutil.rmtree(meeting, ignore_errors=True)
 
 
 def _run(
-    rank: int, processes: int, port: int, sender: Any, worker: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, processes: int, meeting: str, sender: Any, worker: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(processes),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        LLADA_STORE=f"{meeting}/store",
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
     try:

@@ -11,10 +11,10 @@ from tests.distributed import run_ranks
 
 
 def join_group() -> None:
-    import torch.distributed as dist
+    from llada_megatron.config.schema import LayoutConfig
+    from llada_megatron.parallel import groups
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    groups.join(LayoutConfig(processes=int(os.environ["WORLD_SIZE"])))
 
 
 def identity(offset):

@@ -1,7 +1,6 @@
 """The seam to megatron-core on a CPU. What patches torch runs in forked ranks, so that nothing leaks."""
 
 import logging
-import os
 import warnings
 
 import pytest
@@ -103,8 +102,11 @@ def test_fused_adam_refuses_coupled_weight_decay():
 def gather_and_scatter(sizes):
     import torch.distributed as dist
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    from llada_megatron.config.schema import LayoutConfig
+    from llada_megatron.parallel import groups
+
+    groups.join(LayoutConfig(processes=2))
+    rank = dist.get_rank()
     gathered = [torch.empty(size, 2) for size in sizes]
     dist.all_gather(gathered, torch.full((sizes[rank], 2), float(rank + 1)))
     mine = torch.empty(sizes[rank])
