@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llada_megatron.verify.comparison import LayoutReport
     from llada_megatron.verify.golden import CaseResult, GoldenReport
-    from llada_megatron.verify.layouts import LayoutReport
 
 EXAMPLE = "llada verify golden tests/data/golden"
 
@@ -82,9 +82,10 @@ def _numbers(option: str, text: str, kind: type, count: int | None = None) -> li
 
 def _layouts(args: argparse.Namespace) -> int:
     from llada_megatron.verify import layouts
+    from llada_megatron.verify.comparison import TOLERANCES
 
     report = layouts.check(args.names or list(layouts.MATRIX))
-    _print_layouts(report, layouts.TOLERANCES)
+    _print_layouts(report, TOLERANCES)
     _write(args.json, report.as_json())
     return 0 if report.passed else 1
 

@@ -19,7 +19,7 @@ from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.evaluate import Evaluator, held_out_sequences
 from llada_megatron.training.loop import build_trainer
 from llada_megatron.training.step import Trainer, train_step
-from llada_megatron.verify.layouts import Measurement
+from llada_megatron.verify.comparison import Measurement
 from llada_megatron.verify.routing import RoutingMargin
 
 # megatron-core after our own modules, which make it importable on this machine.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llada_megatron.verify import layouts
+from llada_megatron.verify.comparison import TOLERANCES, LayoutReport, LayoutResult, compare
 from tests.distributed import run_ranks
 
 FAST = ["TP2", "CP2 EP2", "PP2 VPP2"]
@@ -29,7 +30,7 @@ def results_of(names, corpus, reference):
     configs = [layouts.parity_config(corpus, **layouts.MATRIX[name]) for name in names]
     processes = configs[0].layout.processes
     measured = layouts.measure_in_processes(configs, reference)
-    return [layouts.compare(n, processes, m, reference) for n, m in zip(names, measured, strict=True)]
+    return [compare(n, processes, m, reference) for n, m in zip(names, measured, strict=True)]
 
 
 def test_the_reference_has_every_property_that_the_comparison_relies_on(reference):
@@ -62,7 +63,7 @@ def test_a_balance_without_the_clean_half_is_the_same_under_every_split_of_the_r
     for name in ("TP2", "TP2 CP2 EP4"):
         config = layouts.parity_config(corpus, noisy_only, **layouts.MATRIX[name])
         [measured] = layouts.measure_in_processes([config], alone)
-        result = layouts.compare(name, config.layout.processes, measured, alone)
+        result = compare(name, config.layout.processes, measured, alone)
         assert result.passed, (result.name, result.differences, result.worst_weight)
 
 
@@ -212,22 +213,22 @@ def test_the_comparison_fails_for_every_deliberate_error(corpus, reference, proc
     for (mutation, name), measured in zip(
         chosen, run_ranks(measure_mutants, mutants, reference, processes=processes)[0], strict=True
     ):
-        result = layouts.compare(name, processes, measured, reference)
+        result = compare(name, processes, measured, reference)
         assert not result.passed, mutation.__name__
 
 
 def test_the_report_names_what_failed_and_is_written_as_json(capsys):
     from llada_megatron.verify.command import _print_layouts
 
-    exact = dict.fromkeys(layouts.TOLERANCES, 0.0)
-    report = layouts.LayoutReport(
+    exact = dict.fromkeys(TOLERANCES, 0.0)
+    report = LayoutReport(
         [
-            layouts.LayoutResult("TP2", 2, exact, "w"),
-            layouts.LayoutResult("CP2", 2, exact | {"loss": float("nan")}, "w"),
+            LayoutResult("TP2", 2, exact, "w"),
+            LayoutResult("CP2", 2, exact | {"loss": float("nan")}, "w"),
         ],
         1e-4,
     )
-    _print_layouts(report, layouts.TOLERANCES)
+    _print_layouts(report, TOLERANCES)
     shown = capsys.readouterr().out
     assert "1 of 2 layouts differ" in shown and "FAILED" in shown and "1.0e-04" in shown
     written = json.loads(report.as_json())
