@@ -2,17 +2,19 @@
 STAMP := .venv/.setup-done
 BIN := .venv/bin
 TRANSFORMER_ENGINE := .venv/transformer-engine
+CUDNN := .venv/cudnn
 
-.PHONY: help setup test test-slow test-gpu demo check lock
+.PHONY: help setup test test-slow test-gpu gpu-compile demo check lock
 
 help:
-	@echo "make setup      environment in .venv, with .venv/bin/llada"
-	@echo "make test       the tests that are not slow"
-	@echo "make test-slow  the slow tests"
-	@echo "make test-gpu   the tests for a machine with a CUDA device"
-	@echo "make demo       the whole pipeline, small, on this machine"
-	@echo "make check      format, lint and types"
-	@echo "make lock       requirements.txt anew from pyproject.toml"
+	@echo "make setup        environment in .venv, with .venv/bin/llada"
+	@echo "make test         the tests that are not slow"
+	@echo "make test-slow    the slow tests"
+	@echo "make test-gpu     the tests for a machine with a CUDA device"
+	@echo "make gpu-compile  cuDNN's attention kernels, compiled without a CUDA device"
+	@echo "make demo         the whole pipeline, small, on this machine"
+	@echo "make check        format, lint and types"
+	@echo "make lock         requirements.txt anew from pyproject.toml"
 
 setup: $(STAMP)
 
@@ -32,9 +34,15 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -m gpu tests/gpu
 
-# Python only, for tests that build its modules without a GPU. In a folder of its own: in site-packages
-# megatron-core would find it in every run and take it for an installation that works.
+# For a machine without one: nothing runs, but our call must fit the package and every kernel must compile.
+gpu-compile: $(STAMP) $(CUDNN)/.setup-done
+	@$(BIN)/python -m tests.gpu.compile_cudnn --packages $(CUDNN)
+
+# Each in a folder of its own, not in site-packages: TransformerEngine's Python there, for tests that build its
+# modules without a GPU, would look to megatron-core like an installation that works.
 $(TRANSFORMER_ENGINE)/.setup-done: tests/transformer-engine-requirements.txt $(STAMP)
+$(CUDNN)/.setup-done: tests/cudnn-requirements.txt $(STAMP)
+$(TRANSFORMER_ENGINE)/.setup-done $(CUDNN)/.setup-done:
 	@rm -rf $(@D)
 	@UV_SYSTEM_CERTS=1 UV_HTTP_TIMEOUT=300 $(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) \
 		--compile-bytecode --no-deps --require-hashes -r $<

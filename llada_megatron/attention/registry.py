@@ -4,29 +4,70 @@ Legend: S sequence, Q queries, K keys, B batch, H heads, D head dim, Hkv key and
 """
 
 from collections.abc import Callable
+from functools import cache
 
+import torch
 from torch import Tensor
 
+from llada_megatron.attention import cudnn_flex, flex_torch
 from llada_megatron.attention.composed import composed_attention
 from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
 from llada_megatron.attention.reference import reference_attention
 
 Executor = Callable[[Tensor, Tensor, Tensor, Rectangle, float], Tensor]
+MissingRequirement = Callable[[torch.device, torch.dtype, int, bool], str | None]
 
-_EXECUTORS: dict[str, Executor] = {"reference": reference_attention, "composed": composed_attention}
+_EXECUTORS: dict[str, Executor] = {
+    "reference": reference_attention,
+    "composed": composed_attention,
+    "flex_torch": flex_torch.flex_torch_attention,
+    "cudnn_flex": cudnn_flex.cudnn_flex_attention,
+}
+_MISSING_REQUIREMENT: dict[str, MissingRequirement] = {  # the others serve every device, dtype and head_dim
+    "flex_torch": flex_torch.missing_requirement,
+    "cudnn_flex": cudnn_flex.missing_requirement,
+}
+# By the pairs that each computes and how; not measured on a GPU yet.
+_FASTEST_FIRST = ("cudnn_flex", "flex_torch", "composed")
 
 
-def select_backend(name: str) -> tuple[Executor, str]:
+@cache
+def select_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_backward: bool = True
+) -> tuple[Executor, str]:
     """Return the executor for a `model.attention_backend` setting and one line that says why.
 
-    Raises ValueError for a name that is neither "auto" nor an executor.
+    "auto" takes the fastest one that can also train, so that training and evaluation use the same; the line
+    then gives the reason against each faster one. Raises ValueError for a name that is neither "auto" nor an
+    executor, and for an executor that cannot serve such tensors: nothing falls back to another one.
     """
     if name == "auto":
-        return _EXECUTORS["composed"], "composed: any device and dtype, without S x S memory"
+        return _fastest(device, dtype, head_dim)
     if name not in _EXECUTORS:
         choices = ", ".join(["auto", *_EXECUTORS])
         raise ValueError(f"model.attention_backend must be one of {choices}, got {name!r}")
+    missing = _missing(name, device, dtype, head_dim, needs_backward)
+    if missing:
+        raise ValueError(f"model.attention_backend={name} {missing}; auto takes one that can serve")
     return _EXECUTORS[name], f"{name}: set by model.attention_backend"
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Executor, str]:
+    passed_over: list[str] = []
+    for name in _FASTEST_FIRST:
+        missing = _missing(name, device, dtype, head_dim, needs_backward=True)
+        if missing is None:
+            reasons = "".join(f"; {reason}" for reason in passed_over)
+            return _EXECUTORS[name], f"{name}: the fastest that can serve here{reasons}"
+        passed_over.append(f"{name} {missing}")
+    raise AssertionError("the last executor serves everything")
+
+
+def _missing(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_backward: bool
+) -> str | None:
+    requirement = _MISSING_REQUIREMENT.get(name)
+    return requirement(device, dtype, head_dim, needs_backward) if requirement else None
 
 
 def block_diffusion_attention(
@@ -41,12 +82,13 @@ def block_diffusion_attention(
 
     query [Q, B, H, D]; key, value [K, B, Hkv, D], noisy half first where the mask has a clean copy; Q = K = S
     for a whole mask. Groups of H / Hkv neighbouring query heads share a key and value head. `softmax_scale`
-    defaults to 1 / sqrt(D). Raises ValueError for shapes that do not fit the mask or each other and for an
-    unknown backend.
+    defaults to 1 / sqrt(D). Raises ValueError for shapes that do not fit the mask or each other, for an
+    unknown backend, and for one that cannot serve this device, dtype or head_dim.
     """
     rectangle = mask.whole() if isinstance(mask, BlockDiffusionMask) else mask
     _check_shapes(query, key, value, rectangle)
-    executor, _ = select_backend(backend)
+    needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    executor, _ = select_backend(backend, query.device, query.dtype, query.size(3), needs_backward)
     scale = query.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
     return executor(query, key, value, rectangle, scale)
 

@@ -23,6 +23,14 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
 
 
+def architecture(device: torch.device) -> str:
+    """`sm_90` and the like for a CUDA device; else its type in capitals, `CPU`."""
+    if device.type != "cuda":
+        return device.type.upper()
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 def backend() -> str:
     """The collective backend: `nccl` on CUDA, `gloo` on a CPU."""
     return "nccl" if on_cuda() else "gloo"

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
+from llada_megatron.attention import select_backend
 from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
 from llada_megatron.config.compose import save
@@ -66,10 +67,23 @@ def run(config: Config) -> Outcome:
         data_fingerprint = fingerprint(config.data)
         check_agreement(config, data_fingerprint)
         groups.initialize(config.layout)
+        _announce_attention(config)
         return _Run(config, schedule, data_fingerprint).train(stop)
     finally:
         stop.release()
         groups.destroy()
+
+
+def _announce_attention(config: Config) -> None:
+    """Say which executor of attention the run uses and why not a faster one; ValueError when it cannot."""
+    _, line = select_backend(
+        config.model.attention_backend,
+        device.device(),
+        device.DTYPES[config.precision.dtype],
+        config.model.head_dim,
+    )
+    if dist.get_rank() == 0:
+        print(f"attention {line}", flush=True)
 
 
 def build_trainer(config: Config, schedule: Any) -> Trainer:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, composed, select_backend
+from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, composed
 from llada_megatron.attention.composed import performed_pairs
 
 VIEWS = [(True, False), (False, False), (False, True)]  # clean_copy, causal
@@ -242,17 +242,6 @@ def test_performed_pairs_are_at_least_the_visible_ones(mask):
 def test_composed_performs_few_pairs_that_are_hidden():
     mask = BlockDiffusionMask(one_document(1024, samples=2), 4)
     assert performed_pairs(mask) < 1.15 * mask.visible_pairs()
-
-
-def test_auto_is_composed_and_says_why():
-    executor, reason = select_backend("auto")
-    assert executor is select_backend("composed")[0]
-    assert reason.startswith("composed: ") and "\n" not in reason
-
-
-def test_an_unknown_backend_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"model\.attention_backend.*auto, reference, composed.*'flash'"):
-        select_backend("flash")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""Which executor is taken where, and what a refusal says. Devices and packages are pretended."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, select_backend
+from llada_megatron.attention import cudnn_flex as cudnn_flex_module
+from llada_megatron.attention.composed import composed_attention
+from llada_megatron.attention.cudnn_flex import cudnn_flex_attention
+from llada_megatron.attention.flex_torch import flex_torch_attention
+from llada_megatron.runtime import device
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    def machine(architecture="sm_90", frontend="1.32.0"):
+        monkeypatch.setattr(device, "architecture", lambda where: architecture)
+        monkeypatch.setattr(cudnn_flex_module, "_installed_version", lambda: frontend)
+        select_backend.cache_clear()
+
+    yield machine
+    select_backend.cache_clear()
+
+
+def test_auto_on_a_cpu_is_composed_and_says_why_not_the_faster_ones():
+    executor, reason = select_backend("auto", CPU, torch.float32, 64)
+    assert executor is composed_attention
+    assert reason == (
+        "composed: the fastest that can serve here"
+        "; cudnn_flex needs an sm_90, sm_100 or sm_103 device, this is a CPU"
+        "; flex_torch has no backward on a CPU, where it serves inference only"
+    )
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100", "sm_103"])
+def test_auto_on_hopper_and_blackwell_is_cudnn_flex(pretend, architecture):
+    pretend(architecture)
+    executor, reason = select_backend("auto", CUDA, torch.bfloat16, 128)
+    assert executor is cudnn_flex_attention
+    assert reason == "cudnn_flex: the fastest that can serve here"
+
+
+@pytest.mark.parametrize(
+    "machine, dtype, head_dim, executor, reason",
+    [
+        (("sm_80",), torch.bfloat16, 128, flex_torch_attention, "sm_103 device, this is an sm_80"),
+        (("sm_120",), torch.bfloat16, 128, flex_torch_attention, "sm_103 device, this is an sm_120"),
+        (("sm_90", None), torch.bfloat16, 128, flex_torch_attention, "nvidia-cudnn-frontend, which is not"),
+        (("sm_90", "1.29.1"), torch.bfloat16, 128, flex_torch_attention, "1.32 or later, 1.29.1 is"),
+        (("sm_90",), torch.float32, 128, flex_torch_attention, "bfloat16 and float16, not float32"),
+        (("sm_90",), torch.bfloat16, 192, flex_torch_attention, "multiple of 8 up to 128, not 192"),
+        (("sm_90",), torch.float64, 128, composed_attention, "flex_torch serves .*, not float64"),
+        (("sm_90",), torch.bfloat16, 12, composed_attention, "flex_torch serves .* 16 or more, not 12"),
+    ],
+)
+def test_auto_names_the_requirement_that_a_faster_executor_misses(
+    pretend, machine, dtype, head_dim, executor, reason
+):
+    pretend(*machine)
+    chosen, line = select_backend("auto", CUDA, dtype, head_dim)
+    assert chosen is executor and "\n" not in line
+    assert re.search(reason, line)
+
+
+def test_a_configured_executor_that_cannot_serve_is_refused_with_what_is_missing(pretend):
+    with pytest.raises(ValueError, match=r"model\.attention_backend=cudnn_flex needs .*this is a CPU"):
+        select_backend("cudnn_flex", CPU, torch.bfloat16, 128)
+    pretend()
+    with pytest.raises(ValueError, match=r"attention_backend=cudnn_flex serves a head_dim .*not 100"):
+        select_backend("cudnn_flex", CUDA, torch.bfloat16, 100)
+    assert select_backend("cudnn_flex", CUDA, torch.bfloat16, 128)[0] is cudnn_flex_attention
+
+
+def test_a_call_that_the_executor_cannot_serve_is_refused_by_value():
+    mask = BlockDiffusionMask([torch.tensor([0, 12])], 4)
+    qkv = [torch.zeros(24, 1, 2, 8)] * 3
+    with pytest.raises(
+        ValueError, match=r"cudnn_flex needs an sm_90, sm_100 or sm_103 device, this is a CPU"
+    ):
+        block_diffusion_attention(*qkv, mask, "cudnn_flex")
+
+
+def test_an_unknown_backend_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"model\.attention_backend.*auto, reference, composed.*'flash'"):
+        select_backend("flash", CPU, torch.float32, 64)
+
+
+def test_asking_for_an_executor_imports_neither_cudnn_nor_torch_compile():
+    code = (
+        "import sys, torch; from llada_megatron.attention import select_backend;"
+        "select_backend('auto', torch.device('cpu'), torch.float32, 64);"
+        "sys.exit(any(name in sys.modules for name in ('cudnn', 'cutlass', 'torch._inductor.compile_fx')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
