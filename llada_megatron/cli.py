@@ -20,6 +20,7 @@ from typing import Any
 VERBS = {
     "train": ("llada_megatron.train", "convert or train a model as a configuration says"),
     "data": ("llada_megatron.data.command", "prepare, pack and inspect training data"),
+    "plan": ("llada_megatron.cluster.command", "memory, time and traffic of a layout; the best layouts"),
     "verify": (
         "llada_megatron.verify.command",
         "check this installation against golden cases, layouts, resume",

@@ -342,11 +342,40 @@ class LoggingConfig:
 
 @dataclass
 class ClusterConfig:
-    """What the machine can do; unknown numbers are zero and give null figures."""
+    """What the machines can do; zero means unknown, and a question that needs the number says so."""
 
     name: str = "local"
     peak_tflops: float = 0.0
     """Dense bf16 peak per device in TFLOP/s, for MFU."""
+    peak_tflops_fp32: float = 0.0
+    """The same for fp32 matrix products as torch runs them by default (no TF32)."""
+    nodes: int = 0
+    gpus_per_node: int = 0
+    memory_gb: float = 0.0
+    """Per device, in 10^9 bytes."""
+    memory_margin: float = 0.1
+    """Share of memory_gb that a plan leaves free for what it does not model."""
+    memory_gb_per_sec: float = 0.0
+    """Bandwidth of the device's memory in 10^9 bytes per second."""
+    node_gb_per_sec: float = 0.0
+    """Per device and direction, between devices of a node, in 10^9 bytes per second."""
+    node_latency_us: float = 0.0
+    network_gb_per_sec: float = 0.0
+    """Per device and direction, between nodes, in 10^9 bytes per second."""
+    network_latency_us: float = 0.0
+    gemm_efficiency: float = 0.0
+    """Share of the peak that plain matrix products reach."""
+    grouped_gemm_efficiency: float = 0.0
+    """The same for the experts' products."""
+    attention_efficiency: float = 0.0
+    """The same for attention, counted on visible pairs: hidden pairs of tiles and the scores that backward
+    computes again lower it."""
+    memory_efficiency: float = 0.0
+    """Share of memory_gb_per_sec that operations without matrix products reach."""
+    link_efficiency: float = 0.0
+    """Share of node_gb_per_sec and network_gb_per_sec that collectives reach."""
+    price_per_gpu_hour: float = 0.0
+    """In any currency; 0: no cost is given."""
 
 
 @dataclass

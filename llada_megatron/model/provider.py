@@ -86,7 +86,7 @@ def transformer_config(
         calculate_per_token_loss=True,  # the loss is a sum over the batch divided by a global count
         # fusions: what the local spec and a CPU cannot serve is off
         persist_layer_norm=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=True,  # SwiGLU keeps its input alone for backward, and runs anywhere
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,

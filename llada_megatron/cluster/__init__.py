@@ -1,0 +1,1 @@
+"""What a layout costs on a cluster, worked out without torch."""

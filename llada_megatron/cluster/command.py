@@ -1,0 +1,84 @@
+"""The verb `llada plan`: memory, time and traffic of a layout, or the best layouts of a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.config import compose, rules
+
+EXAMPLE = "llada plan experiment=llada2_flash_cpt cluster=h100_512"
+TOP = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "--search", action="store_true", help="rank every legal layout instead of planning the configured one"
+    )
+    parser.add_argument("--top", type=int, metavar="N", help=f"layouts that --search lists; default {TOP}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw where memory and time go")
+    parser.add_argument(
+        "--expert-imbalance",
+        type=float,
+        metavar="X",
+        help="tokens at the busiest process's experts over the mean; default 1.2",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides, experiment=NAME first"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan (0 when it fits, 1 when not) or search (1 when nothing fits); ValueError for bad input."""
+    if args.search and args.plot:
+        raise ValueError("--plot draws one layout: leave out --search.")
+    if args.top is not None and (not args.search or args.top < 1):
+        raise ValueError("--top N lists the N fastest of --search: give at least 1, and --search.")
+    config = compose.compose(args.overrides)
+    options = {} if args.expert_imbalance is None else {"expert_imbalance": args.expert_imbalance}
+    return _search(args, config, options) if args.search else _plan(args, config, options)
+
+
+def _plan(args: argparse.Namespace, config: compose.Config, options: dict[str, float]) -> int:
+    from llada_megatron.cluster import report
+    from llada_megatron.cluster.plan import plan
+    from llada_megatron.cluster.planner import Planner
+    from llada_megatron.cluster.topology import check_processes
+
+    schedule = rules.check(config)
+    planner = Planner(config, **options)
+    check_processes(config)
+    result = plan(planner, config.layout, schedule)
+    report.print_plan(result, config)
+    _write(args.json, asdict(result) | _summary(result))
+    if args.plot:
+        from llada_megatron.cluster.plots import draw
+
+        draw(result, args.plot)
+    return 0 if result.fits else 1
+
+
+def _summary(result: Any) -> dict[str, Any]:
+    names = ("fits", "hours", "tokens_per_sec", "mfu", "cost")
+    return {name: getattr(result, name) for name in names} | {"fullest_stage": result.fullest.rank}
+
+
+def _search(args: argparse.Namespace, config: compose.Config, options: dict[str, float]) -> int:
+    from llada_megatron.cluster import report
+    from llada_megatron.cluster.search import Search
+
+    result = Search(config, **options).run()
+    report.print_search(result, top=args.top or TOP)
+    _write(args.json, asdict(result))
+    return 0 if result.candidates else 1
+
+
+def _write(file: Path | None, content: dict[str, Any]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,122 @@
+"""Parameters of a process, by what divides them: tensor parallelism, nothing, or expert parallelism.
+
+Legend: H hidden_size, F ffn_hidden_size, Fe and Fs expert and shared_expert hidden sizes, nh heads, ng
+kv_heads, hd head_dim, E experts, V vocab_size.
+
+    a layer's attention    H (nh + 2 ng) hd + nh hd H              / tp
+    a layer's norms        2H, and 2 hd with qk_norm               replicated over tp
+    a dense layer          3 H F (gate and up in one, and down)    / tp
+    a MoE layer            3 H Fs of the shared expert             / tp
+                           E H of the router                       replicated over tp
+                           3 H Fe E of the experts                 / (ep etp)
+                           E of expert_bias, fp32, no gradient     replicated
+    embedding, head        V H each                                / tp, on the first and the last stage
+    final norm             H                                       replicated, on the last stage
+
+A tied head is the embedding where one stage holds both, and a copy of it on the last stage otherwise; the
+copy counts on its process and not in the total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llada_megatron.config.layout import pipeline_stages
+from llada_megatron.config.schema import LayoutConfig, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What one (virtual) pipeline stage holds."""
+
+    dense: int
+    """Dense layers."""
+    moe: int
+    first: bool
+    """Embeds."""
+    last: bool
+    """Computes the final norm, the head and the loss."""
+
+    @property
+    def layers(self) -> int:
+        return self.dense + self.moe
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Elements on one process."""
+
+    sharded: int
+    """Divided by tensor parallelism."""
+    replicated: int
+    """Whole on every tensor-parallel process."""
+    expert: int
+    bias: int
+    """Elements of expert_bias: buffers, which have neither gradient nor optimizer state."""
+
+    @property
+    def dense(self) -> int:
+        """What data and context parallelism share out to their optimizers."""
+        return self.sharded + self.replicated
+
+    @property
+    def trained(self) -> int:
+        return self.sharded + self.replicated + self.expert
+
+
+def stage_contents(model: ModelConfig, layout: LayoutConfig) -> list[list[Contents]]:
+    """For each pipeline rank its (virtual) stages in the data's order; the first dense_layers are dense."""
+    counts = pipeline_stages(model.layers, layout)
+    ranks: list[list[Contents]] = [[] for _ in range(layout.pp)]
+    start = 0
+    for index, count in enumerate(counts):
+        dense = max(0, min(model.dense_layers - start, count))
+        ranks[index % layout.pp].append(
+            Contents(dense, count - dense, first=index == 0, last=index == len(counts) - 1)
+        )
+        start += count
+    return ranks
+
+
+def parameters(
+    model: ModelConfig, contents: Iterable[Contents], *, tp: int = 1, ep: int = 1, etp: int = 1
+) -> Parameters:
+    """Parameters of one process that holds these stages."""
+    dense = moe = 0
+    first = last = False
+    for stage in contents:
+        dense, moe = dense + stage.dense, moe + stage.moe
+        first, last = first or stage.first, last or stage.last
+    layers, hidden = dense + moe, model.hidden_size
+    vocabulary = model.vocab_size * hidden * (first + last - (model.tied_head and first and last))
+    sharded = (
+        layers * attention_weights(model)
+        + dense * 3 * hidden * model.ffn_hidden_size
+        + moe * 3 * hidden * model.shared_expert_hidden_size
+        + vocabulary
+    )
+    norms = 2 * hidden + (2 * model.head_dim if model.qk_norm else 0)
+    return Parameters(
+        sharded=sharded // tp,
+        replicated=layers * norms + moe * model.experts * hidden + last * hidden,
+        expert=moe * model.experts * expert_weights(model) // (ep * etp),
+        bias=moe * model.experts if model.expert_bias else 0,
+    )
+
+
+def total_parameters(model: ModelConfig) -> int:
+    """Parameters of the whole model, expert_bias included, as checkpoints count them."""
+    whole = parameters(model, *stage_contents(model, LayoutConfig()))
+    return whole.trained + whole.bias
+
+
+def attention_weights(model: ModelConfig) -> int:
+    """Of one layer: queries, keys and values in one matrix, and the output projection."""
+    qkv = model.hidden_size * (model.heads + 2 * model.kv_heads) * model.head_dim
+    return qkv + model.heads * model.head_dim * model.hidden_size
+
+
+def expert_weights(model: ModelConfig) -> int:
+    """Of one routed expert."""
+    return 3 * model.hidden_size * model.expert_hidden_size

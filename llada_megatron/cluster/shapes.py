@@ -1,0 +1,92 @@
+"""Sizes of one micro-batch on one process: what memory, traffic and time are all counted in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llada_megatron.config.flops import expected_pairs
+from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schema import Config, DiffusionConfig, LayoutConfig
+
+BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One micro-batch on one process, in one stage of the schedule."""
+
+    rows: int
+    """S: rows of the hidden states before sequence parallelism splits them: (2)L micro_batch / cp."""
+    tokens: int
+    """t = S / tp: rows between the attention and MLP parts of a layer, where sequence parallelism is on."""
+    sent: int
+    """Copies of its tokens that the process sends to experts: t experts_per_token."""
+    routed: int
+    """N: copies that arrive at its experts, on the process with the most."""
+    supervised: int
+    """n: rows that the head is applied to."""
+    keys: int
+    """Keys that its queries meet after context parallelism's exchange."""
+    gathered: int
+    """Rows that the exchange's all-gather delivers; 0 without context parallelism."""
+    rotary_rows: int
+    """Rows of the rotary angles."""
+    pairs: float
+    """Visible query-key pairs of one layer, per head."""
+
+
+def mask_rate(diffusion: DiffusionConfig) -> float:
+    """Mean share of the positions that are masked; a complementary pair masks every position once."""
+    return 0.5 if diffusion.complementary else (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
+
+
+def supervised_per_sequence(config: Config, stage: Stage) -> float:
+    """Positions of a sequence that have a loss, on average; in autoregressive stages all of them."""
+    return config.data.sequence_length * (mask_rate(config.diffusion) if stage.is_diffusion else 1.0)
+
+
+def shape_of(config: Config, layout: LayoutConfig, stage: Stage, *, expert_imbalance: float) -> Shape:
+    """Sizes under `layout` (which need not be config.layout) in a stage of the schedule.
+
+    expert_imbalance: tokens that the busiest process's experts receive, over the mean. It matters only
+    where experts are spread over processes: otherwise each token's copies stay, and their number is fixed.
+    Sequences count as one document: shorter ones have fewer pairs.
+    """
+    length, model, cp = config.data.sequence_length, config.model, layout.cp
+    halves = 2 if stage.clean_copy else 1
+    rows = halves * length * stage.micro_batch // cp
+    tokens = rows // layout.tp
+    sent = tokens * model.experts_per_token
+    routed = sent * layout.etp * (expert_imbalance if layout.ep > 1 else 1.0)
+    data = length * stage.micro_batch
+    noisy_keys, halo = _noisy_keys(data, cp, length, stage)
+    pairs = expected_pairs(
+        length, stage.block_size, clean_copy=stage.clean_copy, causal=not stage.is_diffusion
+    )
+    return Shape(
+        rows=rows,
+        tokens=tokens,
+        sent=sent,
+        routed=math.ceil(routed),
+        supervised=math.ceil(supervised_per_sequence(config, stage) * stage.micro_batch / cp),
+        keys=data + noisy_keys if cp > 1 else rows,
+        gathered=data + halo if cp > 1 else 0,
+        rotary_rows=rows if cp > 1 else rows // stage.micro_batch,
+        pairs=pairs * stage.micro_batch / cp,
+    )
+
+
+def keeps_blocks_whole(stage: Stage, cp: int, length: int) -> bool:
+    """Whether every process gets whole blocks: where there are two or more for each (parallel/context.py)."""
+    return 2 * stage.block_size * cp <= length
+
+
+def _noisy_keys(data: int, cp: int, length: int, stage: Stage) -> tuple[int, int]:
+    """Noisy keys that a context-parallel process attends to, and noisy rows that are gathered.
+
+    Its own and none where blocks stay whole, all of them where blocks are cut: an upper bound.
+    """
+    if not stage.clean_copy:
+        return 0, 0
+    return (data // cp, 0) if keeps_blocks_whole(stage, cp, length) else (data, data)

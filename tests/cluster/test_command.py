@@ -1,0 +1,93 @@
+"""`llada plan` as a user meets it: a verdict first, one sentence per mistake, never torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llada_megatron import cli
+
+SLOW = ("torch", "numpy", "megatron", "matplotlib")
+FLASH = ["plan", "experiment=llada2_flash_cpt", "cluster=h100_512"]
+
+
+def test_a_plan_begins_with_its_verdict(capsys, tmp_path: Path) -> None:
+    assert cli.main([*FLASH, "--json", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("llada2_flash_cpt fits on h100_512 (512 GPUs)")
+    assert "Assumed" in printed and "Not modelled" in printed
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["fits"] and len(figures["ranks"]) == 4 and len(figures["stages"]) == 9
+
+
+def test_what_does_not_fit_exits_1(capsys) -> None:
+    assert cli.main([*FLASH, "cluster.memory_gb=40"]) == 1
+    assert capsys.readouterr().out.startswith("llada2_flash_cpt does not fit")
+
+
+def test_a_search_prints_overrides_that_plan_accepts(capsys, tmp_path: Path) -> None:
+    arguments = ["plan", "experiment=llada2_mini_cpt", "cluster=h100_64"]
+    assert cli.main([*arguments, "--search", "--top", "3", "--json", str(tmp_path / "search.json")]) == 0
+    printed = capsys.readouterr().out
+    best = next(line for line in printed.splitlines() if "layout.processes=64" in line)
+    assert cli.main([*arguments, *best.split()]) == 0
+    search = json.loads((tmp_path / "search.json").read_text())
+    assert search["candidates"][0]["layout"]["processes"] == 64
+
+
+def test_the_picture_is_a_png(capsys, tmp_path: Path) -> None:
+    assert cli.main([*FLASH, "--plot", str(tmp_path / "new" / "plan.png")]) == 0
+    assert (tmp_path / "new" / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cluster=h100"], "cluster.nodes is not known"),
+        (["cluster=h100_64"], "layout.processes=512, but cluster h100_64 has nodes*gpus_per_node=64 GPUs"),
+        (["cluster.memory_gb=0"], "cluster.memory_gb is not known"),
+        (["cluster.network_gb_per_sec=0"], "cluster.network_gb_per_sec is not known"),
+        (["precision=fp32", "cluster.peak_tflops_fp32=0"], "cluster.peak_tflops_fp32 is not known"),
+        (["cluster.memory_margin=1"], "cluster.memory_margin=1.0 must be"),
+        (["layout.tp=8"], "layout.tp=8 does not divide model.kv_heads=4"),
+        (["layout.global_batch=1000"], "layout.global_batch=1000 is not a multiple"),
+        (["--expert-imbalance", "0.5"], "--expert-imbalance 0.5 is a maximum over a mean"),
+        (["--search", "--plot", "x.png"], "--plot draws one layout"),
+        (["--top", "3"], "--top N lists"),
+        (["--search", "cluster=h100"], "cluster.nodes is not known"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exits_2(capsys, arguments: list[str], words: str) -> None:
+    overrides = [] if any(word.startswith("cluster=") for word in arguments) else FLASH[2:]
+    options = arguments if arguments[0].startswith("--") else []
+    values = [] if options else arguments
+    if "cluster=h100" in options:
+        options, values = options[:-1], options[-1:]
+    assert cli.main(["plan", *options, FLASH[1], *overrides, *values]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.rstrip().endswith(".")
+
+
+@pytest.mark.parametrize("mode", [[], ["--search", "--top", "1"]])
+def test_planning_imports_no_torch(mode: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from llada_megatron import cli\n"
+        f"cli.main({['plan', 'experiment=llada2_mini_cpt', 'cluster=h100_64', *mode]})\n"
+        f"print('slow:', [name for name in {SLOW} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "slow: []" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["h100_8", "h100_64", "h100_128", "h100_512", "h100_1024", "h200_8", "b200_8"]
+)
+def test_described_clusters_have_the_gpus_that_their_name_says(capsys, name: str) -> None:
+    gpus = name.rpartition("_")[2]
+    overrides = [f"layout.processes={gpus}", "layout.pp=1", "layout.ep=8", "layout.global_batch=1024"]
+    assert cli.main(["plan", "experiment=llada2_mini_cpt", f"cluster={name}", *overrides]) in (0, 1)
+    assert f"on {name} ({gpus} GPUs)" in capsys.readouterr().out

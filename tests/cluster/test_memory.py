@@ -1,0 +1,92 @@
+"""Static bytes and peaks against a dry run of megatron-core; in-flight counts against its schedules."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llada_megatron.cluster.memory import in_flight, peak_activations, static_bytes, units
+from llada_megatron.cluster.parameters import Parameters, stage_contents
+from llada_megatron.config.schema import LayoutConfig, Recompute
+from tests.cluster.flash import LAYOUT, balanced_shape, held_by, model_of
+
+
+def test_static_bytes_are_those_of_the_dry_run() -> None:
+    static = static_bytes(held_by(0), LAYOUT, b=2)
+    assert static["weights"] == 2571243520 + 8 * 7 * 256  # expert_bias and counts of 7 MoE layers
+    assert static["gradients"] == 5142487040
+    assert static["optimizer"] == 3 * 370477120
+
+
+@pytest.mark.parametrize(("rank", "live"), [(0, 8825176264), (1, 7318177992), (3, 9279859272)])
+def test_static_bytes_add_up_to_what_was_alive(rank: int, live: int) -> None:
+    assert sum(static_bytes(held_by(rank), LAYOUT, b=2).values()) == live - 8  # a scalar of that run
+
+
+def test_fp32_weights_need_no_master() -> None:
+    held = Parameters(sharded=1000, replicated=24, expert=0, bias=0)
+    layout = LayoutConfig(processes=4)
+    assert static_bytes(held, layout, b=4) == {"weights": 4096, "gradients": 4096, "optimizer": 8 * 256}
+    assert static_bytes(held, layout, b=2)["optimizer"] == 12 * 256
+
+
+def live_by_hand(pp: int, rank: int, vpp: int, micro_batches: int) -> set[tuple[int, ...]]:
+    """Counts after every forward of the order that megatron-core's schedule table prescribes."""
+    order = [
+        chunk
+        for start in range(0, micro_batches, pp)
+        for chunk in range(vpp)
+        for _ in range(start, start + pp)
+    ]
+    backward = [vpp - 1 - chunk for chunk in order]
+    ahead = min((pp - rank - 1) * 2 + (vpp - 1) * pp, len(order))
+    live, seen = [0] * vpp, set()
+    for index, chunk in enumerate(order):
+        live[chunk] += 1
+        seen.add(tuple(live))
+        if index >= ahead:
+            live[backward[index - ahead]] -= 1
+    return seen
+
+
+@given(pp=st.integers(2, 5), vpp=st.integers(2, 4), rounds=st.integers(1, 6), data=st.data())
+def test_interleaved_pipelines_hold_the_schedules_largest_counts(pp, vpp, rounds, data) -> None:
+    rank = data.draw(st.integers(0, pp - 1))
+    weights = data.draw(st.lists(st.integers(1, 9), min_size=vpp, max_size=vpp))
+    largest = max(
+        sum(count * weight for count, weight in zip(live, weights, strict=True))
+        for live in live_by_hand(pp, rank, vpp, rounds * pp)
+    )
+    assert largest == max(
+        sum(count * weight for count, weight in zip(live, weights, strict=True))
+        for live in in_flight(pp, rank, vpp, rounds * pp)
+    )
+
+
+@pytest.mark.parametrize(("rank", "micro_batches", "count"), [(0, 8, 4), (3, 8, 1), (0, 2, 2), (1, 8, 3)])
+def test_one_forward_one_backward_holds_a_micro_batch_per_following_stage(rank, micro_batches, count) -> None:
+    assert in_flight(4, rank, 1, micro_batches) == ((count,),)
+
+
+PEAKS = [  # layout, micro-batches, fused SwiGLU, rank, bytes above static, how far the bound may lie above
+    (LAYOUT, 4, True, 0, 12959383570, 1.03),
+    (LAYOUT, 4, True, 1, 10346807310, 1.01),
+    (LAYOUT, 4, True, 2, 7117783052, 1.01),
+    (LAYOUT, 8, False, 0, 16331603988, 1.03),
+    (LAYOUT, 8, False, 1, 12964053006, 1.01),
+    (replace(LAYOUT, recompute=Recompute.full), 8, False, 0, 1761091604, 1.10),
+    (
+        replace(LAYOUT, vpp=2, recompute=Recompute.selective, recompute_modules=["core_attn", "mlp"]),
+        *(4, True, 0, 12296913046, 1.03),
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "micro_batches", "fused", "rank", "peak", "slack"), PEAKS)
+def test_peaks_bound_those_of_the_dry_run_closely(layout, micro_batches, fused, rank, peak, slack) -> None:
+    model = model_of("flash")
+    blocks = units(model, balanced_shape(tp=2, cp=2, rows=8192), layout, b=2, fused=fused)
+    stages = stage_contents(model, layout)[rank]
+    bound = peak_activations(blocks, stages, layout, rank, micro_batches)[0] + blocks.transient(stages)
+    assert peak <= bound <= slack * peak

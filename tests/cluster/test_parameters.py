@@ -1,0 +1,74 @@
+"""Parameter counts are exact: published totals, and what a dry run of megatron-core counted on ranks."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llada_megatron.cluster.parameters import Contents, parameters, stage_contents, total_parameters
+from llada_megatron.config.schema import LayoutConfig
+from tests.cluster.flash import held_by, model_of
+
+TOTALS = {"mini": 16_255_643_392, "flash": 102_889_705_216}
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_totals_are_the_published_ones(name: str) -> None:
+    assert total_parameters(model_of(name)) == TOTALS[name]
+
+
+@pytest.mark.parametrize(
+    ("rank", "sharded", "replicated", "expert"),
+    [
+        (0, 573571072, 7407616, 704643072),
+        (1, 201326592, 8456192, 805306368),
+        (2, 201326592, 8456192, 805306368),
+        (3, 523239424, 8460288, 805306368),
+    ],
+)
+def test_pipeline_ranks_hold_what_megatron_core_counted(rank, sharded, replicated, expert) -> None:
+    held = held_by(rank)
+    assert (held.sharded, held.replicated, held.expert) == (sharded, replicated, expert)
+
+
+ways = st.sampled_from([1, 2, 4])
+
+
+@given(tp=ways, ep=st.sampled_from([1, 8, 32]), etp=ways, data=st.data())
+def test_what_all_processes_hold_adds_up_to_the_total_under_uneven_stages(tp, ep, etp, data) -> None:
+    model = model_of("mini")
+    pp, vpp = data.draw(st.sampled_from([(1, 1), (2, 1), (4, 1), (2, 2), (3, 2)]))
+    cuts = data.draw(
+        st.lists(st.integers(1, 19), min_size=pp * vpp - 1, max_size=pp * vpp - 1, unique=True).map(sorted)
+    )
+    edges = [0, *cuts, model.layers]
+    pipeline = [stop - start for start, stop in pairwise(edges)]
+    layout = LayoutConfig(tp=tp, ep=ep, etp=etp, pp=pp, vpp=vpp, pipeline=pipeline)
+    held = [parameters(model, stages, tp=tp, ep=ep, etp=etp) for stages in stage_contents(model, layout)]
+    whole = sum(one.sharded * tp + one.replicated + one.expert * ep * etp + one.bias for one in held)
+    assert whole == TOTALS["mini"]
+
+
+def test_a_tied_head_counts_once_on_one_stage_and_is_a_copy_on_two() -> None:
+    model = replace(model_of("mini"), tied_head=True)
+    table = model.vocab_size * model.hidden_size
+    assert total_parameters(model) == TOTALS["mini"] - table
+    first, last = (parameters(model, stages) for stages in stage_contents(model, LayoutConfig(pp=2)))
+    assert first.trained + last.trained + first.bias + last.bias == TOTALS["mini"]
+
+
+def test_a_dense_model_has_no_experts_no_router_and_no_bias() -> None:
+    model = replace(model_of("mini"), dense_layers=20, experts=0)
+    held = parameters(model, *stage_contents(model, LayoutConfig()))
+    assert (held.expert, held.bias) == (0, 0)
+    assert held.replicated == 20 * (2 * 2048 + 2 * 128) + 2048
+
+
+def test_virtual_stages_go_round_the_pipeline_ranks() -> None:
+    layout = LayoutConfig(pp=2, vpp=2, pipeline=[3, 6, 6, 5])
+    assert stage_contents(model_of("mini"), layout) == [
+        [Contents(1, 2, True, False), Contents(0, 6, False, False)],
+        [Contents(0, 6, False, False), Contents(0, 5, False, True)],
+    ]
