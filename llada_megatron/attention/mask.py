@@ -119,19 +119,24 @@ class BlockDiffusionMask:
         position = np.arange(self.length)
         return torch.from_numpy((position - self._grid_origin[sample]) // self.block_size)
 
-    def dense(self, sample: int = 0) -> Tensor:
-        """Return bool [S, S], True where a query (row) may see a key (column); quadratic."""
-        document, block = self.document_ids(sample), self.block_ids(sample)
-        same_document = document[:, None] == document[None, :]
+    def dense(self, sample: int = 0, rows: Tensor | None = None) -> Tensor:
+        """Return bool [S, S], True where a query (row) may see a key (column); quadratic.
+
+        With int64 `rows` only those rows of it, [len(rows), S].
+        """
+        position = torch.arange(self.total)
+        row = position if rows is None else rows
+        document, block = (
+            ids[position % self.length] for ids in (self.document_ids(sample), self.block_ids(sample))
+        )
+        same_document = document[row, None] == document
+        own_block, earlier_block = block[row, None] == block, block[row, None] > block
         if not self.clean_copy:
-            return same_document & (block[:, None] >= block[None, :]) if self.causal else same_document
-        noisy_to_noisy = same_document & (block[:, None] == block[None, :])
-        noisy_to_clean = same_document & (block[:, None] > block[None, :])
-        clean_to_clean = same_document & (block[:, None] >= block[None, :])
-        clean_to_noisy = torch.zeros_like(same_document)
-        noisy_rows = torch.cat([noisy_to_noisy, noisy_to_clean], dim=1)
-        clean_rows = torch.cat([clean_to_noisy, clean_to_clean], dim=1)
-        return torch.cat([noisy_rows, clean_rows], dim=0)
+            return same_document & (own_block | earlier_block) if self.causal else same_document
+        is_noisy = position < self.length
+        of_noisy_key = is_noisy[row, None] & own_block
+        of_clean_key = earlier_block | (~is_noisy[row, None] & own_block)
+        return same_document & torch.where(is_noisy, of_noisy_key, of_clean_key)
 
     @cached_property
     def pairs_per_token(self) -> PerToken:

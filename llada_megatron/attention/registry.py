@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llada_megatron.attention import cudnn_flex, flex_torch
-from llada_megatron.attention.composed import composed_attention
 from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
+from llada_megatron.attention.portable import portable_attention
 from llada_megatron.attention.reference import reference_attention
 
 Executor = Callable[[Tensor, Tensor, Tensor, Rectangle, float], Tensor]
@@ -19,7 +19,7 @@ MissingRequirement = Callable[[torch.device, torch.dtype, int, bool], str | None
 
 _EXECUTORS: dict[str, Executor] = {
     "reference": reference_attention,
-    "composed": composed_attention,
+    "portable": portable_attention,
     "flex_torch": flex_torch.flex_torch_attention,
     "cudnn_flex": cudnn_flex.cudnn_flex_attention,
 }
@@ -28,7 +28,12 @@ _MISSING_REQUIREMENT: dict[str, MissingRequirement] = {  # the others serve ever
     "cudnn_flex": cudnn_flex.missing_requirement,
 }
 # By the pairs that each computes and how; not measured on a GPU yet.
-_FASTEST_FIRST = ("cudnn_flex", "flex_torch", "composed")
+_FASTEST_FIRST = ("cudnn_flex", "flex_torch", "portable")
+
+
+def executor_names(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Return the executors that can train with such tensors."""
+    return [name for name in _EXECUTORS if _missing(name, device, dtype, head_dim, True) is None]
 
 
 @cache

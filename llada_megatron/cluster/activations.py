@@ -16,16 +16,11 @@ from __future__ import annotations
 from llada_megatron.cluster.shapes import Shape
 from llada_megatron.config.schema import LayoutConfig, ModelConfig, Recompute
 
-FUSED_SWIGLU = True
-"""model/provider.py sets bias_activation_fusion: SwiGLU keeps its input, not its intermediate products."""
-
 Parts = dict[str, int]
 """Bytes by part of a layer: residual, norms, attention, core_attn, mlp, shared_experts, experts, router."""
 
 
-def layer_parts(
-    model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int, fused: bool = FUSED_SWIGLU
-) -> Parts:
+def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int) -> Parts:
     """What one layer keeps without recompute.
 
     residual   2 b tH: the sum after attention, and the layer's output (the next layer's input)
@@ -34,9 +29,8 @@ def layer_parts(
                b Sq rotated queries; b Sq output; 4b rotary_rows r of cosines and sines for q and k
     core_attn  4S heads/tp log-sum-exp; keys and values: b Sg rotated keys (values are a view of the
                projections), or with context parallelism 2b Kg, the exchange's ordered copy
-    mlp        b S F/tp (2 gate and up, 1 product); without fusion silu(gate) and a copy of up are kept too
-    experts    b NH inputs; b N Fe/etp (2 gate and up, 1 weighted product); without fusion silu(gate), up's
-               copy and the product before its weight are kept too
+    mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion)
+    experts    b NH inputs; b N Fe/etp (2 gate and up, 1 weighted product)
     router     tE (8 + 4 + 4 + 1): sorted indices int64, sigmoid, scattered probabilities, map;
                t(24k + 4): chosen and remaining indices, their scores and probabilities, their sum
     """
@@ -53,11 +47,11 @@ def layer_parts(
         "core_attn": 4 * S * model.heads // tp + (2 * b * shape.keys * g if layout.cp > 1 else b * S * g),
     }
     if not moe:
-        parts["mlp"] = (3 if fused else 5) * b * S * model.ffn_hidden_size // tp
+        parts["mlp"] = 3 * b * S * model.ffn_hidden_size // tp
         return parts
     k = model.experts_per_token
-    parts["shared_experts"] = (3 if fused else 5) * b * S * model.shared_expert_hidden_size // tp
-    parts["experts"] = b * N * (hidden + (3 if fused else 6) * model.expert_hidden_size // layout.etp)
+    parts["shared_experts"] = 3 * b * S * model.shared_expert_hidden_size // tp
+    parts["experts"] = b * N * (hidden + 3 * model.expert_hidden_size // layout.etp)
     parts["router"] = 17 * t * model.experts + t * (24 * k + 4)
     return parts
 

@@ -114,13 +114,11 @@ class Units:
         return largest
 
 
-def units(
-    model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int, fused: bool = activations.FUSED_SWIGLU
-) -> Units:
+def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> Units:
     """Bytes of each building block under a layout."""
 
     def layer(moe: bool) -> Unit:
-        parts = activations.layer_parts(model, shape, layout, moe=moe, b=b, fused=fused)
+        parts = activations.layer_parts(model, shape, layout, moe=moe, b=b)
         left = activations.kept(model, parts, shape, layout, b=b)
         transient = activations.layer_transient(model, shape, layout, parts, left, b=b)
         keeps = sum(left.values())

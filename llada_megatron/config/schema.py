@@ -140,7 +140,7 @@ class ModelConfig:
     tied_head: bool = False
     init_std: float = 0.02
     attention_backend: str = "auto"
-    """`auto`, `cudnn_flex` (sm_90, sm_100, sm_103), `flex_torch`, `composed` or `reference`; `auto` takes the
+    """`auto`, `cudnn_flex` (sm_90, sm_100, sm_103), `flex_torch`, `portable` or `reference`; `auto` takes the
     fastest that can serve, and a run with one that cannot stops."""
     layer_spec: str = "auto"
     """`local`, `transformer_engine`, or `auto` (transformer_engine on CUDA when it is installed)."""

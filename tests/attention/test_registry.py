@@ -9,9 +9,9 @@ import torch
 
 from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, select_backend
 from llada_megatron.attention import cudnn_flex as cudnn_flex_module
-from llada_megatron.attention.composed import composed_attention
 from llada_megatron.attention.cudnn_flex import cudnn_flex_attention
 from llada_megatron.attention.flex_torch import flex_torch_attention
+from llada_megatron.attention.portable import portable_attention
 from llada_megatron.runtime import device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -28,11 +28,11 @@ def pretend(monkeypatch):
     select_backend.cache_clear()
 
 
-def test_auto_on_a_cpu_is_composed_and_says_why_not_the_faster_ones():
+def test_auto_on_a_cpu_is_portable_and_says_why_not_the_faster_ones():
     executor, reason = select_backend("auto", CPU, torch.float32, 64)
-    assert executor is composed_attention
+    assert executor is portable_attention
     assert reason == (
-        "composed: the fastest that can serve here"
+        "portable: the fastest that can serve here"
         "; cudnn_flex needs an sm_90, sm_100 or sm_103 device, this is a CPU"
         "; flex_torch has no backward on a CPU, where it serves inference only"
     )
@@ -55,8 +55,8 @@ def test_auto_on_hopper_and_blackwell_is_cudnn_flex(pretend, architecture):
         (("sm_90", "1.29.1"), torch.bfloat16, 128, flex_torch_attention, "1.32 or later, 1.29.1 is"),
         (("sm_90",), torch.float32, 128, flex_torch_attention, "bfloat16 and float16, not float32"),
         (("sm_90",), torch.bfloat16, 192, flex_torch_attention, "multiple of 8 up to 128, not 192"),
-        (("sm_90",), torch.float64, 128, composed_attention, "flex_torch serves .*, not float64"),
-        (("sm_90",), torch.bfloat16, 12, composed_attention, "flex_torch serves .* 16 or more, not 12"),
+        (("sm_90",), torch.float64, 128, portable_attention, "flex_torch serves .*, not float64"),
+        (("sm_90",), torch.bfloat16, 12, portable_attention, "flex_torch serves .* 16 or more, not 12"),
     ],
 )
 def test_auto_names_the_requirement_that_a_faster_executor_misses(
@@ -87,7 +87,7 @@ def test_a_call_that_the_executor_cannot_serve_is_refused_by_value():
 
 
 def test_an_unknown_backend_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"model\.attention_backend.*auto, reference, composed.*'flash'"):
+    with pytest.raises(ValueError, match=r"model\.attention_backend.*auto, reference, portable.*'flash'"):
         select_backend("flash", CPU, torch.float32, 64)
 
 

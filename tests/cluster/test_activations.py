@@ -32,21 +32,10 @@ def test_layers_keep_what_a_dry_run_of_megatron_core_kept(
     model, layout = model_of(name), LayoutConfig(tp=tp, cp=cp)
     shape = balanced_shape(tp=tp, cp=cp, rows=rows, micro_batch=micro_batch)
     batch = 28 * shape.rows + 4 * shape.rotary_rows * 64  # that run's own inputs, and its rotary angles
-    first = layer_parts(model, shape, layout, moe=False, b=2, fused=True)
-    other = layer_parts(model, shape, layout, moe=True, b=2, fused=True)
+    first = layer_parts(model, shape, layout, moe=False, b=2)
+    other = layer_parts(model, shape, layout, moe=True, b=2)
     assert sum(first.values()) + embedding_bytes(model, shape, layout, b=2) + batch == dense
     assert sum(other.values()) == moe
-
-
-def test_without_fusion_swiglu_keeps_its_products() -> None:
-    model, layout = model_of("flash"), LayoutConfig()
-    shape = balanced_shape(tp=1, cp=1, rows=4096)
-    S, N = shape.rows, shape.routed
-    parts = layer_parts(model, shape, layout, moe=True, b=2)
-    # gate and up [N, 2Fe], silu(gate), up's copy, their product, the weighted product; and the inputs [N, H]
-    assert parts["experts"] == 2 * N * (4096 + 6 * 1024)
-    assert parts["shared_experts"] == 2 * S * 5 * 1024
-    assert layer_parts(model, shape, layout, moe=False, b=2)["mlp"] == 2 * S * 5 * 9216
 
 
 def test_context_parallelism_keeps_clean_keys_and_its_own_noisy_ones() -> None:

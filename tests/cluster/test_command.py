@@ -88,6 +88,6 @@ def test_planning_imports_no_torch(mode: list[str]) -> None:
 )
 def test_described_clusters_have_the_gpus_that_their_name_says(capsys, name: str) -> None:
     gpus = name.rpartition("_")[2]
-    overrides = [f"layout.processes={gpus}", "layout.pp=1", "layout.ep=8", "layout.global_batch=1024"]
+    overrides = ["layout=h100_8x_ep8", f"layout.processes={gpus}"]
     assert cli.main(["plan", "experiment=llada2_mini_cpt", f"cluster={name}", *overrides]) in (0, 1)
     assert f"on {name} ({gpus} GPUs)" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from llada_megatron.attention.context import ContextShard
 pytestmark = pytest.mark.gpu
 
 DEVICE, DTYPE, HEAD_DIM = "cuda", torch.bfloat16, 128
-EXECUTORS = ["cudnn_flex", "flex_torch", "composed"]
+EXECUTORS = ["cudnn_flex", "flex_torch", "portable"]
 LENGTH = 2048  # L
 DOCUMENTS = {
     "one": [[0, LENGTH]],
