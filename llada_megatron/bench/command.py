@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from llada_megatron.bench.attention_cases import SUITES
 
 EXAMPLE = "llada bench step --json step.json"
 
@@ -14,10 +17,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--rounds", type=int, default=8, help="interleaved rounds per case (default 8)")
     step.add_argument("--json", metavar="FILE", help="write the figures")
     step.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides of experiment=bench")
+    attention = benches.add_parser("attention", help="attention executors, correct first and then fast")
+    attention.add_argument("--suite", choices=tuple(SUITES), default="cpu", help="cases (default cpu)")
+    attention.add_argument("--out", type=Path, metavar="DIR", help="write JSON, CSV and pictures")
+    attention.add_argument("--compare", type=Path, metavar="FILE", help="an earlier attention.json")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the chosen benchmark; 0 when its bounds hold, 1 when one does not."""
+    """Run the chosen benchmark; 0 when its bounds hold, 1 when one does not or an executor is wrong."""
+    if args.bench == "attention":
+        return _attention(args)
     from llada_megatron.bench import step
 
     return step.run(args.overrides, rounds=args.rounds, json_file=args.json)
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from llada_megatron.bench import attention, attention_report
+
+    old = None if args.compare is None else attention_report.read_times(args.compare)
+    results = attention.run(SUITES[args.suite])
+    machine = attention.machine()
+    attention_report.print_table(results, machine)
+    if args.out is not None:
+        attention_report.write(results, machine, args.out)
+    if old is not None:
+        attention_report.print_changes(results, old)
+    return 0 if all(result.correct for result in results) else 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import resource
 import time
+from collections.abc import Callable
 
 import numpy
+import psutil
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,8 +68,44 @@ def seconds() -> float:
     return time.perf_counter()
 
 
+def timed[T](function: Callable[[], T]) -> tuple[T, float]:
+    """A call's result and its seconds: of the device by events, on a CPU the process's own CPU time."""
+    if on_cuda():
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = function()
+        stop.record()
+        stop.synchronize()
+        return result, start.elapsed_time(stop) / 1e3
+    began = time.process_time()
+    result = function()
+    return result, time.process_time() - began
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of this process: allocated on the CUDA device, or resident on a CPU."""
     if on_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_bytes_of(function: Callable[[], object]) -> int:
+    """Peak memory of a call over what was in use before: allocated on the CUDA device, or resident on a CPU.
+
+    On a CPU what the process held at its earlier peak counts too: measure in a fresh process.
+    """
+    if on_cuda():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = psutil.Process().memory_info().rss
+    function()
+    return peak_memory_bytes() - before
+
+
+def name() -> str:
+    """The CUDA device's name, or the CPU's architecture and the threads that torch uses."""
+    if on_cuda():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
