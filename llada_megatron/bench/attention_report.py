@@ -124,6 +124,8 @@ def _plot(results: list[Result], title: str, path: Path) -> None:
 
 
 def _panel(axes: Axes, results: list[Result], styles: dict[str, tuple[str, str]]) -> None:
+    from matplotlib.ticker import LogLocator
+
     lengths = sorted({result.case.length for result in results})
     if len(lengths) == 1:
         ordered = results[::-1]
@@ -144,6 +146,8 @@ def _panel(axes: Axes, results: list[Result], styles: dict[str, tuple[str, str]]
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("L")
     axes.set_ylabel("forward + backward, ms")
 
