@@ -9,7 +9,8 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from llada_megatron.config.schema import Config
+from llada_megatron.config.layout import smallest_world
+from llada_megatron.config.schema import Config, LayoutConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -63,9 +64,12 @@ def differences(saved: Config, now: Config) -> list[str]:
 
 
 def _to_config(node: object) -> Config:
+    node = cast(DictConfig, node)
     try:
-        OmegaConf.resolve(cast(DictConfig, node))
-        return cast(Config, OmegaConf.to_object(cast(DictConfig, node)))
+        if node.layout.processes == 0:
+            node.layout.processes = smallest_world(cast(LayoutConfig, OmegaConf.to_object(node.layout)))
+        OmegaConf.resolve(node)
+        return cast(Config, OmegaConf.to_object(node))
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a value"
         raise ValueError(f"{key} is not set: choose an experiment, for example `experiment=demo`.") from None

@@ -7,6 +7,7 @@ and etp, ep, expert dp, pp for the experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llada_megatron.config.schema import LayoutConfig
@@ -58,6 +59,11 @@ def rank_at(layout: LayoutConfig, **at: int) -> int:
                 rank = rank * _size(layout, axis) + at[axis]
             return rank
     raise ValueError(f"{sorted(at)} are the axes of no grid: give all of {DENSE_AXES} or of {EXPERT_AXES}.")
+
+
+def smallest_world(layout: LayoutConfig) -> int:
+    """The fewest processes that both grids fill evenly."""
+    return math.lcm(layout.tp * layout.cp * layout.pp, layout.etp * layout.ep * layout.pp)
 
 
 def pipeline_stages(layers: int, layout: LayoutConfig) -> list[int]:

@@ -238,7 +238,7 @@ class LayoutConfig:
     etp: int = 1
     """Tensor parallelism inside an expert; need not equal tp."""
     processes: int = 1
-    """Ranks, one per device."""
+    """Ranks, one per device; 0 in a configuration file: as few as the axes ask for."""
     micro_batch: int = 1
     """Sequences per process and micro-batch."""
     global_batch: int = 1

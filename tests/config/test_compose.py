@@ -79,3 +79,10 @@ def test_differences_name_exactly_the_leaves_that_differ():
         "diffusion.weight: inverse -> flat",
         "optimizer.lr: 0.001 -> 0.5",
     ]
+
+
+def test_a_layout_starts_as_few_processes_as_its_axes_ask_for():
+    axes = ["layout.tp=2", "layout.pp=2", "layout.ep=4"]
+    assert compose(["experiment=parity"]).layout.processes == 1
+    assert compose(["experiment=parity", *axes]).layout.processes == 8
+    assert compose(["experiment=parity", *axes, "layout.processes=16"]).layout.processes == 16
