@@ -62,7 +62,13 @@ def flex_torch_attention(
 def _kernel(device_type: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    if device_type == "cuda":
+        return torch.compile(flex_attention)
+    # Uncompiled, it still traces itself; megatron-core's CPU seam turns tracing off for the process. Imported
+    # here, since the import is what reads the seam's setting.
+    import torch._dynamo.config
+
+    return torch._dynamo.config.patch(disable=False)(flex_attention)  # type: ignore[no-any-return]
 
 
 def _block_mask_of(rectangle: Rectangle, device: torch.device) -> "BlockMask":
