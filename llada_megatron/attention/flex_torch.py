@@ -66,9 +66,9 @@ def _kernel(device_type: str) -> Callable[..., Tensor]:
         return torch.compile(flex_attention)
     # Uncompiled, it still traces itself; megatron-core's CPU seam turns tracing off for the process. Imported
     # here, since the import is what reads the seam's setting.
-    import torch._dynamo.config
+    from torch._dynamo import config as tracing
 
-    return torch._dynamo.config.patch(disable=False)(flex_attention)  # type: ignore[no-any-return]
+    return tracing.patch(disable=False)(flex_attention)  # type: ignore[no-any-return]
 
 
 def _block_mask_of(rectangle: Rectangle, device: torch.device) -> "BlockMask":
