@@ -362,7 +362,7 @@ def test_the_command_shows_only_our_own_lines(corpus, tmp_path):
             [*command, f"training.steps={int(step) + 1}"], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0 and done.stderr == ""
-        assert [line.split()[0] for line in done.stdout.splitlines()] == ["step", step]
+        assert [line.split()[0] for line in done.stdout.splitlines()] == ["attention", "step", step]
 
 
 def train_with_small_files(config, limit_bytes: int) -> str:
