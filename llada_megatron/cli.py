@@ -21,11 +21,8 @@ VERBS = {
     "train": ("llada_megatron.train", "convert or train a model as a configuration says"),
     "data": ("llada_megatron.data.command", "prepare, pack and inspect training data"),
     "plan": ("llada_megatron.cluster.command", "memory, time and traffic of a layout; the best layouts"),
-    "verify": (
-        "llada_megatron.verify.command",
-        "check this installation against golden cases, layouts, resume",
-    ),
-    "bench": ("llada_megatron.bench.command", "measure attention, steps and checkpoints; dry-run a layout"),
+    "verify": ("llada_megatron.verify.command", "check golden cases, parallel layouts, context parallelism"),
+    "bench": ("llada_megatron.bench.command", "measure attention executors and training steps"),
     "report": ("llada_megatron.observe.command", "render a run's report with pictures"),
     "demo": ("llada_megatron.demo", "run the whole pipeline, small, on this machine"),
 }

@@ -59,7 +59,8 @@ class ContextShard:
     def row_of_token(self) -> np.ndarray:
         """The row, in its owner's first half, that holds each token, int64 [B, L]."""
         row = np.empty_like(self.owner)
-        np.put_along_axis(row, self._tokens_BRn.reshape(row.shape), self._slots[None], axis=1)
+        rows_of_ranks = np.tile(np.arange(self.tokens.shape[1]), self.ranks)
+        np.put_along_axis(row, self._tokens_BRn.reshape(row.shape), rows_of_ranks[None], axis=1)
         return row
 
     @cached_property
@@ -68,6 +69,11 @@ class ContextShard:
         if self.ranks == 1:
             return self.mask.whole()
         return Rectangle(self.mask, self.tokens, self._noisy_keys)
+
+    @property
+    def own_rows(self) -> int:
+        """Rows, flattened, whose keys stay here: the noisy ones, in front of those that travel."""
+        return self.tokens.size if self.mask.clean_copy else 0
 
     @cached_property
     def halo_rows(self) -> Tensor:
@@ -78,15 +84,14 @@ class ContextShard:
     @cached_property
     def key_order(self) -> Tensor:
         """Where each key of the rectangle lies: own noisy rows first, then what was received; int64 [K B]."""
-        B, L, n = self.mask.batch, self.mask.length, self.tokens.shape[1]
-        sample = np.arange(B)[:, None]
-        row = self.row_of_token * B + sample  # [B, L], flattened as the owner's rows are
-        received = self._own_rows + self.owner * (n * B + self._halo_size)
-        keys = received + row
+        rows = self.tokens.size  # of one half, flattened
+        received = self.own_rows + self.owner * (rows + self._halo_size)
+        keys = received + self._flat_row
         if self.mask.clean_copy:
-            travelled = received + n * B + self._halo_slot
-            noisy_BL = np.where(self.owner == self.rank, row, travelled)
-            padded = np.minimum(self._noisy_keys, L - 1)  # nobody looks at padding: any key will do
+            travelled = received + rows + self._halo_slot
+            noisy_BL = np.where(self.owner == self.rank, self._flat_row, travelled)
+            # Nobody looks at padding: any key will do.
+            padded = np.minimum(self._noisy_keys, self.mask.length - 1)
             keys = np.concatenate([np.take_along_axis(noisy_BL, padded, axis=1), keys], axis=1)
         return torch.from_numpy(keys.T.reshape(-1)).to(self.device)
 
@@ -100,14 +105,10 @@ class ContextShard:
         by_rank = np.argsort(self.owner, axis=1, kind="stable")
         return by_rank.reshape(self.mask.batch, self.ranks, -1)
 
-    @property
-    def _slots(self) -> np.ndarray:
-        return np.tile(np.arange(self.mask.length // self.ranks), self.ranks)
-
-    @property
-    def _own_rows(self) -> int:
-        """Own noisy rows, flattened, in front of what is received."""
-        return self.tokens.size if self.mask.clean_copy else 0
+    @cached_property
+    def _flat_row(self) -> np.ndarray:
+        """Each token's row, flattened as row * B + sample in its owner's first half; int64 [B, L]."""
+        return self.row_of_token * self.mask.batch + np.arange(self.mask.batch)[:, None]
 
     @cached_property
     def _noisy_keys(self) -> np.ndarray:
@@ -136,10 +137,9 @@ class ContextShard:
 
     @cached_property
     def _halo_of_rank(self) -> list[np.ndarray]:
-        """For each rank the noisy rows that it sends, flattened as row * B + sample and rising."""
-        sample = np.broadcast_to(np.arange(self.mask.batch)[:, None], self.owner.shape)
-        flat = self.row_of_token * self.mask.batch + sample
-        return [np.sort(flat[self.spans_ranks & (self.owner == rank)]) for rank in range(self.ranks)]
+        """For each rank the noisy rows that it sends, flattened and rising."""
+        halos = (self.spans_ranks & (self.owner == rank) for rank in range(self.ranks))
+        return [np.sort(self._flat_row[halo]) for halo in halos]
 
     @cached_property
     def _halo_size(self) -> int:
@@ -148,11 +148,10 @@ class ContextShard:
     @cached_property
     def _halo_slot(self) -> np.ndarray:
         """Place of each token's noisy key among those that its owner sends, int64 [B, L]."""
-        flat = self.row_of_token * self.mask.batch + np.arange(self.mask.batch)[:, None]
-        slot = np.zeros_like(flat)
+        slot = np.zeros_like(self.owner)
         for rank, sent in enumerate(self._halo_of_rank):
             mine = self.spans_ranks & (self.owner == rank)
-            slot[mine] = np.searchsorted(sent, flat[mine])
+            slot[mine] = np.searchsorted(sent, self._flat_row[mine])
         return slot
 
 
@@ -167,8 +166,7 @@ def exchange(key: Tensor, value: Tensor, shard: ContextShard, group: Any) -> tup
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
     rows = torch.stack([key, value], dim=2).flatten(0, 1)  # [S/R * B, 2, Hkv, D]
-    own = rows[: shard._own_rows]
-    travelling = rows[shard._own_rows :]
+    own, travelling = rows[: shard.own_rows], rows[shard.own_rows :]
     if len(shard.halo_rows):
         travelling = torch.cat([travelling, own.index_select(0, shard.halo_rows)])
     received = gather_from_sequence_parallel_region(travelling, group=group)

@@ -39,7 +39,6 @@ class BlockDiffusionMask:
         clean_copy: the input is `[x_t ; x_0]` (S = 2L, noisy half first) rather than one sequence (S = L).
         causal: without a clean copy, hide later blocks. Block size 1 is autoregressive.
 
-    Compared and hashed by identity, so that an executor can keep what it derives from a mask.
     Raises ValueError, naming the value, for anything else.
     """
 
@@ -181,7 +180,7 @@ class Rectangle:
 
     Queries: the noisy rows of `tokens`, then the clean rows of the same tokens; without a clean copy their
     only rows. Keys: the noisy keys of `noisy_keys`, then all L clean keys; without a clean copy all L keys.
-    Context parallelism gives each rank such a rectangle; `mask.whole` is the one of a single process.
+    Context parallelism gives each rank such a rectangle; `mask.whole()` is the one of a single process.
 
     Attributes:
         mask: the definition.

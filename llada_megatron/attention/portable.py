@@ -21,9 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from llada_megatron.attention.kernels import kernel_for
 from llada_megatron.attention.mask import Rectangle
-from llada_megatron.attention.tiles import Booleans, Integers, Stage, TileCall, performed_pairs, tiling
-
-__all__ = ["performed_pairs", "portable_attention"]
+from llada_megatron.attention.tiles import Booleans, Integers, Stage, TileCall, tiling
 
 
 def portable_attention(

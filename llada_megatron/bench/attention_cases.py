@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
+from llada_megatron.data.synthetic import log_normal_documents
 
 LOG_NORMAL = 6.5, 1.0
 """Mean and deviation of the logarithm of a packed document's tokens: a median of 665."""
@@ -53,10 +53,7 @@ class Case:
             return [0, self.length]
         if self.documents != "packed":
             return [*range(0, self.length, int(self.documents.split()[0])), self.length]
-        random, ends = np.random.default_rng(0), [0]
-        while ends[-1] < self.length:
-            ends.append(min(self.length, ends[-1] + max(1, int(random.lognormal(*LOG_NORMAL)))))
-        return ends
+        return log_normal_documents(*LOG_NORMAL, seed=0, length=self.length)
 
 
 SMALL = HeadShape(8, 8, 64)

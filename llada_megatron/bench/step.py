@@ -187,7 +187,7 @@ def _full_logits(trainer: Any, active: bool) -> Iterator[None]:
 
 def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]:
     """FLOPs of a step that the executor performs, and that the visible pairs need."""
-    from llada_megatron.attention.portable import performed_pairs
+    from llada_megatron.attention.tiles import performed_pairs
     from llada_megatron.training.step import micro_batches
 
     config = trainer.config

@@ -16,7 +16,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from llada_megatron.config.schedule import block_size_of
 from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import PackedSample, PackedSequences
+from llada_megatron.data.packed import PackedSample, build_sequences
 from llada_megatron.data.prepare import read_sidecar
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.diffusion.bound import exact_count_mask
@@ -42,9 +42,17 @@ BASELINE_SEQUENCES = 4096
 class Evaluator:
     """Evaluates a model on the first `evaluation.sequences` held-out sequences."""
 
-    def __init__(self, config: Config, data: PackedSequences, model: list[Any]) -> None:
+    def __init__(self, config: Config, model: list[Any]) -> None:
         self.config, self.model = config, model
-        held_out = [data[index] for index in range(min(data.sequences_per_epoch, held_out_sequences(config)))]
+        wanted = max(config.evaluation.sequences, BASELINE_SEQUENCES)
+        data = build_sequences(
+            config.data,
+            split="validation",
+            seed=config.run.seed,
+            mask_token_id=config.model.mask_token_id,
+            sequences_wanted=wanted,
+        )
+        held_out = [data[index] for index in range(min(data.sequences_per_epoch, wanted))]
         check_vocabulary(held_out, config.model.vocab_size)
         self.samples = held_out[: config.evaluation.sequences]
         self.bytes_per_token = bytes_per_token(config.data.path)
@@ -187,11 +195,6 @@ class Evaluator:
         error = float(per_sequence.std(ddof=1) / math.sqrt(len(sums))) if len(sums) > 1 else None
         bits = mean / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
         return {"mean": mean, "se": error, "bits_per_byte": bits}
-
-
-def held_out_sequences(config: Config) -> int:
-    """How many held-out sequences an Evaluator reads at most."""
-    return max(config.evaluation.sequences, BASELINE_SEQUENCES)
 
 
 def bytes_per_token(prefixes: list[str]) -> float | None:

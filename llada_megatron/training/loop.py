@@ -27,7 +27,7 @@ from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.agreement import check_agreement
 from llada_megatron.training.balance import ExpertBalance
-from llada_megatron.training.evaluate import Evaluator, held_out_sequences
+from llada_megatron.training.evaluate import Evaluator
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, wrap
 from llada_megatron.training.position import (
     Position,
@@ -117,7 +117,9 @@ class _Run:
         self.fingerprint = data_fingerprint
         self.trainer = build_trainer(config, schedule)
         self.position = self._load()
-        self.evaluator = self._build_evaluator()
+        self.evaluator = None
+        if config.evaluation.block_sizes:
+            self.evaluator = Evaluator(config, list(self.trainer.model))
         self.trackers = None
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -252,19 +254,6 @@ class _Run:
             supervised=length * (rate if stage.is_diffusion else 1),
         )
         return flops * tokens_per_sec / length / (config.cluster.peak_tflops * 1e12 * config.layout.processes)
-
-    def _build_evaluator(self) -> Evaluator | None:
-        config = self.config
-        if not config.evaluation.block_sizes:
-            return None
-        held_out = build_sequences(
-            config.data,
-            split="validation",
-            seed=config.run.seed,
-            mask_token_id=config.model.mask_token_id,
-            sequences_wanted=held_out_sequences(config),
-        )
-        return Evaluator(config, held_out, list(self.trainer.model))
 
     def _evaluate(self, step: int, stage: Stage | None) -> None:
         """Evaluate after a stage, or (stage None) the weights that a conversion starts from."""

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _context(args: argparse.Namespace) -> int:
+    from llada_megatron.data.synthetic import log_normal_documents
     from llada_megatron.verify import context
 
     if args.docs:
@@ -55,7 +56,7 @@ def _context(args: argparse.Namespace) -> int:
         if args.length is None:
             raise ValueError("--lognormal needs --length: say how many tokens the sequence has.")
         mu, sigma, seed = _numbers("--lognormal", args.lognormal, float, count=3)
-        cu_seqlens = context.log_normal_documents(mu, sigma, int(seed), args.length)
+        cu_seqlens = log_normal_documents(mu, sigma, int(seed), args.length)
     report = context.check(
         cu_seqlens,
         block_size=args.block_size,

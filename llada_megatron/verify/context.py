@@ -39,12 +39,14 @@ def check(
 
     cu_seqlens: document starts and the end. Raises ValueError for documents, blocks or ranks that do not fit.
     """
+    import torch
+
     from llada_megatron.attention import BlockDiffusionMask
     from llada_megatron.attention.context import ContextShard
 
     if min(cp, kv_heads, head_dim) < 1:
         raise ValueError(f"--cp {cp}, --kv-heads {kv_heads} and --head-dim {head_dim} must be at least 1.")
-    mask = BlockDiffusionMask([_tensor(cu_seqlens)], block_size, block_grid)  # type: ignore[arg-type]
+    mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, block_grid)  # type: ignore[arg-type]
     shard = ContextShard(mask, 0, cp)
     owner = shard.owner[0]
     work = np.bincount(owner, weights=mask.pairs_per_token[0], minlength=cp)
@@ -61,20 +63,6 @@ def check(
         bytes_counted=max(ours for ours, _ in received),
         bytes_naive=max(naive for _, naive in received),
     )
-
-
-def log_normal_documents(mu: float, sigma: float, seed: int, length: int) -> list[int]:
-    """cu_seqlens of documents of log-normal lengths, the last one cut at `length` tokens."""
-    random, ends = np.random.default_rng(seed), [0]
-    while ends[-1] < length:
-        ends.append(min(length, ends[-1] + max(1, int(random.lognormal(mu, sigma)))))
-    return ends
-
-
-def _tensor(cu_seqlens: list[int]):  # type: ignore[no-untyped-def]
-    import torch
-
-    return torch.tensor(cu_seqlens)
 
 
 def _received_bytes(

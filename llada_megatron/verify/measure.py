@@ -11,12 +11,11 @@ import torch.distributed as dist
 
 from llada_megatron.config import rules
 from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import build_sequences
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
-from llada_megatron.training.evaluate import Evaluator, held_out_sequences
+from llada_megatron.training.evaluate import Evaluator
 from llada_megatron.training.loop import build_trainer
 from llada_megatron.training.step import Trainer, train_step
 from llada_megatron.verify.comparison import Measurement
@@ -40,14 +39,7 @@ def measure(config: Config, reference: Measurement | None) -> Measurement:
         for step in range(schedule.total_steps):
             steps.append(train_step(trainer, step))
             loads.append(_loads(trainer))
-        held_out = build_sequences(
-            config.data,
-            split="validation",
-            seed=config.run.seed,
-            mask_token_id=config.model.mask_token_id,
-            sequences_wanted=held_out_sequences(config),
-        )
-        bound = Evaluator(config, held_out, list(trainer.model)).bound(32)["mean"]
+        bound = Evaluator(config, list(trainer.model)).bound(32)["mean"]
         measured = Measurement(
             losses=[step.loss for step in steps],
             grad_norms=[step.grad_norm for step in steps],

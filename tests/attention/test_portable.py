@@ -8,7 +8,7 @@ from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, kernels, portable
-from llada_megatron.attention.portable import performed_pairs
+from llada_megatron.attention.tiles import performed_pairs
 from tests.attention.test_executors import masks, one_document, output_and_gradients, random_qkv
 
 

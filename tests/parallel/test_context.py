@@ -8,14 +8,12 @@ from hypothesis import strategies as st
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.data.synthetic import log_normal_documents
 from llada_megatron.parallel.context import deal_tokens
 
 
-def log_normal_documents(length, mu, sigma, seed):
-    random, ends = np.random.default_rng(seed), [0]
-    while ends[-1] < length:
-        ends.append(min(length, ends[-1] + max(1, int(random.lognormal(mu, sigma)))))
-    return torch.tensor(ends)
+def log_normal_mask(length, seed, *arguments):
+    return BlockDiffusionMask([torch.tensor(log_normal_documents(6.5, 1.0, seed, length))], *arguments)
 
 
 def work_of_ranks(mask, owner, ranks):
@@ -48,7 +46,7 @@ def test_every_rank_owns_exactly_its_share_of_the_tokens(mask_and_ranks):
 @pytest.mark.parametrize("length", [4096, 8192, 32768])
 def test_packed_documents_are_balanced_within_two_percent_in_whole_blocks(length, ranks):
     for seed in range(8):
-        mask = BlockDiffusionMask([log_normal_documents(length, 6.5, 1.0, seed)], 32)
+        mask = log_normal_mask(length, seed, 32)
         owner = ContextShard(mask, 0, ranks).owner[0]
         work = work_of_ranks(mask, owner, ranks)
         assert work.max() / work.mean() <= 1.02
@@ -65,7 +63,7 @@ def test_blocks_too_long_to_balance_are_cut(block_size, ranks):
 
 
 def test_blocks_of_the_document_grid_are_cut_only_where_a_rank_is_full():
-    mask = BlockDiffusionMask([log_normal_documents(8192, 6.5, 1.0, 0)], 32, "document")
+    mask = log_normal_mask(8192, 0, 32, "document")
     owner = ContextShard(mask, 0, 4).owner[0]
     assert 0 < blocks_that_span_ranks(mask, owner) <= 8
 

@@ -34,9 +34,7 @@ def test_a_rank_that_reads_other_data_is_told_apart(corpus, tmp_path):
     other = copy_corpus(corpus, tmp_path)
     with open(f"{other}.bin", "r+b") as file:
         file.write(bytes([65, 0, 66, 0]))
-    mine, theirs = (configure(path, tmp_path / "run", TWO) for path in (corpus, other))
-    theirs.data.path = mine.data.path
-    os.makedirs(tmp_path / "elsewhere")
+    mine = configure(corpus, tmp_path / "run", TWO)
     with pytest.raises(ValueError, match=r"Rank 1 .*\.bin of data\.path\[0\] has the same size and other"):
         run_ranks(train_with_own_fingerprint, mine, other, processes=2)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

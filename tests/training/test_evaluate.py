@@ -21,19 +21,11 @@ def config_of(prefixes: str, tmp_path, *overrides: str):
 def with_evaluator(config, function):
     from llada_megatron.model.provider import build_model
     from llada_megatron.parallel import groups
-    from llada_megatron.training.evaluate import Evaluator, held_out_sequences
-    from llada_megatron.training.loop import build_sequences
+    from llada_megatron.training.evaluate import Evaluator
 
     groups.initialize(config.layout)
     model = build_model(config)
-    data = build_sequences(
-        config.data,
-        split="validation",
-        seed=config.run.seed,
-        mask_token_id=config.model.mask_token_id,
-        sequences_wanted=held_out_sequences(config),
-    )
-    return function(config, Evaluator(config, data, model))
+    return function(config, Evaluator(config, model))
 
 
 def every_estimate(config, evaluator):
