@@ -1,21 +1,12 @@
-"""Save, publish, find, load and retire checkpoints of a run.
-
-runs/NAME/checkpoints/step_00000012/
-    shards/         megatron-core's torch_dist format: weights, fully reshardable optimizer state, SHA-256s
-    manifest.json   position, configuration, data fingerprint, versions; its presence means "whole"
-
-A checkpoint is written as `.step_00000012.partial` and renamed when every rank is done, so a half-written
-one never has a name that is looked for.
-"""
+"""Save and load a run's weights and optimizer over megatron-core's dist_checkpointing."""
 
 from __future__ import annotations
 
 import errno
-import importlib.metadata
-import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,117 +19,116 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from llada_megatron.checkpoint import publish
+from llada_megatron.config.manifest import Manifest, file_record
 from llada_megatron.model.initialize import SHARDING_METADATA
-from llada_megatron.runtime import device
+from llada_megatron.runtime import device, writer_queue
 
-PACKAGES = ("torch", "megatron-core", "numpy", "llada-megatron")
 OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
 
 
-@dataclass
-class Manifest:
-    """What a checkpoint is, readable without loading it."""
+class Save:
+    """One checkpoint on its way: captured when made, written by a thread, published by `publish`.
 
-    step: int
-    """Steps done: training goes on with this one."""
-    consumed_samples: int
-    consumed_tokens: int
-    stage: str
-    block_size: int
-    stage_ended: bool
-    skipped_steps: int
-    config: dict[str, Any]
-    data_fingerprint: dict[str, Any]
-    versions: dict[str, str]
-    wall_sec: float = 0.0
-    """Seconds of training so far, over all restarts."""
-    autoregressive_tokens: int = 0
-    """Data tokens of the run whose weights this one started from (checkpoint.init_from)."""
-
-    @staticmethod
-    def read(checkpoint: Path) -> Manifest:
-        """Raises ValueError for a directory that is not a whole checkpoint."""
-        path = checkpoint / "manifest.json"
-        try:
-            return Manifest(**json.loads(path.read_text()))
-        except (OSError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{checkpoint} is not a whole checkpoint ({path.name}: {error}).") from None
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a checkpoint means."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run that were published, oldest first."""
-    found = sorted((run_dir / "checkpoints").glob("step_*"))
-    return [path for path in found if (path / "manifest.json").is_file()]
-
-
-def find(where: str) -> Path:
-    """The checkpoint at a path, or the newest of the run at that path; ValueError if there is none."""
-    path = Path(where)
-    if (path / "manifest.json").is_file():
-        return path
-    checkpoints = whole_checkpoints(path)
-    if not checkpoints:
-        raise ValueError(f"{where} is neither a checkpoint nor a run with one.")
-    return checkpoints[-1]
-
-
-def save(
-    run_dir: Path,
-    manifest: Manifest,
-    model: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    *,
-    keep_last: int,
-) -> Path:
-    """Write and publish a checkpoint, then retire old ones; every rank calls it.
-
-    Raises OSError naming the path when it cannot be written; what was published before stays whole.
+    In the background every tensor is copied to host memory first, so training may go on at once. Every rank
+    makes it and calls each method. Raises OSError naming the path when it cannot be written; what was
+    published before stays whole.
     """
-    for chunk in model:
-        if chunk.ddp_config.overlap_param_gather:  # the next forward would gather what the optimizer left
-            chunk.start_param_sync(force_sync=True)
-    final = run_dir / "checkpoints" / f"step_{manifest.step:08d}"
-    aside = final.with_name(f".{final.name}.partial")
-    sharded = _sharded(model, optimizer)
-    _require_space(run_dir, sharded)
-    if dist.get_rank() == 0:
-        for left_behind in final.parent.glob(".step_*.partial"):
-            shutil.rmtree(left_behind)
-        (aside / "shards").mkdir(parents=True)
-    dist.barrier()
+
+    def __init__(
+        self,
+        final: Path,
+        manifest: Manifest,
+        model: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer | None,
+        *,
+        in_background: bool,
+    ) -> None:
+        self.final, self.manifest = final, manifest
+        for chunk in model:
+            if chunk.ddp_config.overlap_param_gather:  # the next forward would gather what the optimizer left
+                chunk.start_param_sync(force_sync=True)
+        sharded = _sharded(model, optimizer)
+        _require_space(final.parent, sharded)
+        self._aside = publish.begin(final)
+        shards = self._aside / "shards"
+        if dist.get_rank() == 0:
+            shards.mkdir()
+        dist.barrier()
+        self._hashed: dict[str, Any] = {}
+        writer_queue.use_plain_queue()
+        with _as_os_error(final):
+            self._request = dist_checkpointing.save(
+                sharded, str(shards), async_sharded_save=True, async_strategy="mcore"
+            )
+        rank, buckets, results = self._request.async_fn_args or (dist.get_rank(), [], None)
+        captured = [
+            (file, key, (objects, [(item, tensor.to("cpu", copy=in_background)) for item, tensor in tensors]))
+            for file, key, (objects, tensors) in buckets
+        ]
+        self._thread = threading.Thread(target=self._write, args=(rank, captured, results), daemon=True)
+        self._thread.start()
+
+    def _write(self, rank: int, buckets: list[Any], results: Any) -> None:
+        if not buckets:
+            return
+        self._request.async_fn(rank, buckets, results)  # puts an error into `results`, for the finalization
+        for path in sorted((self._aside / "shards").glob(f"__{rank}_*")):
+            self._hashed[f"shards/{path.name}"] = file_record(path)
+
+    def is_written(self) -> bool:
+        """Whether every rank has written its part, so that `publish` will not wait."""
+        waiting = torch.tensor(int(self._thread.is_alive()), dtype=torch.int32, device=device.device())
+        dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
+        return not int(waiting)
+
+    def publish(self) -> None:
+        """Wait for every rank's part, then give the checkpoint its name."""
+        self._thread.join()
+        with _as_os_error(self.final):
+            for finalize in self._request.finalize_fns:
+                finalize()
+        publish.finish(self._aside, self.final, self.manifest, self._hashed)
+
+
+@contextmanager
+def _as_os_error(final: Path) -> Iterator[None]:
+    """Turn what a failed write raises, which differs by place, into an OSError that names the checkpoint."""
     try:
-        dist_checkpointing.save(sharded, str(aside / "shards"), verify_integrity=True)
+        yield
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        raise OSError(
-            errno.EIO, f"the checkpoint could not be written: {_reason(error)}", str(final)
-        ) from error
-    if dist.get_rank() == 0:
-        (aside / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
-        _sync(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        _sync_directory(final.parent)
-        _retire(run_dir, keep_last)
-    dist.barrier()
-    return final
+        reason = f"the checkpoint could not be written: {_reason(error)}"
+        raise OSError(errno.EIO, reason, str(final)) from error
+
+
+def verified(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are what it says; ValueError naming what is damaged."""
+    manifest = publish.from_first_rank(_manifest_or_error, checkpoint)
+    if isinstance(manifest, str):
+        raise ValueError(manifest)
+    if damage := publish.damage(checkpoint, manifest):
+        raise ValueError(f"{checkpoint} is damaged: {', '.join(damage)}.")
+    return manifest
+
+
+def _manifest_or_error(checkpoint: Path) -> Manifest | str:
+    try:
+        return Manifest.read(checkpoint)
+    except ValueError as error:
+        return str(error)
 
 
 def load(checkpoint: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:
-    """Load weights, and the optimizer's state where one is given, after checking the files' hashes.
+    """Load weights, and the optimizer's state where one is given, of a checkpoint that was `verified`.
 
-    Raises ValueError naming the checkpoint when a file is damaged or does not fit the model.
+    Raises ValueError naming the checkpoint when it does not fit the model.
     """
     sharded = _sharded(model, optimizer, is_loading=True)
     try:
-        loaded = dist_checkpointing.load(sharded, str(checkpoint / "shards"), verify_integrity=True)
+        loaded = dist_checkpointing.load(sharded, str(checkpoint / "shards"))
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{checkpoint} cannot be loaded: {_reason(error)}") from error
     for index, chunk in enumerate(model):
@@ -187,45 +177,22 @@ def _sharded(
     return state
 
 
-def _require_space(run_dir: Path, sharded: dict[str, Any]) -> None:
+def _require_space(checkpoints: Path, sharded: dict[str, Any]) -> None:
     """Raise OSError before anything is written where the disk has no room for the shards of all ranks."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
     shards = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
     written = [shard for shard in shards if shard.data is not None and is_main_replica(shard.replica_id)]
     own = sum(shard.data.nbytes for shard in written)
     needed = torch.tensor(own, dtype=torch.int64, device=device.device())
     dist.all_reduce(needed)
-    free = torch.tensor(shutil.disk_usage(run_dir).free, dtype=torch.int64, device=device.device())
+    free = torch.tensor(shutil.disk_usage(checkpoints).free, dtype=torch.int64, device=device.device())
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     if free < needed:
         raise OSError(
             errno.ENOSPC,
             f"a checkpoint takes {int(needed):,} bytes, {int(free):,} are free: make room or change run.dir",
-            str(run_dir),
+            str(checkpoints),
         )
-
-
-def _retire(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; those at the end of a stage stay."""
-    for checkpoint in whole_checkpoints(run_dir)[: -max(keep_last, 1)]:
-        if not Manifest.read(checkpoint).stage_ended:
-            (checkpoint / "manifest.json").unlink()  # first, or a crash here leaves half of it with a name
-            shutil.rmtree(checkpoint)
-
-
-def _sync(directory: Path) -> None:
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: BaseException) -> str:

@@ -90,6 +90,8 @@ class RunConfig:
     """Every random draw is a function of this seed, the global sample index and the draw's purpose."""
     resume: str = "auto"
     """`auto` (newest good checkpoint of this run, if any), `never`, or a checkpoint's path."""
+    allow_change: list[str] = field(default_factory=list)
+    """Keys, groups or `data` that a resume may change although the run becomes another: `[optimizer.lr]`."""
 
 
 @dataclass
@@ -164,8 +166,6 @@ class DataConfig:
     """A tokenizer.json, or `bytes`."""
     cache_dir: str = ""
     """Where indices are kept; empty means `<first path>.cache`."""
-    allow_change: bool = False
-    """Resume although the data's fingerprint differs from the checkpoint's."""
 
 
 @dataclass
@@ -296,8 +296,16 @@ class CheckpointConfig:
     every_steps: int = 0
     """0: only at the end, on a signal and at the end of a stage."""
     at_stage_end: bool = True
+    in_background: bool = False
+    """Write while training goes on, from a copy in host memory of what this rank saves."""
     keep_last: int = 2
-    """Older checkpoints are deleted, except those at the end of a stage."""
+    """Older checkpoints are deleted, except those at the end of a stage and those kept by the next keys."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this step stay for good; 0: none."""
+    keep_best: int = 0
+    """Number of checkpoints that stay because their `best_metric` is lowest."""
+    best_metric: str = "nll_block32"
+    """Of the evaluation at that step: `nll_ar`, or `nll_block` and one of evaluation.block_sizes."""
     init_from: str = ""
     """A checkpoint (or a run's directory: its newest) whose weights alone are taken."""
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llada_megatron.checkpoint.store import versions
 from llada_megatron.config.compose import differences
+from llada_megatron.config.manifest import versions
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import fingerprint_difference
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.attention import select_backend
 from llada_megatron.checkpoint import store
+from llada_megatron.config import manifest as manifests
 from llada_megatron.config import rules
 from llada_megatron.config.compose import save
 from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
@@ -35,6 +37,7 @@ from llada_megatron.training.position import (
     check_same_run,
     resume_checkpoint,
 )
+from llada_megatron.training.saving import Saving
 from llada_megatron.training.signals import StopRequest
 from llada_megatron.training.step import StepResult, Trainer, train_step
 
@@ -117,6 +120,8 @@ class _Run:
         self.fingerprint = data_fingerprint
         self.trainer = build_trainer(config, schedule)
         self.position = self._load()
+        self.saving = Saving(config, self.trainer, data_fingerprint)
+        self.metrics: dict[str, float] = {}  # of the evaluation at the present step
         self.evaluator = None
         if config.evaluation.block_sizes:
             self.evaluator = Evaluator(config, list(self.trainer.model))
@@ -146,26 +151,28 @@ class _Run:
                 step += 1
                 signal_number = stop.agreed()
                 ended = step == stage.end_step
-                # Evaluated before it is saved: a resume at this step finds its evaluation on the record.
+                self.metrics = {}
+                # Evaluated before it is saved: the manifest holds the figures, a resume finds them on record.
                 every = config.evaluation.every_steps
                 if (ended and config.evaluation.at_stage_end) or (every and step % every == 0):
                     self._evaluate(step, stage)
-                if self._is_due(step, ended, signal_number, step == last_step):
-                    self._save(step, stage, ended)
+                is_due = self.saving.is_due(step, stage_ended=ended, is_last=step == last_step)
+                if is_due or signal_number:
+                    self.saving.save(step, stage, self.position, self._wall_sec(), self.metrics)
+                else:
+                    self.saving.poll()
+            self.saving.finish()
+        except FloatingPointError:
+            self.saving.finish()  # every rank raises it alike
+            raise
         finally:
             if self.trackers is not None:
                 self.trackers.close()
         return Outcome(step=step, signal=signal_number, finished=step >= last_step)
 
-    def _is_due(self, step: int, stage_ended: bool, signal_number: int, is_last: bool) -> bool:
-        every = self.config.checkpoint.every_steps
-        at_end = stage_ended and self.config.checkpoint.at_stage_end
-        return bool(at_end or signal_number or is_last or (every and step % every == 0))
-
     def _load(self) -> Position:
-        checkpoint = resume_checkpoint(self.config)
-        if checkpoint is not None:
-            manifest = store.Manifest.read(checkpoint)
+        if found := resume_checkpoint(self.config):
+            checkpoint, manifest = found
             check_same_run(self.config, manifest, self.fingerprint)
             store.load(checkpoint, self.trainer.model, self.trainer.optimizer)
             check_nothing_later(self.dir, manifest.step)
@@ -174,32 +181,12 @@ class _Run:
             )
         check_nothing_later(self.dir, 0)
         if self.config.checkpoint.init_from:
-            checkpoint = store.find(self.config.checkpoint.init_from)
+            checkpoint = manifests.find(self.config.checkpoint.init_from)
+            manifest = store.verified(checkpoint)
             store.load(checkpoint, self.trainer.model, None)
             self.trainer.optimizer.reload_model_params()
-            return Position(autoregressive_tokens=store.Manifest.read(checkpoint).consumed_tokens)
+            return Position(autoregressive_tokens=manifest.consumed_tokens)
         return Position()
-
-    def _save(self, step: int, stage: Stage, stage_ended: bool) -> None:
-        from omegaconf import OmegaConf
-
-        samples = step * self.config.layout.global_batch
-        manifest = store.Manifest(
-            step=step,
-            consumed_samples=samples,
-            consumed_tokens=samples * self.config.data.sequence_length,
-            stage=stage.name,
-            block_size=stage.block_size,
-            stage_ended=stage_ended,
-            skipped_steps=self.position.skipped_steps,
-            config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
-            data_fingerprint=self.fingerprint,
-            versions=store.versions(),
-            wall_sec=self._wall_sec(),
-            autoregressive_tokens=self.position.autoregressive_tokens,
-        )
-        keep = self.config.checkpoint.keep_last
-        store.save(self.dir, manifest, self.trainer.model, self.trainer.optimizer, keep_last=keep)
 
     def _wall_sec(self) -> float:
         return self.position.wall_sec + time.monotonic() - self.started
@@ -266,6 +253,8 @@ class _Run:
             tokens = self.position.autoregressive_tokens + step * self.schedule.tokens_per_step
             estimate = self.evaluator.autoregressive()
             autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
+        bounds = self.evaluator.bounds() if is_diffusion or stage is None else {}
+        self.metrics = _checkpoint_metrics(bounds, autoregressive)
         record = {
             "step": step,
             "consumed_tokens": step * self.schedule.tokens_per_step,
@@ -274,7 +263,7 @@ class _Run:
             "block_size": stage.block_size if stage else 1,
             "stage_tokens": stage.tokens if stage else 0,
             "train_loss": self._train_loss(stage),
-            "bound": self.evaluator.bounds() if is_diffusion or stage is None else {},
+            "bound": bounds,
             "ar": autoregressive,
             "block1_views": self.evaluator.block_one_views() if stage is None else None,
             "baselines": self.evaluator.baselines,
@@ -304,3 +293,9 @@ class _Run:
             if record["stage"] == stage.name and record["loss"] is not None
         ][-TRAIN_LOSS_STEPS:]
         return sum(losses) / len(losses) if losses else None
+
+
+def _checkpoint_metrics(bounds: dict[str, Any], autoregressive: dict[str, Any] | None) -> dict[str, float]:
+    figures = {f"nll_block{size}": bound["mean"] for size, bound in bounds.items()}
+    figures["nll_ar"] = autoregressive["nll"] if autoregressive else None
+    return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}

@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.checkpoint import store
+from llada_megatron.checkpoint import publish, store
+from llada_megatron.checkpoint.retention import readable
+from llada_megatron.config import manifest as manifests
 from llada_megatron.config.compose import differences
+from llada_megatron.config.manifest import Manifest
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import fingerprint_difference
@@ -16,12 +19,12 @@ MAY_CHANGE = (
     "run.resume",
     "run.dir",
     "run.name",
+    "run.allow_change",
     "model.attention_backend",
     "model.layer_spec",
     "model.head_chunk_tokens",
     "data.path",
     "data.cache_dir",
-    "data.allow_change",
     "schedule.stages",
     "layout.micro_batch",
     "layout.processes",
@@ -56,32 +59,45 @@ class Position:
     """Data tokens of the model that the weights came from, when they came from another run."""
 
 
-def resume_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that run.resume selects; ValueError when a path is given that holds none."""
+def resume_checkpoint(config: Config) -> tuple[Path, Manifest] | None:
+    """The checkpoint that run.resume selects, its files verified; every rank calls it.
+
+    `auto` takes the newest good one and renames damaged newer ones, with a warning. ValueError when a path
+    is given that holds none, or a damaged one.
+    """
     if config.run.resume == "never":
         return None
-    if config.run.resume == "auto":
-        whole = store.whole_checkpoints(Path(config.run.dir))
-        return whole[-1] if whole else None
-    return store.find(config.run.resume)
+    if config.run.resume != "auto":
+        checkpoint = manifests.find(config.run.resume)
+        return checkpoint, store.verified(checkpoint)
+    for checkpoint in reversed(publish.from_first_rank(manifests.whole_checkpoints, Path(config.run.dir))):
+        try:
+            return checkpoint, store.verified(checkpoint)
+        except ValueError as damage:
+            kept_as = publish.set_aside_damaged(checkpoint)
+            publish.warn(f"{damage} It is kept as {kept_as.name}; the run goes on from the one before it.")
+    return None
 
 
-def check_same_run(config: Config, manifest: store.Manifest, data_fingerprint: dict[str, Any]) -> None:
+def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[str, Any]) -> None:
     """Raise ValueError when the checkpoint belongs to another model, objective, seed, order or data."""
     saved = config_of(manifest)
-    changed = [line for line in differences(saved, config) if not line.startswith(MAY_CHANGE)]
-    changed += _changed_stages(saved, config, manifest.step)
+    allowed = (*MAY_CHANGE, *config.run.allow_change)
+    changed = [line for line in differences(saved, config) if not line.startswith(allowed)]
+    stages = _changed_stages(saved, config, manifest.step)
+    changed += [line for line in stages if not line.startswith(tuple(config.run.allow_change))]
     if changed:
         raise ValueError(
             "The checkpoint belongs to another run: "
             + "; ".join(changed)
-            + ". Put the settings back, or start anew with run.resume=never and another run.name."
+            + ". Put the settings back, name them in run.allow_change, or start anew with run.resume=never"
+            " and another run.name."
         )
-    if config.data.allow_change:
+    if "data" in config.run.allow_change:
         return
     if data := fingerprint_difference(manifest.data_fingerprint, data_fingerprint):
         raise ValueError(
-            f"The data changed since the checkpoint: {' '.join(data)} Set data.allow_change=true to go on."
+            f"The data changed since the checkpoint: {' '.join(data)} Set run.allow_change=[data] to go on."
         )
 
 
@@ -91,8 +107,8 @@ def check_nothing_later(run_dir: Path, step: int) -> None:
     They belong to a history that this start abandons: the next resume would pick one of them, and they
     would count as newer than what is saved from now on.
     """
-    for checkpoint in store.whole_checkpoints(run_dir):
-        if store.Manifest.read(checkpoint).step > step:
+    for checkpoint, manifest in readable(run_dir).items():
+        if manifest.step > step:
             raise ValueError(
                 f"{checkpoint} is later than step {step}, where run.resume starts: remove it and those after"
                 " it, or choose another run.dir."
@@ -110,7 +126,7 @@ def _changed_stages(saved: Config, now: Config, step: int) -> list[str]:
     return changed
 
 
-def config_of(manifest: store.Manifest) -> Config:
+def config_of(manifest: Manifest) -> Config:
     """The configuration stored in a checkpoint."""
     from omegaconf import OmegaConf
 

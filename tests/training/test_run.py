@@ -240,9 +240,11 @@ def test_a_resume_on_changed_data_is_refused_unless_it_is_allowed(corpus, straig
     tokens = np.memmap(f"{mine}.bin", np.uint16, "r+")
     tokens[5] = 65 if tokens[5] != 65 else 66
     tokens.flush()
-    with pytest.raises(ValueError, match=r"The data changed since the checkpoint: .*data\.allow_change=true"):
+    with pytest.raises(
+        ValueError, match=r"The data changed since the checkpoint: .*run\.allow_change=\[data\]"
+    ):
         train(configure(mine, tmp_path / "run"))
-    allowed = configure(mine, tmp_path / "run", "data.allow_change=true", "training.steps=5")
+    allowed = configure(mine, tmp_path / "run", "run.allow_change=[data]", "training.steps=5")
     assert train(allowed) == [(5, 0, True)]
 
 
@@ -264,14 +266,46 @@ def test_a_start_before_checkpoints_that_exist_is_refused(corpus, straight):
             train(configure(corpus, straight, f"run.resume={resume}"))
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(corpus, straight, tmp_path):
-    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
-    shard = max(checkpoint(tmp_path, STEPS).rglob("*.distcp"), key=lambda path: path.stat().st_size)
+def flip_a_bit(checkpoint: Path) -> None:
+    shard = max(checkpoint.rglob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match="step_00000006 cannot be loaded"):
-        train(configure(corpus, tmp_path))
+
+
+def cut_a_shard_short(checkpoint: Path) -> None:
+    shard = max(checkpoint.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, shard.stat().st_size - 1)
+
+
+def remove_a_file(checkpoint: Path) -> None:
+    (checkpoint / "shards" / ".metadata").unlink()
+
+
+def change_the_manifest(checkpoint: Path) -> None:
+    text = (checkpoint / "manifest.json").read_text()
+    (checkpoint / "manifest.json").write_text(text.replace('"step": 6', '"step": 5'))
+
+
+DAMAGES = {
+    flip_a_bit: "has another SHA-256",
+    cut_a_shard_short: "bytes of",
+    remove_a_file: "shards/.metadata is missing",
+    change_the_manifest: "it was changed after it was written",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_named_and_kept_and_the_run_goes_on_from_the_one_before(
+    corpus, straight, tmp_path, damage
+):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    damage(checkpoint(tmp_path, STEPS))
+    with pytest.raises(ValueError, match=DAMAGES[damage]):
+        train(configure(corpus, tmp_path, f"run.resume={checkpoint(tmp_path, STEPS)}"))
+    assert train(configure(corpus, tmp_path)) == [(STEPS, 0, True)]
+    assert checkpoint(tmp_path, STEPS).with_name("damaged_step_00000006").is_dir()
+    assert comparable(tmp_path) == comparable(straight)
 
 
 def test_a_run_that_diverges_skips_counts_and_stops_at_its_limit_naming_the_samples(corpus, tmp_path):

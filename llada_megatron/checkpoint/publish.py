@@ -1,0 +1,140 @@
+"""A checkpoint gets its name when it is whole: written aside, hashed, synced, renamed.
+
+The directory `.step_00000012.partial` is never looked for, so whatever happens to a writer, nothing
+half-written is ever loaded. Every function is collective where there is a process group, and needs none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from llada_megatron.config.manifest import MANIFEST, Manifest, file_damage, file_record, git_commit, versions
+
+
+def begin(final: Path) -> Path:
+    """Make the directory to write into; ValueError when `final` is there already."""
+    aside = final.with_name(f".{final.name}.partial")
+    if final.exists():
+        raise ValueError(f"{final} exists already: remove it, or choose another place.")
+    if _rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    _barrier()
+    return aside
+
+
+def finish(aside: Path, final: Path, manifest: Manifest, hashed: dict[str, Any] | None = None) -> None:
+    """Hash every file into the manifest, and give the directory its name.
+
+    `hashed` holds the records of files that this rank has hashed already, by path in the checkpoint; the
+    others are dealt out over the ranks.
+    """
+    names = from_first_rank(_files, aside)
+    known = _merge(hashed or {})
+    left = [name for name in names if name not in known]
+    manifest.files = known | _merge({name: file_record(aside / name) for name in _share(left)})
+    manifest.versions = versions()
+    if _rank() == 0:
+        manifest.git_commit = git_commit()
+        manifest.write(aside)
+        _sync(aside)
+        os.replace(aside, final)
+        _sync_directory(final.parent)
+    _barrier()
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def damage(checkpoint: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files of a checkpoint, one phrase each; every rank hashes a share of them."""
+    found = _gather(file_damage(checkpoint, manifest, _share(sorted(manifest.files))))
+    return [phrase for part in found for phrase in part]
+
+
+def set_aside_damaged(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is kept and never looked for; returns the new path."""
+
+    def rename() -> Path:
+        target = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        while target.exists():
+            target = target.with_name(f"{target.name}_again")
+        os.replace(checkpoint, target)
+        return target
+
+    return from_first_rank(rename)
+
+
+def from_first_rank[T](function: Callable[..., T], *arguments: Any) -> T:
+    """What rank 0 finds in the file system, on every rank: the others may see it later than rank 0."""
+    found: list[Any] = [function(*arguments) if _rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def warn(message: str) -> None:
+    """Say something once, on the terminal's error stream."""
+    if _rank() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; interrupted, it leaves nothing with a manifest. One rank calls it."""
+    (checkpoint / MANIFEST).unlink()
+    shutil.rmtree(checkpoint)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _share(names: list[str]) -> list[str]:
+    return names[_rank() :: _ranks()]
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _gather(mine: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def _merge(mine: dict[str, Any]) -> dict[str, Any]:
+    return {name: record for part in _gather(mine) for name, record in part.items()}
+
+
+def _sync(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _sync_directory(path)
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,78 @@
+"""When a run's checkpoints are written, and what their manifests say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from llada_megatron.checkpoint.retention import retire
+from llada_megatron.checkpoint.store import Save
+from llada_megatron.config.manifest import Manifest
+from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schema import Config
+from llada_megatron.training.position import Position
+from llada_megatron.training.step import Trainer
+
+
+class Saving:
+    """Writes the checkpoints of a run, one at a time; every rank calls each method at the same step."""
+
+    def __init__(self, config: Config, trainer: Trainer, data_fingerprint: dict[str, Any]) -> None:
+        self.config, self.trainer, self.fingerprint = config, trainer, data_fingerprint
+        self._pending: Save | None = None
+
+    def is_due(self, step: int, *, stage_ended: bool, is_last: bool) -> bool:
+        """Whether the configuration asks for a checkpoint after `step` steps."""
+        checkpoint = self.config.checkpoint
+        at_stage_end = stage_ended and checkpoint.at_stage_end
+        return bool(
+            at_stage_end or is_last or (checkpoint.every_steps and step % checkpoint.every_steps == 0)
+        )
+
+    def save(
+        self, step: int, stage: Stage, position: Position, wall_sec: float, metrics: dict[str, float]
+    ) -> None:
+        """Save after `step` steps; in the background it returns when everything is captured."""
+        self.finish()
+        samples = step * self.config.layout.global_batch
+        manifest = Manifest(
+            config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
+            step=step,
+            consumed_samples=samples,
+            consumed_tokens=samples * self.config.data.sequence_length,
+            stage=stage.name,
+            block_size=stage.block_size,
+            stage_ended=step == stage.end_step,
+            skipped_steps=position.skipped_steps,
+            wall_sec=wall_sec,
+            autoregressive_tokens=position.autoregressive_tokens,
+            metrics=metrics,
+            data_fingerprint=self.fingerprint,
+        )
+        self._pending = Save(
+            Path(self.config.run.dir) / "checkpoints" / f"step_{step:08d}",
+            manifest,
+            self.trainer.model,
+            self.trainer.optimizer,
+            in_background=self.config.checkpoint.in_background,
+        )
+        if not self.config.checkpoint.in_background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Publish what the background has written meanwhile."""
+        if self._pending is not None and self._pending.is_written():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, publish it, and retire old ones."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        pending.publish()
+        if dist.get_rank() == 0:
+            retire(Path(self.config.run.dir), self.config.checkpoint)
+        dist.barrier()
