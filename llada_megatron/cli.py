@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from llada_megatron.runtime.launch import WorkerDied
+
 VERBS = {
     "train": ("llada_megatron.train", "convert or train a model as a configuration says"),
     "data": ("llada_megatron.data.command", "prepare, pack and inspect training data"),
@@ -71,13 +73,13 @@ def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:
     try:
         return module.run(args)
     except Exception as error:
-        diverged = isinstance(error, FloatingPointError)
-        if not (diverged or is_bad_input(error)):
+        failed = isinstance(error, FloatingPointError | WorkerDied)
+        if not (failed or is_bad_input(error)):
             raise
         if os.environ.get("LLADA_DEBUG") == "1":
             traceback.print_exc()
         print(f"llada {verb}: error: {sentence(error)}", file=sys.stderr)
-        return FAILED if diverged else BAD_INPUT
+        return FAILED if failed else BAD_INPUT
 
 
 def front_parser() -> argparse.ArgumentParser:

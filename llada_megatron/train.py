@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.config import compose, rules
@@ -49,13 +51,28 @@ def run(args: argparse.Namespace) -> int:
 
 def train(config: Config) -> Outcome:
     """Run the configuration on its processes; returns rank 0's outcome."""
-    if launch.already_started() or config.layout.processes == 1:
-        from llada_megatron.training import loop
+    if launch.already_started():
+        return _worker(config)
+    began = time.time()
+    try:
+        return launch.launch(
+            _worker, config, processes=config.layout.processes, preload="llada_megatron.training.loop"
+        )[0]
+    except launch.WorkerDied as death:
+        raise launch.WorkerDied(
+            f"{death}{_stacks_left_since(began, config)}; the same command goes on from the last checkpoint."
+        ) from None
 
-        return loop.run(config)
-    return launch.launch(
-        _worker, config, processes=config.layout.processes, preload="llada_megatron.training.loop"
-    )[0]
+
+def _stacks_left_since(began: float, config: Config) -> str:
+    """What to add when the watchdog (training/watchdog.py) ended a process."""
+    stacks, training = Path(config.run.dir) / "stacks", config.training
+    if not any(file.stat().st_size and file.stat().st_mtime >= began for file in stacks.glob("rank_*.txt")):
+        return ""
+    return (
+        f": no progress for training.hang_timeout_sec={training.hang_timeout_sec:g}, or a stop that took"
+        f" training.stop_deadline_sec={training.stop_deadline_sec:g}; every process's stacks are in {stacks}"
+    )
 
 
 def _worker(config: Config) -> Outcome:

@@ -334,6 +334,12 @@ class TrainingConfig:
     """Stop after this many steps; 0: the schedule alone decides."""
     max_skipped_steps: int = 10
     """Steps with a non-finite loss or gradient are skipped; past this many the run stops."""
+    hang_timeout_sec: float = 1800.0
+    """A process without progress for so long leaves its stacks in run.dir/stacks and ends with exit code 1.
+
+    The longest step, evaluation or save must fit. 0: never."""
+    stop_deadline_sec: float = 300.0
+    """From a signal to the end of the process, checkpoint included; past it the same happens. 0: no limit."""
     threads: int = 0
     """CPU threads per process; 0: cores divided by processes."""
 

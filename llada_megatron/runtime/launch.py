@@ -31,6 +31,10 @@ class WorkerError(RuntimeError):
     """A worker failed; the message holds its rank and traceback."""
 
 
+class WorkerDied(WorkerError):
+    """A worker ended without a word; the message holds its rank and how."""
+
+
 class _Blame(IntEnum):
     """How well a failure explains that several ranks failed at once; the lowest is reported."""
 
@@ -130,8 +134,7 @@ def _collect(ranks: list[Any], pipes: list[Connection]) -> list[Any]:
                 results[rank], failure = pipe.recv()
             except EOFError:
                 ranks[rank].join(GRACE_SEC)
-                death = WorkerError(f"process {rank} died with exit code {ranks[rank].exitcode}")
-                failure = _Failure(death, _Blame.DIED)
+                failure = _Failure(WorkerDied(f"process {rank} {_end_of(ranks[rank])}"), _Blame.DIED)
             if failure is not None:
                 failures.append(failure)
                 deadline = min(deadline, time.monotonic() + SETTLE_SEC)
@@ -141,6 +144,13 @@ def _collect(ranks: list[Any], pipes: list[Connection]) -> list[Any]:
     for process in ranks:
         process.join()
     return [results[rank] for rank in range(len(ranks))]
+
+
+def _end_of(process: Any) -> str:
+    code = process.exitcode
+    return (
+        f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+    )
 
 
 def _end(ranks: list[Any]) -> None:

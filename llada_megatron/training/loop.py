@@ -40,6 +40,7 @@ from llada_megatron.training.position import (
 from llada_megatron.training.saving import Saving
 from llada_megatron.training.signals import StopRequest
 from llada_megatron.training.step import StepResult, Trainer, train_step
+from llada_megatron.training.watchdog import Watchdog
 
 TRAIN_LOSS_STEPS = 20
 """The train loss of a stage is the mean of its last steps."""
@@ -65,15 +66,23 @@ def run(config: Config) -> Outcome:
     groups.join(
         config.layout, threads=config.training.threads or threads_per_process(config.layout.processes)
     )
-    stop = StopRequest()  # before the model is built, which may take minutes
+    training = config.training
+    watchdog = Watchdog(
+        Path(config.run.dir),
+        dist.get_rank(),
+        hang_timeout_sec=training.hang_timeout_sec,
+        stop_deadline_sec=training.stop_deadline_sec,
+    )
+    stop = StopRequest(watchdog.stop_was_asked)  # before the model is built, which may take minutes
     try:
         data_fingerprint = fingerprint(config.data)
         check_agreement(config, data_fingerprint)
         groups.initialize(config.layout)
         _announce_attention(config)
-        return _Run(config, schedule, data_fingerprint).train(stop)
+        return _Run(config, schedule, data_fingerprint, watchdog).train(stop)
     finally:
         stop.release()
+        watchdog.close()
         groups.destroy()
 
 
@@ -113,8 +122,10 @@ def build_trainer(config: Config, schedule: Any) -> Trainer:
 
 
 class _Run:
-    def __init__(self, config: Config, schedule: Any, data_fingerprint: dict[str, Any]) -> None:
-        self.config, self.schedule = config, schedule
+    def __init__(
+        self, config: Config, schedule: Any, data_fingerprint: dict[str, Any], watchdog: Watchdog
+    ) -> None:
+        self.config, self.schedule, self.watchdog = config, schedule, watchdog
         self.dir = Path(config.run.dir)
         self.is_writer = dist.get_rank() == 0
         self.fingerprint = data_fingerprint
@@ -149,6 +160,7 @@ class _Run:
                 self._log(step, stage, result, device.seconds() - began)
                 self._count_skipped(step, result)
                 step += 1
+                self.watchdog.beat()
                 signal_number = stop.agreed()
                 ended = step == stage.end_step
                 self.metrics = {}
@@ -156,11 +168,13 @@ class _Run:
                 every = config.evaluation.every_steps
                 if (ended and config.evaluation.at_stage_end) or (every and step % every == 0):
                     self._evaluate(step, stage)
+                self.watchdog.beat()
                 is_due = self.saving.is_due(step, stage_ended=ended, is_last=step == last_step)
                 if is_due or signal_number:
                     self.saving.save(step, stage, self.position, self._wall_sec(), self.metrics)
                 else:
                     self.saving.poll()
+                self.watchdog.beat()
             self.saving.finish()
         except FloatingPointError:
             self.saving.finish()  # every rank raises it alike

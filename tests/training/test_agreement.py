@@ -82,7 +82,7 @@ def train_until(config, fatal):
     "fatal, message",
     [
         (False, r"(?s)process 1 failed:.*step_or_fail.*a bug of rank 1"),
-        pytest.param(True, "process 1 died with exit code -9", marks=pytest.mark.slow),
+        pytest.param(True, "process 1 was killed by SIGKILL", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_dies_ends_the_run_with_its_traceback(corpus, tmp_path, fatal, message):

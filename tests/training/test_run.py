@@ -176,7 +176,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(corpus, tmp_path,
 def press_twice_then_later():
     from llada_megatron.training.signals import ONE_KEYPRESS_SEC, StopRequest
 
-    stop, presses = StopRequest(), 0
+    stop, presses = StopRequest(lambda: None), 0
     try:
         for pause_sec in (0.0, ONE_KEYPRESS_SEC + 0.1, 0.0):  # the terminal's, the launcher's, another one
             signal.raise_signal(signal.SIGINT)
@@ -285,6 +285,37 @@ def remove_a_file(checkpoint: Path) -> None:
 def change_the_manifest(checkpoint: Path) -> None:
     text = (checkpoint / "manifest.json").read_text()
     (checkpoint / "manifest.json").write_text(text.replace('"step": 6', '"step": 5'))
+
+
+def train_with_a_slow_writer(configs) -> None:
+    """Runs whose background writer starts when two more steps have changed the weights."""
+    from llada_megatron.checkpoint import store
+    from llada_megatron.training import loop
+
+    write = store.Save._write
+
+    def write_late(self, *arguments):
+        time.sleep(1.5)
+        write(self, *arguments)
+
+    for config in configs:
+        store.Save._write = write_late if config.checkpoint.in_background else write
+        loop.run(config)
+
+
+@pytest.mark.parametrize("layout", [[], pytest.param([TWO, "layout.tp=2"], marks=pytest.mark.slow)])
+def test_a_background_save_holds_the_weights_of_its_own_step(corpus, straight, tmp_path, layout):
+    overrides = ["checkpoint.in_background=true", *layout]
+    configs = [configure(corpus, tmp_path, *overrides), configure(corpus, tmp_path / "again", *layout)]
+    run_ranks(train_with_a_slow_writer, configs, processes=configs[0].layout.processes)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        f"step_{step:08d}" for step in (2, 4, 6)
+    ]
+    for step in (2, 4, 6):
+        saved, waited_for = run_ranks(
+            arrays_in, [checkpoint(run, step) for run in (tmp_path, tmp_path / "again")]
+        )[0]
+        assert saved == waited_for
 
 
 DAMAGES = {

@@ -1,0 +1,78 @@
+"""Retention and manifests need no model: the checkpoints here are manifests beside a small file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llada_megatron.checkpoint import publish, retention
+from llada_megatron.config.manifest import Manifest, find, whole_checkpoints
+from llada_megatron.config.schema import CheckpointConfig
+
+
+def publish_one(run_dir: Path, step: int, **known) -> Path:
+    final = run_dir / "checkpoints" / f"step_{step:08d}"
+    aside = publish.begin(final)
+    (aside / "shards").mkdir()
+    (aside / "shards" / "weights").write_bytes(bytes([step]) * 1000)
+    publish.finish(aside, final, Manifest(config={}, step=step, **known))
+    return final
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in whole_checkpoints(run_dir)]
+
+
+def test_the_last_every_mth_the_best_and_the_ends_of_stages_stay(tmp_path):
+    nll = {10: 2.0, 20: 1.0, 30: 3.0, 40: 1.5, 50: 1.6, 60: 1.7, 70: 1.8}
+    for step, value in nll.items():
+        publish_one(tmp_path, step, metrics={"nll_block32": value}, stage_ended=step == 10)
+    (tmp_path / "checkpoints" / ".step_00000080.partial").mkdir()
+    keep = CheckpointConfig(keep_last=1, keep_every_steps=30, keep_best=2)
+    retention.retire(tmp_path, keep)
+    assert steps(tmp_path) == [10, 20, 30, 40, 60, 70]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_checkpoints_without_the_metric_are_not_the_best(tmp_path):
+    for step in (1, 2, 3):
+        publish_one(tmp_path, step, metrics={"nll_ar": float(step)} if step < 3 else {})
+    manifests = retention.readable(tmp_path)
+    assert [path.name for path in retention.best(manifests, "nll_ar", 5)] == [
+        "step_00000001",
+        "step_00000002",
+    ]
+    assert retention.best(manifests, "nll_block4", 5) == []
+
+
+def test_a_manifest_holds_every_file_and_tells_when_one_changed(tmp_path):
+    checkpoint = publish_one(tmp_path, 3)
+    manifest = Manifest.read(checkpoint)
+    assert manifest.files["shards/weights"]["bytes"] == 1000 and len(manifest.files) == 1
+    assert manifest.versions["megatron-core"] and publish.damage(checkpoint, manifest) == []
+    (checkpoint / "shards" / "weights").write_bytes(bytes([4]) * 1000)
+    assert publish.damage(checkpoint, manifest) == ["shards/weights has another SHA-256"]
+    (checkpoint / "shards" / "weights").unlink()
+    assert publish.damage(checkpoint, manifest) == ["shards/weights is missing"]
+
+
+@pytest.mark.parametrize("change", [{"step": 4}, {"unknown": 1}], ids=str)
+def test_a_manifest_that_was_changed_is_refused(tmp_path, change):
+    checkpoint = publish_one(tmp_path, 3)
+    content = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+        Manifest.read(checkpoint)
+
+
+def test_a_published_checkpoint_is_never_written_over(tmp_path):
+    checkpoint = publish_one(tmp_path, 3)
+    with pytest.raises(ValueError, match="exists already"):
+        publish.begin(checkpoint)
+    assert find(str(tmp_path)) == checkpoint
+
+
+def test_a_damaged_checkpoint_set_aside_twice_keeps_both(tmp_path):
+    for _ in range(2):
+        publish.set_aside_damaged(publish_one(tmp_path, 3))
+    assert steps(tmp_path) == [] and len(list((tmp_path / "checkpoints").glob("damaged_*"))) == 2
