@@ -99,7 +99,7 @@ def _as_os_error(final: Path) -> Iterator[None]:
     """Turn what a failed write raises, which differs by place, into an OSError that names the checkpoint."""
     try:
         yield
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (OSError, CheckpointException) as error:  # a RuntimeError is a collective whose peer is gone
         reason = f"the checkpoint could not be written: {_reason(error)}"
         raise OSError(errno.EIO, reason, str(final)) from error
 

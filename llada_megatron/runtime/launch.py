@@ -38,9 +38,10 @@ class WorkerDied(WorkerError):
 class _Blame(IntEnum):
     """How well a failure explains that several ranks failed at once; the lowest is reported."""
 
-    RAISED = 0  # a sentence for the user
-    DIED = 1
-    FOLLOWED = 2  # any other exception, such as a collective whose peer is gone
+    KILLED = 0  # by SIGKILL, which no failure of another rank brings about before `_end`
+    RAISED = 1  # a sentence for the user
+    DIED = 2
+    FOLLOWED = 3  # any other exception, such as a collective whose peer is gone
 
 
 @dataclass
@@ -134,7 +135,9 @@ def _collect(ranks: list[Any], pipes: list[Connection]) -> list[Any]:
                 results[rank], failure = pipe.recv()
             except EOFError:
                 ranks[rank].join(GRACE_SEC)
-                failure = _Failure(WorkerDied(f"process {rank} {_end_of(ranks[rank])}"), _Blame.DIED)
+                code = ranks[rank].exitcode
+                blame = _Blame.KILLED if code == -signal.SIGKILL else _Blame.DIED
+                failure = _Failure(WorkerDied(f"process {rank} {_how(code)}"), blame)
             if failure is not None:
                 failures.append(failure)
                 deadline = min(deadline, time.monotonic() + SETTLE_SEC)
@@ -146,8 +149,7 @@ def _collect(ranks: list[Any], pipes: list[Connection]) -> list[Any]:
     return [results[rank] for rank in range(len(ranks))]
 
 
-def _end_of(process: Any) -> str:
-    code = process.exitcode
+def _how(code: int | None) -> str:
     return (
         f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
     )

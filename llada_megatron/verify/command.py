@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layouts = commands.add_parser("layouts", help="parallel layouts against one process, trained here")
     layouts.add_argument("names", nargs="*", metavar="NAME", help="layouts such as CP2; default: all of them")
     layouts.add_argument("--json", type=Path, metavar="FILE", help="write every difference to FILE")
+    resume = commands.add_parser("resume", help="a run killed, stopped and resumed, against one left alone")
+    resume.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=["experiment=parity"])
+    resume.add_argument("--to", nargs="+", metavar="KEY=VALUE", default=[], help="resume under this layout")
+    resume.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the moments; default 0")
+    resume.add_argument("--json", type=Path, metavar="FILE", help="write the certificate to FILE")
     context = commands.add_parser("context", help="what context parallelism does to a packed sequence")
     documents = context.add_mutually_exclusive_group(required=True)
     documents.add_argument("--docs", metavar="N,N,...", help="lengths of the documents in tokens")
@@ -42,7 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run a check: 0 when everything agrees, 1 otherwise; raises ValueError for bad input."""
-    return {"golden": _golden, "layouts": _layouts, "context": _context}[args.check](args)
+    checks = {"golden": _golden, "layouts": _layouts, "resume": _resume, "context": _context}
+    return checks[args.check](args)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from llada_megatron.verify import resume
+
+    certificate = resume.check(args.overrides, args.to, seed=args.seed)
+    for each in certificate.interruptions:
+        print(f"{each.kind:<18} after step {each.after_step}, went on from step {each.resumed_from}")
+    for name in ("steps", "bitwise", "max_rel", "same_samples", "same_noise"):
+        print(f"{name:<18} {getattr(certificate, name)}")
+    verdict = "trains the same model." if certificate.passed else "trains ANOTHER model."
+    print(f"\nThe interrupted run {verdict}")
+    _write(args.json, certificate.as_json())
+    return 0 if certificate.passed else 1
 
 
 def _context(args: argparse.Namespace) -> int:

@@ -80,7 +80,7 @@ def die_in_rank_one():
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_a_rank_that_dies_ends_the_launch_and_is_named(attempt):
-    with pytest.raises(WorkerError, match="process 1 died with exit code -9"):
+    with pytest.raises(WorkerError, match="process 1 was killed by SIGKILL"):
         run_ranks(die_in_rank_one, processes=2)
     assert not multiprocessing.active_children()
 

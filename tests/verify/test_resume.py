@@ -1,0 +1,119 @@
+"""Certificates of resumed runs, and that a resume which forgets something gets none."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+
+from llada_megatron.verify import journal, resume
+from llada_megatron.verify.resume import Certificate
+
+SMALL = ["experiment=parity", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"]
+
+GOOD = Certificate(
+    layout_a=["layout.tp=2"],
+    layout_b=["layout.tp=2"],
+    steps=2,
+    losses_a=[2.0, 1.0],
+    losses_b=[2.0, 1.0],
+    sample_ids_sha256="",
+    noise_sha256="",
+    weights_sha256="",
+    bitwise=True,
+    max_rel=0.0,
+    same_samples=True,
+    same_noise=True,
+    interruptions=[],
+    versions={},
+    git_commit="",
+)
+
+
+def test_one_layout_needs_equal_bits_and_another_one_rounding():
+    assert GOOD.passed
+    assert not replace(GOOD, bitwise=False, max_rel=1e-9).passed
+    elsewhere = replace(GOOD, layout_b=["layout.pp=2"], bitwise=False)
+    assert replace(elsewhere, max_rel=2e-6).passed and not replace(elsewhere, max_rel=3e-6).passed
+    assert not replace(GOOD, same_samples=False).passed and not replace(GOOD, same_noise=False).passed
+    assert not replace(GOOD, losses_a=[2.0]).passed
+    assert json.loads(GOOD.as_json())["passed"] is True
+
+
+def test_a_journal_forgives_a_torn_line_and_not_a_sample_that_changed(tmp_path):
+    lines = [{"samples": [1, 0]}, {"sample": 0, "noise_sha256": "a"}, {"sample": 1, "noise_sha256": "b"}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "0_1.jsonl").write_text(text + '{"sample": 2, "noi')
+    whole = journal.Journal(tmp_path)
+    assert whole.samples == {0, 1} and whole.noise == {0: "a", 1: "b"}
+    (tmp_path / "1_2.jsonl").write_text(json.dumps({"sample": 1, "noise_sha256": "c"}) + "\n")
+    with pytest.raises(ValueError, match="Sample 1 was corrupted in two ways"):
+        journal.Journal(tmp_path)
+
+
+PAIRS = [
+    ([], ["layout.tp=2"]),
+    (["layout.tp=2"], ["layout.tp=1", "layout.pp=2"]),
+    (["layout.pp=2"], ["layout.pp=1", "layout.cp=2"]),
+    (["layout.cp=2"], ["layout.cp=1", "layout.ep=2"]),
+    (["layout.ep=2"], ["layout.ep=1", "layout.pp=2", "layout.vpp=2"]),
+    (["layout.pp=2", "layout.vpp=2"], ["layout.pp=1", "layout.vpp=1", "layout.tp=2", "layout.etp=2"]),
+    (["layout.tp=2", "layout.etp=2"], ["layout.tp=1", "layout.etp=1", "layout.processes=2"]),
+    (["layout.cp=2", "layout.ep=2"], ["layout.cp=1", "layout.ep=1"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda layout: " ".join(layout) or "one")
+def test_a_run_interrupted_three_times_and_resumed_in_another_layout_trains_the_same_model(before, after):
+    certificate = resume.check([*SMALL, *before], after)
+    assert certificate.passed, certificate.as_json()
+    assert [each.kind for each in certificate.interruptions] == [
+        "kill -9 in a step", "kill -9 in a save", "SIGUSR1",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["layout.tp=2"]], ids=["one", "TP2"])
+def test_a_run_interrupted_three_times_in_one_layout_is_equal_bit_for_bit(layout):
+    certificate = resume.check([*SMALL, *layout], [])
+    assert certificate.passed and certificate.bitwise, certificate.as_json()
+
+
+def without_moments(config, folder):
+    from llada_megatron.checkpoint import store
+
+    store._load_optimizer = lambda optimizer, loaded: optimizer.reload_model_params()
+    return journal.train_and_record(config, folder)
+
+
+def without_expert_bias(config, folder):
+    from llada_megatron.checkpoint import store
+
+    load = store.load
+
+    def forgetful(checkpoint, model, optimizer):
+        load(checkpoint, model, optimizer)
+        for name, buffer in model[0].named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.zero_()
+
+    store.load = forgetful
+    return journal.train_and_record(config, folder)
+
+
+def one_sample_late(config, folder):
+    from llada_megatron.training import step
+
+    if folder.exists():  # an earlier attempt wrote its journal there
+        deal = step.sample_indices
+        step.sample_indices = lambda *arguments: [[i + 1 for i in part] for part in deal(*arguments)]
+    return journal.train_and_record(config, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", [without_moments, without_expert_bias, one_sample_late])
+def test_a_resume_that_forgets_something_gets_no_certificate(tmp_path, worker):
+    check = resume._Check(tmp_path, SMALL, [], random.Random(0))
+    check.worker = worker
+    assert not check.certificate().passed
