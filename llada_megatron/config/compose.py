@@ -28,12 +28,12 @@ def compose(overrides: list[str]) -> Config:
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         composed = hydra_compose("config", overrides=overrides)
-    return _to_config(composed)
+    return resolve(composed)
 
 
 def load(path: str | os.PathLike[str]) -> Config:
     """Read a resolved configuration that `save` wrote; an unknown key is an error."""
-    return _to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(os.fspath(path))))
+    return resolve(OmegaConf.load(os.fspath(path)))
 
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
@@ -45,6 +45,12 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
 
 def differences(saved: Config, now: Config) -> list[str]:
     """`key: saved -> now` for every leaf in which two configurations differ."""
+    before, after = (OmegaConf.to_container(OmegaConf.structured(config)) for config in (saved, now))
+    return leaf_differences(before, after)
+
+
+def leaf_differences(saved: object, now: object) -> list[str]:
+    """`key: saved -> now` for every leaf in which two trees of dicts and lists differ."""
 
     def leaves(node: object, prefix: str = "") -> dict[str, object]:
         if isinstance(node, dict):
@@ -55,7 +61,7 @@ def differences(saved: Config, now: Config) -> list[str]:
             return {prefix: node}
         return {name: leaf for key, value in pairs for name, leaf in leaves(value, key).items()}
 
-    before, after = (leaves(OmegaConf.to_container(OmegaConf.structured(config))) for config in (saved, now))
+    before, after = leaves(saved), leaves(now)
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
@@ -63,8 +69,9 @@ def differences(saved: Config, now: Config) -> list[str]:
     ]
 
 
-def _to_config(node: object) -> Config:
-    node = cast(DictConfig, node)
+def resolve(node: object) -> Config:
+    """A Config from a tree that may lack values with defaults; an unknown key is an error."""
+    node = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), node))
     try:
         if node.layout.processes == 0:
             node.layout.processes = smallest_world(cast(LayoutConfig, OmegaConf.to_object(node.layout)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
+from llada_megatron.checkpoint import store
 from llada_megatron.config.schedule import block_size_of
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSample, build_sequences
@@ -22,8 +24,11 @@ from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.diffusion.bound import exact_count_mask
 from llada_megatron.diffusion.corruption import block_starts
 from llada_megatron.generate.infill import infill
+from llada_megatron.model.provider import build_model
+from llada_megatron.parallel import groups
 from llada_megatron.parallel.random import Purpose, generator
 from llada_megatron.runtime import device
+from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.batch import (
     MicroBatch,
     autoregressive_batch,
@@ -31,6 +36,7 @@ from llada_megatron.training.batch import (
     context_part,
     diffusion_inputs,
 )
+from llada_megatron.training.optimizer import wrap
 from llada_megatron.training.step import data_parallel, forward_step
 
 Estimate = dict[str, float | None]
@@ -258,3 +264,28 @@ class _evaluating:
         for chunk in self.model:
             chunk.train()
         self.no_grad.__exit__(*exception)
+
+
+def checkpoint_metrics(
+    bounds: dict[str, Estimate], autoregressive: dict[str, Any] | None
+) -> dict[str, float]:
+    """What a manifest says of an evaluation: `nll_block4`, ..., `nll_ar`; without what is not finite."""
+    figures = {f"nll_block{size}": bound["mean"] for size, bound in bounds.items()}
+    figures["nll_ar"] = autoregressive["nll"] if autoregressive else None
+    return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+
+
+def evaluate_checkpoint(config: Config, checkpoint: Path, metrics: list[str]) -> dict[str, float]:
+    """The named metrics of a checkpoint's weights, by the run's own evaluation; every rank calls it."""
+    device.seed_everything(config.run.seed, config.precision.deterministic)
+    groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
+    try:
+        model = wrap(config, build_model(config))
+        store.load(checkpoint, model, None)
+        evaluator = Evaluator(config, list(model))
+        sizes = [name.removeprefix("nll_block") for name in metrics if name != "nll_ar"]
+        bounds = {size: evaluator.bound(int(size)) for size in sizes}
+        autoregressive = {"nll": evaluator.autoregressive()["mean"]} if "nll_ar" in metrics else None
+        return checkpoint_metrics(bounds, autoregressive)
+    finally:
+        groups.destroy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.agreement import check_agreement
 from llada_megatron.training.balance import ExpertBalance
-from llada_megatron.training.evaluate import Evaluator
+from llada_megatron.training.evaluate import Evaluator, checkpoint_metrics
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, wrap
 from llada_megatron.training.position import (
     Position,
@@ -268,7 +267,7 @@ class _Run:
             estimate = self.evaluator.autoregressive()
             autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
         bounds = self.evaluator.bounds() if is_diffusion or stage is None else {}
-        self.metrics = _checkpoint_metrics(bounds, autoregressive)
+        self.metrics = checkpoint_metrics(bounds, autoregressive)
         record = {
             "step": step,
             "consumed_tokens": step * self.schedule.tokens_per_step,
@@ -307,9 +306,3 @@ class _Run:
             if record["stage"] == stage.name and record["loss"] is not None
         ][-TRAIN_LOSS_STEPS:]
         return sum(losses) / len(losses) if losses else None
-
-
-def _checkpoint_metrics(bounds: dict[str, Any], autoregressive: dict[str, Any] | None) -> dict[str, float]:
-    figures = {f"nll_block{size}": bound["mean"] for size, bound in bounds.items()}
-    figures["nll_ar"] = autoregressive["nll"] if autoregressive else None
-    return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}

@@ -9,7 +9,7 @@ from typing import Any
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.retention import readable
 from llada_megatron.config import manifest as manifests
-from llada_megatron.config.compose import differences
+from llada_megatron.config.compose import differences, resolve
 from llada_megatron.config.manifest import Manifest
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import Config
@@ -128,7 +128,4 @@ def _changed_stages(saved: Config, now: Config, step: int) -> list[str]:
 
 def config_of(manifest: Manifest) -> Config:
     """The configuration stored in a checkpoint."""
-    from omegaconf import OmegaConf
-
-    merged = OmegaConf.merge(OmegaConf.structured(Config), manifest.config)
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    return resolve(manifest.config)
