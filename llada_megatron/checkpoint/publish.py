@@ -44,10 +44,15 @@ def finish(aside: Path, final: Path, manifest: Manifest, hashed: dict[str, Any] 
     if _rank() == 0:
         manifest.git_commit = git_commit()
         manifest.write(aside)
-        _sync(aside)
-        os.replace(aside, final)
-        _sync_directory(final.parent)
+        give_name(aside, final)
     _barrier()
+
+
+def give_name(aside: Path, final: Path) -> None:
+    """Sync a directory that is whole and rename it; one rank calls it."""
+    _sync(aside)
+    os.replace(aside, final)
+    _sync_directory(final.parent)
 
 
 def _files(directory: Path) -> list[str]:
