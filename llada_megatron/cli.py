@@ -23,6 +23,7 @@ VERBS = {
     "train": ("llada_megatron.train", "convert or train a model as a configuration says"),
     "data": ("llada_megatron.data.command", "prepare, pack and inspect training data"),
     "checkpoint": ("llada_megatron.checkpoints", "list, verify, merge and compare checkpoints"),
+    "convert": ("llada_megatron.convert.command", "Hugging Face checkpoints in and out, with a certificate"),
     "plan": ("llada_megatron.cluster.command", "memory, time and traffic of a layout; the best layouts"),
     "verify": ("llada_megatron.verify.command", "check golden cases, parallel layouts, context parallelism"),
     "bench": ("llada_megatron.bench.command", "measure attention executors and training steps"),

@@ -23,6 +23,7 @@ ROOMS_IMPORT = {
     "diffusion": {"config", "runtime", "parallel"},
     "model": {"config", "runtime", "parallel", "attention", "diffusion"},
     "checkpoint": {"config", "runtime", "parallel", "model", "data"},
+    "convert": {"config", "runtime", "parallel", "attention", "model", "data", "checkpoint"},
     "observe": {"config"},
     "cluster": {"config"},
     "generate": {"config", "runtime", "parallel", "attention", "diffusion", "model", "data"},

@@ -1,16 +1,18 @@
 """Golden cases: stored inputs, outputs, losses and gradients of public reference code, against this code.
 
-A directory holds a Hugging Face checkpoint (config.json, model.safetensors) and the cases (cases.json,
-cases.safetensors; described in the README.md beside them). Everything is computed in fp32.
+A directory holds a Hugging Face checkpoint (config.json, model.safetensors), which is converted with its
+certificate and loaded from there, and the cases (cases.json, cases.safetensors; described in the README.md
+beside them). Everything is computed in fp32.
 Legend: S positions, L tokens per sequence, B sequences, H hidden size, E experts, N supervised positions.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,22 @@ from torch import Tensor
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
-from llada_megatron.checkpoint import hf
 from llada_megatron.config.schema import (
     BlockGrid,
-    Config,
-    DataConfig,
     Denominator,
     DiffusionConfig,
     ModelConfig,
     Weight,
 )
+from llada_megatron.convert.config_json import architecture_of, model_config, read_json
+from llada_megatron.convert.convert import hf_to_mcore
+from llada_megatron.convert.families import ExpertLayout, family_of
+from llada_megatron.convert.loaded import gradients, load_model
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.diffusion.corruption import Corruption
 from llada_megatron.diffusion.loss import position_weights
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.inputs import ModelInputs
-from llada_megatron.model.provider import build_stage
 from llada_megatron.runtime import device
 from llada_megatron.training.batch import MicroBatch, autoregressive_batch, diffusion_inputs
 from llada_megatron.training.step import loss_sum
@@ -106,7 +108,7 @@ class GoldenReport:
 class Golden:
     """A directory's model and its stored cases."""
 
-    directory: Path
+    architecture: str
     model: ModelConfig
     stage: BlockDiffusionGPT
     stored: dict[str, Tensor]
@@ -148,14 +150,16 @@ def check(directory: Path) -> GoldenReport:
 
 
 def load(directory: Path, mask_token_id: int) -> Golden:
-    """Build the directory's model in fp32 from its checkpoint, and read its cases."""
-    model = replace(hf.model_config(directory, mask_token_id), layer_spec="local")
+    """Convert the directory's checkpoint, load the result in fp32, and read the cases."""
     stored = load_file(directory / "cases.safetensors")
     longest = max(tensor.shape[-1] for name, tensor in stored.items() if name.endswith("input_ids"))
-    stage = build_stage(Config(model=model, data=DataConfig(sequence_length=longest)), initialize=False)
-    stage.to(device.device())
-    hf.load_weights(directory, stage, model)
-    return Golden(directory, model, stage, stored)
+    described = read_json(directory / "config.json")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        hf_to_mcore(directory, checkpoint, mask_token_id=mask_token_id).require()
+        model = model_config(described, mask_token_id, f"{directory}/config.json")
+        stage = load_model(checkpoint, model, sequence_length=longest)
+    return Golden(architecture_of(described), model, stage, stored)
 
 
 def largest(difference: Tensor) -> float:
@@ -367,16 +371,12 @@ def global_grad_norm(stage: BlockDiffusionGPT) -> float:
 
 
 def source_gradients(golden: Golden) -> dict[str, Tensor]:
-    """Gradients under the checkpoint's names and shapes: the loader's conversions, applied in reverse."""
-    parameters = dict(golden.stage.named_parameters())
+    """Gradients under the Hugging Face checkpoint's names and shapes: conversions only move numbers about."""
+    ours = gradients(golden.stage)
     found: dict[str, Tensor] = {}
-    with hf.Tensors(golden.directory) as source:
-        for entry in hf.correspondence(golden.model):
-            if entry.ours not in parameters:
-                continue  # expert_bias is no parameter
-            ours = parameters[entry.ours]
-            gradient = torch.zeros_like(ours) if ours.grad is None else ours.grad
-            leaves = [source[name].requires_grad_() for name in entry.theirs]
-            theirs = torch.autograd.grad(entry.convert(*leaves), leaves, gradient.cpu())
-            found |= zip(entry.theirs, theirs, strict=True)
+    for entry in family_of(golden.architecture, "config.json").table(golden.model, ExpertLayout.separate):
+        if (part := entry.ours).name in ours:  # expert_bias is no parameter
+            at = tuple(slice(first, first + size) for first, size in zip(part.offset, part.size, strict=True))
+            names = (source.name for source in entry.theirs)
+            found |= zip(names, entry.to_theirs([ours[part.name][at]]), strict=True)
     return found

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from llada_megatron.checkpoint import hf
-from llada_megatron.config.compose import compose
+from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.generate.infill import infill
-from llada_megatron.model.provider import build_stage
 from llada_megatron.parallel import groups
+from llada_megatron.verify import golden
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -20,12 +19,8 @@ WITHOUT_END = [name for name, case in CASES["generation"].items() if case["eos_i
 
 @pytest.fixture(scope="module")
 def model():
-    config = compose(["experiment=parity", "model=tiny", "precision=fp32"])
-    groups.initialize(config.layout)
-    config.model = hf.model_config(GOLDEN, mask_token_id=CASES["mask_token_id"])
-    stage = build_stage(config, initialize=False)
-    hf.load_weights(GOLDEN, stage, config.model)
-    yield stage
+    groups.initialize(LayoutConfig())
+    yield golden.load(GOLDEN, CASES["mask_token_id"]).stage
     groups.destroy()
 
 

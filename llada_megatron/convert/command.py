@@ -1,0 +1,104 @@
+"""`llada convert`: Hugging Face checkpoints in and out."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llada_megatron.convert.certificate import Certificate
+
+EXAMPLE = "llada convert hf-to-mcore --from Ling-mini-base-2.0 --to ckpt/ling_mini --mask-token-id 157183"
+PROBLEMS_SHOWN = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    inward = directions.add_parser("hf-to-mcore", help="a Hugging Face checkpoint into one to train from")
+    outward = directions.add_parser("mcore-to-hf", help="a checkpoint, or a run's newest, to Hugging Face")
+    for direction in (inward, outward):
+        direction.add_argument("--from", dest="source", required=True, metavar="DIR")
+        direction.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR", help="new")
+        direction.add_argument(
+            "--mask-token",
+            metavar="TEXT",
+            help="the mask's id is this token in the tokenizer, and that is meant",
+        )
+    inward.add_argument("--mask-token-id", type=int, metavar="N", help="default: the tokenizer's mask token")
+    outward.add_argument(
+        "--architecture", metavar="NAME", help="default: LLaDA2MoeModelLM for a MoE trained with diffusion"
+    )
+    outward.add_argument("--expert-layout", choices=("separate", "stacked"), default="separate")
+    outward.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as in the checkpoint")
+    outward.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: what came with the weights")
+    outward.add_argument(
+        "--max-shard-gb",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="size of a file in 10^9 bytes (default 5)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert: 0 when the certificate passes, 1 when it does not; raises ValueError for bad input."""
+    from llada_megatron.config.schema import LayoutConfig
+    from llada_megatron.convert import convert
+    from llada_megatron.convert.families import ExpertLayout
+    from llada_megatron.parallel import groups
+    from llada_megatron.runtime import device
+
+    groups.initialize(LayoutConfig())
+    began = time.monotonic()
+    try:
+        if args.direction == "hf-to-mcore":
+            certificate = convert.hf_to_mcore(
+                Path(args.source), args.target, mask_token_id=args.mask_token_id, mask_token=args.mask_token
+            )
+        else:
+            certificate = convert.mcore_to_hf(
+                args.source,
+                args.target,
+                architecture=args.architecture,
+                layout=ExpertLayout(args.expert_layout),
+                dtype=device.DTYPES[args.dtype] if args.dtype else None,
+                tokenizer=args.tokenizer,
+                mask_token=args.mask_token,
+                max_shard_bytes=int(args.max_shard_gb * 1e9),
+            )
+    finally:
+        groups.destroy()
+    _print(certificate, args.target, time.monotonic() - began)
+    return 0 if certificate.passed else 1
+
+
+def _print(certificate: Certificate, target: Path, seconds: float) -> None:
+    for reason, count in Counter(certificate.dropped.values()).items():
+        first = next(name for name, why in certificate.dropped.items() if why == reason)
+        print(f"left out   {count} tensors ({first}, ...): {reason}")
+    if not certificate.passed:
+        print(f"The conversion fails its certificate, and {target} was not written:")
+        for problem in certificate.problems[:PROBLEMS_SHOWN]:
+            print(f"  {problem}")
+        if len(certificate.problems) > PROBLEMS_SHOWN:
+            print(f"  and {len(certificate.problems) - PROBLEMS_SHOWN} more")
+        return
+    logits, peak = certificate.logits, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"source     {certificate.source}")
+    print(f"result     {target}: {certificate.architecture}, mask token {certificate.mask_token_id}")
+    print(
+        f"tensors    {len(certificate.hugging_face):,} of theirs, {len(certificate.megatron):,} of ours,"
+        f" {certificate.parameters['written']:,} parameters: each written once, read back, the same bytes"
+    )
+    if logits["compared"]:
+        print(
+            f"logits     differ by {logits['max_difference']:.1e}, the largest is {logits['max_logit']:.1e}"
+        )
+    else:
+        print(f"logits     not compared: {logits['reason']}")
+    print(f"took       {seconds:.1f} s, at most {peak / 1e9:.2f} GB of memory")

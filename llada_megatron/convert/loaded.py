@@ -1,0 +1,115 @@
+"""megatron-core's own model in one process: what tensors it has, and what it computes from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
+from llada_megatron.checkpoint import store
+from llada_megatron.config.schema import Config, DataConfig, ModelConfig
+from llada_megatron.convert.reference import Reference
+from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.initialize import SHARDING_METADATA
+from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.provider import build_stage
+from llada_megatron.runtime import device
+
+MAX_PARAMETERS = 1_000_000_000
+"""Larger models are not run here: both sides compute in fp32 on what may be a CPU."""
+PROMPTS, PROMPT_TOKENS = 2, 24
+LOGITS_TOLERANCE = 1e-4
+"""Largest difference over the largest logit: fp32 rounding stays far below, an error in a table far above."""
+
+
+def model_tensors(model: ModelConfig) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shape by checkpoint key of every tensor of the model, and its parameters; no weight is allocated."""
+    with FakeTensorMode():
+        stage = _stage(model, sequence_length=1)
+        shapes = {key: shape for key, shape, _, _ in _sharded(stage)}
+    return shapes, sum(parameter.numel() for parameter in stage.parameters())
+
+
+def load_model(checkpoint: Path, model: ModelConfig, *, sequence_length: int) -> BlockDiffusionGPT:
+    """The model with a checkpoint's weights, fp32 in the `local` layer spec, in one process.
+
+    Raises ValueError when the checkpoint does not fit or leaves a parameter without a value.
+    """
+    stage = _stage(model, sequence_length=sequence_length).to(device.device())
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.fill_(math.nan)
+    store.load(checkpoint, [SimpleNamespace(module=stage)], None)  # type: ignore[list-item]
+    if unset := [name for name, parameter in stage.named_parameters() if not parameter.isfinite().all()]:
+        raise ValueError(f"{checkpoint} leaves {', '.join(unset)} without a value.")
+    return stage
+
+
+def gradients(stage: BlockDiffusionGPT) -> dict[str, Tensor]:
+    """Gradients of a single-process model under the keys of its checkpoint, whole; zero where none came."""
+    found: dict[str, Tensor] = {}
+    for key, shape, offset, data in _sharded(stage, of_gradients=True):
+        whole = found.setdefault(key, torch.zeros(shape))
+        part = data.reshape((1,) * (len(shape) - data.dim()) + data.shape)
+        whole[tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))] = part
+    return found
+
+
+def compare_logits(
+    files: Any, described: dict[str, Any], checkpoint: Path, model: ModelConfig
+) -> dict[str, Any]:
+    """Largest difference between the reference on `files` and the model that loads `checkpoint`."""
+    stage = load_model(checkpoint, model, sequence_length=PROMPT_TOKENS)
+    reference = Reference(files, described)
+    difference = largest = 0.0
+    for prompt in range(PROMPTS):
+        generator = torch.Generator().manual_seed(prompt)
+        tokens = torch.randint(model.vocab_size, (PROMPT_TOKENS,), generator=generator)
+        with torch.no_grad():
+            expected, ours = reference.logits(tokens), causal_logits(stage, tokens)
+        difference = max(difference, float((ours - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    return {
+        "compared": True,
+        "max_difference": difference,
+        "max_logit": largest,
+        "tokens": PROMPTS * PROMPT_TOKENS,
+    }
+
+
+def causal_logits(stage: BlockDiffusionGPT, tokens: Tensor) -> Tensor:
+    """fp32 [S, vocabulary] of int64 tokens [S] under causal attention, on the host."""
+    S, at = len(tokens), device.device()
+    mask = BlockDiffusionMask([torch.tensor([0, S])], 1, clean_copy=False, causal=True)
+    positions = torch.arange(S, device=at)
+    inputs = ModelInputs(tokens[None].to(at), positions[None], ContextShard(mask), outputs=positions)
+    return stage(inputs).float().cpu()
+
+
+def _stage(model: ModelConfig, *, sequence_length: int) -> BlockDiffusionGPT:
+    config = Config(
+        model=replace(model, layer_spec="local"), data=DataConfig(sequence_length=sequence_length)
+    )
+    return build_stage(config, initialize=False)
+
+
+def _sharded(stage: BlockDiffusionGPT, *, of_gradients: bool = False) -> list[tuple[str, Any, Any, Tensor]]:
+    """(key, shape, offset, data) of every part that the model would save."""
+    sharded = stage.sharded_state_dict(metadata=SHARDING_METADATA)
+    if of_gradients:
+        for entry in nested_values(sharded):
+            parameter = entry.data
+            entry.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    apply_factories(sharded)
+    parts = [entry for entry in nested_values(sharded) if isinstance(entry, ShardedTensor)]
+    return [(part.key, tuple(part.global_shape), part.global_offset, part.data) for part in parts]

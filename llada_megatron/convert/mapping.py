@@ -1,0 +1,95 @@
+"""The vocabulary of the tables: parts of tensors, and entries that say which part becomes which.
+
+Legend: H hidden size, D head dim, G key-value heads, Q query heads of one key-value head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """A contiguous run of a named tensor: `size` elements of each axis from `offset` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        """Index of its first element in the flattened tensor."""
+        return sum(at * math.prod(self.shape[axis + 1 :]) for axis, at in enumerate(self.offset))
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.size)
+
+
+def whole(name: str, *shape: int) -> Part:
+    """All of a tensor."""
+    return Part(name, shape, (0,) * len(shape), shape)
+
+
+def rows(name: str, shape: tuple[int, ...], first: int, count: int) -> Part:
+    """`count` rows of a matrix from row `first` on."""
+    return Part(name, shape, (first, 0), (count, shape[1]))
+
+
+def expert_rows(name: str, shape: tuple[int, ...], expert: int, first: int, count: int) -> Part:
+    """`count` rows, from row `first` on, of one expert's matrix in a tensor [experts, rows, columns]."""
+    return Part(name, shape, (expert, first, 0), (1, count, shape[2]))
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """Rows [all Q | all K | all V] of the fused projection against ours, grouped by key-value head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def group(self, separate: Tensor) -> Tensor:
+        """[(heads + 2G) D, H] -> the same rows, as [its queries | key | value] of each key-value head."""
+        G, D = self.kv_heads, self.head_dim
+        query, key, value = separate.unflatten(0, (-1, D)).split([self.heads, G, G])
+        return torch.cat([query.unflatten(0, (G, -1)), key[:, None], value[:, None]], dim=1).flatten(0, 2)
+
+    def ungroup(self, grouped: Tensor) -> Tensor:
+        """The inverse of `group`."""
+        groups = grouped.unflatten(0, (self.kv_heads, -1, self.head_dim))  # [G, Q + 2, D, H]
+        query, key, value = groups.split([self.heads // self.kv_heads, 1, 1], dim=1)
+        return torch.cat([part.flatten(0, 2) for part in (query, key, value)])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One part of a megatron-core tensor, and the Hugging Face parts that hold the same numbers."""
+
+    ours: Part
+    theirs: tuple[Part, ...]
+    heads: HeadGroups | None = None
+    """Set where the rows of Q, K and V are ordered otherwise; elsewhere the numbers are the same ones."""
+
+    def to_ours(self, theirs: Sequence[Tensor]) -> list[Tensor]:
+        """The tensor of `ours`, from those of `theirs`."""
+        joined = theirs[0] if len(theirs) == 1 else torch.cat(list(theirs))
+        if self.heads is not None:
+            joined = self.heads.group(joined)
+        return [joined.reshape(self.ours.size)]
+
+    def to_theirs(self, ours: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of `theirs`, from that of `ours`."""
+        (joined,) = ours
+        if self.heads is not None:
+            joined = self.heads.ungroup(joined)
+        if len(self.theirs) == 1:
+            return [joined.reshape(self.theirs[0].size)]
+        return list(joined.split([part.size[0] for part in self.theirs]))
