@@ -172,15 +172,11 @@ def _config(manifest: Manifest, layout: list[str]) -> Config:
     from omegaconf import OmegaConf
 
     from llada_megatron.config import compose, rules
-    from llada_megatron.config.schema import LayoutConfig
 
     trained = manifest.config["layout"]
-    kept = {name: trained[name] for name in ("global_batch", "micro_batch")}
-    one_process = OmegaConf.structured(LayoutConfig(processes=0, **kept))
-    without = {group: settings for group, settings in manifest.config.items() if group != "layout"}
-    config = compose.resolve(
-        OmegaConf.merge({**without, "layout": one_process}, OmegaConf.from_dotlist(layout))
-    )
+    one_process = {name: trained[name] for name in ("global_batch", "micro_batch")}  # the rest by default
+    tree = OmegaConf.create({**manifest.config, "layout": {**one_process, "processes": 0}})
+    config = compose.resolve(OmegaConf.merge(tree, OmegaConf.from_dotlist(layout)))
     rules.check(config)
     return config
 

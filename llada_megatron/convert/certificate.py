@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llada_megatron.convert.mapping import Part
+from llada_megatron.checkpoint.shards import Part
 from llada_megatron.convert.safetensors_files import NAMES, as_bytes
 
 CERTIFICATE = "certificate.json"

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
+from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
 from llada_megatron.config.manifest import Manifest, find
 from llada_megatron.config.schema import ModelConfig, Objective
 from llada_megatron.convert import config_json, tokenizer_files
 from llada_megatron.convert.certificate import Certificate, Ledger
 from llada_megatron.convert.families import BAILING, ExpertLayout, drop_reason, family_of
 from llada_megatron.convert.loaded import LOGITS_TOLERANCE, MAX_PARAMETERS, compare_logits, model_tensors
-from llada_megatron.convert.mapping import Entry, Part
+from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
-from llada_megatron.convert.shards import ShardsReader, ShardsWriter
 
 SHARDS = "shards"
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from llada_megatron.checkpoint.shards import Part, whole
 from llada_megatron.config.schema import ModelConfig
-from llada_megatron.convert.mapping import Entry, HeadGroups, Part, expert_rows, rows, whole
+from llada_megatron.convert.mapping import Entry, HeadGroups, expert_rows, rows
 
 
 class ExpertLayout(StrEnum):

@@ -1,41 +1,17 @@
-"""The vocabulary of the tables: parts of tensors, and entries that say which part becomes which.
+"""The vocabulary of the tables: entries that say which part of a tensor becomes which.
 
 Legend: H hidden size, D head dim, G key-value heads, Q query heads of one key-value head.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Part:
-    """A contiguous run of a named tensor: `size` elements of each axis from `offset` on."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
-
-    @property
-    def start(self) -> int:
-        """Index of its first element in the flattened tensor."""
-        return sum(at * math.prod(self.shape[axis + 1 :]) for axis, at in enumerate(self.offset))
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.size)
-
-
-def whole(name: str, *shape: int) -> Part:
-    """All of a tensor."""
-    return Part(name, shape, (0,) * len(shape), shape)
+from llada_megatron.checkpoint.shards import Part
 
 
 def rows(name: str, shape: tuple[int, ...], first: int, count: int) -> Part:

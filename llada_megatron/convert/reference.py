@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llada_megatron.convert.mapping import expert_rows, whole
+from llada_megatron.checkpoint.shards import whole
+from llada_megatron.convert.mapping import expert_rows
 from llada_megatron.convert.safetensors_files import SafetensorsReader
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llada_megatron.checkpoint.shards import Part
 from llada_megatron.convert.config_json import read_json
-from llada_megatron.convert.mapping import Part
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

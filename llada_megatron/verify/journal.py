@@ -35,7 +35,8 @@ def train_and_record(config: Config, folder: Path) -> int:
         record({"sample": index, "noise_sha256": digest.hexdigest()})
         return corruption
 
-    step.sample_indices, batch.corrupt = recorded_deal, recorded_corrupt
+    step.sample_indices = recorded_deal  # type: ignore[assignment]
+    batch.corrupt = recorded_corrupt  # type: ignore[assignment]
     with file:
         return loop.run(config).signal
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -29,13 +30,36 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from llada_megatron.convert.mapping import Part
-
 FILE_BYTES = 4_000_000_000
 """A new file is begun after this many bytes."""
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
 """Where megatron-core keeps what is no tensor; weights have none of it."""
 TRAINING_STATE = "optimizer."
+
+
+@dataclass(frozen=True)
+class Part:
+    """A contiguous run of a named tensor: `size` elements of each axis from `offset` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        """Index of its first element in the flattened tensor."""
+        return sum(at * math.prod(self.shape[axis + 1 :]) for axis, at in enumerate(self.offset))
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.size)
+
+
+def whole(name: str, *shape: int) -> Part:
+    """All of a tensor."""
+    return Part(name, shape, (0,) * len(shape), shape)
 
 
 class ShardsWriter:
