@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from llada_megatron.bench.attention_cases import SUITES
+from llada_megatron.bench.checkpoint import WIDTHS
 
 EXAMPLE = "llada bench step --json step.json"
 
@@ -21,12 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention.add_argument("--suite", choices=tuple(SUITES), default="cpu", help="cases (default cpu)")
     attention.add_argument("--out", type=Path, metavar="DIR", help="write JSON, CSV and pictures")
     attention.add_argument("--compare", type=Path, metavar="FILE", help="an earlier attention.json")
+    checkpoint = benches.add_parser("checkpoint", help="saving, loading, converting: seconds and memory")
+    checkpoint.add_argument("--sizes", nargs="+", choices=tuple(WIDTHS), default=list(WIDTHS))
+    checkpoint.add_argument(
+        "--directory", type=Path, metavar="DIR", help="the disk to measure; default: /tmp"
+    )
+    checkpoint.add_argument("--json", metavar="FILE", help="write the figures")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark; 0 when its bounds hold, 1 when one does not or an executor is wrong."""
     if args.bench == "attention":
         return _attention(args)
+    if args.bench == "checkpoint":
+        from llada_megatron.bench import checkpoint
+
+        return checkpoint.run(args.sizes, directory=args.directory, json_file=args.json)
     from llada_megatron.bench import step
 
     return step.run(args.overrides, rounds=args.rounds, json_file=args.json)

@@ -1,6 +1,7 @@
 """Whole runs of experiment=parity on a corpus of short documents (see conftest.py)."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from llada_megatron.config.compose import compose
+from llada_megatron.runtime.launch import WorkerDied
 from tests.distributed import run_ranks
 
 STEPS = 6
@@ -316,6 +318,47 @@ def test_a_background_save_holds_the_weights_of_its_own_step(corpus, straight, t
             arrays_in, [checkpoint(run, step) for run in (tmp_path, tmp_path / "again")]
         )[0]
         assert saved == waited_for
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_since_a_save(corpus, straight, tmp_path):
+    """Kill -9 of a random rank, during set-up, steps and saves; the run must still equal the straight one."""
+    moments, kills = np.random.default_rng(0), 0
+    every = configure(corpus, tmp_path, "checkpoint.every_steps=1", "checkpoint.keep_last=50")
+    life_sec = measured_life_sec(corpus, tmp_path / "timed")
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    saved_before: list[str] = []
+    while kills < 20:
+        if len(saved_before) >= STEPS:  # it got to its end: begin again, with another history of kills
+            assert comparable(tmp_path) == comparable(straight)
+            shutil.rmtree(tmp_path / "checkpoints")
+            (tmp_path / "metrics.jsonl").unlink()
+        seconds = float(moments.uniform(0, life_sec))
+        killer = threading.Timer(float(moments.uniform(0, life_sec)), kill)
+        killer.start()
+        try:
+            train(every)
+        except WorkerDied:
+            kills += 1
+        finally:
+            killer.cancel()
+        saved = [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))]
+        assert set(saved_before) <= set(saved) or len(saved_before) >= STEPS
+        saved_before = saved
+    train(every)
+    assert comparable(tmp_path) == comparable(straight)
+    resumed, uninterrupted = run_ranks(arrays_in, [checkpoint(run, STEPS) for run in (tmp_path, straight)])[0]
+    assert resumed == uninterrupted
+
+
+def measured_life_sec(corpus: str, run_dir: Path) -> float:
+    began = time.monotonic()
+    train(configure(corpus, run_dir, "checkpoint.every_steps=1"))
+    return time.monotonic() - began
 
 
 DAMAGES = {
