@@ -337,7 +337,6 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_since_a_save(
             assert comparable(tmp_path) == comparable(straight)
             shutil.rmtree(tmp_path / "checkpoints")
             (tmp_path / "metrics.jsonl").unlink()
-        seconds = float(moments.uniform(0, life_sec))
         killer = threading.Timer(float(moments.uniform(0, life_sec)), kill)
         killer.start()
         try:
