@@ -34,8 +34,10 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -m gpu tests/gpu
 
-# For a machine without one: nothing runs, but our call must fit the package and every kernel must compile.
+# For a machine without one: nothing runs, but our calls must fit the package, cuDNN must accept the graphs of
+# cudnn_graph, and every kernel of cudnn_flex must compile.
 gpu-compile: $(STAMP) $(CUDNN)/.setup-done
+	@$(BIN)/python -m tests.gpu.accept_cudnn_graphs --packages $(CUDNN)
 	@$(BIN)/python -m tests.gpu.compile_cudnn --packages $(CUDNN)
 
 # Each in a folder of its own, not in site-packages: TransformerEngine's Python there, for tests that build its

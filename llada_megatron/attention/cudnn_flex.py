@@ -36,7 +36,7 @@ def missing_requirement(
     if found not in ARCHITECTURES:
         article = "an" if found.startswith("sm_") else "a"
         return f"needs an sm_90, sm_100 or sm_103 device, this is {article} {found}"
-    installed = _installed_version()
+    installed = installed_version()
     if installed is None:
         return f"needs the package {PACKAGE}, which is not installed: pip install '.[cuda]'"
     if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_VERSION:
@@ -109,7 +109,8 @@ def _plan_of(rectangle: Rectangle, query: Tensor, key: Tensor, value: Tensor) ->
 
 
 @cache
-def _installed_version() -> str | None:
+def installed_version() -> str | None:
+    """Return the version of the cuDNN frontend, or None."""
     try:
         return version(PACKAGE)
     except PackageNotFoundError:

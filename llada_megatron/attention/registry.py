@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llada_megatron.attention import cudnn_flex, flex_torch
+from llada_megatron.attention import cudnn_flex, cudnn_graph, flex_torch
 from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
 from llada_megatron.attention.portable import portable_attention
 from llada_megatron.attention.reference import reference_attention
@@ -21,14 +21,16 @@ _EXECUTORS: dict[str, Executor] = {
     "reference": reference_attention,
     "portable": portable_attention,
     "flex_torch": flex_torch.flex_torch_attention,
+    "cudnn_graph": cudnn_graph.cudnn_graph_attention,
     "cudnn_flex": cudnn_flex.cudnn_flex_attention,
 }
 _MISSING_REQUIREMENT: dict[str, MissingRequirement] = {  # the others serve every device, dtype and head_dim
     "flex_torch": flex_torch.missing_requirement,
+    "cudnn_graph": cudnn_graph.missing_requirement,
     "cudnn_flex": cudnn_flex.missing_requirement,
 }
 # By the pairs that each computes and how; not measured on a GPU yet.
-_FASTEST_FIRST = ("cudnn_flex", "flex_torch", "portable")
+_FASTEST_FIRST = ("cudnn_flex", "flex_torch", "cudnn_graph", "portable")
 
 
 def executor_names(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:

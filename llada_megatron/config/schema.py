@@ -142,8 +142,8 @@ class ModelConfig:
     tied_head: bool = False
     init_std: float = 0.02
     attention_backend: str = "auto"
-    """`auto`, `cudnn_flex` (sm_90, sm_100, sm_103), `flex_torch`, `portable` or `reference`; `auto` takes the
-    fastest that can serve, and a run with one that cannot stops."""
+    """`auto`, `cudnn_flex` (sm_90, sm_100, sm_103), `flex_torch`, `cudnn_graph` (sm_90, sm_100), `portable`
+    or `reference`; `auto` takes the fastest that can serve, and a run with one that cannot stops."""
     layer_spec: str = "auto"
     """`local`, `transformer_engine`, or `auto` (transformer_engine on CUDA when it is installed)."""
     head_chunk_tokens: int = 1024

@@ -34,6 +34,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def stream(device: torch.device) -> int:
+    """The address of the current stream of a CUDA device, as libraries take it."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def backend() -> str:
     """The collective backend: `nccl` on CUDA, `gloo` on a CPU."""
     return "nccl" if on_cuda() else "gloo"

@@ -10,6 +10,7 @@ import torch
 from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, select_backend
 from llada_megatron.attention import cudnn_flex as cudnn_flex_module
 from llada_megatron.attention.cudnn_flex import cudnn_flex_attention
+from llada_megatron.attention.cudnn_graph import cudnn_graph_attention
 from llada_megatron.attention.flex_torch import flex_torch_attention
 from llada_megatron.attention.portable import portable_attention
 from llada_megatron.runtime import device
@@ -19,9 +20,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def pretend(monkeypatch):
-    def machine(architecture="sm_90", frontend="1.32.0"):
+    def machine(architecture="sm_90", frontend="1.32.0", cudnn=92400):
         monkeypatch.setattr(device, "architecture", lambda where: architecture)
-        monkeypatch.setattr(cudnn_flex_module, "_installed_version", lambda: frontend)
+        monkeypatch.setattr(cudnn_flex_module, "installed_version", lambda: frontend)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
         select_backend.cache_clear()
 
     yield machine
@@ -35,6 +37,7 @@ def test_auto_on_a_cpu_is_portable_and_says_why_not_the_faster_ones():
         "portable: the fastest that can serve here"
         "; cudnn_flex needs an sm_90, sm_100 or sm_103 device, this is a CPU"
         "; flex_torch has no backward on a CPU, where it serves inference only"
+        "; cudnn_graph needs an sm_90 or sm_100 device, this is a CPU"
     )
 
 
@@ -75,6 +78,47 @@ def test_a_configured_executor_that_cannot_serve_is_refused_with_what_is_missing
     with pytest.raises(ValueError, match=r"attention_backend=cudnn_flex serves a head_dim .*not 100"):
         select_backend("cudnn_flex", CUDA, torch.bfloat16, 100)
     assert select_backend("cudnn_flex", CUDA, torch.bfloat16, 128)[0] is cudnn_flex_attention
+
+
+@pytest.mark.parametrize(
+    "machine, dtype, head_dim, reason",
+    [
+        (("sm_80",), torch.bfloat16, 128, "needs an sm_90 or sm_100 device, this is an sm_80"),
+        (("sm_90", None), torch.bfloat16, 128, "needs the package nvidia-cudnn-frontend, which is not"),
+        (("sm_90", "1.14.0"), torch.bfloat16, 128, "needs nvidia-cudnn-frontend 1.20 or later, 1.14.0 is"),
+        (("sm_90", "1.28.0", 91002), torch.bfloat16, 128, "needs cuDNN 9.24 or later, torch has 9.10"),
+        (("sm_90", "1.28.0", None), torch.bfloat16, 128, "needs cuDNN 9.24 or later, torch has none"),
+        (("sm_90",), torch.float32, 128, "serves bfloat16 and float16, not float32"),
+        (("sm_90",), torch.bfloat16, 192, "serves a head_dim of 64, 96, 128 or 256, not 192"),
+    ],
+)
+def test_cudnn_graph_names_the_requirement_that_it_misses(pretend, machine, dtype, head_dim, reason):
+    pretend(*machine)
+    with pytest.raises(ValueError, match=f"model.attention_backend=cudnn_graph {reason}"):
+        select_backend("cudnn_graph", CUDA, dtype, head_dim)
+
+
+def test_cudnn_graph_serves_where_the_frontend_has_no_flex_attention(pretend):
+    pretend("sm_90", "1.28.0")
+    with pytest.raises(ValueError, match=r"needs nvidia-cudnn-frontend 1\.32 or later"):
+        select_backend("cudnn_flex", CUDA, torch.bfloat16, 128)
+    assert select_backend("cudnn_graph", CUDA, torch.bfloat16, 128)[0] is cudnn_graph_attention
+
+
+@pytest.mark.parametrize("architecture, serves", [("sm_90", True), ("sm_100", False)])
+def test_a_deterministic_backward_of_cudnn_graph_exists_on_hopper_alone(pretend, architecture, serves):
+    pretend(architecture)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        if serves:
+            select_backend("cudnn_graph", CUDA, torch.bfloat16, 128)
+        else:
+            with pytest.raises(ValueError, match=r"sm_100: set precision.deterministic=false"):
+                select_backend("cudnn_graph", CUDA, torch.bfloat16, 128)
+        select_backend("cudnn_graph", CUDA, torch.bfloat16, 128, needs_backward=False)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_a_call_that_the_executor_cannot_serve_is_refused_by_value():

@@ -110,7 +110,7 @@ def check_stated_limits() -> None:
     assert square == {*cudnn_flex.HEAD_DIMS}
 
 
-def attend(model: str, rectangle):
+def attend(model: str, rectangle, backend: str = "cudnn_flex"):
     """The output of our executor, chosen by the registry, for the head shape of a model."""
     import torch
 
@@ -131,7 +131,7 @@ def attend(model: str, rectangle):
             (rectangle.keys, shape.kv_heads),
         )
     )
-    output = block_diffusion_attention(query, key, value, rectangle, "cudnn_flex")
+    output = block_diffusion_attention(query, key, value, rectangle, backend)
     assert output.shape == query.shape and output.dtype == query.dtype
     return output
 
