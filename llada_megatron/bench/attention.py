@@ -11,28 +11,23 @@ Legend: S positions, Q queries, K keys, B batch, H heads, Hkv key and value head
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from llada_megatron.attention import BlockDiffusionMask, Rectangle, block_diffusion_attention
 from llada_megatron.attention.registry import executor_names
+from llada_megatron.bench import attention_baselines as baselines
+from llada_megatron.bench.attention_baselines import CAUSAL, DENSE, Attention, row_parts
 from llada_megatron.bench.attention_cases import Case
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import launch
 
-DENSE, UNFUSED, CAUSAL = "dense mask", "unfused", "causal L"
-BASELINES = (DENSE, UNFUSED, CAUSAL)
-MAX_MASK_BYTES = 2 << 30
-MAX_DENSE_POSITIONS_ON_CPU = 8192
-"""Dense-mask SDPA takes minutes beyond this; then its time is extrapolated by pairs."""
-MAX_UNFUSED_POSITIONS = 4096
-"""The baseline without fusion and the reference keep several S x S tensors per head."""
+MAX_REFERENCE_POSITIONS = 4096
+"""The reference keeps several S x S tensors per head."""
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest error relative to the largest element, of the output and of each gradient."""
 CHECKED_KV_HEADS = 2
@@ -42,8 +37,6 @@ FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10
 CASE_SEC = 12.0
 """Rounds of a case go on for about this long, at least MIN_ROUNDS and at most MAX_ROUNDS."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 20
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # [Q, B, H, D], [K, B, Hkv, D] twice -> [Q, B, H, D]
 
 
 @dataclass
@@ -189,22 +182,14 @@ def _time(
 
 def contestants(case: Case) -> list[str]:
     """Executors and baselines that fit this case, by name."""
-    positions = case.positions
-    small = positions <= MAX_UNFUSED_POSITIONS
-    fits = positions**2 * _dtype().itemsize <= MAX_MASK_BYTES
-    fast = device.on_cuda() or positions <= MAX_DENSE_POSITIONS_ON_CPU
     able = executor_names(device.device(), _dtype(), case.shape.head_dim)
-    executors = [name for name in able if name != "reference" or small]
-    return executors + [
-        name for name, runs in zip(BASELINES, (fits and fast, small, True), strict=True) if runs
-    ]
+    small = case.positions <= MAX_REFERENCE_POSITIONS
+    return [name for name in able if name != "reference" or small] + baselines.fitting(case, _dtype())
 
 
 def _attention(name: str, case: Case, rectangle: Rectangle) -> Attention:
-    if name == CAUSAL:
-        return partial(_causal, case.length)
-    if name in BASELINES:
-        return partial(_dense if name == DENSE else _unfused, _bias(rectangle))
+    if name in baselines.NAMES:
+        return baselines.attention(name, case, rectangle, _dtype())
     return lambda query, key, value: block_diffusion_attention(query, key, value, rectangle, name)
 
 
@@ -228,45 +213,6 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), draw(case.shape.heads)
 
 
-def _row_parts(positions: int) -> Iterable[Tensor]:
-    """Rows of a mask in parts that keep what is derived from them small."""
-    return torch.arange(positions).split(max(1, (1 << 22) // positions))
-
-
-def _bias(rectangle: Rectangle) -> Tensor:
-    """The whole mask as an additive one, [S, S]: the form in which it costs SDPA least."""
-    positions = rectangle.queries
-    bias = torch.zeros(positions, positions, dtype=_dtype(), device=device.device())
-    for rows in _row_parts(positions):
-        hidden = ~rectangle.mask.dense(0, rows)
-        bias[rows[0] : rows[-1] + 1].masked_fill_(hidden.to(bias.device), float("-inf"))
-    return bias
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    return scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **options).permute(
-        2, 0, 1, 3
-    )
-
-
-def _dense(bias: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _sdpa(query, key, value, attn_mask=bias)
-
-
-def _causal(length: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Plain causal attention of length L: a yardstick of what the kernels here can do."""
-    return _sdpa(query[:length], key[:length], value[:length], is_causal=True)
-
-
-def _unfused(bias: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Matrix product, softmax, matrix product; autograd keeps their S x S results for backward."""
-    group = query.size(2) // key.size(2)
-    scores = torch.einsum("qbhd,kbhd->bhqk", query, key.repeat_interleave(group, 2)) * query.size(3) ** -0.5
-    weights = (scores + bias).softmax(dim=-1)
-    return torch.einsum("bhqk,kbhd->qbhd", weights, value.repeat_interleave(group, 2))
-
-
 def _some_heads(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> list[Tensor]:
     """A few key heads with the query heads that share them: enough to be right or wrong."""
     count = min(CHECKED_KV_HEADS, key.size(2))
@@ -285,7 +231,7 @@ def _exact(rectangle: Rectangle, query: Tensor, key: Tensor, value: Tensor, grad
     key, value = (t.detach()[:, 0].double() for t in (key, value))  # [S, Hkv, D]
     output, grad_query = torch.empty_like(query), torch.empty_like(query)
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-    for rows in _row_parts(len(query)):
+    for rows in row_parts(len(query)):
         visible = rectangle.mask.dense(0, rows).to(query.device)
         seen = visible.any(dim=0).nonzero()[:, 0]
         rows, k, v, hidden = rows.to(query.device), key[seen], value[seen], ~visible[:, seen]

@@ -10,8 +10,10 @@ import torch
 from llada_megatron import cli
 from llada_megatron.attention import BlockDiffusionMask, registry
 from llada_megatron.bench import attention
-from llada_megatron.bench.attention import CAUSAL, DENSE, UNFUSED, Result
-from llada_megatron.bench.attention_cases import SUITES, Case, HeadShape
+from llada_megatron.bench import attention_baselines as baselines
+from llada_megatron.bench.attention import Result
+from llada_megatron.bench.attention_baselines import CAUSAL, DENSE, UNFUSED
+from llada_megatron.bench.attention_cases import MINI, SUITES, Case, HeadShape
 
 SHAPE = HeadShape(4, 2, 8)
 TINY = [Case(64, 4, "one", SHAPE), Case(64, 64, "one", SHAPE), Case(96, 4, "24 tokens", SHAPE)]
@@ -169,3 +171,11 @@ def test_the_quick_suite_runs_with_memory(tmp_path):
     assert all(record["peak_bytes"] > 0 for record in records)
     peak = {r["executor"]: r["peak_bytes"] for r in records if r["case"] == SUITES["quick"][1].name}
     assert peak["portable"] < peak[UNFUSED] / 2
+
+
+def test_on_a_gpu_the_unfused_baselines_go_as_far_as_its_memory(monkeypatch):
+    monkeypatch.setattr(baselines.device, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: name == "transformer_engine")
+    unfused = {baselines.UNFUSED, baselines.TRANSFORMER_ENGINE}
+    for length, fitting in ((8192, {*baselines.NAMES}), (16384, {*baselines.NAMES} - unfused)):
+        assert {*baselines.fitting(Case(length, 32, "one", MINI), torch.bfloat16)} == fitting

@@ -3,6 +3,7 @@
 Nothing in this file has run on a GPU yet.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -59,3 +60,14 @@ def test_transformer_engine_trains_in_bf16_from_a_checkpoint_written_on_a_cpu(co
         f"run.dir={tmp_path}/te",
     )
     assert losses(tmp_path / "te")[0] < losses(tmp_path / "cpu")[0]
+
+
+def test_the_attention_benchmark_finds_every_executor_right_and_transformer_engine_among_the_baselines(
+    tmp_path,
+):
+    llada("bench", "attention", "--suite", "quick", "--out", str(tmp_path))
+    results = json.loads((tmp_path / "attention.json").read_text())["results"]
+    assert all(result["correct"] for result in results)
+    if importlib.util.find_spec("transformer_engine"):
+        of_baseline = [result for result in results if result["executor"] == "TE unfused"]
+        assert of_baseline and all(result["seconds"] and result["peak_bytes"] for result in of_baseline)
