@@ -87,7 +87,7 @@ def assert_equals_reference(backend, mask, qkv, tolerance):
 
 EXECUTORS = executor_names(torch.device("cpu"), torch.float32, 64)
 OTHERS = [name for name in EXECUTORS if name != "reference"]
-TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
 
 
 @settings(max_examples=150)
