@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.checkpoint.shards import Part
-from llada_megatron.convert.safetensors_files import NAMES, as_bytes
+from llada_megatron.convert.safetensors_files import DTYPES, NAMES, as_bytes
 
 CERTIFICATE = "certificate.json"
 NAMES_SHOWN = 6
@@ -34,7 +35,7 @@ class Ledger:
             self.problems.append(f"{self._side}: {part.name} has element {part.start} after {passed}")
         if tuple(values.shape) != part.size or part.shape != first.shape or values.dtype != dtype:
             self.problems.append(f"{self._side}: {part.name} got numbers of another shape or type")
-        if not values.sum(dtype=torch.float32).isfinite():
+        if not all(extreme.isfinite() for extreme in torch.aminmax(values)):  # either is NaN where one is
             self.problems.append(f"{self._side}: {part.name} holds what is not finite, or was never written")
         digest.update(as_bytes(values.contiguous()))
         self._seen[part.name] = (first, dtype, part.start + part.elements, digest)
@@ -44,7 +45,7 @@ class Ledger:
         return {
             name: first.shape
             for name, (first, _, passed, _) in self._seen.items()
-            if passed == whole_elements(first)
+            if passed == prod(first.shape)
         }
 
     def as_json(self) -> dict[str, dict[str, Any]]:
@@ -53,11 +54,6 @@ class Ledger:
             name: {"dtype": NAMES[dtype], "shape": first.shape, "sha256": digest.hexdigest()}
             for name, (first, dtype, _, digest) in self._seen.items()
         }
-
-
-def whole_elements(part: Part) -> int:
-    """Elements of the tensor that a part is of."""
-    return torch.Size(part.shape).numel()
 
 
 @dataclass
@@ -112,6 +108,11 @@ class Certificate:
         if written != self.parameters["architecture"]:
             expected = self.parameters["architecture"]
             self.problems.append(f"{written:,} parameters were written, the architecture has {expected:,}")
+
+    def source_bytes(self) -> int:
+        """Of the tensors that were converted."""
+        side = self.hugging_face if self.direction == "hf-to-mcore" else self.megatron
+        return sum(prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize for entry in side.values())
 
     def rounded(self) -> bool:
         """Whether the two sides hold numbers of different types."""

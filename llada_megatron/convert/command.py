@@ -93,7 +93,7 @@ def _print(certificate: Certificate, target: Path, seconds: float) -> None:
     print(f"result     {target}: {certificate.architecture}, mask token {certificate.mask_token_id}")
     print(
         f"tensors    {len(certificate.hugging_face):,} of theirs, {len(certificate.megatron):,} of ours,"
-        f" {certificate.parameters['written']:,} parameters: each written once, read back, the same bytes"
+        f" {certificate.parameters['written']:,} parameters: each written once and read back"
     )
     if logits["compared"]:
         print(
@@ -101,4 +101,8 @@ def _print(certificate: Certificate, target: Path, seconds: float) -> None:
         )
     else:
         print(f"logits     not compared: {logits['reason']}")
-    print(f"took       {seconds:.1f} s, at most {peak / 1e9:.2f} GB of memory")
+    size = certificate.source_bytes()
+    print(
+        f"took       {seconds:.1f} s for {size / 1e9:.2f} GB ({size / 1e9 / seconds:.2f} GB/s),"
+        f" at most {peak / 1e9:.2f} GB of memory"
+    )

@@ -106,14 +106,20 @@ def architecture_of(described: dict[str, Any]) -> str:
     return (described.get("architectures") or ["none"])[0]
 
 
+def is_moe(architecture: str, where: str) -> bool:
+    """Whether an architecture has experts; ValueError for one that is not served."""
+    family_of(architecture, where)
+    return architecture in BAILING.architectures
+
+
 def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> ModelConfig:
     """The architecture that a config.json describes, which names no mask token.
 
     Raises ValueError for another architecture, a missing key or a setting that is not served.
     """
-    family = family_of(architecture_of(described), where)
+    moe = is_moe(architecture_of(described), where)
     described = _with_rope_theta(described, where)
-    table, fixed = (BAILING_ROWS, BAILING_FIXED) if family is BAILING else (LLAMA_ROWS, LLAMA_FIXED)
+    table, fixed = (BAILING_ROWS, BAILING_FIXED) if moe else (LLAMA_ROWS, LLAMA_FIXED)
     for key, served in fixed.items():
         if described.get(key, served) != served:
             raise ValueError(f"{where} sets {key}={described[key]}: only {served} is served.")
@@ -121,7 +127,7 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
     for row in table:
         if values[row.ours] is REQUIRED:
             raise ValueError(f"{where} has no '{row.theirs}'.")
-    if family is BAILING:
+    if moe:
         values["shared_expert_hidden_size"] = values["expert_hidden_size"] * (
             described.get("num_shared_experts") or 0
         )
@@ -132,6 +138,10 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
     values["rotary_base"] = float(values["rotary_base"])
     model = ModelConfig(mask_token_id=mask_token_id, **values)
     _require_same_groups(model)
+    if not 0 <= mask_token_id < model.vocab_size:
+        raise ValueError(
+            f"--mask-token-id {mask_token_id} is outside the vocabulary of {model.vocab_size} in {where}."
+        )
     return model
 
 
@@ -144,7 +154,7 @@ def describe(
     architecture only what differs is changed. `positions` is the longest sequence where it does not say.
     """
     _require_expressible(model, architecture)
-    moe = family_of(architecture, "--architecture") is BAILING
+    moe = is_moe(architecture, "--architecture")
     table = BAILING_ROWS if moe else LLAMA_ROWS
     values = {row.theirs: getattr(model, row.ours) for row in table}
     values |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_dim}
@@ -202,7 +212,7 @@ def _require_same_groups(model: ModelConfig) -> None:
 
 
 def _require_expressible(model: ModelConfig, architecture: str) -> None:
-    moe = family_of(architecture, "--architecture") is BAILING
+    moe = is_moe(architecture, "--architecture")
     if moe != (model.experts > 0):
         kind = "no experts" if moe else f"{model.experts} experts"
         raise ValueError(

@@ -109,11 +109,6 @@ def mcore_to_hf(
     if tokenizer is not None:
         tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
     shards = ShardsReader(checkpoint / SHARDS)
-    types = {
-        part.name: (_type(part, shards.dtype(entry.ours.name), dtype), part.shape)
-        for entry in entries
-        for part in entry.theirs
-    }
     described = config_json.describe(
         model,
         architecture,
@@ -124,6 +119,11 @@ def mcore_to_hf(
     certificate = Certificate("mcore-to-hf", str(checkpoint), architecture, layout.value, model.mask_token_id)
     if not _fits(certificate, entries, str(checkpoint), shards.shapes(), model):
         return certificate
+    types = {
+        part.name: (_type(part, shards.dtype(entry.ours.name), dtype), part.shape)
+        for entry in entries
+        for part in entry.theirs
+    }
     with _aside(target) as aside:
         writer = SafetensorsWriter(aside, types, max_shard_bytes)
         _convert(
@@ -132,9 +132,11 @@ def mcore_to_hf(
         _check_logits(certificate, SafetensorsReader(aside), described, checkpoint, model)
         if certificate.passed:
             _write_configs(aside, folder, came_as, described, model.mask_token_id)
-            if travelling := tokenizer or folder:
+            if folder is not None:
                 same = config_json.architecture_of(came_as) == architecture
-                tokenizer_files.carry_out(travelling, aside, code=same)
+                tokenizer_files.carry_out(folder, aside, code=same)
+            if tokenizer is not None:
+                tokenizer_files.carry_out(tokenizer, aside, code=False)
             certificate.write(aside)
             publish.give_name(aside, target)
     return certificate
@@ -177,36 +179,9 @@ def _convert(
     to_ours: bool,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write every entry, then read the result, convert it back, and compare the hashes of both sides."""
+    """Write every entry, read the result again, and note whatever does not fit in the certificate."""
     source, target = Ledger("source"), Ledger("target")
-    _transfer(entries, reader, writer.write, to_ours, source, target, dtype)
-    writer.finish()
-    read, back = Ledger("result"), Ledger("result converted back")
-    _transfer(entries, reopen(), lambda part, values: None, not to_ours, read, back, None)
-    theirs, ours = (source, target) if to_ours else (target, source)
-    certificate.hugging_face, certificate.megatron = theirs.as_json(), ours.as_json()
-    for ledger in (source, target, read, back):
-        certificate.problems += ledger.problems
-    built = {part.name: part.shape for entry in entries for part in (entry.ours, *entry.theirs)}
-    certificate.compare("what was read and written", source.shapes() | target.shapes(), built)
-    certificate.same_hashes("the result, read again,", read, target)
-    if dtype is None:
-        certificate.same_hashes("the result, converted back,", back, source)
-    written = sum(prod(s) for name, s in target.shapes().items() if not name.endswith(KEPT_IN_FP32))
-    certificate.count_parameters(written)
-
-
-def _transfer(
-    entries: list[Entry],
-    reader: Reader,
-    write: Callable[[Part, Tensor], None],
-    to_ours: bool,
-    source: Ledger,
-    target: Ledger,
-    dtype: torch.dtype | None,
-) -> None:
-    """Read, convert and write entry by entry: no more than one entry's tensors are in memory."""
-    for entry in entries:
+    for entry in entries:  # no more than one entry's tensors are in memory
         inputs, outputs = (entry.theirs, (entry.ours,)) if to_ours else ((entry.ours,), entry.theirs)
         values = [reader.read(part) for part in inputs]
         for part, value in zip(inputs, values, strict=True):
@@ -215,7 +190,36 @@ def _transfer(
         for part, value in zip(outputs, converted, strict=True):
             value = value.to(_type(part, value.dtype, dtype)).contiguous()
             target.record(part, value)
-            write(part, value)
+            writer.write(part, value)
+    writer.finish()
+    again = Ledger("the result")
+    _read_back(entries, reopen(), again, to_ours=to_ours, convert_back=dtype is None)
+    theirs, ours = (source, target) if to_ours else (target, source)
+    certificate.hugging_face, certificate.megatron = theirs.as_json(), ours.as_json()
+    for ledger in (source, target, again):
+        certificate.problems += ledger.problems
+    built = {part.name: part.shape for entry in entries for part in (entry.ours, *entry.theirs)}
+    certificate.compare("what was read and written", source.shapes() | target.shapes(), built)
+    if dtype is None:
+        certificate.same_hashes("the result, read and converted back,", again, source)
+    else:
+        certificate.same_hashes("the result, read again,", again, target)
+    written = sum(prod(s) for name, s in target.shapes().items() if not name.endswith(KEPT_IN_FP32))
+    certificate.count_parameters(written)
+
+
+def _read_back(
+    entries: list[Entry], result: Reader, ledger: Ledger, *, to_ours: bool, convert_back: bool
+) -> None:
+    """Record the parts of the result or, converted back, those that the source should have had."""
+    for entry in entries:
+        parts = (entry.ours,) if to_ours else entry.theirs
+        values = [result.read(part) for part in parts]
+        if convert_back:
+            parts = entry.theirs if to_ours else (entry.ours,)
+            values = entry.to_theirs(values) if to_ours else entry.to_ours(values)
+        for part, value in zip(parts, values, strict=True):
+            ledger.record(part, value)
 
 
 def _type(part: Part, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

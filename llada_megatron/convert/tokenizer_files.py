@@ -37,7 +37,10 @@ def mask_token(directory: Path, stated_id: int | None, stated_token: str | None)
         return stated_id
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{directory}/tokenizer.json cannot be read: {error}.") from error
     named = next((name for name in MASK_NAMES if tokenizer.token_to_id(name) is not None), None)
     if stated_id is None:
         if named is None:
@@ -84,14 +87,13 @@ def carried(checkpoint: Path, manifest: Manifest) -> Path | None:
         return None
 
 
-def carry_out(folder: Path, target: Path, *, code: bool) -> bool:
-    """Copy tokenizer files, with `code` the model's .py files too; whether there were any."""
+def carry_out(folder: Path, target: Path, *, code: bool) -> None:
+    """Copy tokenizer files, with `code` the model's .py files too."""
     names = [*TOKENIZER_FILES, *(sorted(path.name for path in folder.glob("*.py")) if code else [])]
-    return _copy(folder, target, names)
+    _copy(folder, target, names)
 
 
-def _copy(source: Path, target: Path, names: list[str]) -> bool:
-    present = [name for name in names if (source / name).is_file()]
-    for name in present:
-        shutil.copyfile(source / name, target / name)
-    return bool(present)
+def _copy(source: Path, target: Path, names: list[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
