@@ -21,13 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     inward = directions.add_parser("hf-to-mcore", help="a Hugging Face checkpoint into one to train from")
     outward = directions.add_parser("mcore-to-hf", help="a checkpoint, or a run's newest, to Hugging Face")
-    for direction in (inward, outward):
-        direction.add_argument("--from", dest="source", required=True, metavar="DIR")
-        direction.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR", help="new")
+    sources = {inward: "with config.json and safetensors", outward: "a checkpoint, or a run: its newest"}
+    for direction, source in sources.items():
+        direction.add_argument("--from", dest="source", required=True, metavar="DIR", help=source)
+        direction.add_argument(
+            "--to", dest="target", type=Path, required=True, metavar="DIR", help="must not exist yet"
+        )
         direction.add_argument(
             "--mask-token",
             metavar="TEXT",
-            help="the mask's id is this token in the tokenizer, and that is meant",
+            help="states which token the mask's id is, where it is another token's and that is meant",
         )
     inward.add_argument("--mask-token-id", type=int, metavar="N", help="default: the tokenizer's mask token")
     outward.add_argument(
