@@ -33,6 +33,7 @@ from llada_megatron.training.optimizer import LearningRate, build_optimizer, wra
 from llada_megatron.training.position import (
     Position,
     check_nothing_later,
+    check_same_model,
     check_same_run,
     resume_checkpoint,
 )
@@ -196,6 +197,7 @@ class _Run:
         if self.config.checkpoint.init_from:
             checkpoint = manifests.find(self.config.checkpoint.init_from)
             manifest = store.verified(checkpoint)
+            check_same_model(self.config, checkpoint, manifest)
             store.load(checkpoint, self.trainer.model, None)
             self.trainer.optimizer.reload_model_params()
             return Position(autoregressive_tokens=manifest.consumed_tokens)

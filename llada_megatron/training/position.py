@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.retention import readable
 from llada_megatron.config import manifest as manifests
-from llada_megatron.config.compose import differences, resolve
+from llada_megatron.config.compose import differences, leaf_differences, resolve
 from llada_megatron.config.manifest import Manifest
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import Config
@@ -46,6 +48,18 @@ MAY_CHANGE = (
     "precision.deterministic",
 )
 """Keys that a resume may change; data.path is covered by the fingerprint, stages by `_changed_stages`."""
+
+
+TRAINING_OF_MODEL = (
+    "model.attention_backend",
+    "model.layer_spec",
+    "model.head_chunk_tokens",
+    "model.init_std",
+    "model.expert_bias_update_rate",
+    "model.expert_bias_zero_mean",
+    "model.expert_balance_clean_half",
+)
+"""Keys of the model that say how it is trained, not what its weights compute."""
 
 
 @dataclasses.dataclass
@@ -98,6 +112,21 @@ def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[st
     if data := fingerprint_difference(manifest.data_fingerprint, data_fingerprint):
         raise ValueError(
             f"The data changed since the checkpoint: {' '.join(data)} Set run.allow_change=[data] to go on."
+        )
+
+
+def check_same_model(config: Config, checkpoint: Path, manifest: Manifest) -> None:
+    """Raise ValueError when weights to start from are of a model that computes otherwise.
+
+    Shapes alone would not tell: another rotary base, norm or mask token loads without an error.
+    """
+    saved = {"model": manifest.config["model"]}
+    now = {"model": OmegaConf.to_container(OmegaConf.structured(config.model), enum_to_str=True)}
+    allowed = (*TRAINING_OF_MODEL, *config.run.allow_change)
+    if changed := [line for line in leaf_differences(saved, now) if not line.startswith(allowed)]:
+        raise ValueError(
+            f"checkpoint.init_from={checkpoint} holds another model: {'; '.join(changed)}. Choose its model,"
+            " or name the keys in run.allow_change."
         )
 
 

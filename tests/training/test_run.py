@@ -431,6 +431,9 @@ def test_the_weights_of_another_run_start_a_conversion_at_step_zero(corpus, tmp_
     assert records(tmp_path / "bd")[0]["step"] == 0
     manifest = json.loads((checkpoint(tmp_path / "bd", 2) / "manifest.json").read_text())
     assert manifest["autoregressive_tokens"] == 512
+    other = configure(corpus, tmp_path / "other", *init, "model.rotary_base=1000", "model.mask_token_id=300")
+    with pytest.raises(ValueError, match=r"another model: model\.mask_token_id: .*model\.rotary_base: "):
+        train(other)
     last, converted = run_ranks(arrays_in, [checkpoint(tmp_path / "ar", 2), checkpoint(tmp_path / "bd", 2)])[
         0
     ]

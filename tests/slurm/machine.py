@@ -1,0 +1,171 @@
+"""A real Slurm on this machine: two nodes, everything in one folder, gone when it is closed.
+
+Needs Debian's slurm-wlm and munge, and root (slurmd starts steps as the user who submits).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CryptoType=crypto/munge
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=1,bf_interval=1
+SlurmctldPort={ports[0]}
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool.%n
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdLogFile={folder}/slurmd.%n.log
+SlurmctldTimeout=10
+SlurmdTimeout=10
+InactiveLimit=0
+KillWait=5
+MinJobAge=300
+BatchStartTimeout=20
+NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=8000
+PartitionName=main Nodes=node[1-2] Default=YES PriorityTier=1 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=node[1-2] PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> str:
+    """Why no Slurm can be started here; empty when one can."""
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    if absent:
+        return f"Slurm is not installed: {', '.join(absent)} not found (Debian: slurm-wlm, munge)"
+    return "" if os.geteuid() == 0 else "a Slurm of its own needs root"
+
+
+class Slurm:
+    """Starts munged, slurmctld and a slurmd per node; `environment` makes Slurm's programs talk to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o755)
+        (folder / "state").mkdir()
+        for node in ("node1", "node2"):
+            (folder / f"spool.{node}").mkdir()
+        first = _three_free_ports()
+        self.conf = folder / "slurm.conf"
+        host = socket.gethostname()
+        self.conf.write_text(CONF.format(folder=folder, host=host, ports=range(first, first + 3)))
+        self.environment = {**os.environ, "SLURM_CONF": str(self.conf)}
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._start_munge()
+        self._start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
+        for node in ("node1", "node2"):
+            self.start_node(node)
+        self._wait_until_idle()
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd."""
+        self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
+
+    def kill_node(self, node: str) -> None:
+        """Take a node away: its slurmd and all steps on it die at once."""
+        daemon = self.daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
+        for process in Path("/proc").glob("[0-9]*"):
+            if f"SLURMD_NODENAME={node}\0" in _read(process / "environ") or (
+                "slurmstepd" in _read(process / "cmdline") and f"/spool.{node}" in _read(process / "maps")
+            ):
+                os.kill(int(process.name), signal.SIGKILL)
+
+    def run(self, *command: str, timeout_sec: float = 60, check: bool = True) -> str:
+        """Output of a command of Slurm's."""
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=timeout_sec
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{command} failed: {done.stderr or done.stdout}")
+        return done.stdout
+
+    def close(self) -> None:
+        """End every job and daemon that this object started."""
+        self.run("scancel", "--user=root", check=False)
+        time.sleep(1)
+        for daemon in reversed(list(self.daemons.values())):
+            daemon.terminate()
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def _start_munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        self._start(
+            "munged",
+            "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.socket",
+            f"--pid-file={self.folder}/munge.pid", f"--log-file={self.folder}/munge.log",
+            f"--seed-file={self.folder}/munge.seed",
+        )  # fmt: skip
+        while not (self.folder / "munge.socket").exists():
+            self._require_running("munged")
+            time.sleep(0.05)
+
+    def _start(self, name: str, *command: str) -> None:
+        output = (self.folder / f"{name}.out").open("ab")
+        self.daemons[name] = subprocess.Popen(
+            command, env=self.environment, stdout=output, stderr=output, start_new_session=True
+        )
+
+    def _require_running(self, name: str) -> None:
+        if self.daemons[name].poll() is not None:
+            raise RuntimeError(f"{name} ended: {(self.folder / f'{name}.out').read_text()[-2000:]}")
+
+    def _wait_until_idle(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.run("sinfo", "-h", "-N", "-o", "%N %t", "-p", "main", check=False).count("idle") < 2:
+            for name in self.daemons:
+                self._require_running(name)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the nodes did not come up: {self.run('sinfo', check=False)}")
+            time.sleep(0.2)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:  # it has ended meanwhile
+        return ""
+
+
+def _three_free_ports() -> int:
+    for first in range(17000, 60000, 10):
+        try:
+            for port in range(first, first + 3):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise RuntimeError("no three ports in a row are free")
