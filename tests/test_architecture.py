@@ -25,7 +25,7 @@ ROOMS_IMPORT = {
     "checkpoint": {"config", "runtime", "parallel", "model", "data"},
     "convert": {"config", "runtime", "parallel", "attention", "model", "data", "checkpoint"},
     "observe": {"config"},
-    "cluster": {"config"},
+    "cluster": {"config", "observe"},
     "generate": {"config", "runtime", "parallel", "attention", "diffusion", "model", "data"},
 }
 ROOMS_IMPORT["training"] = {*ROOMS_IMPORT}

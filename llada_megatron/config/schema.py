@@ -92,6 +92,8 @@ class RunConfig:
     """`auto` (newest good checkpoint of this run, if any), `never`, or a checkpoint's path."""
     allow_change: list[str] = field(default_factory=list)
     """Keys, groups or `data` that a resume may change although the run becomes another: `[optimizer.lr]`."""
+    max_failures: int = 3
+    """Failures in a row without a new checkpoint after which a run is not started again by itself."""
 
 
 @dataclass
@@ -338,6 +340,8 @@ class TrainingConfig:
     """A process without progress for so long leaves its stacks in run.dir/stacks and ends with exit code 1.
 
     The longest step, evaluation or save must fit. 0: never."""
+    preflight: bool = False
+    """Check nodes, clocks, disk and speed before the model is built; a submission sets it."""
     stop_deadline_sec: float = 300.0
     """From a signal to the end of the process, checkpoint included; past it the same happens. 0: no limit."""
     threads: int = 0
@@ -392,6 +396,41 @@ class ClusterConfig:
     """In any currency; 0: no cost is given."""
 
 
+class Container(StrEnum):
+    """What the ranks run in."""
+
+    none = "none"
+    pyxis = "pyxis"
+    apptainer = "apptainer"
+
+
+@dataclass
+class SlurmConfig:
+    """How a run is submitted at a site; what is empty is left to the site's defaults."""
+
+    account: str = ""
+    partition: str = ""
+    qos: str = ""
+    constraint: str = ""
+    time_limit_min: int = 0
+    """Of one attempt; the run goes on in the next one."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, one each: `--mem=0`."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the ranks start: `module load cuda`."""
+    environment: str = ""
+    """A file of launch/env/ that the job sources: `nccl` or `gloo`; empty: `nccl` where nodes have GPUs."""
+    container: Container = Container.none
+    image: str = ""
+    """For a container: a name or path of its image."""
+    mounts: list[str] = field(default_factory=list)
+    """For a container: `HOST:INSIDE`; the run's directory, the data and this source must be among them."""
+    python: str = ""
+    """Of the ranks; empty: the one that submits, and `python` in a container."""
+    signal_lead_sec: int = 300
+    """Warning before the time limit; a submission raises it to what steps and saves have taken so far."""
+
+
 @dataclass
 class Config:
     """A complete run."""
@@ -409,3 +448,4 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)

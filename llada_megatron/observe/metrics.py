@@ -57,6 +57,11 @@ def read_jsonl(path: Path) -> list[Record]:
     return records
 
 
+def step_seconds(record: Record) -> float:
+    """How long a step of metrics.jsonl took."""
+    return record["consumed_tokens"] / (record["step"] + 1) / record["tokens_per_sec"]
+
+
 def by_stage(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
     """Consecutive records grouped by their `stage`, in the order of the run."""
     return [(name, list(group)) for name, group in itertools.groupby(records, key=lambda r: r["stage"])]

@@ -24,6 +24,7 @@ GRACE_SEC = 10.0
 SETTLE_SEC = 1.0
 """How long to wait for the cause: a failed rank breaks the others' collectives, and they may report first."""
 AS_THEY_ARE = (ValueError, OSError, FloatingPointError)
+FIRST_PORT, PORTS = 20_000, 10_000
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -55,6 +56,10 @@ def already_started() -> bool:
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         for name, slurm in (("RANK", "PROCID"), ("LOCAL_RANK", "LOCALID"), ("WORLD_SIZE", "STEP_NUM_TASKS")):
             os.environ[name] = os.environ[f"SLURM_{slurm}"]
+        os.environ.setdefault("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
+        # The same for every rank of an attempt, and another one for the next: the last one's may linger.
+        attempt = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + attempt % PORTS))
     return "RANK" in os.environ
 
 

@@ -21,6 +21,7 @@ from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.model.provider import build_model
+from llada_megatron.observe import events
 from llada_megatron.observe.metrics import read_jsonl
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
@@ -157,6 +158,8 @@ class _Run:
                 stage = self.schedule.stage_at(step)
                 began = device.seconds()
                 result = train_step(self.trainer, step)
+                if step == self.position.step:
+                    self._record("first_step", step=step)
                 self._log(step, stage, result, device.seconds() - began)
                 self._count_skipped(step, result)
                 step += 1
@@ -167,7 +170,9 @@ class _Run:
                 # Evaluated before it is saved: the manifest holds the figures, a resume finds them on record.
                 every = config.evaluation.every_steps
                 if (ended and config.evaluation.at_stage_end) or (every and step % every == 0):
+                    began = time.monotonic()
                     self._evaluate(step, stage)
+                    self._record("evaluated", step=step, seconds=time.monotonic() - began)
                 self.watchdog.beat()
                 is_due = self.saving.is_due(step, stage_ended=ended, is_last=step == last_step)
                 if is_due or signal_number:
@@ -202,6 +207,10 @@ class _Run:
             self.trainer.optimizer.reload_model_params()
             return Position(autoregressive_tokens=manifest.consumed_tokens)
         return Position()
+
+    def _record(self, event: str, **fields: Any) -> None:
+        if self.is_writer:
+            events.append(self.dir, event, **fields)
 
     def _wall_sec(self) -> float:
         return self.position.wall_sec + time.monotonic() - self.started

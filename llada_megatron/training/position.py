@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "run.dir",
     "run.name",
     "run.allow_change",
+    "run.max_failures",
     "model.attention_backend",
     "model.layer_spec",
     "model.head_chunk_tokens",
@@ -45,6 +46,7 @@ MAY_CHANGE = (
     "training.",
     "logging.",
     "cluster.",
+    "slurm.",
     "precision.deterministic",
 )
 """Keys that a resume may change; data.path is covered by the fingerprint, stages by `_changed_stages`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llada_megatron.checkpoint.store import Save
 from llada_megatron.config.manifest import Manifest
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
+from llada_megatron.observe import events
 from llada_megatron.training.position import Position
 from llada_megatron.training.step import Trainer
 
@@ -37,6 +39,7 @@ class Saving:
     ) -> None:
         """Save after `step` steps; in the background it returns when everything is captured."""
         self.finish()
+        began = time.monotonic()
         samples = step * self.config.layout.global_batch
         manifest = Manifest(
             config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
@@ -61,6 +64,8 @@ class Saving:
         )
         if not self.config.checkpoint.in_background:
             self.finish()
+        if dist.get_rank() == 0:
+            events.append(Path(self.config.run.dir), "saved", step=step, seconds=time.monotonic() - began)
 
     def poll(self) -> None:
         """Publish what the background has written meanwhile."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from llada_megatron.config.compose import compose
 from llada_megatron.config.manifest import find, git_commit, versions, whole_checkpoints
 from llada_megatron.config.schema import Config
-from llada_megatron.observe.metrics import read_jsonl
+from llada_megatron.observe.metrics import read_jsonl, step_seconds
 from llada_megatron.runtime.launch import WorkerDied, launch
 from llada_megatron.verify import journal
 from llada_megatron.verify.layouts import write_corpus
@@ -106,8 +106,7 @@ class _Check:
     def certificate(self) -> Certificate:
         straight, broken = self.folder / "straight", self.folder / "interrupted"
         self._train(self._config(straight))
-        record = read_jsonl(straight / "metrics.jsonl")[-1]
-        self.step_sec = record["consumed_tokens"] / (record["step"] + 1) / record["tokens_per_sec"]
+        self.step_sec = step_seconds(read_jsonl(straight / "metrics.jsonl")[-1])
         often = [*self.overrides, "checkpoint.every_steps=1"]
         interruptions = [
             self._interrupt(often, broken, "kill -9 in a step", self._kill_in_a_step),

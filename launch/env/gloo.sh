@@ -1,0 +1,1 @@
+# Sourced by the batch script on nodes without GPUs; replaced by the colleague

@@ -1,0 +1,170 @@
+"""The attempts of a run: what a job records before and after the ranks, and whether it is requeued.
+
+    python -m llada_megatron.cluster.attempts start RUN
+    python -m llada_megatron.cluster.attempts end RUN EXIT_CODE
+
+The batch script calls both. Standard library only, as observe/events.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from llada_megatron.cluster import slurm
+from llada_megatron.observe import events
+from llada_megatron.observe.events import Event
+
+STOP_FILE = "stop"
+"""In the run's directory: `llada stop` was called, so nothing is requeued."""
+BAD_INPUT = 2
+ERROR = re.compile(r"error: (.+)|^(\w+(?:Error|Exception)\b.*)|(Timeout \(.*\)!)")
+
+
+@dataclass
+class Verdict:
+    """How an attempt ended: finished, stopped, again (it is to be started again) or failed."""
+
+    outcome: str
+    reason: str
+
+
+def newest_step(run_dir: Path) -> int:
+    """Steps in the newest whole checkpoint; 0 without one."""
+    names = [path.parent.name for path in (run_dir / "checkpoints").glob("step_*/manifest.json")]
+    return max((int(name.removeprefix("step_")) for name in names), default=0)
+
+
+def log_dir(run_dir: Path, attempt: int) -> Path:
+    """Where the ranks of an attempt write, one file each."""
+    return run_dir / "logs" / f"attempt_{attempt:03d}"
+
+
+def count(record: list[Event]) -> int:
+    """Attempts so far."""
+    return sum(event["event"] == "started" for event in record)
+
+
+def start(run_dir: Path, **where: object) -> int:
+    """Record that an attempt starts; returns its number, from 0. One that never ended is recorded first."""
+    record = events.read(run_dir)
+    newest = events.last(record, "started", "ended")
+    if newest is not None and newest["event"] == "started":
+        reason = "it ended without a word: a node failed, or the job was preempted or killed"
+        events.append(
+            run_dir, "ended", exit_code=None, step=newest_step(run_dir), outcome="again", reason=reason
+        )
+    number = count(record)
+    events.append(run_dir, "started", attempt=number, step=newest_step(run_dir), **where)
+    return number
+
+
+def decide(run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool = False) -> Verdict:
+    """What follows from an exit code. `is_ending`: Slurm itself ends the job (cancelled, preempted)."""
+    stopped = (run_dir / STOP_FILE).exists()
+    if exit_code == 0:
+        return Verdict("finished", "the schedule is done")
+    if stopped:
+        return Verdict("stopped", "`llada stop` was called; `llada resume` goes on")
+    if exit_code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+        name = signal.Signals(exit_code - 128).name
+        if is_ending:
+            return Verdict(
+                "stopped", f"the job was cancelled or preempted ({name}); a preempted one comes back"
+            )
+        return Verdict("again", f"{name} asked for a checkpoint and a new start")
+    reason = first_error(run_dir) or f"exit code {exit_code}"
+    if exit_code == BAD_INPUT:
+        return Verdict("failed", reason)
+    failures = _failures_without_progress(run_dir) + 1
+    if failures >= max_failures:
+        return Verdict("failed", f"{failures} failures in a row without a new checkpoint, the last: {reason}")
+    return Verdict("again", reason)
+
+
+def end(run_dir: Path, exit_code: int, verdict: Verdict) -> None:
+    """Record how an attempt ended."""
+    step = newest_step(run_dir)
+    events.append(
+        run_dir, "ended", exit_code=exit_code, step=step, outcome=verdict.outcome, reason=verdict.reason
+    )
+
+
+def first_error(run_dir: Path) -> str:
+    """The most telling line of the newest attempt's logs: an error sentence first, then an exception."""
+    folder = log_dir(run_dir, count(events.read(run_dir)) - 1)
+    sentences: list[str] = []
+    exceptions: list[str] = []
+    for log in sorted(folder.glob("rank_*.log")):
+        rank = log.stem.removeprefix("rank_")
+        for line in _tail(log).splitlines():
+            if found := ERROR.search(line):
+                (sentences if found[1] else exceptions).append(
+                    f"{found[1] or found[2] or found[3]} (rank {rank})"
+                )
+    stacks = [f"no progress, stacks in {path}" for path in [run_dir / "stacks"] if _has_content(path)]
+    return next(iter([*sentences, *stacks, *exceptions]), "")
+
+
+def _failures_without_progress(run_dir: Path) -> int:
+    """Failed attempts since the last one that left a newer checkpoint than it found, or was asked to stop."""
+    failures = 0
+    started: Event | None = None
+    for event in events.read(run_dir):
+        if event["event"] == "started":
+            started = event
+        elif event["event"] == "resumed":
+            failures = 0
+        elif event["event"] == "ended" and started is not None:
+            progress = event["step"] > started["step"]
+            asked = event["exit_code"] in (None, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+            failures = 0 if progress or asked else failures + 1
+    started_now = events.last(events.read(run_dir), "started")
+    return 0 if started_now and newest_step(run_dir) > started_now["step"] else failures
+
+
+def _tail(path: Path, size: int = 100_000) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read().decode(errors="replace")
+
+
+def _has_content(folder: Path) -> bool:
+    return any(path.stat().st_size for path in folder.glob("rank_*.txt"))
+
+
+def main(arguments: list[str]) -> int:
+    """`start RUN` prints the folder for the ranks' logs; `end RUN CODE` requeues when it should."""
+    command, run_dir = arguments[0], Path(arguments[1])
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if command == "start":
+        if (newest := events.last(events.read(run_dir), "ended")) and newest["outcome"] == "finished":
+            print(f"{run_dir} is finished", file=sys.stderr)
+            return 1
+        number = start(
+            run_dir,
+            job=job,
+            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+            devices=int(os.environ.get("SLURM_NTASKS", "1")),
+        )
+        folder = log_dir(run_dir, number)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(folder)
+        return 0
+    exit_code, max_failures = int(arguments[2]), int(arguments[3])
+    is_ending = slurm.state(job) not in ("RUNNING", "")
+    verdict = decide(run_dir, exit_code, max_failures=max_failures, is_ending=is_ending)
+    end(run_dir, exit_code, verdict)
+    print(f"{verdict.outcome}: {verdict.reason}")
+    if verdict.outcome == "again":
+        slurm.requeue(job)  # does not return: the job ends here and waits in the queue again
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
