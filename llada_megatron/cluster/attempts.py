@@ -27,7 +27,11 @@ ERROR = re.compile(r"error: (.+)|^(\w+(?:Error|Exception)\b.*)|(Timeout \(.*\)!)
 
 @dataclass
 class Verdict:
-    """How an attempt ended: finished, stopped, again (it is to be started again) or failed."""
+    """How an attempt ended.
+
+    `finished`, `stopped` and `failed` are final; `again` is requeued by us, `yielded` was ended by Slurm, which
+    requeues it after a preemption.
+    """
 
     outcome: str
     reason: str
@@ -73,9 +77,7 @@ def decide(run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool 
     if exit_code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM, 128 + signal.SIGINT):
         name = signal.Signals(exit_code - 128).name
         if is_ending:
-            return Verdict(
-                "stopped", f"the job was cancelled or preempted ({name}); a preempted one comes back"
-            )
+            return Verdict("yielded", f"the job was cancelled or preempted ({name})")
         return Verdict("again", f"{name} asked for a checkpoint and a new start")
     reason = first_error(run_dir) or f"exit code {exit_code}"
     if exit_code == BAD_INPUT:

@@ -16,6 +16,7 @@ from llada_megatron.observe import events
 from llada_megatron.observe.metrics import read_jsonl, short_count
 
 EXAMPLE = "llada status runs/llada2_flash"
+FINAL = ("finished", "stopped", "failed")
 FRESH_SEC = 600
 """A run without a job counts as running when its record is younger than this."""
 
@@ -91,16 +92,15 @@ def _state(run_dir: Path, record: list[dict[str, Any]]) -> tuple[str, str]:
         metrics = run_dir / "metrics.jsonl"
         recent = metrics.exists() and time.time() - metrics.stat().st_mtime < FRESH_SEC
         return ("running" if recent else "not running"), ""
+    if newest["event"] == "ended" and newest["outcome"] in FINAL:
+        return newest["outcome"], why
     if in_queue in slurm.ACTIVE:
-        return in_queue.lower(), why if newest["event"] != "started" or attempts.count(record) > 1 else ""
-    if newest["event"] == "ended":
-        return newest["outcome"] if newest["outcome"] != "again" else "waiting", why
+        return in_queue.lower(), why
     if job is None:
-        return "running", why
-    return (
-        "lost",
-        f"job {job['job']} is {in_queue.lower() or 'unknown to Slurm'} and recorded no end; llada resume",
-    )
+        return ("running" if newest["event"] == "started" else "stopped"), why
+    if newest["event"] == "ended":
+        return "stopped", why
+    return "lost", f"job {job['job']} is {in_queue.lower() or 'unknown to Slurm'} and recorded no end"
 
 
 def _last_record(run_dir: Path) -> dict[str, Any] | None:
