@@ -30,6 +30,7 @@ VERBS = {
     "logs": ("llada_megatron.cluster.logs", "one rank's log, or all of them, errors first"),
     "stop": ("llada_megatron.cluster.stop", "save, end, and wait for `llada resume`"),
     "resume": ("llada_megatron.cluster.resume", "submit a stopped or failed run again"),
+    "cost": ("llada_megatron.cluster.cost", "where a run's time went, attempt by attempt, and what it cost"),
     "verify": ("llada_megatron.verify.command", "check golden cases, parallel layouts, context parallelism"),
     "bench": ("llada_megatron.bench.command", "measure attention executors and training steps"),
     "report": ("llada_megatron.observe.command", "render a run's report with pictures"),

@@ -29,8 +29,8 @@ ERROR = re.compile(r"error: (.+)|^(\w+(?:Error|Exception)\b.*)|(Timeout \(.*\)!)
 class Verdict:
     """How an attempt ended.
 
-    `finished`, `stopped` and `failed` are final; `again` is requeued by us, `yielded` was ended by Slurm, which
-    requeues it after a preemption.
+    `finished`, `stopped` and `failed` are final; `again` is requeued by us, `yielded` was ended by Slurm,
+    which requeues it after a preemption.
     """
 
     outcome: str

@@ -133,6 +133,7 @@ class _Run:
         self.trainer = build_trainer(config, schedule)
         self.position = self._load()
         self.saving = Saving(config, self.trainer, data_fingerprint)
+        self.replayed = 0
         self.metrics: dict[str, float] = {}  # of the evaluation at the present step
         self.evaluator = None
         if config.evaluation.block_sizes:
@@ -140,6 +141,8 @@ class _Run:
         self.trackers = None
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
+            recorded = read_jsonl(self.dir / "metrics.jsonl")
+            self.replayed = max(0, recorded[-1]["step"] + 1 - self.position.step) if recorded else 0
             save(config, self.dir / "config.yaml")  # a start that is refused has left the old one
             self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
         self.started = time.monotonic()
@@ -159,7 +162,7 @@ class _Run:
                 began = device.seconds()
                 result = train_step(self.trainer, step)
                 if step == self.position.step:
-                    self._record("first_step", step=step)
+                    self._record("first_step", step=step, replayed=self.replayed)
                 self._log(step, stage, result, device.seconds() - began)
                 self._count_skipped(step, result)
                 step += 1

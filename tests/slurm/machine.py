@@ -48,7 +48,7 @@ KillWait=5
 MinJobAge=300
 BatchStartTimeout=20
 NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=8000
-PartitionName=main Nodes=node[1-2] Default=YES PriorityTier=1 MaxTime=INFINITE State=UP
+PartitionName=main Nodes=node[1-2] Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=node[1-2] PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
