@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +73,10 @@ def decide(run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool 
         return Verdict("finished", "the schedule is done")
     if stopped:
         return Verdict("stopped", "`llada stop` was called; `llada resume` goes on")
-    if exit_code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM, 128 + signal.SIGINT):
-        name = signal.Signals(exit_code - 128).name
+    if signalled := _signalled(events.read(run_dir)):
         if is_ending:
-            return Verdict("yielded", f"the job was cancelled or preempted ({name})")
-        return Verdict("again", f"{name} asked for a checkpoint and a new start")
+            return Verdict("yielded", f"the job was cancelled or preempted ({signalled})")
+        return Verdict("again", f"{signalled} asked for a checkpoint and a new start")
     reason = first_error(run_dir) or f"exit code {exit_code}"
     if exit_code == BAD_INPUT:
         return Verdict("failed", reason)
@@ -112,21 +110,30 @@ def first_error(run_dir: Path) -> str:
     return next(iter([*sentences, *stacks, *exceptions]), "")
 
 
+def _signalled(record: list[Event]) -> str:
+    """The signal at which the newest attempt saved and left; empty if none did.
+
+    The ranks record it. An exit code would not tell: srun ends the others with SIGTERM when one rank fails.
+    """
+    newest = events.last(record, "started", "signalled")
+    return newest["signal"] if newest and newest["event"] == "signalled" else ""
+
+
 def _failures_without_progress(run_dir: Path) -> int:
-    """Failed attempts since the last one that left a newer checkpoint than it found, or was asked to stop."""
-    failures = 0
-    started: Event | None = None
+    """Failed attempts since one left a newer checkpoint, was asked to leave, or lost its node."""
+    failures = begun_at = 0
+    asked = False
     for event in events.read(run_dir):
         if event["event"] == "started":
-            started = event
+            begun_at, asked = event["step"], False
+        elif event["event"] == "signalled":
+            asked = True
         elif event["event"] == "resumed":
             failures = 0
-        elif event["event"] == "ended" and started is not None:
-            progress = event["step"] > started["step"]
-            asked = event["exit_code"] in (None, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
-            failures = 0 if progress or asked else failures + 1
-    started_now = events.last(events.read(run_dir), "started")
-    return 0 if started_now and newest_step(run_dir) > started_now["step"] else failures
+        elif event["event"] == "ended":
+            failed = event["exit_code"] is not None and not asked and event["step"] <= begun_at
+            failures = failures + 1 if failed else 0
+    return 0 if newest_step(run_dir) > begun_at else failures
 
 
 def _tail(path: Path, size: int = 100_000) -> str:

@@ -124,7 +124,7 @@ def _attempt(
     begin, end = started["time"], ended["time"] if ended else now
     first = next((event for event in part if event["event"] == "first_step"), None)
     seconds = {
-        "queue": begin - waited_since if waited_since else 0.0,
+        "queue": 0.0 if waited_since is None else begin - waited_since,
         "start-up": max(0.0, first["time"] - step_sec - begin) if first else end - begin,
         "checkpoints": sum(event["seconds"] for event in part if event["event"] == "saved"),
         "evaluation": sum(event["seconds"] for event in part if event["event"] == "evaluated"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,6 +185,8 @@ class _Run:
                     self.saving.poll()
                 self.watchdog.beat()
             self.saving.finish()
+            if signal_number:
+                self._record("signalled", step=step, signal=signal.Signals(signal_number).name)
         except FloatingPointError:
             self.saving.finish()  # every rank raises it alike
             raise
