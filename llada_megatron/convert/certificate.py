@@ -18,6 +18,8 @@ from llada_megatron.convert.safetensors_files import DTYPES, NAMES, as_bytes
 
 CERTIFICATE = "certificate.json"
 NAMES_SHOWN = 6
+LOGITS_TOLERANCE = 1e-4
+"""Largest difference over the largest logit: fp32 rounding stays far below, an error in a table far above."""
 
 
 class Ledger:
@@ -56,6 +58,12 @@ class Ledger:
         }
 
 
+def tensors_digest(tensors: dict[str, Any]) -> str:
+    """SHA-256 over the names and hashes of one side's tensors."""
+    lines = [f"{name} {entry['sha256']}\n" for name, entry in sorted(tensors.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 @dataclass
 class Certificate:
     """The record beside a conversion's result; it passes when it names no problem."""
@@ -63,8 +71,8 @@ class Certificate:
     direction: str
     source: str
     architecture: str
-    expert_layout: str
-    mask_token_id: int
+    mask_token_id: int | None = None
+    expert_layout: str | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     """`written`, and `architecture`: what megatron-core's own model has."""
     logits: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +81,7 @@ class Certificate:
     megatron: dict[str, Any] = field(default_factory=dict)
     """Type, shape and SHA-256 of every tensor, by key."""
     hugging_face: dict[str, Any] = field(default_factory=dict)
+    gguf: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -109,9 +118,17 @@ class Certificate:
             expected = self.parameters["architecture"]
             self.problems.append(f"{written:,} parameters were written, the architecture has {expected:,}")
 
+    def compare_logits(self, found: dict[str, Any]) -> None:
+        """Keep `max_difference` beside `max_logit`, and note a difference that rounding does not explain."""
+        self.logits = found
+        difference, largest = found["max_difference"], found["max_logit"]
+        if not difference <= LOGITS_TOLERANCE * largest:
+            self.problems.append(f"logits differ by {difference:.1e} where the largest is {largest:.1e}")
+
     def source_bytes(self) -> int:
-        """Of the tensors that were converted."""
-        side = self.hugging_face if self.direction == "hf-to-mcore" else self.megatron
+        """Of the tensors that were converted, of an upcycling of those that were written."""
+        sides = {"hf-to-mcore": self.hugging_face, "gguf-to-hf": self.gguf}
+        side = sides.get(self.direction, self.megatron)
         return sum(prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize for entry in side.values())
 
     def rounded(self) -> bool:
@@ -125,17 +142,12 @@ class Certificate:
             more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
             self.problems.append(f"{problem} {', '.join(listed[:NAMES_SHOWN])}{more}")
 
-    def digest(self) -> str:
-        """SHA-256 over the names and hashes of the Hugging Face side."""
-        lines = [f"{name} {entry['sha256']}\n" for name, entry in sorted(self.hugging_face.items())]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
     def write(self, directory: Path) -> None:
         """Write certificate.json, one line per tensor."""
-        tensors = ("megatron", "hugging_face")
+        tensors = ("megatron", "hugging_face", "gguf")
         head = {"passed": self.passed} | {k: v for k, v in vars(self).items() if k not in tensors}
         text = json.dumps(head, indent=1)[:-2]
-        for side in tensors:
+        for side in (side for side in tensors if getattr(self, side)):
             lines = [
                 f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in getattr(self, side).items()
             ]

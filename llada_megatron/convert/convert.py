@@ -18,9 +18,9 @@ from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
 from llada_megatron.config.manifest import Manifest, find
 from llada_megatron.config.schema import ModelConfig, Objective
 from llada_megatron.convert import config_json, tokenizer_files
-from llada_megatron.convert.certificate import Certificate, Ledger
+from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
 from llada_megatron.convert.families import BAILING, ExpertLayout, drop_reason, family_of
-from llada_megatron.convert.loaded import LOGITS_TOLERANCE, MAX_PARAMETERS, compare_logits, model_tensors
+from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
 
@@ -56,7 +56,7 @@ def hf_to_mcore(
     stacked = any(name.endswith(".mlp.experts.gate_proj") for name in files.tensors)
     layout = ExpertLayout.stacked if stacked else ExpertLayout.separate
     entries = list(family_of(architecture, source).table(model, layout))
-    certificate = Certificate("hf-to-mcore", str(source), architecture, layout.value, token_id)
+    certificate = Certificate("hf-to-mcore", str(source), architecture, token_id, layout.value)
     shapes = files.shapes()
     certificate.dropped = {
         name: reason
@@ -66,7 +66,7 @@ def hf_to_mcore(
     used = {name: shape for name, shape in shapes.items() if name not in certificate.dropped}
     if not _fits(certificate, entries, str(source), used, model):
         return certificate
-    with _aside(target) as aside:
+    with written_aside(target) as aside:
         writer = ShardsWriter(aside / SHARDS)
         _convert(certificate, entries, files, writer, lambda: ShardsReader(aside / SHARDS), to_ours=True)
         _check_logits(certificate, files, described, aside, model)
@@ -77,7 +77,7 @@ def hf_to_mcore(
                 "kind": "hf-to-mcore",
                 "source": str(source.resolve()),
                 "architecture": architecture,
-                "tensors_sha256": certificate.digest(),
+                "tensors_sha256": tensors_digest(certificate.hugging_face),
             }
             publish.finish(aside, target, Manifest(config={"model": asdict(model)}, lineage=lineage))
     return certificate
@@ -116,7 +116,7 @@ def mcore_to_hf(
         dtype=str(dtype or shards.dtype(EMBEDDING)).removeprefix("torch."),
         positions=manifest.config.get("data", {}).get("sequence_length"),
     )
-    certificate = Certificate("mcore-to-hf", str(checkpoint), architecture, layout.value, model.mask_token_id)
+    certificate = Certificate("mcore-to-hf", str(checkpoint), architecture, model.mask_token_id, layout.value)
     if not _fits(certificate, entries, str(checkpoint), shards.shapes(), model):
         return certificate
     types = {
@@ -124,7 +124,7 @@ def mcore_to_hf(
         for entry in entries
         for part in entry.theirs
     }
-    with _aside(target) as aside:
+    with written_aside(target) as aside:
         writer = SafetensorsWriter(aside, types, max_shard_bytes)
         _convert(
             certificate, entries, shards, writer, lambda: SafetensorsReader(aside), to_ours=False, dtype=dtype
@@ -143,7 +143,7 @@ def mcore_to_hf(
 
 
 @contextmanager
-def _aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path) -> Iterator[Path]:
     """The directory to write into; it is gone afterwards unless it was given its name."""
     aside = publish.begin(target)
     try:
@@ -253,12 +253,7 @@ def _check_logits(
     if certificate.rounded():
         certificate.logits = {"compared": False, "reason": "the numbers were rounded to another type"}
         return
-    found = compare_logits(files, described, checkpoint, model)
-    certificate.logits = found
-    if not found["max_difference"] <= LOGITS_TOLERANCE * found["max_logit"]:
-        certificate.problems.append(
-            f"logits differ by {found['max_difference']:.1e} where the largest is {found['max_logit']:.1e}"
-        )
+    certificate.compare_logits(compare_logits(files, described, checkpoint, model))
 
 
 def _optional_json(folder: Path | None, name: str) -> dict[str, Any]:
