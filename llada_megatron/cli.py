@@ -34,7 +34,7 @@ VERBS = {
     "verify": ("llada_megatron.verify.command", "check golden cases, parallel layouts, context parallelism"),
     "bench": ("llada_megatron.bench.command", "measure attention executors and training steps"),
     "report": ("llada_megatron.observe.command", "render a run's report with pictures"),
-    "demo": ("llada_megatron.demo", "run the whole pipeline, small, on this machine"),
+    "demo": ("llada_megatron.demo.command", "run the whole pipeline, small, on this machine"),
 }
 
 FAILED = 1

