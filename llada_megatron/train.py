@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llada_megatron.cluster import attempts
 from llada_megatron.config import compose, rules
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size, pipeline_stages
 from llada_megatron.config.layout_rules import has_experts
@@ -26,6 +27,11 @@ EXAMPLE = "llada train experiment=parity run.name=first training.steps=4"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("--check", action="store_true", help="compose, validate and print what would run")
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start again after a failure, at most run.max_failures in a row",
+    )
     parser.add_argument("--config", metavar="FILE", help="a resolved config.yaml instead of overrides")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides, experiment=NAME first"
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print(description(config))
         return 0
-    outcome = train(config)
+    outcome = supervise(config) if args.supervise else train(config)
     if outcome.signal:
         print(
             f"Stopped by signal {outcome.signal} after step {outcome.step} of {schedule.total_steps};"
@@ -62,6 +68,35 @@ def train(config: Config) -> Outcome:
         raise launch.WorkerDied(
             f"{death}{_stacks_left_since(began, config)}; the same command goes on from the last checkpoint."
         ) from None
+
+
+def supervise(config: Config) -> Outcome:
+    """Train, and start again after a failure as a job under Slurm does: the same cap, the same record.
+
+    Raises what the last attempt raised: bad input at once, a failure when there were run.max_failures of them
+    in a row without a new checkpoint.
+    """
+    run_dir = Path(config.run.dir)
+    while True:
+        attempts.start(run_dir, devices=config.layout.processes)
+        try:
+            outcome = train(config)
+        except (launch.WorkerError, FloatingPointError, OSError) as failure:
+            verdict = attempts.decide(run_dir, 1, max_failures=config.run.max_failures, error=str(failure))
+            attempts.end(run_dir, 1, verdict)
+            if verdict.outcome != "again":
+                raise
+            print(f"{failure}\nstarting again", file=sys.stderr, flush=True)
+        except ValueError as refused:
+            attempts.end(run_dir, attempts.BAD_INPUT, attempts.Verdict("failed", str(refused)))
+            raise
+        else:
+            asked = attempts.Verdict("stopped", "a signal asked for it; the same command goes on")
+            finished = attempts.decide(run_dir, 0, max_failures=config.run.max_failures)
+            attempts.end(
+                run_dir, 128 + outcome.signal if outcome.signal else 0, asked if outcome.signal else finished
+            )
+            return outcome
 
 
 def _stacks_left_since(began: float, config: Config) -> str:

@@ -66,8 +66,13 @@ def start(run_dir: Path, **where: object) -> int:
     return number
 
 
-def decide(run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool = False) -> Verdict:
-    """What follows from an exit code. `is_ending`: Slurm itself ends the job (cancelled, preempted)."""
+def decide(
+    run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool = False, error: str = ""
+) -> Verdict:
+    """What follows from an exit code.
+
+    `is_ending`: Slurm itself ends the job (cancelled, preempted). `error` is looked up in the logs if empty.
+    """
     stopped = (run_dir / STOP_FILE).exists()
     if exit_code == 0:
         return Verdict("finished", "the schedule is done")
@@ -77,7 +82,7 @@ def decide(run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool 
         if is_ending:
             return Verdict("yielded", f"the job was cancelled or preempted ({signalled})")
         return Verdict("again", f"{signalled} asked for a checkpoint and a new start")
-    reason = first_error(run_dir) or f"exit code {exit_code}"
+    reason = error or first_error(run_dir) or f"exit code {exit_code}"
     if exit_code == BAD_INPUT:
         return Verdict("failed", reason)
     failures = _failures_without_progress(run_dir) + 1
