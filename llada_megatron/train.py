@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def train(config: Config) -> Outcome:
     """Run the configuration on its processes; returns rank 0's outcome."""
     if launch.already_started():
+        launch.remember_signals()
         return _worker(config)
     began = time.time()
     try:

@@ -28,6 +28,10 @@ FIRST_PORT, PORTS = 20_000, 10_000
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+remembered: list[int] = []
+"""Signals that arrived after `remember_signals`."""
+
+
 class WorkerError(RuntimeError):
     """A worker failed; the message holds its rank and traceback."""
 
@@ -61,6 +65,15 @@ def already_started() -> bool:
         attempt = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + attempt % PORTS))
     return "RANK" in os.environ
+
+
+def remember_signals() -> None:
+    """Keep SIGUSR1 and SIGTERM for later, in a process that has yet to import what handles them.
+
+    The imports take ten seconds and more; until then either would end the process, which looks like a failure.
+    """
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: remembered.append(number))
 
 
 def threads_per_process(processes: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llada_megatron.runtime import device
+from llada_megatron.runtime import device, launch
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ONE_KEYPRESS_SEC = 0.5
@@ -26,7 +26,7 @@ class StopRequest:
     """
 
     def __init__(self, on_signal: Callable[[], None]) -> None:
-        self.number = 0
+        self.number = launch.remembered[-1] if launch.remembered else 0
         self._since_sec = 0.0
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)

@@ -101,7 +101,8 @@ def test_a_time_limit_warns_the_ranks_and_the_run_goes_on_on_fewer_nodes_after_a
     run.submit("slurm.time_limit_min=1", "slurm.signal_lead_sec=20")
     run.wait(lambda: run.events("ended"))
     [first] = run.events("ended")
-    assert (first["exit_code"], first["outcome"]) == (128 + signal.SIGUSR1, "again") and first["step"] > 0
+    assert (first["exit_code"], first["outcome"]) == (128 + signal.SIGUSR1, "again"), run.story()
+    assert first["step"] > 0 and run.events("signalled")[0]["signal"] == "SIGUSR1"
     run.wait(lambda: len(run.events("first_step")) == 2)
     assert run.events("first_step")[-1]["step"] == first["step"]
     run.llada("stop", str(run.directory))
