@@ -70,7 +70,7 @@ def already_started() -> bool:
 def remember_signals() -> None:
     """Keep SIGUSR1 and SIGTERM for later, in a process that has yet to import what handles them.
 
-    The imports take ten seconds and more; until then either would end the process, which looks like a failure.
+    The imports take ten seconds and more; until then each would end the process, as if it had failed.
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: remembered.append(number))
