@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from llada_megatron.cluster import activations
-from llada_megatron.cluster.parameters import Contents, Parameters
 from llada_megatron.cluster.shapes import Shape
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
+from llada_megatron.config.parameters import Contents, Parameters
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 
 Static = dict[str, int]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from llada_megatron.cluster import timing, traffic
 from llada_megatron.cluster.activations import recomputed_modules
-from llada_megatron.cluster.parameters import Parameters, attention_weights, expert_weights
 from llada_megatron.cluster.planner import Placement, Planner, Step
 from llada_megatron.cluster.shapes import supervised_per_sequence
 from llada_megatron.cluster.topology import gpus
 from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
 from llada_megatron.config.layout import micro_batches_per_step
+from llada_megatron.config.parameters import Parameters, attention_weights, expert_weights
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 

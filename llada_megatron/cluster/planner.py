@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llada_megatron.cluster import memory, timing, traffic
-from llada_megatron.cluster.parameters import Contents, Parameters, parameters, stage_contents
 from llada_megatron.cluster.shapes import BYTES, Shape, shape_of
 from llada_megatron.cluster.topology import GB, Group, check_cluster, groups
 from llada_megatron.config.layout import micro_batches_per_step
+from llada_megatron.config.parameters import Contents, Parameters, parameters, stage_contents
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from llada_megatron.cluster import activations, traffic
 from llada_megatron.cluster.memory import Units
-from llada_megatron.cluster.parameters import Contents, Parameters, attention_weights, expert_weights
 from llada_megatron.cluster.shapes import BYTES, Shape
 from llada_megatron.cluster.topology import GB, Group
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
+from llada_megatron.config.parameters import Contents, Parameters, attention_weights, expert_weights
 from llada_megatron.config.schema import ClusterConfig, Config, LayoutConfig, ModelConfig
 
 PASSES = 5

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llada_megatron.cluster.parameters import Parameters
 from llada_megatron.cluster.shapes import Shape
+from llada_megatron.config.parameters import Parameters
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig
 
 

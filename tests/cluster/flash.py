@@ -7,9 +7,9 @@ run kept the local spec's tensors with fused SwiGLU, gathered both halves' keys,
 from dataclasses import replace
 from functools import cache
 
-from llada_megatron.cluster.parameters import Parameters, parameters, stage_contents
 from llada_megatron.cluster.shapes import Shape
 from llada_megatron.config.compose import compose
+from llada_megatron.config.parameters import Parameters, parameters, stage_contents
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 
 LAYOUT = LayoutConfig(processes=1024, tp=2, pp=4, cp=2, ep=32, micro_batch=1, global_batch=1024)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_megatron.cluster.memory import in_flight, peak_activations, static_bytes, units
-from llada_megatron.cluster.parameters import Parameters, stage_contents
+from llada_megatron.config.parameters import Parameters, stage_contents
 from llada_megatron.config.schema import LayoutConfig, Recompute
 from tests.cluster.flash import LAYOUT, balanced_shape, held_by, model_of
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llada_megatron.config.layout import pipeline_stages
-from llada_megatron.config.schema import LayoutConfig, ModelConfig
+from llada_megatron.config.schema import LayoutConfig, ModelConfig, PrecisionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,11 @@ def total_parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, expert_bias included, as checkpoints count them."""
     whole = parameters(model, *stage_contents(model, LayoutConfig()))
     return whole.trained + whole.bias
+
+
+def checkpoint_bytes(model: ModelConfig, precision: PrecisionConfig) -> int:
+    """Of a training checkpoint: weights, and the optimizer's fp32 masters and two moments."""
+    return total_parameters(model) * ({"fp32": 4, "bf16": 2}[precision.dtype] + 12)
 
 
 def attention_weights(model: ModelConfig) -> int:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_megatron.cluster.parameters import Contents, parameters, stage_contents, total_parameters
+from llada_megatron.config.parameters import Contents, parameters, stage_contents, total_parameters
 from llada_megatron.config.schema import LayoutConfig
 from tests.cluster.flash import held_by, model_of
 
