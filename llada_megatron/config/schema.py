@@ -346,6 +346,10 @@ class TrainingConfig:
     """From a signal to the end of the process, checkpoint included; past it the same happens. 0: no limit."""
     threads: int = 0
     """CPU threads per process; 0: cores divided by processes."""
+    preflight: bool = False
+    """Check every node before the model is built: clock, disk, products, messages (training/preflight.py)."""
+    straggler_every_steps: int = 0
+    """Compare the ranks' times in every Nth step and name slow ones (training/stragglers.py); 0: never."""
 
 
 @dataclass

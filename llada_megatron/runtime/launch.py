@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 import traceback
@@ -60,9 +61,11 @@ def already_started() -> bool:
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         for name, slurm in (("RANK", "PROCID"), ("LOCAL_RANK", "LOCALID"), ("WORLD_SIZE", "STEP_NUM_TASKS")):
             os.environ[name] = os.environ[f"SLURM_{slurm}"]
-        os.environ.setdefault("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
+        os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
         # The same for every rank of an attempt, and another one for the next: the last one's may linger.
-        attempt = int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        attempt = int(os.environ.get("SLURM_JOB_ID", "0")) * 7 + int(
+            os.environ.get("SLURM_RESTART_COUNT", "0")
+        )
         os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + attempt % PORTS))
     return "RANK" in os.environ
 
@@ -74,6 +77,11 @@ def remember_signals() -> None:
     """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: remembered.append(number))
+
+
+def node() -> str:
+    """This machine's name: Slurm's, which may differ from the host's, where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def threads_per_process(processes: int) -> int:

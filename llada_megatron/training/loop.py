@@ -39,9 +39,11 @@ from llada_megatron.training.position import (
     check_same_run,
     resume_checkpoint,
 )
+from llada_megatron.training.preflight import check_nodes
 from llada_megatron.training.saving import Saving
 from llada_megatron.training.signals import StopRequest
 from llada_megatron.training.step import StepResult, Trainer, train_step
+from llada_megatron.training.stragglers import Stragglers
 from llada_megatron.training.watchdog import Watchdog
 
 TRAIN_LOSS_STEPS = 20
@@ -79,6 +81,9 @@ def run(config: Config) -> Outcome:
     try:
         data_fingerprint = fingerprint(config.data)
         check_agreement(config, data_fingerprint)
+        if training.preflight:
+            check_nodes(config)
+        watchdog.start()  # writes to run.dir, whose faults the preflight names with their node
         groups.initialize(config.layout)
         _announce_attention(config)
         return _Run(config, schedule, data_fingerprint, watchdog).train(stop)
@@ -133,6 +138,7 @@ class _Run:
         self.fingerprint = data_fingerprint
         self.trainer = build_trainer(config, schedule)
         self.position = self._load()
+        self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(config, self.trainer, data_fingerprint)
         self.replayed = 0
         self.metrics: dict[str, float] = {}  # of the evaluation at the present step
@@ -160,11 +166,13 @@ class _Run:
                 self._evaluate(0, None)
             while step < last_step and not signal_number:
                 stage = self.schedule.stage_at(step)
+                self.stragglers.begin(step)
                 began = device.seconds()
                 result = train_step(self.trainer, step)
                 if step == self.position.step:
                     self._record("first_step", step=step, replayed=self.replayed)
                 self._log(step, stage, result, device.seconds() - began)
+                self.stragglers.report(step)
                 self._count_skipped(step, result)
                 step += 1
                 self.watchdog.beat()

@@ -23,6 +23,7 @@ def stuck_here():
     signal.sigwait([signal.SIGUSR1])  # in C, as inside a collective
 
 watchdog = Watchdog(Path(sys.argv[1]), 3, hang_timeout_sec=float(sys.argv[2]), stop_deadline_sec=0.2)
+watchdog.start()
 if sys.argv[3] == "stop":
     watchdog.stop_was_asked()
 if sys.argv[3] == "beat":
