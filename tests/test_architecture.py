@@ -32,6 +32,7 @@ ROOMS_IMPORT["training"] = {*ROOMS_IMPORT}
 ROOMS_IMPORT["verify"] = ROOMS_IMPORT["bench"] = {*ROOMS_IMPORT, "verify", "bench"}
 ROOMS_IMPORT["checkpoints"] = {*ROOMS_IMPORT}
 ROOMS_IMPORT["train"] = {*ROOMS_IMPORT, "cli"}  # its exit codes, for `python -m llada_megatron.train`
+ROOMS_IMPORT["doctor"] = {"config", "runtime"}
 ROOMS_IMPORT["demo"] = ROOMS_IMPORT["cli"] = {*ROOMS_IMPORT, "demo", "cli"}
 ROOMS_IMPORT["__main__"] = {"cli"}
 ROOMS_IMPORT["__init__"] = set()

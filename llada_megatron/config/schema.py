@@ -340,8 +340,6 @@ class TrainingConfig:
     """A process without progress for so long leaves its stacks in run.dir/stacks and ends with exit code 1.
 
     The longest step, evaluation or save must fit. 0: never."""
-    preflight: bool = False
-    """Check nodes, clocks, disk and speed before the model is built; a submission sets it."""
     stop_deadline_sec: float = 300.0
     """From a signal to the end of the process, checkpoint included; past it the same happens. 0: no limit."""
     threads: int = 0

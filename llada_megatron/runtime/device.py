@@ -7,6 +7,7 @@ import platform
 import random
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy
@@ -114,3 +115,27 @@ def name() -> str:
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def names() -> dict[str, int]:
+    """The CUDA devices that torch can use, by name and memory, and how many there are of each."""
+    if not on_cuda():
+        return {}
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return dict(Counter(f"{device.name}, {device.total_memory / 1e9:.0f} GB" for device in found))
+
+
+def cuda_version() -> str:
+    """That torch was built for, empty when for none."""
+    return torch.version.cuda or ""
+
+
+def nccl_version() -> str:
+    """Of the nccl in torch, whose build must have one."""
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def cudnn_version() -> str:
+    """Of the cuDNN that torch brings, empty where it brings none."""
+    version = torch.backends.cudnn.version()
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version else ""
