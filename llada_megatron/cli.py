@@ -36,7 +36,6 @@ VERBS = {
     "report": ("llada_megatron.observe.command", "render a run's report with pictures"),
     "demo": ("llada_megatron.demo.command", "run the whole pipeline, small, on this machine"),
     "doctor": ("llada_megatron.doctor", "what this machine offers a run, and how to get what is missing"),
-    "demo": ("llada_megatron.demo", "run the whole pipeline, small, on this machine"),
 }
 
 FAILED = 1

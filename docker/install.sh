@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs this project into NVIDIA's PyTorch image; docker/Dockerfile.gpu and docker/llada.def run it.
+# torch, TransformerEngine, apex, cuDNN and NCCL stay as the image ships them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# The image pins every package it was made with, by PIP_CONSTRAINT. It is lifted for this one list alone, which
+# resolves nothing: it holds exact versions with hashes, and torch is not among them.
+python docker/additions.py > additions.txt
+PIP_CONSTRAINT='' python -m pip install --no-cache-dir --break-system-packages --no-deps --require-hashes \
+    -r additions.txt
+# In place, because configs/ lies beside the package.
+python -m pip install --no-cache-dir --break-system-packages --no-deps --no-build-isolation -e .
+
+llada doctor --runs "${TMPDIR:-/tmp}"
