@@ -18,11 +18,12 @@ from llada_megatron.model import initialize, specs
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import counter_normal
 from llada_megatron.model.inputs import ModelInputs
-from llada_megatron.model.provider import build_stage
+from llada_megatron.model.provider import build_model, build_stage
 from llada_megatron.parallel import groups
 
 # isort: split
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # after the seam of the imports above
+from megatron.core.utils import get_attr_wrapped_model
 
 L = 24
 CHANGED = 1e-3
@@ -82,6 +83,20 @@ def test_parameters_and_expert_biases_add_up_to_the_published_model(
         stage = build_stage(compose(["experiment=parity", f"model={model}"]), initialize=False)
     biases = [buffer for name, buffer in stage.named_buffers() if name.endswith("expert_bias")]
     assert sum(tensor.numel() for tensor in [*stage.parameters(), *biases]) == parameters
+
+
+# Rotary
+
+
+def test_bf16_rotates_by_the_same_angles_as_fp32(config: Config) -> None:
+    positions = torch.arange(4096)[None]
+    angles = []
+    for precision in ("fp32", "bf16"):
+        (stage,) = build_model(compose(["experiment=parity", f"precision={precision}"]), initialize=False)
+        rotary = get_attr_wrapped_model(stage, "rotary_pos_emb")
+        rotary.positions = positions
+        angles.append(rotary())
+    assert torch.equal(*angles)
 
 
 # Initial weights
