@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,16 +41,21 @@ class MicroBatch:
         """Move every tensor; a no-op on the host."""
         if device.type == "cpu":
             return self
+        self.inputs.shard.to(device)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """Put function(tensor) in the place of every tensor that the device reads."""
         inputs = self.inputs
-        for name in ("tokens", "positions", "outputs", "labels"):
-            value = getattr(inputs, name)
-            if value is not None:
-                setattr(inputs, name, value.to(device, non_blocking=True))
-        inputs.shard.to(device)
+        for owner, names in (
+            (inputs, ("tokens", "positions", "outputs", "labels")),
+            (self, ("weights", "rate_bin", "position_bin")),
+        ):
+            for name in names:
+                if (value := getattr(owner, name)) is not None:
+                    setattr(owner, name, function(value))
         if inputs.noise is not None:
-            inputs.noise.rows = [rows.to(device, non_blocking=True) for rows in inputs.noise.rows]
-        for name in ("weights", "rate_bin", "position_bin"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+            inputs.noise.rows = [function(rows) for rows in inputs.noise.rows]
         return self
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.utils import get_model_config
 
 from llada_megatron.attention import select_backend
 from llada_megatron.checkpoint import store
@@ -21,7 +20,6 @@ from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
 from llada_megatron.data.tokenizer import load_tokenizer
-from llada_megatron.model.provider import build_model
 from llada_megatron.observe import events
 from llada_megatron.observe.metrics import read_jsonl
 from llada_megatron.observe.trackers import Trackers
@@ -29,9 +27,7 @@ from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.agreement import check_agreement
-from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.evaluate import Evaluator, checkpoint_metrics
-from llada_megatron.training.optimizer import LearningRate, build_optimizer, wrap
 from llada_megatron.training.position import (
     Position,
     check_nothing_later,
@@ -42,7 +38,7 @@ from llada_megatron.training.position import (
 from llada_megatron.training.preflight import check_nodes
 from llada_megatron.training.saving import Saving
 from llada_megatron.training.signals import StopRequest
-from llada_megatron.training.step import StepResult, Trainer, train_step
+from llada_megatron.training.step import StepResult, Trainer, assemble, train_step
 from llada_megatron.training.stragglers import Stragglers
 from llada_megatron.training.watchdog import Watchdog
 
@@ -120,12 +116,7 @@ def build_trainer(config: Config, schedule: Any) -> Trainer:
         mask_token_id=config.model.mask_token_id,
         sequences_wanted=schedule.total_steps * config.layout.global_batch,
     )
-    model = wrap(config, build_model(config))
-    optimizer = build_optimizer(config, model)
-    balance = ExpertBalance(list(model), config.model)
-    get_model_config(model[0]).finalize_model_grads_func = balance.finalize
-    rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
-    return Trainer(config, schedule, data, model, optimizer, rate, balance)
+    return assemble(config, schedule, data)
 
 
 class _Run:

@@ -14,12 +14,14 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, MomentsAtStart
 from llada_megatron.data.packed import PackedSequences
 from llada_megatron.diffusion.corruption import data_index
 from llada_megatron.diffusion.loss import embedding_noise_sigma
+from llada_megatron.model.provider import build_model
 from llada_megatron.runtime import device
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.batch import (
@@ -32,12 +34,12 @@ from llada_megatron.training.batch import (
     diffusion_batch,
 )
 from llada_megatron.training.embedding import embedding_statistics
-from llada_megatron.training.optimizer import LearningRate, reset_moments
+from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
 
 
 @dataclass
 class Trainer:
-    """Everything that a step needs; built once by training/loop.py."""
+    """Everything that a step needs; built once by `assemble`."""
 
     config: Config
     schedule: Schedule
@@ -46,6 +48,18 @@ class Trainer:
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
     balance: ExpertBalance
+
+
+def assemble(
+    config: Config, schedule: Schedule, data: PackedSequences, *, initialize: bool = True
+) -> Trainer:
+    """Model, optimizer and schedules of this rank; without `initialize` weights have no values."""
+    model = wrap(config, build_model(config, initialize=initialize))
+    optimizer = build_optimizer(config, model)
+    balance = ExpertBalance(list(model), config.model)
+    get_model_config(model[0]).finalize_model_grads_func = balance.finalize
+    rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
+    return Trainer(config, schedule, data, model, optimizer, rate, balance)
 
 
 @dataclass
@@ -127,27 +141,28 @@ def sample_indices(step: int, micro_batch: int, global_batch: int) -> list[list[
 
 
 def micro_batches(trainer: Trainer, stage: Stage, step: int, sigma: float) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a step, on its device."""
+    """This rank's micro-batches of a step, on its device; none is held here while the model has it."""
+    for indices in sample_indices(step, stage.micro_batch, trainer.config.layout.global_batch):
+        yield context_part(whole_batch(trainer, stage, indices, sigma)).to(device.device())
+
+
+def whole_batch(trainer: Trainer, stage: Stage, indices: list[int], sigma: float) -> MicroBatch:
+    """The micro-batch of these global sample indices, on the host and before context parallelism cuts it."""
     config = trainer.config
-    for indices in sample_indices(step, stage.micro_batch, config.layout.global_batch):
-        sequences = [
-            data_index(index, config.diffusion) if stage.is_diffusion else index for index in indices
-        ]
-        samples = [trainer.data[sequence] for sequence in sequences]
-        check_vocabulary(samples, config.model.vocab_size)
-        if stage.is_diffusion:
-            batch = diffusion_batch(
-                samples,
-                indices,
-                stage,
-                config.diffusion,
-                seed=config.run.seed,
-                mask_token_id=config.model.mask_token_id,
-                noise_sigma=sigma,
-            )
-        else:
-            batch = autoregressive_batch(samples)
-        yield context_part(batch).to(device.device())
+    sequences = [data_index(index, config.diffusion) if stage.is_diffusion else index for index in indices]
+    samples = [trainer.data[sequence] for sequence in sequences]
+    check_vocabulary(samples, config.model.vocab_size)
+    if not stage.is_diffusion:
+        return autoregressive_batch(samples)
+    return diffusion_batch(
+        samples,
+        indices,
+        stage,
+        config.diffusion,
+        seed=config.run.seed,
+        mask_token_id=config.model.mask_token_id,
+        noise_sigma=sigma,
+    )
 
 
 def noise_sigma(trainer: Trainer, step: int, rms: float) -> float:
