@@ -23,7 +23,7 @@ Parts = dict[str, int]
 def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int) -> Parts:
     """What one layer keeps without recompute.
 
-    residual   2 b tH: the sum after attention, and the layer's output (the next layer's input)
+    residual   2 b tH: the layer's input, and the sum after attention
     norms      2 b tH outputs, 8t 1/rms; with qk_norm 4S (heads + kv_heads)/tp more 1/rms
     attention  b S(q + 2g) projections; b Sq of queries copied out of them where g holds several kv heads;
                b Sq rotated queries; b Sq output; 4b rotary_rows r of cosines and sines for q and k
@@ -31,8 +31,8 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
                projections), or with context parallelism 2b Kg, the exchange's ordered copy
     mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion)
     experts    b NH inputs; b N Fe/etp (2 gate and up, 1 weighted product)
-    router     tE (8 + 4 + 4 + 1): sorted indices int64, sigmoid, scattered probabilities, map;
-               t(24k + 4): chosen and remaining indices, their scores and probabilities, their sum
+    router     tE (8 + 4): sorted indices int64, sigmoid; t(20k + 4): chosen and remaining indices, their
+               scores and probabilities, their sum; 4N received probabilities (and see held_bytes)
     """
     S, t, N, tp = shape.rows, shape.tokens, shape.routed, layout.tp
     hidden, head_dim = model.hidden_size, model.head_dim
@@ -52,7 +52,7 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
     k = model.experts_per_token
     parts["shared_experts"] = 3 * b * S * model.shared_expert_hidden_size // tp
     parts["experts"] = b * N * (hidden + 3 * model.expert_hidden_size // layout.etp)
-    parts["router"] = 17 * t * model.experts + t * (24 * k + 4)
+    parts["router"] = 12 * t * model.experts + t * (20 * k + 4) + 4 * N
     return parts
 
 
@@ -95,68 +95,54 @@ def kept(model: ModelConfig, parts: Parts, shape: Shape, layout: LayoutConfig, *
     return left
 
 
-def embedding_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
-    """b tH, the first layer's input; with tp > 1 also b SH of unreduced rows and 9S of local ids and map."""
-    partial = b * shape.rows * model.hidden_size + 9 * shape.rows if layout.tp > 1 else 0
-    return b * shape.tokens * model.hidden_size + partial
+def held_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
+    """What a MoE layer holds of the last micro-batch only, until the next comes.
+
+    5tE: its dispatcher's scattered probabilities (fp32) and map; where the layer is recomputed, 8 per sent
+    copy as well, the order of the copies, which backward keeps otherwise.
+    """
+    order = 8 * shape.sent if "moe" in recomputed_modules(layout) else 0
+    return 5 * shape.tokens * model.experts + order
 
 
-def batch_bytes(model: ModelConfig, shape: Shape) -> int:
-    """16S tokens and positions, 36n outputs, labels, weights and bins, 8K key order, 4 r rotary_rows angles.
+def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> tuple[int, int]:
+    """What each (virtual) stage keeps of a micro-batch beside its layers, and holds of the last one only.
 
-    Every stage builds its micro-batches itself and keeps each until its backward.
+    Kept: 8K order of the exchanged keys, 8 per noisy row sent; with full recompute 4r rotary_rows angles,
+    which every layer takes. Held: 8 rotary_rows positions.
     """
     angles = 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
-    return 16 * shape.rows + 36 * shape.supervised + (8 * shape.keys if shape.gathered else 0) + angles
+    kept_here = 8 * (shape.keys + shape.halo) if layout.cp > 1 else 0
+    if layout.recompute is Recompute.full:
+        kept_here += angles
+    return kept_here, 8 * shape.rotary_rows
+
+
+def embedding_bytes(shape: Shape, layout: LayoutConfig) -> int:
+    """8S tokens; with tp > 1 instead 9S of local ids and their map. The rows are the first layer's input."""
+    return (9 if layout.tp > 1 else 8) * shape.rows
+
+
+def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """b SH with tp > 1: where linear layers gather their inputs, one for the whole process.
+
+    megatron-core's layers.py takes it from get_global_memory_buffer() and never gives it back.
+    """
+    return b * shape.rows * model.hidden_size if layout.tp > 1 else 0
+
+
+METRICS = 8 * (2 + 2 * 10 + 2 * 32)
+"""fp64 loss, count, and sums by mask rate and place in the block, of every micro-batch (training/step.py)."""
 
 
 def head_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
-    """What the final norm and the head keep: 4t 1/rms, b nH chosen rows, 4n losses.
+    """What the final norm, the head and the loss keep.
 
-    Several chunks are recomputed in backward and keep no logits; a single one keeps fp32 probabilities
-    [n, V/tp] and 9n of local labels and their map.
+    b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights, the metrics.
+    Several chunks are recomputed in backward and keep 8n of labels but no logits; a single one keeps fp32
+    probabilities [n, V/tp] and 9n of local labels and their map.
     """
     n = shape.supervised
-    single = n * (4 * model.vocab_size // layout.tp + 9) if n <= model.head_chunk_tokens else 0
-    return 4 * shape.tokens + b * n * model.hidden_size + 4 * n + single
-
-
-def head_transient(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
-    """Upper bound of what the head's backward holds at once beyond what is kept.
-
-    A chunk's probabilities (fp32) and their gradient in the weights' type, 4 + b bytes of [c, V/tp]; the
-    head's weight gradient b VH/tp, twice when chunks add up; gradients of the chosen rows b nH and of the
-    gathered hidden states b SH.
-    """
-    n, chunk = shape.supervised, min(shape.supervised, model.head_chunk_tokens)
-    vocabulary = model.vocab_size // layout.tp
-    logits = (4 + b if n > chunk else b) * chunk * vocabulary
-    weights = (2 if n > chunk else 1) * b * vocabulary * model.hidden_size
-    return logits + weights + b * (n + shape.rows) * model.hidden_size
-
-
-def layer_transient(
-    model: ModelConfig,
-    shape: Shape,
-    layout: LayoutConfig,
-    parts: Parts,
-    left: Parts,
-    *,
-    b: int,
-) -> int:
-    """Upper bound of what a layer's backward holds at once beyond what is kept.
-
-    The largest of: five token buffers b NH of the experts (permuted, received, their outputs, those
-    concatenated, those sorted back; the same in backward); three buffers of a dense MLP's width; gradients of
-    queries and output, and of the exchanged keys and values as ordered, pooled and received. Recomputed
-    tensors are alive again while their layer runs backward.
-    """
-    head_dim, tp = model.head_dim, layout.tp
-    attention = 2 * b * shape.rows * model.heads * head_dim // tp
-    if layout.cp > 1:
-        attention += 3 * 2 * b * shape.keys * model.kv_heads * head_dim // tp
-    if "experts" in parts:
-        mlp = 5 * b * shape.routed * model.hidden_size
-    else:
-        mlp = b * shape.rows * (3 * model.ffn_hidden_size // tp + model.hidden_size)
-    return max(attention, mlp) + sum(parts.values()) - sum(left.values())
+    chunk = n * (4 * model.vocab_size // layout.tp + 9) if n <= model.head_chunk_tokens else 8 * n
+    hidden = b * (shape.tokens + n) * model.hidden_size
+    return hidden + 4 * shape.tokens + 12 * n + METRICS + chunk

@@ -166,13 +166,12 @@ def _activations(
 ) -> dict[str, int]:
     """What micro-batches in flight keep, by part of the model."""
     _, units = planner.sizes(layout, stage)
-    parts: Counter[str] = Counter()
+    parts: Counter[str] = Counter(stage=units.gathering)
     for contents, count in zip(placement.contents[rank], in_flight, strict=True):
-        numbers = contents.dense, contents.moe, contents.first, contents.last
-        for number, unit in zip(numbers, (units.dense, units.moe, units.embedding, units.head), strict=True):
+        for number, unit in units.of(contents):
             for name, size in unit.parts.items():
                 parts[name] += count * number * size
-        parts["batch"] += count * units.batch
+        parts["stage"] += units.held(contents)
     return {name: size for name, size in parts.items() if size}
 
 
@@ -251,29 +250,16 @@ def _traffic(
     planner: Planner, layout: LayoutConfig, placement: Placement, stage: Stage
 ) -> list[GroupTraffic]:
     """Bytes and seconds of a step in each group, on the pipeline rank where that group takes longest."""
-    model, b, links = planner.model, planner.b, placement.links
-    shape, _ = planner.sizes(layout, stage)
-    again, micro_batches = recomputed_modules(layout), micro_batches_per_step(layout, stage.micro_batch)
-    units = (
-        traffic.layer_messages(model, shape, layout, moe=False, b=b),
-        traffic.layer_messages(model, shape, layout, moe=True, b=b),
-        traffic.embedding_messages(model, shape, layout, b=b),
-        traffic.head_messages(model, shape, layout, b=b),
-    )
+    links, (shape, _) = placement.links, planner.sizes(layout, stage)
+    micro_batches = micro_batches_per_step(layout, stage.micro_batch)
     found: dict[str, GroupTraffic] = {}
     for kind in placement.kinds:
-        sent = [
-            (number * micro_batches, message)
-            for number, messages in zip(kind.counts, units, strict=True)
-            for message in messages
-        ]
-        boundaries = (kind.ends if layout.vpp == 1 else 2 * layout.vpp) if layout.pp > 1 else 0
-        sent.append((boundaries * micro_batches, traffic.boundary_message(model, shape, b=b)))
-        sent += [(1, message) for message in kind.messages]
+        stages = placement.contents[kind.rank]
+        held = placement.held[kind.rank]
         payload: dict[str, float] = defaultdict(float)
         seconds: dict[str, float] = defaultdict(float)
-        for times, message in sent:
-            calls = times * message.calls(again)
+        sent = traffic.of_rank(planner.model, shape, layout, held, stages, micro_batches, b=planner.b)
+        for calls, message in sent:
             payload[message.group] += calls * message.payload
             seconds[message.group] += calls * links[message.group].seconds(message.operation, message.payload)
         for name, total in payload.items():

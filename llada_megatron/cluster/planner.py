@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llada_megatron.cluster import memory, timing, traffic
+from llada_megatron.cluster import memory, timing, traffic, transient
 from llada_megatron.cluster.shapes import BYTES, Shape, shape_of
 from llada_megatron.cluster.topology import GB, Group, check_cluster, groups
 from llada_megatron.config.layout import micro_batches_per_step
@@ -171,7 +171,9 @@ class Planner:
         stages = placement.contents[rank]
         micro_batches = micro_batches_per_step(layout, stage.micro_batch)
         kept, counts = memory.peak_activations(units, stages, layout, rank, micro_batches)
-        return kept, counts, units.transient(stages)
+        neighbours = transient.pipeline_buffers(layout, rank) * units.hidden
+        at_start = units.statistics - kept if stages[0].first else 0
+        return kept, counts, max(units.transient(stages) + neighbours, at_start)
 
     def step(self, layout: LayoutConfig, placement: Placement, stage: Stage) -> Step:
         """Seconds of a step in a stage of the schedule."""

@@ -30,6 +30,8 @@ class Shape:
     """Keys that its queries meet after context parallelism's exchange."""
     gathered: int
     """Rows that the exchange's all-gather delivers; 0 without context parallelism."""
+    halo: int
+    """Noisy rows of this process that travel."""
     rotary_rows: int
     """Rows of the rotary angles."""
     pairs: float
@@ -42,8 +44,9 @@ def mask_rate(diffusion: DiffusionConfig) -> float:
 
 
 def supervised_per_sequence(config: Config, stage: Stage) -> float:
-    """Positions of a sequence that have a loss, on average; in autoregressive stages all of them."""
-    return config.data.sequence_length * (mask_rate(config.diffusion) if stage.is_diffusion else 1.0)
+    """Positions of a sequence that have a loss, on average; in autoregressive stages all but the first."""
+    length = config.data.sequence_length
+    return length * mask_rate(config.diffusion) if stage.is_diffusion else length - 1
 
 
 def shape_of(config: Config, layout: LayoutConfig, stage: Stage, *, expert_imbalance: float) -> Shape:
@@ -60,7 +63,7 @@ def shape_of(config: Config, layout: LayoutConfig, stage: Stage, *, expert_imbal
     sent = tokens * model.experts_per_token
     routed = sent * layout.etp * (expert_imbalance if layout.ep > 1 else 1.0)
     data = length * stage.micro_batch
-    noisy_keys, halo = _noisy_keys(data, cp, length, stage)
+    noisy_keys, travelling = _noisy_keys(data, cp, length, stage)
     pairs = expected_pairs(
         length, stage.block_size, clean_copy=stage.clean_copy, causal=not stage.is_diffusion
     )
@@ -71,7 +74,8 @@ def shape_of(config: Config, layout: LayoutConfig, stage: Stage, *, expert_imbal
         routed=math.ceil(routed),
         supervised=math.ceil(supervised_per_sequence(config, stage) * stage.micro_batch / cp),
         keys=data + noisy_keys if cp > 1 else rows,
-        gathered=data + halo if cp > 1 else 0,
+        gathered=data + travelling if cp > 1 else 0,
+        halo=travelling // cp,
         rotary_rows=rows if cp > 1 else rows // stage.micro_batch,
         pairs=pairs * stage.micro_batch / cp,
     )

@@ -68,6 +68,8 @@ def groups(layout: LayoutConfig, cluster: ClusterConfig) -> dict[str, Group]:
         "ep*etp": (layout.ep * layout.etp, 1),
         "pp": (layout.pp, layout.processes // layout.pp),
         "dp": (dp * layout.cp, layout.tp),
+        "tp*dp": (layout.tp * dp * layout.cp, 1),
+        "embedding": (min(2, layout.pp), layout.processes // layout.pp),
         "expert dp": (expert_dp, layout.etp * layout.ep),
     }
     node_rate = cluster.node_gb_per_sec * GB * cluster.link_efficiency

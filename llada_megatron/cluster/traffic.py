@@ -6,10 +6,13 @@ in activations.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from llada_megatron.cluster.activations import recomputed_modules
+from llada_megatron.cluster.memory import padded_buffers
 from llada_megatron.cluster.shapes import Shape
-from llada_megatron.config.parameters import Parameters
+from llada_megatron.config.parameters import Contents, Parameters
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig
 
 
@@ -41,10 +44,12 @@ def layer_messages(
          backward gathers the output's gradient, gathers the input again for the weights' gradient and
          scatters the input's gradient. The last two run beside matrix products (megatron-core's layers.py).
     cp   clean keys and values [L, 2, g] gathered, their gradients scattered (attention/context.py)
+    ep*etp  each process's count of tokens for every expert, int64
     ep   copies of tokens [t k, H] out and back, both ways again in backward, and fp32 probabilities once
          each way; the busiest process's share. `allgather` sends every token [t ep etp, H] and its
          probabilities and map to all instead.
-    etp  received copies [N, H] gathered and their outputs scattered, both again in backward
+    etp  received copies [N, H] and their fp32 probabilities gathered, outputs scattered in fp32 (the
+         dispatcher casts them to the probabilities' type); the reverse in backward
     """
     messages = _tensor_parallel("attention", shape, layout, model.hidden_size, b)
     if layout.cp > 1:
@@ -66,14 +71,24 @@ def layer_messages(
             messages.append(Message("ep*etp", "all_gather", 5 * scores, 1, 0, module="moe"))
             messages.append(Message("ep*etp", "reduce_scatter", 4 * scores, 0, 1, module="moe"))
         return messages
+    if layout.ep * layout.etp > 1:
+        counts = 8 * model.experts * layout.ep * layout.etp
+        messages.append(Message("ep*etp", "all_gather", counts, 1, 0, module="moe"))
     copies = shape.routed / layout.etp
     if layout.ep > 1:
         messages.append(Message("ep", "all_to_all", b * copies * model.hidden_size, 2, 2, module="moe"))
         messages.append(Message("ep", "all_to_all", 4 * copies, 1, 1, module="moe"))
     if layout.etp > 1:
-        for operation in ("all_gather", "reduce_scatter"):
-            payload = b * shape.routed * model.hidden_size
-            messages.append(Message("etp", operation, payload, 1, 1, module="moe"))
+        received, combined = b * shape.routed * model.hidden_size, 4 * shape.routed * model.hidden_size
+        probabilities = 4 * shape.routed
+        messages += [
+            Message("etp", "all_gather", received, 1, 0, module="moe"),
+            Message("etp", "all_gather", probabilities, 1, 0, module="moe"),
+            Message("etp", "reduce_scatter", combined, 1, 0, module="moe"),
+            Message("etp", "all_gather", combined, 0, 1, module="moe"),
+            Message("etp", "reduce_scatter", received, 0, 1, module="moe"),
+            Message("etp", "reduce_scatter", probabilities, 0, 1, module="moe"),
+        ]
     return messages
 
 
@@ -102,8 +117,8 @@ def head_messages(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: 
 
 
 def boundary_message(model: ModelConfig, shape: Shape, *, b: int) -> Message:
-    """Hidden states [t, H] between two pipeline stages, and their gradients back."""
-    return Message("pp", "send", b * shape.tokens * model.hidden_size, 1, 1)
+    """Hidden states [t, H] to the next pipeline stage, or their gradients to the one before."""
+    return Message("pp", "send", b * shape.tokens * model.hidden_size, 1, 0)
 
 
 def step_messages(
@@ -111,17 +126,57 @@ def step_messages(
 ) -> list[Message]:
     """Once per step: fp32 gradients scattered to the processes that update them, new weights gathered.
 
-    A tied head that lies on another stage than the embedding also sums its gradient with the embedding's.
+    Experts with buffers of their own have an optimizer of their own, and without layout.overlap_param_gather
+    each of the two gathers the weights of both (distrib_optimizer.py, step_with_ready_grads).
+    Tensor-parallel processes sum the gradients of what each holds whole. A tied head that lies on another
+    stage than the embedding also sums its gradient with the embedding's. Counts of tokens per expert are
+    summed for the balance. A few scalars and the metrics' sums are left out.
     """
+    dense, expert = padded_buffers(held, layout)
+    gathers = 2 if expert and not layout.overlap_param_gather else 1
     messages = []
-    for group, elements in (("dp", held.dense), ("expert dp", held.expert)):
+    for group, elements in (("dp", dense), ("expert dp", expert)):
         if elements:
             messages.append(Message(group, "reduce_scatter", 4 * elements, 0, 1, module="gradients"))
-            messages.append(Message(group, "all_gather", b * elements, 1, 0, module="weights"))
+            messages.append(Message(group, "all_gather", b * elements, gathers, 0, module="weights"))
+    if layout.tp > 1:
+        messages.append(Message("tp", "all_reduce", 4 * held.replicated, 0, 1, module="gradients"))
     if model.tied_head and layout.pp > 1 and holds_table:
         table = model.vocab_size // layout.tp * model.hidden_size
-        messages.append(Message("pp", "all_reduce", 4 * table, 0, 1))
+        messages.append(Message("embedding", "all_reduce", 4 * table, 0, 1))
+    if held.bias:
+        messages.append(Message("tp*dp", "all_reduce", 4 * held.bias, 0, 1))
     return messages
+
+
+def of_rank(
+    model: ModelConfig,
+    shape: Shape,
+    layout: LayoutConfig,
+    held: Parameters,
+    stages: Sequence[Contents],
+    micro_batches: int,
+    *,
+    b: int,
+) -> Iterator[tuple[int, Message]]:
+    """Every message of a step on a pipeline rank that holds these stages, and how often it is sent."""
+    again = recomputed_modules(layout)
+    units = (
+        layer_messages(model, shape, layout, moe=False, b=b),
+        layer_messages(model, shape, layout, moe=True, b=b),
+        embedding_messages(model, shape, layout, b=b),
+        head_messages(model, shape, layout, b=b),
+    )
+    boundary = boundary_message(model, shape, b=b)
+    for stage in stages:
+        numbers = stage.dense, stage.moe, stage.first, stage.last
+        for number, messages in zip(numbers, units, strict=True):
+            for message in messages:
+                yield number * micro_batches * message.calls(again), message
+        yield micro_batches * ((not stage.first) + (not stage.last)), boundary
+    holds_table = stages[0].first or stages[-1].last
+    for message in step_messages(held, model, layout, b=b, holds_table=holds_table):
+        yield message.calls(again), message
 
 
 def _tensor_parallel(module: str, shape: Shape, layout: LayoutConfig, hidden: int, b: int) -> list[Message]:

@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.schema import LayoutConfig, ModelConfig, PrecisionConfig
 
+ALIGNED, BUFFER_MULTIPLE = 64, 128
+"""What a parameter's start and a buffer's size are multiples of (megatron-core's param_layout.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Contents:
@@ -54,6 +57,9 @@ class Parameters:
     expert: int
     bias: int
     """Elements of expert_bias: buffers, which have neither gradient nor optimizer state."""
+    buffers: tuple[tuple[int, int], ...] = ()
+    """Of each virtual stage: elements in the gradient buffers of dense parameters and of experts, each
+    parameter starting at a multiple of ALIGNED. Experts have their own where `separate_experts`."""
 
     @property
     def dense(self) -> int:
@@ -83,6 +89,7 @@ def parameters(
     model: ModelConfig, contents: Iterable[Contents], *, tp: int = 1, ep: int = 1, etp: int = 1
 ) -> Parameters:
     """Parameters of one process that holds these stages."""
+    contents = list(contents)
     dense = moe = 0
     first = last = False
     for stage in contents:
@@ -102,7 +109,35 @@ def parameters(
         replicated=layers * norms + moe * model.experts * hidden + last * hidden,
         expert=moe * model.experts * expert_weights(model) // (ep * etp),
         bias=moe * model.experts if model.expert_bias else 0,
+        buffers=tuple(_buffers(model, stage, tp=tp, ep=ep, etp=etp) for stage in contents),
     )
+
+
+def _buffers(model: ModelConfig, stage: Contents, *, tp: int, ep: int, etp: int) -> tuple[int, int]:
+    """Elements of a stage's gradient buffers: dense parameters, and those of experts kept apart."""
+    hidden, head = model.hidden_size, model.head_dim
+
+    def aligned(*sizes: int) -> int:
+        return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
+
+    qkv, output = hidden * (model.heads + 2 * model.kv_heads) * head // tp, model.heads * head * hidden // tp
+    attention = aligned(qkv, output, hidden, hidden) + (aligned(head, head) if model.qk_norm else 0)
+    feed_forward, shared = (
+        aligned(2 * hidden * width // tp, hidden * width // tp)
+        for width in (model.ffn_hidden_size, model.shared_expert_hidden_size)
+    )
+    width = model.expert_hidden_size // etp
+    experts = stage.moe * (model.experts // ep) * aligned(2 * hidden * width, hidden * width)
+    tables = stage.first + stage.last - (model.tied_head and stage.first and stage.last)
+    total = stage.layers * attention + stage.dense * feed_forward
+    total += stage.moe * (shared + aligned(model.experts * hidden))
+    total += tables * aligned(model.vocab_size * hidden // tp) + stage.last * aligned(hidden)
+    return (total, experts) if separate_experts(ep, etp, tp) else (total + experts, 0)
+
+
+def separate_experts(ep: int, etp: int, tp: int) -> bool:
+    """Whether experts have gradient buffers and an optimizer of their own (megatron-core's layers.py)."""
+    return ep > 1 or etp != tp
 
 
 def total_parameters(model: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.utils import get_model_config
 
 from llada_megatron.attention import select_backend
 from llada_megatron.checkpoint import store

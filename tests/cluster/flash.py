@@ -39,6 +39,7 @@ def balanced_shape(*, tp: int, cp: int, rows: int, micro_batch: int = 1) -> Shap
         supervised=S,
         keys=S * cp,
         gathered=S * cp if cp > 1 else 0,
+        halo=0,
         rotary_rows=rows // cp,
         pairs=0.0,
     )

@@ -8,9 +8,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llada_megatron.cluster import activations
-from llada_megatron.cluster.activations import embedding_bytes, head_bytes, head_transient, kept, layer_parts
+from llada_megatron.cluster.activations import (
+    METRICS,
+    gather_buffer,
+    head_bytes,
+    held_bytes,
+    kept,
+    layer_parts,
+)
 from llada_megatron.cluster.memory import units
 from llada_megatron.cluster.shapes import keeps_blocks_whole, shape_of
+from llada_megatron.cluster.transient import head_backward
 from llada_megatron.config import rules
 from llada_megatron.config.schema import LayoutConfig, Recompute
 from llada_megatron.parallel.context import deal_tokens
@@ -34,8 +42,11 @@ def test_layers_keep_what_a_dry_run_of_megatron_core_kept(
     batch = 28 * shape.rows + 4 * shape.rotary_rows * 64  # that run's own inputs, and its rotary angles
     first = layer_parts(model, shape, layout, moe=False, b=2)
     other = layer_parts(model, shape, layout, moe=True, b=2)
-    assert sum(first.values()) + embedding_bytes(model, shape, layout, b=2) + batch == dense
-    assert sum(other.values()) == moe
+    output = 2 * shape.tokens * model.hidden_size
+    tokens = 9 * shape.rows if tp > 1 else 0
+    beside = gather_buffer(model, shape, layout, b=2) + output + tokens + batch
+    assert sum(first.values()) + beside == dense
+    assert sum(other.values()) + held_bytes(model, shape, layout) == moe
 
 
 def test_context_parallelism_keeps_clean_keys_and_its_own_noisy_ones() -> None:
@@ -57,24 +68,23 @@ def test_context_parallelism_keeps_clean_keys_and_its_own_noisy_ones() -> None:
 def test_the_head_keeps_rows_where_it_is_chunked_and_probabilities_where_it_is_not() -> None:
     model, layout = replace(model_of("flash"), head_chunk_tokens=1024), LayoutConfig(tp=2)
     shape = replace(balanced_shape(tp=2, cp=1, rows=8192), supervised=2048)
-    assert head_bytes(model, shape, layout, b=2) == 4 * 4096 + 2 * 2048 * 4096 + 4 * 2048
+    rows = 4096 * (2 * 4096 + 4) + METRICS  # the final norm's input and 1/rms
+    assert head_bytes(model, shape, layout, b=2) == rows + 2048 * (2 * 4096 + 12 + 8)
     one = replace(shape, supervised=1000)
-    assert head_bytes(model, one, layout, b=2) == 4 * 4096 + 2 * 1000 * 4096 + 4 * 1000 + 1000 * (
-        4 * 78592 + 9
-    )
-    # a chunk's probabilities and their gradient, two weight gradients, gradients of chosen and of all rows
-    assert head_transient(model, shape, layout, b=2) == (
-        6 * 1024 * 78592 + 2 * 2 * 78592 * 4096 + 2 * (2048 + 8192) * 4096
+    assert head_bytes(model, one, layout, b=2) == rows + 1000 * (2 * 4096 + 12 + 4 * 78592 + 9)
+    # rows' gradients; two weight gradients and one of a chunk's logits
+    assert head_backward(model, shape, layout, b=2) == (
+        2 * 2048 * 4096 + 2 * 2 * 78592 * 4096 + 2 * 1024 * 78592
     )
 
 
-def test_half_of_the_positions_are_supervised_and_all_of_an_autoregressive_stage() -> None:
+def test_half_of_the_positions_are_supervised_and_all_but_the_first_of_an_autoregressive_stage() -> None:
     config = composed("experiment=bench")
     ar, mdlm, bdlm = rules.schedule_of(config).stages
     supervised = [
         shape_of(config, config.layout, stage, expert_imbalance=1.0).supervised for stage in (ar, mdlm, bdlm)
     ]
-    assert supervised == [2 * 1024, 1025, 1025]  # two sequences of 1024 at a rate of 0.5 and a little
+    assert supervised == [2 * 1023, 1025, 1025]  # two sequences of 1024 at a rate of 0.5 and a little
 
 
 def test_experts_on_one_process_see_no_imbalance() -> None:
@@ -147,7 +157,8 @@ def test_recomputed_bytes_are_alive_while_a_layer_runs_backward(case) -> None:
     shape = shape_of(config, config.layout, stage, expert_imbalance=1.2)
     full = replace(config.layout, recompute=Recompute.full)
     plain, again = (units(config.model, shape, layout, b=b).moe for layout in (config.layout, full))
-    assert again.transient - plain.transient == plain.kept - again.kept == again.dropped
+    assert again.dropped == plain.kept - again.kept
+    assert again.backward >= plain.backward + again.dropped - 8 * shape.sent  # the copies' order is held
     assert activations.recomputed_modules(full) >= {"attention", "core_attn", "moe"}
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llada_megatron.cluster.activations import head_bytes, layer_parts
+from llada_megatron.cluster.activations import METRICS, head_bytes, layer_parts
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import Config
 from llada_megatron.model.head import head_output
@@ -68,7 +68,10 @@ def test_the_head_saves_what_the_formula_says(config: Config, stage, supervised:
 
     saved = saved_bytes(run, states, rows, inputs.labels, module=stage)
     shape = replace(balanced_shape(tp=1, cp=1, rows=S, micro_batch=B), supervised=supervised)
-    outside = 4 * S * B + 4 * supervised  # the final norm's 1/rms, and the losses themselves
+    # the final norm's input and 1/rms; weights and metrics of the loss; places and labels, known here already
+    outside = (
+        S * B * (2 * config.model.hidden_size + 4) + METRICS + supervised * (12 + 8 * (supervised > CHUNK))
+    )
     assert saved == head_bytes(config.model, shape, config.layout, b=2) - outside
 
 

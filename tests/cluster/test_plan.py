@@ -122,4 +122,4 @@ def test_a_dense_model_is_planned() -> None:
     dense = replace(config, model=replace(config.model, dense_layers=32, experts=0, tied_head=True))
     result = planned(dense)
     assert result.hours > 0 and "experts" not in result.fullest.activations
-    assert {group.group for group in result.stages[0].traffic} == {"tp", "pp", "dp"}
+    assert {group.group for group in result.stages[0].traffic} == {"tp", "pp", "dp", "embedding"}
