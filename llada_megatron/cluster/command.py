@@ -29,6 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens at the busiest process's experts over the mean; default 1.2",
     )
     parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="dry-run training's step on one rank of each pipeline stage, in minutes",
+    )
+    parser.add_argument(
+        "--stage", metavar="NAME", help="of the schedule, for --exact; default the one that needs most memory"
+    )
+    parser.add_argument(
+        "--all-coordinates",
+        action="store_true",
+        help="with --exact: build the model of every place in the grid and count its parameters",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides, experiment=NAME first"
     )
 
@@ -39,7 +52,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--plot draws one layout: leave out --search.")
     if args.top is not None and (not args.search or args.top < 1):
         raise ValueError("--top N lists the N fastest of --search: give at least 1, and --search.")
+    if args.exact and (args.search or args.plot):
+        raise ValueError("--exact dry-runs one layout and draws nothing: leave out --search and --plot.")
+    if (args.stage or args.all_coordinates) and not args.exact:
+        raise ValueError("--stage and --all-coordinates belong to --exact: add it.")
     config = compose.compose(args.overrides)
+    if args.exact:
+        return _exact(args, config)
     options = {} if args.expert_imbalance is None else {"expert_imbalance": args.expert_imbalance}
     return _search(args, config, options) if args.search else _plan(args, config, options)
 
@@ -61,6 +80,41 @@ def _plan(args: argparse.Namespace, config: compose.Config, options: dict[str, f
 
         draw(result, args.plot)
     return 0 if result.fits else 1
+
+
+def _exact(args: argparse.Namespace, config: compose.Config) -> int:
+    from llada_megatron.cluster import exact, exact_report
+    from llada_megatron.cluster.plan import plan
+    from llada_megatron.cluster.planner import Planner
+    from llada_megatron.cluster.topology import check_processes
+
+    exact.check(config)
+    config = exact.dry_configuration(config)
+    schedule = rules.check(config)
+    planner = Planner(config, expert_imbalance=args.expert_imbalance or 1.0)
+    check_processes(config)
+    if planner.expert_imbalance > 1:
+        raise ValueError("--exact runs balanced experts: leave out --expert-imbalance.")
+    stages = {stage.name: stage for stage in schedule.stages}
+    name = args.stage or plan(planner, config.layout, schedule).fullest.stage
+    if name not in stages:
+        raise ValueError(f"--stage {name} is not in schedule.stages: choose from {', '.join(stages)}.")
+    stage, layout = stages[name], config.layout
+    micro_batches = exact.dry_micro_batches(layout, stage)
+    ranks = (exact.one_rank_per_shard if args.all_coordinates else exact.one_rank_per_stage)(layout)
+    reports = exact_report.with_progress(
+        exact.dry_run(config, stage, ranks, micro_batches, count_only=args.all_coordinates), len(ranks)
+    )
+    if args.all_coordinates:
+        counted, expected = exact.counted_parameters(config, reports)
+        exact_report.print_count(config, counted, expected, len(ranks))
+        _write(args.json, {"parameters": counted, "expected": expected, "ranks": reports})
+        return 0 if counted == expected else 1
+    placement = planner.place(layout)
+    found = [exact.compare(planner, placement, stage, report, micro_batches) for report in reports]
+    exact_report.print_exact(planner, stage, micro_batches, found)
+    _write(args.json, exact_report.figures(planner, stage, micro_batches, found))
+    return 0 if max(one.report["peak"] for one in found) <= planner.usable_bytes else 1
 
 
 def _summary(result: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _memory(console: Console, plan: Plan) -> None:
     unit, letter = (GB, "GB") if plan.fullest.peak >= GB else (1e6, "MB")
     headers = ("stage", "layers", "params", "weights", "grads", "optim", "kept", "in flight",
                "trans.", "peak")  # fmt: skip
-    table = _table(f"Memory per pipeline stage, {letter} on its fullest process", headers)
+    table = table_of(f"Memory per pipeline stage, {letter} on its fullest process", headers)
     for rank in plan.ranks:
         parts = {name: f"{size / unit:.1f}" for name, size in rank.parts.items()}
         table.add_row(
@@ -77,12 +77,12 @@ def _memory(console: Console, plan: Plan) -> None:
     sizes = {name: fullest.parts[name] for name in ("weights", "gradients", "optimizer")}
     sizes |= {f"kept: {name.replace('_', ' ')}": size for name, size in fullest.activations.items()}
     sizes["transient"] = fullest.parts["transient"]
-    _bars(console, {name: size / unit for name, size in sizes.items()}, plan.memory_bytes / unit, "{:.1f}")
+    bars(console, {name: size / unit for name, size in sizes.items()}, plan.memory_bytes / unit, "{:.1f}")
 
 
 def _schedule(console: Console, plan: Plan) -> None:
     headers = ("stage", "block", "s/step", "tokens/s", "MFU", "tokens", "hours", "GPU-hours")
-    table = _table("Time per stage of the schedule", headers, left=headers[:1])
+    table = table_of("Time per stage of the schedule", headers, left=headers[:1])
     for stage in plan.stages:
         table.add_row(
             stage.name,
@@ -114,7 +114,7 @@ def _step(console: Console, stage: StageTime) -> None:
         f" ({stage.micro_batches} micro-batches)"
     )
     seconds = {KINDS.get(name, f"messages: {name}"): part for name, part in stage.seconds.items()}
-    _bars(console, seconds, stage.step_seconds, "{:.2f}")
+    bars(console, seconds, stage.step_seconds, "{:.2f}")
     console.print(
         f"  {quantity(stage.model_flops_per_token)}FLOP per data token,"
         f" {quantity(stage.performed_flops_per_token)}FLOP with what is recomputed"
@@ -125,7 +125,7 @@ def _traffic(console: Console, stage: StageTime) -> None:
     if not stage.traffic:
         return
     headers = ("group", "ranks", "on a node", "GB", "seconds if nothing hid it")
-    table = _table(f"Traffic of a process in a step of {stage.name}", headers, left=headers[:1])
+    table = table_of(f"Traffic of a process in a step of {stage.name}", headers, left=headers[:1])
     for group in sorted(stage.traffic, key=lambda group: -group.seconds):
         table.add_row(
             group.group,
@@ -177,7 +177,7 @@ def print_search(result: Result, *, top: int) -> None:
         console.print(f"  is the fastest of {len(found)} layouts of {gpus} that fit into {usable} each:")
         console.print(f"  {' '.join(overrides(best.layout))}", soft_wrap=True)
         headers = ("", "tokens/s", "hours", "peak GB", "dp", "layout")
-        table = _table("The fastest, estimated over the whole schedule", headers, left=headers[-1:])
+        table = table_of("The fastest, estimated over the whole schedule", headers, left=headers[-1:])
         for place, one in enumerate(found[:top], start=1):
             table.add_row(
                 str(place),
@@ -209,20 +209,21 @@ def overrides(layout: LayoutConfig) -> list[str]:
     return words
 
 
-def _table(title: str, headers: tuple[str, ...], *, left: tuple[str, ...] = ()) -> Table:
+def table_of(title: str, headers: tuple[str, ...], *, left: tuple[str, ...] = ()) -> Table:
+    """An empty table; headers in `left` are aligned there."""
     table = Table(title=f"\n{title}", title_justify="left", title_style="", box=None, pad_edge=False)
     for header in headers:
         table.add_column(header, justify="left" if header in left else "right", no_wrap=header != "layout")
     return table
 
 
-def _bars(console: Console, sizes: dict[str, float], whole: float, number: str) -> None:
+def bars(console: Console, sizes: dict[str, float], whole: float, number: str, *, width: int = 20) -> None:
     """A line per part; parts that round to nothing are left out."""
     shown = {name: size for name, size in sizes.items() if float(number.format(size)) > 0}
     for index, (name, size) in enumerate(shown.items()):
         eighths = round(8 * BAR * size / whole)
         bar = "█" * (eighths // 8) + EIGHTHS[eighths % 8]
-        line = Text(f"  {name:<20} {number.format(size):>6} {size / whole:>4.0%}  ")
+        line = Text(f"  {name:<{width}} {number.format(size):>6} {size / whole:>4.0%}  ")
         line.append(bar, style=COLOURS[index % len(COLOURS)])
         console.print(line)
 

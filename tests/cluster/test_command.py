@@ -42,6 +42,19 @@ def test_the_picture_is_a_png(capsys, tmp_path: Path) -> None:
     assert (tmp_path / "new" / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_dry_run_begins_with_its_verdict_and_finds_what_was_computed(capsys, tmp_path: Path) -> None:
+    small = ["experiment=parity", "precision=bf16", "cluster=h100_8", "layout.processes=8", "layout.tp=2"]
+    sizes = ["model.head_dim=64", "model.layers=2", "data.sequence_length=64", "layout.global_batch=16"]
+    arguments = ["plan", "--exact", "--stage", "bdlm_4", "--json", str(tmp_path / "exact.json")]
+    assert cli.main([*arguments, *small, *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("parity fits on h100_8 (8 GPUs), dry run of bdlm_4")
+    assert "as computed, to the byte" in printed and "Assumed" in printed and "Not in it" in printed
+    (rank,) = json.loads((tmp_path / "exact.json").read_text())["ranks"]
+    assert rank["kept"] == rank["closed_form"]["kept"] and rank["peak_origins"]
+    assert rank["messages_of_a_step"] == rank["closed_form"]["messages"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -57,6 +70,10 @@ def test_the_picture_is_a_png(capsys, tmp_path: Path) -> None:
         (["--search", "--plot", "x.png"], "--plot draws one layout"),
         (["--top", "3"], "--top N lists"),
         (["--search", "cluster=h100"], "cluster.nodes is not known"),
+        (["--exact", "--search"], "--exact dry-runs one layout"),
+        (["--stage", "stable"], "--stage and --all-coordinates belong to --exact"),
+        (["--exact", "--stage", "warm"], "--stage warm is not in schedule.stages: choose from warmup_1,"),
+        (["--exact", "--expert-imbalance", "1.3"], "--exact runs balanced experts"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
