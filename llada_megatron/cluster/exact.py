@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llada_megatron.cluster import traffic
-from llada_megatron.cluster.parameters import Parameters, total_parameters
 from llada_megatron.cluster.planner import Placement, Planner
 from llada_megatron.config.compose import save
 from llada_megatron.config.layout import coordinates, data_parallel_size, micro_batches_per_step, rank_at
+from llada_megatron.config.parameters import Parameters, total_parameters
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, Dispatcher, LayoutConfig
 
