@@ -297,13 +297,24 @@ def _neighbours(nodes: list[str]) -> list[list[int]]:
 
 def _all_reduce_sec(nodes: list[str]) -> float:
     """Fastest seconds of an all-reduce within this node and its neighbour: a slow link gets an address."""
-    group, _ = dist.new_subgroups_by_enumeration(_neighbours(nodes))
+    neighbours = _neighbours(nodes)
+    limit = datetime.timedelta(seconds=EXCHANGE_SEC)
+    group, _ = dist.new_subgroups_by_enumeration(neighbours, timeout=limit)
     message = torch.ones(WRITTEN_BYTES // 4, device=device.device())
     fastest_sec = float("inf")
-    for _ in range(ROUNDS + 1):
-        dist.barrier(group)
-        began = device.seconds()
-        dist.all_reduce(message, group=group)
-        fastest_sec = min(fastest_sec, device.seconds() - began)
+    try:
+        for _ in range(ROUNDS):
+            dist.barrier(group)
+            began = device.seconds()
+            dist.all_reduce(message, group=group)
+            fastest_sec = min(fastest_sec, device.seconds() - began)
+    except RuntimeError as error:  # gloo's; NCCL ends the process itself, after the same limit
+        own = next(ranks for ranks in neighbours if dist.get_rank() in ranks)
+        names = " and ".join(dict.fromkeys(nodes[rank] for rank in own))
+        reason = str(error).splitlines()[-1]
+        raise ValueError(
+            f"Preflight failed, nothing was trained. An all-reduce within {names} failed ({reason}): check"
+            " their network, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+        ) from error
     dist.destroy_process_group(group)
     return fastest_sec

@@ -23,6 +23,7 @@ FAULTS = {  # what is another thing on the last rank
     "throttled": ("product", lambda dtype: (True, 100.0)),
     "broken": ("product", mock.Mock(side_effect=RuntimeError("uncorrectable ECC error\nmore"))),
     "full": ("shutil.disk_usage", lambda path: mock.Mock(free=1000)),
+    "silent link": ("device.seconds", lambda: time.sleep(30)),
     "hangs": ("_space", lambda path: time.sleep(30)),
     "none": ("SLOW", 1.5),
 }
@@ -38,7 +39,7 @@ def check_on_nodes(config, run_dirs, fault):
     groups.join(replace(config.layout, processes=ranks))
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(preflight, "node", lambda: f"node{rank}"))
-        if fault == "hangs":
+        if fault in ("hangs", "silent link"):
             patches.enter_context(mock.patch.object(preflight, "EXCHANGE_SEC", 5.0))
         if rank == ranks - 1:
             patches.enter_context(mock.patch(f"{preflight.__name__}.{name}", replacement))
@@ -78,15 +79,24 @@ def test_the_node_with_the_fault_is_named_and_no_other(tmp_path, fault, clause):
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_node_that_hangs_is_named_by_rank_0_to_those_who_wait(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"No word within 5 s from (node node2 \(rank 2\)|a rank that rank 0)"
-    ):
-        run_ranks(check_until_silence, compose(["experiment=parity"]), [tmp_path] * 3, processes=3)
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("hangs", r"No word within 5 s from (node node2 \(rank 2\)|a rank that rank 0 names)"),
+        pytest.param(
+            "silent link",
+            r"An all-reduce within node0 and node1 and node2 failed \(.+\): check their network",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_node_that_hangs_is_named_to_those_who_wait(tmp_path, fault, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        run_ranks(check_until_silence, compose(["experiment=parity"]), [tmp_path] * 3, fault, processes=3)
 
 
-def check_until_silence(config, run_dirs):
-    raised, _ = check_on_nodes(config, run_dirs, "hangs")
+def check_until_silence(config, run_dirs, fault):
+    raised, _ = check_on_nodes(config, run_dirs, fault)
     raise ValueError(raised)
 
 
