@@ -162,9 +162,10 @@ def summary(reports: list[Report]) -> str:
     products_ms = [1e3 * report.product_sec for report in reports]
     messages_ms = [1e3 * report.all_reduce_sec for report in reports]
     free_gb = min(report.free_bytes for report in reports if report.free_bytes is not None) / 1e9
+    nodes = len({report.node for report in reports})
     return (
-        f"{len({report.node for report in reports})} nodes, {len(reports)} ranks; clocks within"
-        f" {max(abs(report.clock_skew_sec) for report in reports):.2f} s; run.dir is shared, {free_gb:.1f} GB"
+        f"{nodes} node{'s' * (nodes > 1)}, {len(reports)} rank{'s' * (len(reports) > 1)}; clocks within"
+        f" {max(abs(report.clock_skew_sec) for report in reports):.2f} s; run.dir usable, {free_gb:.1f} GB"
         f" free; product {_usual_sec(products_ms):.2f} ms (slowest {max(products_ms):.2f}), all-reduce"
         f" {_usual_sec(messages_ms):.2f} ms (slowest {max(messages_ms):.2f})"
     )
