@@ -21,6 +21,7 @@ from llada_megatron.observe.events import Event
 STOP_FILE = "stop"
 """In the run's directory: `llada stop` was called, so nothing is requeued."""
 BAD_INPUT = 2
+PREFLIGHT = "Preflight failed"
 ERROR = re.compile(r"error: (.+)|^(\w+(?:Error|Exception)\b.*)|(Timeout \(.*\)!)")
 
 
@@ -83,7 +84,7 @@ def decide(
             return Verdict("yielded", f"the job was cancelled or preempted ({signalled})")
         return Verdict("again", f"{signalled} asked for a checkpoint and a new start")
     reason = error or first_error(run_dir) or f"exit code {exit_code}"
-    if exit_code == BAD_INPUT:
+    if exit_code == BAD_INPUT and PREFLIGHT not in reason:  # another start may get other nodes
         return Verdict("failed", reason)
     failures = _failures_without_progress(run_dir) + 1
     if failures >= max_failures:

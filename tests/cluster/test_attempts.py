@@ -46,6 +46,11 @@ def test_ranks_that_srun_ended_with_sigterm_failed_unless_they_say_that_they_lef
     assert attempt(tmp_path, 143, signal="SIGTERM", is_ending=True).outcome == "yielded"
 
 
+def test_a_failed_preflight_is_tried_again_since_other_nodes_may_come(tmp_path):
+    error = "Preflight failed on 1 of 4 ranks: Node node2 (rank 3): its clock is 60 s off"
+    assert attempt(tmp_path, 2, error=error).outcome == "again"
+
+
 def test_bad_input_is_not_tried_again_and_a_stop_is_not_overruled(tmp_path):
     assert attempt(tmp_path / "bad", 2).outcome == "failed"
     assert attempt(tmp_path / "done", 0).outcome == "finished"
