@@ -34,6 +34,7 @@ VERBS = {
     "verify": ("llada_megatron.verify.command", "check golden cases, parallel layouts, context parallelism"),
     "bench": ("llada_megatron.bench.command", "measure attention executors and training steps"),
     "report": ("llada_megatron.observe.command", "render a run's report with pictures"),
+    "sync": ("llada_megatron.observe.sync", "upload a run's offline wandb records from a login node"),
     "demo": ("llada_megatron.demo.command", "run the whole pipeline, small, on this machine"),
     "doctor": ("llada_megatron.doctor", "what this machine offers a run, and how to get what is missing"),
 }

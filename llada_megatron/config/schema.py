@@ -358,6 +358,8 @@ class LoggingConfig:
     wandb: str = "disabled"
     """`disabled`, `offline` or `online`."""
     wandb_project: str = "llada_megatron"
+    prometheus: bool = False
+    """Keep run.dir/metrics.prom with the newest figures, for a textfile collector."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import sys
 from pathlib import Path
@@ -36,6 +37,8 @@ class Trackers:
         self._evaluations = MetricsFile(run_dir / "evaluations.jsonl", first_evaluation)
         self._samples = MetricsFile(run_dir / "samples.jsonl", first_evaluation)
         self._every_steps = max(1, logging_config.every_steps)
+        self._prometheus = run_dir / "metrics.prom" if logging_config.prometheus else None
+        self._run_name = run_name
         self._terminal = _Terminal()
         self._wandb = (
             None if logging_config.wandb == "disabled" else _start_wandb(run_dir, logging_config, run_name)
@@ -47,6 +50,10 @@ class Trackers:
         if record["step"] % self._every_steps == 0:
             self._terminal.show(record)
         self._send_to_wandb("", record)
+        if self._prometheus is not None:
+            aside = self._prometheus.with_name("metrics.prom.tmp")
+            aside.write_text(prometheus_text(record, self._run_name), encoding="utf-8")
+            aside.replace(self._prometheus)  # a collector never reads half of it
 
     def evaluation(self, record: Record) -> None:
         """Record one evaluation, whose `step` is the last step that it has seen."""
@@ -136,6 +143,16 @@ def evaluation_line(record: Record) -> str:
         return line
     views = (f"{name} {_number(value, '.4f')}" for name, value in record["block1_views"].items())
     return f"{line}\nthe AR model read as block diffusion of block 1: {', '.join(views)}"
+
+
+def prometheus_text(record: Record, run_name: str) -> str:
+    """The numbers of a step's record as gauges in Prometheus' text format, labelled with the run."""
+    label = run_name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    lines = []
+    for name, value in scalars(record).items():
+        if math.isfinite(value) and "/" not in name:
+            lines += [f"# TYPE llada_{name} gauge", f'llada_{name}{{run="{label}"}} {float(value):.10g}']
+    return "\n".join(lines) + "\n"
 
 
 def scalars(record: Record, prefix: str = "") -> dict[str, float]:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from llada_megatron.cli import main
 from llada_megatron.config.schema import LoggingConfig
 from llada_megatron.observe.metrics import MetricsFile, read_jsonl, short_count
 from llada_megatron.observe.trackers import HEADER, Trackers, scalars, step_line
@@ -200,3 +201,19 @@ def test_wandb_offline_keeps_one_identity_over_a_resume(tmp_path, monkeypatch):
     while not all(b"loss_by_t/9" in file.read_bytes() for file in files):
         assert time.monotonic() < deadline, "wandb's files lack the record of a step"
         time.sleep(0.01)
+
+
+def test_the_newest_figures_are_there_for_prometheus_and_a_hostile_name_is_one_label(tmp_path):
+    logging = LoggingConfig(prometheus=True)
+    trackers = Trackers(tmp_path, logging, 'a "b"\nc', first_step=0)
+    for step in range(2):
+        trackers.log(step_record(step))
+    trackers.close()
+    lines = (tmp_path / "metrics.prom").read_text().splitlines()
+    assert 'llada_step{run="a \\"b\\"\\nc"} 1' in lines
+    assert all(line.startswith(("# TYPE llada_", "llada_")) for line in lines)
+
+
+def test_there_is_nothing_to_upload_from_a_run_without_offline_records(tmp_path, capsys):
+    assert main(["sync", str(tmp_path)]) == 2
+    assert "logging.wandb=offline" in capsys.readouterr().err
