@@ -1,4 +1,4 @@
-"""The verb `llada sync`: what ranks without a way out recorded for wandb, uploaded from a node that has one."""
+"""The verb `llada sync`: upload what was recorded for wandb offline, from a node that has a way out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Upload every attempt's record under the run's one id: wandb's exit code; ValueError when there is none."""
+    """Upload each attempt's record under the run's one id: wandb's exit code; ValueError without any."""
     recorded = sorted((args.run / "wandb").glob("offline-run-*"))
     if not recorded:
         raise ValueError(f"{args.run} has no offline records: it was not run with logging.wandb=offline.")
