@@ -250,7 +250,7 @@ def _likelihood(run: Run, facts: dict[str, Any], folder: Path) -> list[Part]:
 
 def _references(run: Run, facts: dict[str, Any]) -> Table:
     ar, baselines = run.latest("ar"), facts["baselines"] or {}
-    trained = f" after {short_count(ar['tokens'])} tokens" if ar else ""
+    trained = f" after {short_count(ar['tokens'])} tokens" if ar and ar["tokens"] else ""
     rows = [
         [f"autoregressive model{trained}, exact", _plus_minus(ar and {"mean": ar["nll"], "se": ar["se"]})]
     ]
