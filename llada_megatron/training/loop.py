@@ -83,7 +83,10 @@ def run(config: Config) -> Outcome:
         watchdog.start()  # writes to run.dir, whose faults the preflight names with their node
         groups.initialize(config.layout)
         _announce_attention(config)
-        return _Run(config, schedule, data_fingerprint, watchdog).train(stop)
+        outcome = _Run(config, schedule, data_fingerprint, watchdog).train(stop)
+        if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
+            dist.barrier()
+        return outcome
     finally:
         stop.release()
         watchdog.close()

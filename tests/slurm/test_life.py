@@ -88,7 +88,7 @@ def test_a_preempted_run_saves_and_comes_back(make_run, straight):
     run.slurm.run(*urgent, "--output=/dev/null", "--wrap=sleep 2")
     run.wait(lambda: len(run.events("started")) == 2)
     [first] = run.events("ended")
-    assert first["exit_code"] == 128 + signal.SIGTERM and first["step"] >= 3
+    assert first["step"] >= 3 and run.events("signalled")[0]["signal"] == "SIGTERM"
     wait_for_steps(run, first["step"] + 1)
     assert run.events("first_step")[-1]["step"] == first["step"]
     run.llada("stop", str(run.directory))
@@ -101,7 +101,7 @@ def test_a_time_limit_warns_the_ranks_and_the_run_goes_on_on_fewer_nodes_after_a
     run.submit("slurm.time_limit_min=1", "slurm.signal_lead_sec=20")
     run.wait(lambda: run.events("ended"))
     [first] = run.events("ended")
-    assert (first["exit_code"], first["outcome"]) == (128 + signal.SIGUSR1, "again"), run.story()
+    assert first["outcome"] == "again", run.story()
     assert first["step"] > 0 and run.events("signalled")[0]["signal"] == "SIGUSR1"
     run.wait(lambda: len(run.events("first_step")) == 2)
     assert run.events("first_step")[-1]["step"] == first["step"]
