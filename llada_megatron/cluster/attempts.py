@@ -157,7 +157,8 @@ def main(arguments: list[str]) -> int:
     command, run_dir = arguments[0], Path(arguments[1])
     job = os.environ.get("SLURM_JOB_ID", "")
     if command == "start":
-        if (newest := events.last(events.read(run_dir), "ended")) and newest["outcome"] == "finished":
+        newest = events.last(events.read(run_dir), "submitted", "ended")
+        if newest and newest.get("outcome") == "finished":  # requeued by hand; a new submission asks for more
             print(f"{run_dir} is finished", file=sys.stderr)
             return 1
         number = start(

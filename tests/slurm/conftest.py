@@ -85,6 +85,9 @@ class Run:
     def job(self) -> str:
         return self.events("submitted")[-1]["job"]
 
+    def has_left_the_queue(self) -> bool:
+        return not self.slurm.run("squeue", "--noheader", f"--jobs={self.job()}", check=False)
+
     def story(self) -> str:
         """Everything that helps to understand a failure."""
         logs = [

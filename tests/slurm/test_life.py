@@ -109,7 +109,7 @@ def test_a_time_limit_warns_the_ranks_and_the_run_goes_on_on_fewer_nodes_after_a
     run.wait_for_end("stopped")
     assert "llada stop" in run.status()["why"]
     before = run.status()["checkpoint"]
-    run.wait(lambda: run.slurm.run("squeue", "--noheader") == "")
+    run.wait(run.has_left_the_queue)
     one_node = ["cluster.nodes=1", "layout.processes=2", f"training.steps={before + 2}"]
     run.submit(*one_node)
     run.wait_for_end("finished")
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_why(make_run):
     run.submit("training.steps=1")
     run.wait_for_end("finished")
     whole = [path.name for path in (run.directory / "checkpoints").iterdir()]
-    run.wait(lambda: run.slurm.run("squeue", "--noheader") == "")
+    run.wait(run.has_left_the_queue)
     run.submit("slurm.setup=['ulimit -f 100']")
     run.wait(lambda: any(event["outcome"] == "failed" for event in run.events("ended")))
     assert "could not be written" in run.status()["why"], run.story()
