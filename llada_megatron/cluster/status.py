@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     runs = args.runs or sorted(path.parent for path in Path("runs").glob("**/config.yaml"))
     if not runs:
         raise ValueError("There are no runs in runs/: name a run's directory.")
-    found = [status(path) for path in runs]
+    found = [status(path) if args.runs else _status_or_why_not(path) for path in runs]
     if args.json:
         print(json.dumps([asdict(each) for each in found], indent=1))
     else:
@@ -82,6 +82,15 @@ def status(run_dir: Path) -> Status:
     )
 
 
+def _status_or_why_not(run_dir: Path) -> Status:
+    """The status of a run that was found, not named: one that cannot be read must not hide the others."""
+    try:
+        return status(run_dir)
+    except Exception as error:  # omegaconf's errors have no base class of their own
+        why = str(error).splitlines()[0]
+        return Status(str(run_dir), "unreadable", "-", None, 0, 0, None, 0, 0, f"config.yaml: {why}")
+
+
 def _state(run_dir: Path, record: list[dict[str, Any]]) -> tuple[str, str]:
     newest = events.last(record, "submitted", "started", "ended")
     job = events.last(record, "submitted")
@@ -112,9 +121,9 @@ def _print(found: list[Status]) -> None:
     rows = [("run", "state", "stage", "block", "step", "tok/s", "saved", "restarts", "why")]
     for each in found:
         step = f"{each.step}/{each.steps}"
-        speed = short_count(each.tokens_per_sec)
+        speed, block = short_count(each.tokens_per_sec), str(each.block_size or "-")
         rows.append(
-            (each.name, each.state, each.stage, str(each.block_size), step, speed, str(each.checkpoint),
+            (each.name, each.state, each.stage, block, step, speed, str(each.checkpoint),
              str(each.restarts), each.why)
         )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]

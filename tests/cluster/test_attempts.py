@@ -121,3 +121,19 @@ def test_slurm_s_accounting_is_read_and_what_has_not_ended_is_left_out():
     )
     [(restart, times)] = cost.parse_sacct(text).items()
     assert restart == "0" and times[1] - times[0] == 300 and times[2] - times[1] == 3600
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
+    from llada_megatron.cli import main
+    from llada_megatron.config.compose import compose, save
+
+    for name in ("old", "new"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        save(compose(["experiment=parity", f"run.name={name}"]), tmp_path / "runs" / name / "config.yaml")
+    with (tmp_path / "runs" / "old" / "config.yaml").open("a") as file:
+        file.write("gone: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[1:]] == ["not", "unreadable"]
+    assert main(["status", "runs/old"]) == 2
