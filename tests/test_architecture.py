@@ -28,7 +28,7 @@ ROOMS_IMPORT = {
     "cluster": {"config", "observe"},
     "generate": {"config", "runtime", "parallel", "attention", "diffusion", "model", "data"},
 }
-ROOMS_IMPORT["training"] = {*ROOMS_IMPORT}
+ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"cluster"}
 ROOMS_IMPORT["verify"] = ROOMS_IMPORT["bench"] = {*ROOMS_IMPORT, "verify", "bench"}
 ROOMS_IMPORT["checkpoints"] = {*ROOMS_IMPORT}
 ROOMS_IMPORT["train"] = {*ROOMS_IMPORT, "cli"}  # its exit codes, for `python -m llada_megatron.train`

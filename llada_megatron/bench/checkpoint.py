@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from llada_megatron.config.compose import compose
@@ -86,7 +86,7 @@ def _save(config: Config, folder: Path) -> dict[str, Any]:
         _timed(lambda: _begin_save(config, folder, model, optimizer, False).publish()) for _ in range(ROUNDS)
     ]
     parameters = sum(p.numel() for p in model[0].parameters())
-    return {"seconds": {"save": _median(times)}, "peak_bytes": peak.grown(), "parameters": parameters}
+    return {"seconds": {"save": median(times)}, "peak_bytes": peak.grown(), "parameters": parameters}
 
 
 def _save_in_background(config: Config, folder: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _save_in_background(config: Config, folder: Path) -> dict[str, Any]:
         ended = time.monotonic()
         stalls.append(captured - began + ended - written)
         totals.append(ended - began)
-    seconds = {"background stall": _median(stalls), "background total": _median(totals)}
+    seconds = {"background stall": median(stalls), "background total": median(totals)}
     return {"seconds": seconds, "peak_bytes": peak.grown()}
 
 
@@ -115,7 +115,7 @@ def _load(config: Config, folder: Path) -> dict[str, Any]:
     peak = _Peak()
     verify = [_timed(lambda: store.verified(folder / "saved")) for _ in range(ROUNDS)]
     load = [_timed(lambda: store.load(folder / "saved", model, optimizer)) for _ in range(ROUNDS)]
-    return {"seconds": {"verify": _median(verify), "load": _median(load)}, "peak_bytes": peak.grown()}
+    return {"seconds": {"verify": median(verify), "load": median(load)}, "peak_bytes": peak.grown()}
 
 
 def _to_hf(config: Config, folder: Path) -> dict[str, Any]:
@@ -180,10 +180,6 @@ def _timed(action: Callable[[], Any]) -> float:
     began = time.monotonic()
     action()
     return time.monotonic() - began
-
-
-def _median(seconds: list[float]) -> float:
-    return statistics.median(seconds)
 
 
 def _bytes_below(folder: Path) -> int:

@@ -21,7 +21,7 @@ from llada_megatron.config.manifest import MANIFEST, Manifest, file_damage, file
 def begin(final: Path) -> Path:
     """Make the directory to write into; ValueError when `final` is there already."""
     aside = final.with_name(f".{final.name}.partial")
-    if final.exists():
+    if from_first_rank(final.exists):
         raise ValueError(f"{final} exists already: remove it, or choose another place.")
     if _rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)

@@ -83,55 +83,47 @@ def account(run_dir: Path, record: list[Event], now: float | None = None) -> Cos
     """The account of a run from its record; of a running attempt up to `now`, seconds since 1970."""
     steps = read_jsonl(run_dir / "metrics.jsonl")
     step_sec = [step_seconds(step) for step in steps]
-    mean_step_sec = sum(step_sec) / len(step_sec) if step_sec else 0.0
     useful: dict[str, float] = defaultdict(float)
     for step, seconds in zip(steps, step_sec, strict=True):
         useful[step["stage"]] += seconds
     in_slurm = _sacct_by_start(events.last(record, "submitted"))
-    attempts = []
     starts = [index for index, event in enumerate(record) if event["event"] == "started"]
+    attempts = []
     for number, (begin, after) in enumerate(zip(starts, [*starts[1:], len(record)], strict=True)):
-        waited_since = next(
-            (e["time"] for e in reversed(record[:begin]) if e["event"] in ("submitted", "ended")), None
-        )
-        attempts.append(
-            _attempt(number, record[begin:after], waited_since, mean_step_sec, in_slurm, now or time.time())
-        )
-    for attempt, later in zip(attempts, starts[1:], strict=False):
-        again = next((e for e in record[later:] if e["event"] == "first_step"), None)
-        attempt.seconds["replayed steps"] = (again or {}).get("replayed", 0) * mean_step_sec
-    share = sum(useful.values())
-    for attempt in attempts:  # what the record does not explain: shutting down, waiting, steps' surroundings
-        attempt.seconds["other"] = 0.0
-    accounted = sum(seconds for a in attempts for name, seconds in a.seconds.items() if name != "queue")
-    rest = max(0.0, sum(a.allocated_sec for a in attempts) - share - accounted)
-    for attempt in attempts:
-        attempt.seconds["other"] = (
-            rest * attempt.allocated_sec / max(sum(a.allocated_sec for a in attempts), 1e-9)
-        )
+        before, part, later = record[:begin], record[begin:after], record[after:]
+        waited_since = events.last(before, "submitted", "ended")
+        again = next((event for event in later if event["event"] == "first_step"), None)
+        known = in_slurm.get(str(part[0].get("restart", number)))
+        attempts.append(_attempt(number, part, waited_since, again, step_sec, known, now or time.time()))
     return Cost(attempts, dict(useful), steps[-1]["consumed_tokens"] if steps else 0)
 
 
 def _attempt(
     number: int,
     part: list[Event],
-    waited_since: float | None,
-    step_sec: float,
-    in_slurm: dict[str, tuple[float, float, float]],
+    waited_since: Event | None,
+    again: Event | None,
+    step_sec: list[float],
+    in_slurm: tuple[float, float, float] | None,
     now: float,
 ) -> Attempt:
+    """One attempt's share. `again` is the next first step, before which its steps count as useful."""
     started, ended = part[0], events.last(part, "ended")
     begin, end = started["time"], ended["time"] if ended else now
+    queued_at = waited_since["time"] if waited_since else begin
+    if in_slurm is not None:
+        queued_at, begin, end = in_slurm
     first = next((event for event in part if event["event"] == "first_step"), None)
+    own_sec = step_sec[first["step"] : again["step"] if again else len(step_sec)] if first else []
+    mean_sec = sum(step_sec) / len(step_sec) if step_sec else 0.0
     seconds = {
-        "queue": 0.0 if waited_since is None else begin - waited_since,
-        "start-up": max(0.0, first["time"] - step_sec - begin) if first else end - begin,
+        "start-up": max(0.0, first["time"] - mean_sec - begin) if first else end - begin,
+        "replayed steps": again["replayed"] * mean_sec if first and again else 0.0,
         "checkpoints": sum(event["seconds"] for event in part if event["event"] == "saved"),
         "evaluation": sum(event["seconds"] for event in part if event["event"] == "evaluated"),
     }
-    if known := in_slurm.get(str(started.get("restart", number))):
-        submitted, begin, end = known
-        seconds["queue"] = begin - submitted
+    seconds["other"] = max(0.0, end - begin - sum(own_sec) - sum(seconds.values()))
+    seconds["queue"] = begin - queued_at
     return Attempt(
         number, started.get("devices", 1), seconds, end - begin, ended["outcome"] if ended else "running"
     )

@@ -104,6 +104,7 @@ def test_the_account_of_a_run_adds_up(tmp_path):
     assert first.seconds["queue"] == 100 and second.seconds["queue"] == 40
     assert first.seconds["start-up"] == 30 and second.seconds["start-up"] == 10
     assert first.seconds["replayed steps"] == 6 and second.seconds["evaluation"] == 4
+    assert first.seconds["other"] == 60 - 30 - 4 - 6 - 5 and second.seconds["other"] == 40 - 10 - 4 - 4
     assert found.useful_sec == {"ar": 4, "bdlm": 4} and found.tokens == 400
     assert found.device_hours == pytest.approx(4 * 100 / 3600) and found.goodput == pytest.approx(0.08)
     spent = sum(s for a in found.attempts for name, s in a.seconds.items() if name != "queue")
