@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from llada_megatron.config.manifest import MANIFEST, Manifest, file_damage, file_record, git_commit, versions
+from llada_megatron.parallel.ranks import barrier, from_first_rank, gathered, rank, ranks
 
 
 def begin(final: Path) -> Path:
@@ -23,10 +20,10 @@ def begin(final: Path) -> Path:
     aside = final.with_name(f".{final.name}.partial")
     if from_first_rank(final.exists):
         raise ValueError(f"{final} exists already: remove it, or choose another place.")
-    if _rank() == 0:
+    if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    _barrier()
+    barrier()
     return aside
 
 
@@ -41,11 +38,11 @@ def finish(aside: Path, final: Path, manifest: Manifest, hashed: dict[str, Any] 
     left = [name for name in names if name not in known]
     manifest.files = known | _merge({name: file_record(aside / name) for name in _share(left)})
     manifest.versions = versions()
-    if _rank() == 0:
+    if rank() == 0:
         manifest.git_commit = git_commit()
         manifest.write(aside)
         give_name(aside, final)
-    _barrier()
+    barrier()
 
 
 def give_name(aside: Path, final: Path) -> None:
@@ -61,7 +58,7 @@ def _files(directory: Path) -> list[str]:
 
 def damage(checkpoint: Path, manifest: Manifest) -> list[str]:
     """What is wrong with the files of a checkpoint, one phrase each; every rank hashes a share of them."""
-    found = _gather(file_damage(checkpoint, manifest, _share(sorted(manifest.files))))
+    found = gathered(file_damage(checkpoint, manifest, _share(sorted(manifest.files))))
     return [phrase for part in found for phrase in part]
 
 
@@ -78,53 +75,18 @@ def set_aside_damaged(checkpoint: Path) -> Path:
     return from_first_rank(rename)
 
 
-def from_first_rank[T](function: Callable[..., T], *arguments: Any) -> T:
-    """What rank 0 finds in the file system, on every rank: the others may see it later than rank 0."""
-    found: list[Any] = [function(*arguments) if _rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
-
-
-def warn(message: str) -> None:
-    """Say something once, on the terminal's error stream."""
-    if _rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; interrupted, it leaves nothing with a manifest. One rank calls it."""
     (checkpoint / MANIFEST).unlink()
     shutil.rmtree(checkpoint)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def _share(names: list[str]) -> list[str]:
-    return names[_rank() :: _ranks()]
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _gather(mine: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [mine]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
+    return names[rank() :: ranks()]
 
 
 def _merge(mine: dict[str, Any]) -> dict[str, Any]:
-    return {name: record for part in _gather(mine) for name, record in part.items()}
+    return {name: record for part in gathered(mine) for name, record in part.items()}
 
 
 def _sync(directory: Path) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from llada_megatron.checkpoint import publish
 from llada_megatron.config.manifest import Manifest, file_record
 from llada_megatron.model.initialize import SHARDING_METADATA
+from llada_megatron.parallel.ranks import from_first_rank
 from llada_megatron.runtime import device, writer_queue
 
 OPTIMIZER_METADATA = {
@@ -106,7 +107,7 @@ def _as_os_error(final: Path) -> Iterator[None]:
 
 def verified(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint whose files are what it says; ValueError naming what is damaged."""
-    manifest = publish.from_first_rank(_manifest_or_error, checkpoint)
+    manifest = from_first_rank(_manifest_or_error, checkpoint)
     if isinstance(manifest, str):
         raise ValueError(manifest)
     if damage := publish.damage(checkpoint, manifest):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
 from llada_megatron.config.compose import differences
 from llada_megatron.config.manifest import versions
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import fingerprint_difference
+from llada_megatron.parallel.ranks import gathered
 
 
 def check_agreement(config: Config, data_fingerprint: dict[str, Any]) -> None:
@@ -18,8 +17,7 @@ def check_agreement(config: Config, data_fingerprint: dict[str, Any]) -> None:
     Needs the process group of all ranks and nothing else: ranks that disagree on the layout would wait for
     each other forever in its groups.
     """
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (config, data_fingerprint, versions()))
+    parts = gathered((config, data_fingerprint, versions()))
     first_config, first_data, first_versions = parts[0]
     for rank, (other_config, other_data, other_versions) in enumerate(parts[1:], start=1):
         found = differences(first_config, other_config) + fingerprint_difference(first_data, other_data)

@@ -16,6 +16,7 @@ from llada_megatron.config.manifest import Manifest
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import fingerprint_difference
+from llada_megatron.parallel.ranks import from_first_rank, warn
 
 MAY_CHANGE = (
     "run.resume",
@@ -86,12 +87,12 @@ def resume_checkpoint(config: Config) -> tuple[Path, Manifest] | None:
     if config.run.resume != "auto":
         checkpoint = manifests.find(config.run.resume)
         return checkpoint, store.verified(checkpoint)
-    for checkpoint in reversed(publish.from_first_rank(manifests.whole_checkpoints, Path(config.run.dir))):
+    for checkpoint in reversed(from_first_rank(manifests.whole_checkpoints, Path(config.run.dir))):
         try:
             return checkpoint, store.verified(checkpoint)
         except ValueError as damage:
             kept_as = publish.set_aside_damaged(checkpoint)
-            publish.warn(f"{damage} It is kept as {kept_as.name}; the run goes on from the one before it.")
+            warn(f"{damage} It is kept as {kept_as.name}; the run goes on from the one before it.")
     return None
 
 

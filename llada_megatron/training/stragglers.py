@@ -15,8 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from llada_megatron.checkpoint.publish import warn
 from llada_megatron.config.schema import Config
+from llada_megatron.parallel.ranks import gathered, warn
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import node
 from llada_megatron.training.preflight import product
@@ -66,9 +66,7 @@ class Stragglers:
         self._began_sec = None
         stage = parallel_state.get_pipeline_model_parallel_rank()
         own = Times(dist.get_rank(), node(), stage, self._step_sec, product(self._dtype)[1])
-        times: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(times, own)
-        if slow := slow_ranks(times):
+        if slow := slow_ranks(gathered(own)):
             warn(f"step {step}: {'; '.join(slow)}")
 
 

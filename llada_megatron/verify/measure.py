@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from llada_megatron.config import rules
 from llada_megatron.config.schema import Config
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.parallel import groups
+from llada_megatron.parallel.ranks import gathered
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.evaluate import Evaluator
@@ -63,13 +63,7 @@ def _loads(trainer: Trainer) -> dict[str, list[float]]:
     if balance.tokens_RE is not None:
         layers = [str(router.layer_number) for router in balance.routers]
         mine = dict(zip(layers, balance.tokens_RE.tolist(), strict=True))
-    return {layer: load for part in _from_every_rank(mine) for layer, load in part.items()}
-
-
-def _from_every_rank(mine: Any) -> list[Any]:
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
+    return {layer: load for part in gathered(mine) for layer, load in part.items()}
 
 
 def _pieces(trainer: Trainer) -> list[ShardedTensor]:
@@ -109,7 +103,7 @@ def _weight_differences(trainer: Trainer, reference: dict[str, np.ndarray]) -> d
         squares[piece.key] = squares.get(piece.key, torch.zeros(2, dtype=torch.float64)) + both
     mine = {key: float((d / n.clamp(min=1e-300)).sqrt()) for key, (d, n) in squares.items()}
     worst: dict[str, float] = {}
-    for part in _from_every_rank(mine):
+    for part in gathered(mine):
         for key, value in part.items():
             worst[key] = value if math.isnan(value) else max(worst.get(key, 0.0), value)
     return worst
