@@ -56,12 +56,15 @@ def build(layer_spec: str) -> Built:
     from llada_megatron.model.initialize import initialize_weights
     from llada_megatron.model.provider import build_stage
     from llada_megatron.parallel import groups
+    from llada_megatron.runtime import device
 
     # bf16 also shows norms that are kept in another dtype than the parameters'.
     config = compose(["experiment=parity", "model=tiny", "precision=bf16", f"model.layer_spec={layer_spec}"])
     groups.initialize(config.layout)
+    # Its modules refuse to be made without CUDA; ours are made on the CPU, which they really have.
     pretend = mock.patch.object(torch.cuda, "is_available", return_value=True)
-    with pretend if layer_spec == "transformer_engine" else nullcontext():  # its modules refuse to be made
+    ours = mock.patch.object(device, "on_cuda", return_value=False)
+    with ours, pretend if layer_spec == "transformer_engine" else nullcontext():
         stage = build_stage(config, initialize=False)
     # Raises when a parameter has no entry in the sharded state.
     initialize_weights(stage, seed=config.run.seed, std=config.model.init_std, layers=config.model.layers)
