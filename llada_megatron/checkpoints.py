@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llada_megatron.config.manifest import Manifest, file_damage, find, whole_checkpoints
+from llada_megatron.config.manifest import Manifest, file_damage, find, readable, whole_checkpoints
 
 if TYPE_CHECKING:
     from llada_megatron.config.schema import Config
 
 EXAMPLE = "llada checkpoint list runs/demo"
 DIFFERENCES_SHOWN = 12
+UNSQUEEZED = 1000
+"""Columns that rich may use: a terminal that is too narrow wraps lines, which loses nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,29 +51,28 @@ def _list(args: argparse.Namespace) -> int:
     paths = whole_checkpoints(args.run)
     if not paths:
         raise ValueError(f"{args.run} has no checkpoints: give the directory of a run.")
+    manifests = readable(args.run)
+    metrics = sorted({name for manifest in manifests.values() for name in manifest.metrics})
     table = Table(box=None, pad_edge=False)
-    for name in ("checkpoint", "stage", "block", "tokens", "size", "metrics"):
-        table.add_column(
-            name, justify="right" if name in ("block", "tokens", "size") else "left", no_wrap=True
-        )
+    for name in ("checkpoint", "stage"):
+        table.add_column(name)
+    for name in ("block", "tokens", "size", *metrics):
+        table.add_column(name, justify="right")
     for path in paths:
-        try:
-            manifest = Manifest.read(path)
-        except ValueError:
+        manifest = manifests.get(path)
+        if manifest is None:
             table.add_row(path.name, "(manifest is damaged)")
             continue
         size = sum(record["bytes"] for record in manifest.files.values())
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in sorted(manifest.metrics.items()))
-        stage = f"{manifest.stage}{' (end)' if manifest.stage_ended else ''}"
         table.add_row(
             path.name,
-            stage,
+            f"{manifest.stage}{' (end)' if manifest.stage_ended else ''}",
             str(manifest.block_size),
             f"{manifest.consumed_tokens:,}",
             f"{size / 1e6:,.1f} MB",
-            figures,
+            *(f"{manifest.metrics[name]:.4f}" if name in manifest.metrics else "-" for name in metrics),
         )
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=UNSQUEEZED)
     console.print(table)
     for damaged in sorted((args.run / "checkpoints").glob("damaged_*")):
         console.print(f"{damaged.name} was found damaged and set aside")
@@ -92,7 +93,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     from llada_megatron.checkpoint import merge, publish
-    from llada_megatron.checkpoint.retention import best, readable
+    from llada_megatron.checkpoint.retention import best
 
     if args.top_k < 1:
         raise ValueError(f"--top-k {args.top_k}: give the number of checkpoints to merge.")

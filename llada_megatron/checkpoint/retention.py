@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from llada_megatron.checkpoint import publish
-from llada_megatron.config.manifest import Manifest, whole_checkpoints
+from llada_megatron.config.manifest import Manifest, readable
 from llada_megatron.config.schema import CheckpointConfig
 
 
@@ -27,15 +26,6 @@ def retire(run_dir: Path, keep: CheckpointConfig) -> None:
         publish.remove(path)
     for left_behind in (run_dir / "checkpoints").glob(".step_*.partial"):
         shutil.rmtree(left_behind)
-
-
-def readable(run_dir: Path) -> dict[Path, Manifest]:
-    """Checkpoints of a run and their manifests, oldest first, without those whose manifest is damaged."""
-    found = {}
-    for path in whole_checkpoints(run_dir):
-        with suppress(ValueError):
-            found[path] = Manifest.read(path)
-    return found
 
 
 def best(manifests: dict[Path, Manifest], metric: str, count: int) -> list[Path]:

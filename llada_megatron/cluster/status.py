@@ -67,7 +67,8 @@ def status(run_dir: Path) -> Status:
     record, last_step = events.read(run_dir), _last_record(run_dir)
     done = last_step["step"] + 1 if last_step else 0
     stage = schedule.stage_at(min(done, schedule.total_steps - 1))
-    state, why = _state(run_dir, record)
+    saved = attempts.newest_step(run_dir)
+    state, why = ("finished", "") if saved >= steps else _state(run_dir, record)
     return Status(
         name=config.run.name,
         state=state,
@@ -76,7 +77,7 @@ def status(run_dir: Path) -> Status:
         step=done,
         steps=steps,
         tokens_per_sec=last_step["tokens_per_sec"] if last_step else None,
-        checkpoint=attempts.newest_step(run_dir),
+        checkpoint=saved,
         restarts=max(0, attempts.count(record) - 1),
         why=why,
     )

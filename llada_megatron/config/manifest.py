@@ -13,6 +13,7 @@ import json
 import os
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ def whole_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints of a run that were published, oldest first."""
     found = sorted((run_dir / "checkpoints").glob("step_*"))
     return [path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).is_file()]
+
+
+def readable(run_dir: Path) -> dict[Path, Manifest]:
+    """Checkpoints of a run and their manifests, oldest first, without those whose manifest is damaged."""
+    found = {}
+    for path in whole_checkpoints(run_dir):
+        with suppress(ValueError):
+            found[path] = Manifest.read(path)
+    return found
 
 
 def find(where: str) -> Path:

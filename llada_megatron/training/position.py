@@ -9,10 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llada_megatron.checkpoint import publish, store
-from llada_megatron.checkpoint.retention import readable
 from llada_megatron.config import manifest as manifests
 from llada_megatron.config.compose import differences, leaf_differences, resolve
-from llada_megatron.config.manifest import Manifest
+from llada_megatron.config.manifest import Manifest, readable
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import fingerprint_difference

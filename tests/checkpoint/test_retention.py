@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llada_megatron.checkpoint import publish, retention
-from llada_megatron.config.manifest import Manifest, find, whole_checkpoints
+from llada_megatron.config.manifest import Manifest, find, readable, whole_checkpoints
 from llada_megatron.config.schema import CheckpointConfig
 
 
@@ -37,7 +37,7 @@ def test_the_last_every_mth_the_best_and_the_ends_of_stages_stay(tmp_path):
 def test_checkpoints_without_the_metric_are_not_the_best(tmp_path):
     for step in (1, 2, 3):
         publish_one(tmp_path, step, metrics={"nll_ar": float(step)} if step < 3 else {})
-    manifests = retention.readable(tmp_path)
+    manifests = readable(tmp_path)
     assert [path.name for path in retention.best(manifests, "nll_ar", 5)] == [
         "step_00000001",
         "step_00000002",
