@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -56,8 +57,6 @@ def run(args: argparse.Namespace) -> int:
 
 def sweep(overrides: list[str]) -> list[list[str]]:
     """One list of overrides for each combination of values `key=a,b`; run.name gets the values after it."""
-    import itertools
-
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_overrides(overrides)
@@ -72,10 +71,15 @@ def sweep(overrides: list[str]) -> list[list[str]]:
     runs = []
     for combination in itertools.product(*ways):
         chosen = [each for each, way in zip(combination, ways, strict=True) if len(way) > 1]
-        suffix = "_".join(re.sub(r"[^\w.=+-]+", "-", each.split(".")[-1]) for each in chosen)
+        suffix = "_".join(_suffix(*each.split("=", 1)) for each in chosen)
         rest = [each for each in combination if not each.startswith("run.name=")]
         runs.append([*rest, f"run.name={base}_{suffix}"] if chosen else list(combination))
     return runs
+
+
+def _suffix(key: str, value: str) -> str:
+    """`lr-0.001` of optimizer.lr: no sign in it means anything to hydra or a shell."""
+    return re.sub(r"[^\w.+-]+", "-", f"{key.split('.')[-1]}-{value}")
 
 
 def submit(overrides: list[str], args: argparse.Namespace) -> bool:
