@@ -80,7 +80,7 @@ def test_a_killed_rank_ends_the_job_soon_and_the_run_goes_on(make_run, straight)
     assert run.losses() == straight.losses()
 
 
-def test_a_preempted_run_saves_and_comes_back(make_run, straight):
+def test_a_preempted_run_saves_and_comes_back_and_a_stopped_one_resumes(make_run, straight):
     run = make_run(*ENDLESS)
     run.submit()
     wait_for_steps(run, 3)
@@ -93,6 +93,13 @@ def test_a_preempted_run_saves_and_comes_back(make_run, straight):
     assert run.events("first_step")[-1]["step"] == first["step"]
     run.llada("stop", str(run.directory))
     run.wait_for_end("stopped")
+    run.wait(run.has_left_the_queue)
+    stopped_at = run.status()["checkpoint"]
+    run.llada("resume", str(run.directory))
+    run.wait(lambda: len(run.events("first_step")) == 3)
+    assert run.events("first_step")[-1]["step"] == stopped_at
+    run.llada("stop", str(run.directory))
+    run.wait(lambda: [event["outcome"] for event in run.events("ended")].count("stopped") == 2)
     assert run.losses()[:3] == straight.losses()[:3]
 
 
