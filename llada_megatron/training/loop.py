@@ -29,6 +29,7 @@ from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.agreement import check_agreement
 from llada_megatron.training.evaluate import Evaluator, checkpoint_metrics
+from llada_megatron.training.exclusive import only_training_of
 from llada_megatron.training.position import (
     Position,
     check_nothing_later,
@@ -83,7 +84,8 @@ def run(config: Config) -> Outcome:
         watchdog.start()  # writes to run.dir, whose faults the preflight names with their node
         groups.initialize(config.layout)
         _announce_attention(config)
-        outcome = _Run(config, schedule, data_fingerprint, watchdog).train(stop)
+        with only_training_of(Path(config.run.dir)):
+            outcome = _Run(config, schedule, data_fingerprint, watchdog).train(stop)
         if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
             dist.barrier()
         return outcome

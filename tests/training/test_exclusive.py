@@ -1,0 +1,37 @@
+"""A run directory has one training at a time, and a killed one leaves nothing behind that blocks."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from llada_megatron.training.exclusive import LOCK, only_training_of
+
+
+def hold(run_dir: Path) -> None:
+    with only_training_of(run_dir):
+        (run_dir / "held").touch()
+        time.sleep(60)
+
+
+def test_a_second_training_is_refused_and_the_holder_s_death_frees_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(run_dir,))
+    process.start()
+    try:
+        while not (run_dir / "held").exists():
+            assert process.is_alive()
+            time.sleep(0.01)
+        trained = pytest.raises(ValueError, match=f"is being trained by process {process.pid} on")
+        with trained, only_training_of(run_dir):
+            pass
+    finally:
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+    with only_training_of(run_dir):
+        assert (run_dir / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    with only_training_of(run_dir):
+        pass
