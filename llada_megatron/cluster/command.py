@@ -6,9 +6,13 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada_megatron.config import compose, rules
+from llada_megatron.config.flops import DocumentLengths
+
+if TYPE_CHECKING:
+    from llada_megatron.cluster.planner import Planner
 
 EXAMPLE = "llada plan experiment=llada2_flash_cpt cluster=h100_512"
 TOP = 12
@@ -27,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="tokens at the busiest process's experts over the mean; default 1.2",
+    )
+    parser.add_argument(
+        "--document-tokens",
+        metavar="MEDIAN,SIGMA",
+        help="log-normal lengths of packed documents; default one document per sequence",
     )
     parser.add_argument(
         "--exact",
@@ -52,25 +61,38 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--plot draws one layout: leave out --search.")
     if args.top is not None and (not args.search or args.top < 1):
         raise ValueError("--top N lists the N fastest of --search: give at least 1, and --search.")
-    if args.exact and (args.search or args.plot):
-        raise ValueError("--exact dry-runs one layout and draws nothing: leave out --search and --plot.")
+    if args.exact and args.search:
+        raise ValueError("--exact dry-runs one layout: leave out --search.")
+    if args.all_coordinates and args.plot:
+        raise ValueError("--all-coordinates counts parameters and runs no step: leave out --plot.")
     if (args.stage or args.all_coordinates) and not args.exact:
         raise ValueError("--stage and --all-coordinates belong to --exact: add it.")
     config = compose.compose(args.overrides)
+    if args.exact and (args.document_tokens or (args.expert_imbalance or 1.0) > 1):
+        raise ValueError(
+            "--exact runs balanced experts and sequences of one document: leave out --expert-imbalance and"
+            " --document-tokens."
+        )
     if args.exact:
         return _exact(args, config)
-    options = {} if args.expert_imbalance is None else {"expert_imbalance": args.expert_imbalance}
-    return _search(args, config, options) if args.search else _plan(args, config, options)
+    return _search(args, config) if args.search else _plan(args, config)
 
 
-def _plan(args: argparse.Namespace, config: compose.Config, options: dict[str, float]) -> int:
+def _planner(args: argparse.Namespace, config: compose.Config) -> Planner:
+    from llada_megatron.cluster.planner import EXPERT_IMBALANCE, Planner
+
+    imbalance = EXPERT_IMBALANCE if args.expert_imbalance is None else args.expert_imbalance
+    documents = DocumentLengths.parse(args.document_tokens) if args.document_tokens else None
+    return Planner(config, expert_imbalance=imbalance, documents=documents)
+
+
+def _plan(args: argparse.Namespace, config: compose.Config) -> int:
     from llada_megatron.cluster import report
     from llada_megatron.cluster.plan import plan
-    from llada_megatron.cluster.planner import Planner
     from llada_megatron.cluster.topology import check_processes
 
     schedule = rules.check(config)
-    planner = Planner(config, **options)
+    planner = _planner(args, config)
     check_processes(config)
     result = plan(planner, config.layout, schedule)
     report.print_plan(result, config)
@@ -91,10 +113,8 @@ def _exact(args: argparse.Namespace, config: compose.Config) -> int:
     exact.check(config)
     config = exact.dry_configuration(config)
     schedule = rules.check(config)
-    planner = Planner(config, expert_imbalance=args.expert_imbalance or 1.0)
+    planner = Planner(config, expert_imbalance=1.0)
     check_processes(config)
-    if planner.expert_imbalance > 1:
-        raise ValueError("--exact runs balanced experts: leave out --expert-imbalance.")
     stages = {stage.name: stage for stage in schedule.stages}
     name = args.stage or plan(planner, config.layout, schedule).fullest.stage
     if name not in stages:
@@ -114,6 +134,10 @@ def _exact(args: argparse.Namespace, config: compose.Config) -> int:
     found = [exact.compare(planner, placement, stage, report, micro_batches) for report in reports]
     exact_report.print_exact(planner, stage, micro_batches, found)
     _write(args.json, exact_report.figures(planner, stage, micro_batches, found))
+    if args.plot:
+        from llada_megatron.cluster.plots import draw_exact
+
+        draw_exact(planner, found, args.plot)
     return 0 if max(one.report["peak"] for one in found) <= planner.usable_bytes else 1
 
 
@@ -122,11 +146,11 @@ def _summary(result: Any) -> dict[str, Any]:
     return {name: getattr(result, name) for name in names} | {"fullest_stage": result.fullest.rank}
 
 
-def _search(args: argparse.Namespace, config: compose.Config, options: dict[str, float]) -> int:
+def _search(args: argparse.Namespace, config: compose.Config) -> int:
     from llada_megatron.cluster import report
     from llada_megatron.cluster.search import Search
 
-    result = Search(config, **options).run()
+    result = Search(_planner(args, config)).run()
     report.print_search(result, top=args.top or TOP)
     _write(args.json, asdict(result))
     return 0 if result.candidates else 1

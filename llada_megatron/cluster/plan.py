@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from llada_megatron.cluster import timing, traffic
 from llada_megatron.cluster.activations import recomputed_modules
 from llada_megatron.cluster.planner import Placement, Planner, Step
-from llada_megatron.cluster.shapes import supervised_per_sequence
+from llada_megatron.cluster.shapes import pairs_per_sequence, supervised_per_sequence
 from llada_megatron.cluster.topology import gpus
-from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
+from llada_megatron.config.flops import DocumentLengths, training_flops_per_sequence
 from llada_megatron.config.layout import micro_batches_per_step
 from llada_megatron.config.parameters import Parameters, attention_weights, expert_weights
 from llada_megatron.config.schedule import Schedule, Stage
@@ -87,6 +87,8 @@ class Plan:
     usable_bytes: int
     memory_bytes: int
     expert_imbalance: float
+    documents: DocumentLengths | None
+    """Of packed sequences; None: each is one document."""
     ranks: list[RankMemory]
     stages: list[StageTime]
     price_per_gpu_hour: float
@@ -130,6 +132,7 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
         usable_bytes=planner.usable_bytes,
         memory_bytes=planner.memory_bytes,
         expert_imbalance=planner.expert_imbalance,
+        documents=planner.documents,
         ranks=[_rank_memory(planner, layout, placement, schedule, rank) for rank in range(layout.pp)],
         stages=[_stage_time(planner, layout, placement, stage) for stage in schedule.stages],
         price_per_gpu_hour=cluster.price_per_gpu_hour,
@@ -179,7 +182,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
     config, step = planner.config, planner.step(layout, placement, stage)
     devices = gpus(planner.cluster)
     tokens_per_sec = stage.tokens / stage.steps / step.total
-    needed, performed = flops_per_token(config, layout, stage)
+    needed, performed = flops_per_token(config, layout, stage, planner.documents)
     hours = stage.steps * step.total / 3600
     return StageTime(
         name=stage.name,
@@ -200,17 +203,17 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
     )
 
 
-def flops_per_token(config: Config, layout: LayoutConfig, stage: Stage) -> tuple[float, float]:
+def flops_per_token(
+    config: Config, layout: LayoutConfig, stage: Stage, documents: DocumentLengths | None = None
+) -> tuple[float, float]:
     """Model FLOPs of training per data token, and those performed with what recompute repeats.
 
-    Attention counts visible pairs of sequences that are one document; recompute repeats the forward pass of
-    its modules, and the head's where supervised rows fill more than one chunk.
+    Attention counts visible pairs; recompute repeats the forward pass of its modules, and the head's where
+    supervised rows fill more than one chunk.
     """
     model, length = config.model, config.data.sequence_length
     positions = length * (2 if stage.clean_copy else 1)
-    pairs = expected_pairs(
-        length, stage.block_size, clean_copy=stage.clean_copy, causal=not stage.is_diffusion
-    )
+    pairs = pairs_per_sequence(config, stage, documents)
     supervised = supervised_per_sequence(config, stage)
     chunked = supervised * stage.micro_batch / layout.cp > model.head_chunk_tokens
     needed, performed = (

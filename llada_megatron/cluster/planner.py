@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llada_megatron.cluster import memory, timing, traffic, transient
 from llada_megatron.cluster.shapes import BYTES, Shape, shape_of
 from llada_megatron.cluster.topology import GB, Group, check_cluster, groups
+from llada_megatron.config.flops import DocumentLengths
 from llada_megatron.config.layout import micro_batches_per_step
 from llada_megatron.config.parameters import Contents, Parameters, parameters, stage_contents
 from llada_megatron.config.schedule import Stage
@@ -79,15 +80,24 @@ class Step:
 class Planner:
     """Plans layouts of one configuration; what layouts have in common is worked out once."""
 
-    def __init__(self, config: Config, *, expert_imbalance: float = EXPERT_IMBALANCE) -> None:
-        """Raises ValueError for a cluster that lacks what a plan needs."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        expert_imbalance: float = EXPERT_IMBALANCE,
+        documents: DocumentLengths | None = None,
+    ) -> None:
+        """documents: of packed sequences; without them each is one document.
+
+        Raises ValueError for a cluster that lacks what a plan needs.
+        """
         check_cluster(config)
         if expert_imbalance < 1:
             raise ValueError(
                 f"--expert-imbalance {expert_imbalance:g} is a maximum over a mean: give at least 1."
             )
         self.config, self.model, self.cluster = config, config.model, config.cluster
-        self.expert_imbalance = expert_imbalance
+        self.expert_imbalance, self.documents = expert_imbalance, documents
         self.b = BYTES[config.precision.dtype]
         self.rates = timing.rates(config)
         self.memory_bytes = int(self.cluster.memory_gb * GB)
@@ -142,7 +152,13 @@ class Planner:
         """Shape and bytes of building blocks; what they do not depend on (pp, dp), layouts share."""
         key = self._key(layout, stage)
         if key not in self._sizes:
-            shape = shape_of(self.config, layout, stage, expert_imbalance=self.expert_imbalance)
+            shape = shape_of(
+                self.config,
+                layout,
+                stage,
+                expert_imbalance=self.expert_imbalance,
+                documents=self.documents,
+            )
             self._sizes[key] = shape, memory.units(self.model, shape, layout, b=self.b)
         return self._sizes[key]
 

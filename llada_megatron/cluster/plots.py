@@ -1,4 +1,4 @@
-"""A plan as a picture: memory of every pipeline stage, and where the time of the schedule's stages goes.
+"""Pictures: a plan's memory per pipeline stage and time per stage of the schedule; a dry run's live bytes.
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llada_megatron.cluster.exact import RankComparison
 from llada_megatron.cluster.plan import Plan
+from llada_megatron.cluster.planner import Planner
 from llada_megatron.cluster.report import KINDS
 from llada_megatron.cluster.topology import GB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY, LIGHT = "#CC79A7", "#56B4E9", "#F0E442", "#666666", "#bbbbbb"
@@ -40,22 +43,49 @@ TIME = {
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Write a PNG of a plan."""
     height = 2.4 + 0.32 * max(len(plan.ranks), len(plan.stages))
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (memory, time) = pyplot.subplots(1, 2, figsize=(13, height), layout="constrained")
-        _memory(memory, plan)
-        _time(time, plan)
-        verdict = "fits" if plan.fits else "does not fit"
-        figure.suptitle(f"{plan.name} {verdict} on {plan.cluster} ({plan.gpus} GPUs)", x=0.01, ha="left")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+    figure, (memory, time) = _panels(height, 1, 2)
+    _memory(memory, plan)
+    _time(time, plan)
+    verdict = "fits" if plan.fits else "does not fit"
+    figure.suptitle(f"{plan.name} {verdict} on {plan.cluster} ({plan.gpus} GPUs)", x=0.01, ha="left")
+    _save(figure, path)
+
+
+def draw_exact(planner: Planner, found: list[RankComparison], path: Path) -> None:
+    """Write a PNG of a dry run: live bytes of each pipeline stage through its step."""
+    figure, panels = _panels(1.4 + 1.5 * len(found), len(found), 1)
+    top = max(planner.usable_bytes, *(max(one.peak, one.report["peak"]) for one in found)) * 1.05 / GB
+    for one, axes in zip(found, panels, strict=True):
+        live = [size / GB for size in one.report["over_time"]]
+        through = [place / max(1, len(live) - 1) for place in range(len(live))]
+        axes.fill_between(through, live, color=SKY, linewidth=0)
+        axes.axhline(one.report["peak"] / GB, color=BLUE, linewidth=1, label="peak")
+        axes.axhline(one.peak / GB, color=VERMILION, linewidth=1, linestyle=":", label="closed form")
+        axes.axhline(planner.usable_bytes / GB, color=GREY, linewidth=1, linestyle="--", label="usable")
+        axes.set_ylabel(f"stage {one.rank}, GB")
+        axes.set(xlim=(0, 1), ylim=(0, top))
+        axes.set_xticks([])
+    panels[-1].set_xlabel("a step, from the first forward to the update; each allocation counts alike")
+    panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
+    figure.suptitle(f"{planner.config.run.name}: live bytes of the dry run", x=0.01, ha="left")
+    _save(figure, path)
+
+
+def _panels(height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, height), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def _memory(axes: Axes, plan: Plan) -> None:

@@ -151,9 +151,15 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
     experts = (
         f"the busiest experts get {plan.expert_imbalance:g} times the mean; " if config.model.experts else ""
     )
+    documents = (
+        "every sequence is one document"
+        if plan.documents is None
+        else f"documents have log-normal lengths (median {plan.documents.median_tokens:g} tokens, sigma"
+        f" {plan.documents.sigma:g})"
+    )
     console.print(
-        f"\nAssumed: shares of the peak that nothing has measured yet ({achieved}); {experts}every"
-        " sequence is one document; transients are upper bounds; what layers keep is derived from"
+        f"\nAssumed: shares of the peak that nothing has measured yet ({achieved}); {experts}{documents};"
+        " transients are upper bounds; what layers keep is derived from"
         f" megatron-core's local spec{'' if derived else ', for TransformerEngine an estimate'}."
     )
     console.print(f"Not modelled: {NOT_MODELLED}; evaluation and checkpoints. See docs/planning.md.")

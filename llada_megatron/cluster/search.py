@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llada_megatron.cluster.planner import EXPERT_IMBALANCE, Placement, Planner
+from llada_megatron.cluster.planner import Placement, Planner
 from llada_megatron.cluster.shapes import keeps_blocks_whole
 from llada_megatron.cluster.topology import GB, gpus, groups
 from llada_megatron.config import rules
 from llada_megatron.config.layout_rules import check_layout, has_experts
 from llada_megatron.config.schedule import Schedule
-from llada_megatron.config.schema import Config, LayoutConfig, Recompute
+from llada_megatron.config.schema import LayoutConfig, Recompute
 
 ONE: dict[str, Any] = dict.fromkeys(("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch"), 1)
 MIN_TOKENS_PER_PROCESS = 1024
@@ -83,10 +83,9 @@ class Result:
 class Search:
     """One search; `run` does it."""
 
-    def __init__(self, config: Config, *, expert_imbalance: float = EXPERT_IMBALANCE) -> None:
-        """Raises ValueError for a cluster that lacks what a plan needs."""
-        self.planner = Planner(config, expert_imbalance=expert_imbalance)
-        self.config, self.model = config, config.model
+    def __init__(self, planner: Planner) -> None:
+        config = planner.config
+        self.planner, self.config, self.model = planner, config, config.model
         self.result = Result(gpus(config.cluster), self.planner.usable_bytes)
         self.start = replace(
             config.layout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llada_megatron.config.flops import expected_pairs
+from llada_megatron.config.flops import DocumentLengths, expected_pairs
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, DiffusionConfig, LayoutConfig
 
@@ -49,12 +49,30 @@ def supervised_per_sequence(config: Config, stage: Stage) -> float:
     return length * mask_rate(config.diffusion) if stage.is_diffusion else length - 1
 
 
-def shape_of(config: Config, layout: LayoutConfig, stage: Stage, *, expert_imbalance: float) -> Shape:
+def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths | None) -> float:
+    """Visible query-key pairs of a layer in one sequence, per head."""
+    return expected_pairs(
+        config.data.sequence_length,
+        stage.block_size,
+        clean_copy=stage.clean_copy,
+        causal=not stage.is_diffusion,
+        documents=documents,
+    )
+
+
+def shape_of(
+    config: Config,
+    layout: LayoutConfig,
+    stage: Stage,
+    *,
+    expert_imbalance: float,
+    documents: DocumentLengths | None = None,
+) -> Shape:
     """Sizes under `layout` (which need not be config.layout) in a stage of the schedule.
 
     expert_imbalance: tokens that the busiest process's experts receive, over the mean. It matters only
     where experts are spread over processes: otherwise each token's copies stay, and their number is fixed.
-    Sequences count as one document: shorter ones have fewer pairs.
+    documents: of packed sequences; without them each is one document.
     """
     length, model, cp = config.data.sequence_length, config.model, layout.cp
     halves = 2 if stage.clean_copy else 1
@@ -64,9 +82,7 @@ def shape_of(config: Config, layout: LayoutConfig, stage: Stage, *, expert_imbal
     routed = sent * layout.etp * (expert_imbalance if layout.ep > 1 else 1.0)
     data = length * stage.micro_batch
     noisy_keys, travelling = _noisy_keys(data, cp, length, stage)
-    pairs = expected_pairs(
-        length, stage.block_size, clean_copy=stage.clean_copy, causal=not stage.is_diffusion
-    )
+    pairs = pairs_per_sequence(config, stage, documents)
     return Shape(
         rows=rows,
         tokens=tokens,

@@ -2,7 +2,53 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
 from llada_megatron.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """Log-normal lengths of packed documents: half are shorter than `median_tokens`."""
+
+    median_tokens: float
+    sigma: float = 1.0
+    """Standard deviation of the logarithm of a length."""
+
+    def __str__(self) -> str:
+        return f"{self.median_tokens:.0f},{self.sigma:.2f}"
+
+    @classmethod
+    def parse(cls, text: str) -> DocumentLengths:
+        """From `MEDIAN` or `MEDIAN,SIGMA`; raises ValueError for anything else."""
+        try:
+            lengths = cls(*(float(word) for word in text.split(",")))
+        except (TypeError, ValueError):
+            lengths = cls(0.0)
+        if not (lengths.median_tokens >= 1 and 0 < lengths.sigma < 10):
+            raise ValueError(
+                f"Document lengths {text!r}: give MEDIAN,SIGMA, for example 665,1.0 (tokens, and the standard"
+                " deviation of their logarithm; `llada data inspect` shows both)."
+            )
+        return lengths
+
+    def same_document(self, distance: int) -> float:
+        """Probability that two tokens this far apart in a long stream lie in one document.
+
+        E[max(X - d, 0)] / E[X] of a length X: a stationary renewal process. For a log-normal X both terms are
+        those of Black and Scholes' call.
+        """
+        if distance == 0:
+            return 1.0
+        high = (math.log(self.median_tokens / distance) + self.sigma**2) / self.sigma
+        mean = self.median_tokens * math.exp(self.sigma**2 / 2)
+        return _normal(high) - distance / mean * _normal(high - self.sigma)
+
+
+def _normal(x: float) -> float:
+    return math.erfc(-x / math.sqrt(2)) / 2
 
 
 def active_parameters_per_layer(model: ModelConfig, layer: int) -> int:
@@ -32,13 +78,34 @@ def training_flops_per_sequence(
     return matrices + attention + head
 
 
-def expected_pairs(sequence_length: int, block_size: int, *, clean_copy: bool, causal: bool) -> float:
-    """Visible pairs of one layer for a sequence that is one document.
+def expected_pairs(
+    sequence_length: int,
+    block_size: int,
+    *,
+    clean_copy: bool,
+    causal: bool,
+    documents: DocumentLengths | None = None,
+) -> float:
+    """Visible pairs of one layer for a sequence: of one document, or on average of packed ones.
 
-    With a clean copy: L*block (own noisy blocks) + L(L - block)/2 + L(L + block)/2 = L^2 + L*block.
+    Of n ordered pairs inside documents and m inside both a document and a block, block-causal attention sees
+    (n + m)/2. A clean copy has own noisy blocks m, earlier clean blocks (n - m)/2, and (n + m)/2: n + m
+    together. For one document n = L^2 and m = L*block. Blocks are those of the sequence; a grid that starts
+    anew in each document has about as many.
     """
+    inside = window_pairs(sequence_length, documents)
+    in_blocks = window_pairs(block_size, documents) * sequence_length / block_size
     if clean_copy:
-        return float(sequence_length * sequence_length + sequence_length * block_size)
-    if causal:
-        return sequence_length * (sequence_length + block_size) / 2
-    return float(sequence_length * sequence_length)
+        return inside + in_blocks
+    return (inside + in_blocks) / 2 if causal else inside
+
+
+@lru_cache(maxsize=256)
+def window_pairs(tokens: int, documents: DocumentLengths | None) -> float:
+    """Expected ordered pairs of one document in a window of a packed stream; all of them without documents.
+
+    w + 2 sum over distances d of (w - d) same_document(d).
+    """
+    if documents is None:
+        return float(tokens * tokens)
+    return tokens + 2 * sum((tokens - d) * documents.same_document(d) for d in range(1, tokens))

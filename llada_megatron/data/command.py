@@ -99,6 +99,7 @@ def _inspect(args: argparse.Namespace) -> int:
     print(f"documents {documents}")
     print(f"tokens {index.tokens}")
     print(f"mean length {index.tokens / documents:.1f} tokens")
+    print(f"as a log-normal: llada plan --document-tokens {index.log_normal}")
     tokens = numpy.memmap(f"{args.prefix}.bin", index.dtype, "r")
     # Four tokens are enough for a character, even where tokens are bytes.
     first = tokens[: 4 * SHOWN_CHARACTERS].tolist()

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy
 
+from llada_megatron.config.flops import DocumentLengths
 from llada_megatron.data.tokenizer import load_tokenizer
 
 SIDECAR_VERSION = 1
@@ -46,6 +47,12 @@ class CorpusIndex:
     def tokens(self) -> int:
         """Tokens of the corpus."""
         return int(self.document_lengths.sum(dtype=numpy.int64))
+
+    @property
+    def log_normal(self) -> DocumentLengths:
+        """The log-normal distribution with the mean and deviation of the lengths' logarithms."""
+        logs = numpy.log(self.document_lengths[self.document_lengths > 0])
+        return DocumentLengths(float(numpy.exp(logs.mean())), max(float(logs.std()), 0.01))
 
 
 def read_index(prefix: str) -> CorpusIndex:

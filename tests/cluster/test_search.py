@@ -20,7 +20,7 @@ def mini(*overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def found() -> Result:
-    return Search(mini()).run()
+    return Search(Planner(mini())).run()
 
 
 def test_every_result_is_accepted_by_the_rules_of_training_and_fits(found: Result) -> None:
@@ -31,7 +31,7 @@ def test_every_result_is_accepted_by_the_rules_of_training_and_fits(found: Resul
 
 
 def test_a_second_search_gives_the_same(found: Result) -> None:
-    again = Search(mini()).run()
+    again = Search(Planner(mini())).run()
     assert again.candidates == found.candidates and again.rejections == found.rejections
 
 
@@ -69,7 +69,7 @@ def test_every_axis_is_searched(found: Result) -> None:
 def test_a_layout_takes_the_fastest_recompute_that_fits() -> None:
     config = mini("model.layer_spec=transformer_engine", "cluster.memory_gb=40")
     planner = Planner(config)
-    taken = {one.layout.recompute: one.layout for one in Search(config).run().candidates}
+    taken = {one.layout.recompute: one.layout for one in Search(Planner(config)).run().candidates}
     assert set(taken) == set(Recompute)
     for layout in taken.values():
         plans = []
@@ -81,19 +81,19 @@ def test_a_layout_takes_the_fastest_recompute_that_fits() -> None:
 
 
 def test_a_global_batch_that_no_micro_batch_divides_is_a_reason() -> None:
-    reasons = Search(mini("layout.global_batch=64")).run().rejections
+    reasons = Search(Planner(mini("layout.global_batch=64"))).run().rejections
     assert "layout.global_batch is not a multiple of micro_batch*dp (stage warmup_1)" in reasons
     assert any(reason.startswith("layout.vpp needs micro-batches per step") for reason in reasons)
 
 
 def test_nothing_fits_into_tiny_memory() -> None:
-    result = Search(mini("cluster.memory_gb=2")).run()
+    result = Search(Planner(mini("cluster.memory_gb=2"))).run()
     assert not result.candidates and result.rejections
 
 
 def test_a_dense_model_is_searched_without_expert_axes() -> None:
     config = mini("model.dense_layers=20", "model.experts=0", "layout.ep=1")
-    layouts = [one.layout for one in Search(config).run().candidates]
+    layouts = [one.layout for one in Search(Planner(config)).run().candidates]
     assert layouts and {layout.ep for layout in layouts} == {layout.etp for layout in layouts} == {1}
 
 

@@ -1,9 +1,13 @@
+import math
+from bisect import bisect_left, bisect_right
+
 import pytest
 import torch
 
 from llada_megatron.attention import BlockDiffusionMask
-from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
+from llada_megatron.config.flops import DocumentLengths, expected_pairs, training_flops_per_sequence
 from llada_megatron.config.schema import ModelConfig
+from llada_megatron.data.synthetic import log_normal_documents
 
 DENSE_THEN_MOE = ModelConfig(
     vocab_size=100,
@@ -48,3 +52,34 @@ def test_expected_pairs_are_the_mask_s_for_one_document(block_size, clean_copy, 
     mask = BlockDiffusionMask([torch.tensor([0, 32])], block_size, clean_copy=clean_copy, causal=causal)
     assert expected_pairs(32, block_size, clean_copy=clean_copy, causal=causal) == mask.visible_pairs()
     assert mask.visible_pairs() == int(mask.dense().sum())
+
+
+@pytest.mark.parametrize("block_size", [1, 32, 512])
+@pytest.mark.parametrize(("clean_copy", "causal"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("documents", [DocumentLengths(60, 1.0), DocumentLengths(400, 0.6)])
+def test_expected_pairs_are_the_mean_over_windows_of_a_packed_stream(
+    documents, block_size, clean_copy, causal
+):
+    length, windows = 512, 2000
+    ends = log_normal_documents(
+        math.log(documents.median_tokens), documents.sigma, seed=1, length=length * windows
+    )
+    samples = []
+    for start in range(0, length * windows, length):
+        inside = ends[bisect_right(ends, start) : bisect_left(ends, start + length)]
+        samples.append(torch.tensor([0, *(end - start for end in inside), length]))
+    seen = BlockDiffusionMask(samples, block_size, clean_copy=clean_copy, causal=causal).visible_pairs()
+    expected = expected_pairs(length, block_size, clean_copy=clean_copy, causal=causal, documents=documents)
+    assert expected == pytest.approx(seen / windows, rel=0.02)
+
+
+def test_long_documents_count_as_one():
+    one = expected_pairs(1024, 32, clean_copy=True, causal=False)
+    long = expected_pairs(1024, 32, clean_copy=True, causal=False, documents=DocumentLengths(1e9, 0.5))
+    assert long == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "x", "665,1,2", "0", "665,0", "-3,1", "nan"])
+def test_document_lengths_that_make_no_sense_are_refused(text):
+    with pytest.raises(ValueError, match="give MEDIAN,SIGMA"):
+        DocumentLengths.parse(text)
