@@ -3,7 +3,8 @@
 A verb's module offers `add_arguments(parser)`, `run(args) -> int` and, if it likes, `EXAMPLE` (one runnable
 command). It is imported when its verb is called, so that `llada --help` answers without importing torch.
 
-Exit codes: what the verb returns (0 is success), 2 for bad input, 130 when interrupted, 1 for a bug.
+Exit codes: what the verb returns (0 is success), 2 for bad input, 130 when interrupted, 141 when nobody reads
+the output any more, 1 for a bug.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ VERBS = {
     "checkpoint": ("llada_megatron.checkpoints", "list, verify, merge and compare checkpoints"),
     "convert": ("llada_megatron.convert.command", "Hugging Face checkpoints in and out, with a certificate"),
     "plan": ("llada_megatron.cluster.command", "memory, time and traffic of a layout; the best layouts"),
+    "plan calibrate": ("llada_megatron.cluster.calibrate", "fit a cluster's description to benchmarks"),
     "submit": ("llada_megatron.cluster.submit", "a run becomes a Slurm job that survives limits and faults"),
     "status": ("llada_megatron.cluster.status", "where runs are, and why they stopped"),
     "logs": ("llada_megatron.cluster.logs", "one rank's log, or all of them, errors first"),
@@ -42,6 +45,8 @@ VERBS = {
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+READER_LEFT = 141
+"""128 + SIGPIPE, as shells report it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit (2 on a usage error, 0 after --help) and any exception that is not bad input.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Only the first word is the front door's: what follows belongs to the verb, --help included.
-    verb = front_parser().parse_args(arguments[:1]).verb
+    # Only the verb, of one word or two, is the front door's: what follows belongs to it, --help included.
+    words = 2 if " ".join(arguments[:2]) in VERBS else 1
+    verb = front_parser().parse_args([" ".join(arguments[:words])] if arguments else []).verb
     try:
-        module, args = parse(verb, arguments[1:])
+        module, args = parse(verb, arguments[words:])
         return run(verb, module, args)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -81,8 +87,12 @@ def parse(verb: str, arguments: Sequence[str]) -> tuple[ModuleType, argparse.Nam
 
 def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:
     try:
-        return module.run(args)
+        code = module.run(args)
+        sys.stdout.flush()
+        return code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return READER_LEFT
         failed = isinstance(error, FloatingPointError | WorkerDied)
         if not (failed or is_bad_input(error)):
             raise
@@ -90,6 +100,16 @@ def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:
             traceback.print_exc()
         print(f"llada {verb}: error: {sentence(error)}", file=sys.stderr)
         return FAILED if failed else BAD_INPUT
+
+
+def reader_left() -> bool:
+    """Whether nobody reads standard output any more, as in `llada ... | head`; the rest then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # a pipe without a reader is in error, asked for or not
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def front_parser() -> argparse.ArgumentParser:

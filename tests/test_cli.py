@@ -134,6 +134,15 @@ def test_bad_input_exits_2_with_one_sentence(verb, capsys, error: Exception, sen
     assert capsys.readouterr().err == f"llada fake: error: {sentence}\n"
 
 
+def test_a_reader_that_leaves_ends_the_command_in_silence() -> None:
+    command = [sys.executable, "-m", "llada_megatron", "train", "--check", "experiment=llada2_flash_cpt"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == cli.READER_LEFT
+
+
 def test_an_installed_omegaconf_error_is_bad_input(verb, capsys) -> None:
     from omegaconf import OmegaConf
 

@@ -89,6 +89,7 @@ class Result:
             "block_size": self.case.block_size,
             "documents": self.case.documents,
             "head_shape": str(self.case.shape),
+            "is_baseline": self.executor in baselines.NAMES,
             "seconds": self.seconds,
             "ideal": self.ideal,
             "speedup": speedup,

@@ -1,13 +1,15 @@
 """Seconds and peak memory per training step for AR, MDLM and BDLM at equal L, against their FLOPs.
 
-All cases train one model in one process in interleaved rounds, so that a busy machine slows them alike; each
-case's memory is measured in a process of its own. Checks: the BDLM / MDLM ratio of time against that of the
-FLOPs that the executors perform, and the share of a step spent outside megatron-core.
+All cases train one model in interleaved rounds, so that a busy machine slows them alike. Under a layout of
+several processes that is all. In one process each case's memory is measured too, in a process of its own, and
+there are checks: the BDLM / MDLM ratio of time against that of the FLOPs that the executors perform, and the
+share of a step spent outside megatron-core.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
 from llada_megatron.config.flops import training_flops_per_sequence
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
-from llada_megatron.runtime.launch import launch
+from llada_megatron.data.prepare import read_index
+from llada_megatron.runtime.launch import already_started, launch, threads_per_process
 
 RATIO_TOLERANCE = 0.10
 OVERHEAD_LIMIT = 0.03
@@ -44,28 +49,49 @@ class Case:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def times(self) -> dict[str, Any]:
+        """Seconds of a step, for JSON."""
+        return {
+            "name": self.name,
+            "seconds": self.median,
+            "seconds_min": min(self.seconds),
+            "seconds_max": max(self.seconds),
+        }
+
 
 def run(overrides: list[str], *, rounds: int, json_file: str | None) -> int:
     """Measure, print, and return 0 when both checks hold, 1 otherwise."""
     config = compose(["experiment=bench", *overrides])
-    schedule = rules.check(config)
-    preload = "llada_megatron.training.loop"
-    cases: list[Case] = launch(_time, config, rounds, processes=1, preload=preload)[0]
-    for case in cases:
-        case.peak_bytes = launch(_peak_bytes, config, case.name, processes=1, preload=preload)[0]
-    report = _report(cases, config, schedule.tokens_per_step)
+    tokens = rules.check(config).tokens_per_step
+    processes, preload = config.layout.processes, "llada_megatron.training.loop"
+    if already_started():  # by srun or torchrun, on as many nodes as it takes
+        cases = _time(config, rounds)
+        if int(os.environ["RANK"]) > 0:
+            return 0
+    else:
+        cases = launch(_time, config, rounds, processes=processes, preload=preload)[0]
+    report = _described(config, tokens)
+    if processes > 1:
+        report |= {"cases": [case.times() for case in cases], "checks": []}
+    else:
+        for case in cases:
+            case.peak_bytes = launch(_peak_bytes, config, case.name, processes=1, preload=preload)[0]
+        report |= _report(cases)
     _print(report)
     if json_file:
-        Path(json_file).write_text(json.dumps(report, indent=1))
+        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
     return 0 if all(check["passed"] for check in report["checks"]) else 1
+
+
+def _threads(config: Config) -> int:
+    return config.training.threads or threads_per_process(config.layout.processes)
 
 
 def _trainer(config: Config) -> Any:
     from llada_megatron.parallel import groups
-    from llada_megatron.runtime.launch import threads_per_process
     from llada_megatron.training.loop import build_trainer
 
-    groups.initialize(config.layout, threads=config.training.threads or threads_per_process(1))
+    groups.initialize(config.layout, threads=_threads(config))
     return build_trainer(config, rules.schedule_of(config))
 
 
@@ -73,20 +99,25 @@ def _cases(config: Config) -> dict[str, tuple[Stage, bool]]:
     """Stage of each case, and whether the head computes full logits."""
     stages = {stage.name: stage for stage in rules.schedule_of(config).stages}
     cases = {name: (stage, False) for name, stage in stages.items()}
-    cases[f"bdlm, {FULL_LOGITS}"] = (stages["bdlm"], True)
+    if config.layout.processes == 1:
+        cases[f"bdlm, {FULL_LOGITS}"] = (stages["bdlm"], True)
     return cases
 
 
 def _time(config: Config, rounds: int) -> list[Case]:
+    """Every rank returns the same: a step takes as long as its slowest rank."""
+    from llada_megatron.parallel import ranks
+
     trainer = _trainer(config)
     cases = {name: Case(name) for name in _cases(config)}
     for turn in range(rounds + 1):  # the first round warms up
         for name, (stage, full) in _cases(config).items():
-            seconds, outside = _step(trainer, stage, turn, full)
+            ranks.barrier()
+            seconds, outside = max(ranks.gathered(_step(trainer, stage, turn, full)))
             if turn:
                 cases[name].seconds.append(seconds)
                 cases[name].outside.append(outside)
-            else:
+            elif config.layout.processes == 1:
                 cases[name].flops, cases[name].visible_flops = _flops(trainer, stage, full)
     return list(cases.values())
 
@@ -207,22 +238,31 @@ def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]
     return performed, visible
 
 
-def _report(cases: list[Case], config: Config, tokens: int) -> dict[str, Any]:
-    by_name, model = {case.name: case for case in cases}, config.model
+def _described(config: Config, tokens: int) -> dict[str, Any]:
+    """What was measured, on what; `llada plan calibrate` reads all of it but the first."""
+    from llada_megatron.runtime import device
+
+    model = config.model
+    return {
+        "model": f"{model.layers} layers, hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
+        "device": device.name(),
+        "threads": _threads(config),
+        "tokens_per_step": tokens,
+        "documents": str(read_index(config.data.path[0]).log_normal),
+        "config": OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),
+    }
+
+
+def _report(cases: list[Case]) -> dict[str, Any]:
+    by_name = {case.name: case for case in cases}
     bdlm, mdlm, full = by_name["bdlm"], by_name["mdlm"], by_name[f"bdlm, {FULL_LOGITS}"]
     paired = [b / m for b, m in zip(bdlm.seconds, mdlm.seconds, strict=True)]
     time_ratio, flops_ratio = statistics.median(paired), bdlm.flops / mdlm.flops
     overhead = max(statistics.median(case.outside) / case.median for case in (bdlm, mdlm))
     return {
-        "model": f"{model.layers} layers, hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
-        "sequence_length": config.data.sequence_length,
-        "tokens_per_step": tokens,
         "cases": [
-            {
-                "name": case.name,
-                "seconds": case.median,
-                "seconds_min": min(case.seconds),
-                "seconds_max": max(case.seconds),
+            case.times()
+            | {
                 "peak_bytes": case.peak_bytes,
                 "performed_flops": case.flops,
                 "visible_flops": case.visible_flops,
@@ -259,20 +299,29 @@ def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
+    layout, length = report["config"]["layout"], report["config"]["data"]["sequence_length"]
     console.print(
-        f"{report['model']}; L = {report['sequence_length']}; {report['tokens_per_step']} tokens a step"
+        f"{report['model']}; L = {length}; {report['tokens_per_step']} tokens a step;"
+        f" {layout['processes']} x {report['threads']} threads, {report['device']}",
+        soft_wrap=True,
     )
+    columns = {
+        "s/step": lambda case: f"{case['seconds']:.3f}",
+        "min": lambda case: f"{case['seconds_min']:.3f}",
+        "max": lambda case: f"{case['seconds_max']:.3f}",
+    }
+    if layout["processes"] == 1:
+        columns |= {
+            "peak MiB": lambda case: f"{case['peak_bytes'] / 2**20:.0f}",
+            "GFLOP": lambda case: f"{case['performed_flops'] / 1e9:.1f}",
+            "visible": lambda case: f"{case['visible_flops'] / 1e9:.1f}",
+            "outside": lambda case: f"{case['outside_share']:.1%}",
+        }
     table = Table("case", box=None, pad_edge=False)
-    for name in ("s/step", "min", "max", "peak MiB", "GFLOP", "visible", "outside"):
+    for name in columns:
         table.add_column(name, justify="right")
     for case in report["cases"]:
-        table.add_row(
-            case["name"],
-            *(f"{case[key]:.3f}" for key in ("seconds", "seconds_min", "seconds_max")),
-            f"{case['peak_bytes'] / 2**20:.0f}",
-            *(f"{case[key] / 1e9:.1f}" for key in ("performed_flops", "visible_flops")),
-            f"{case['outside_share']:.1%}",
-        )
+        table.add_row(case["name"], *(shown(case) for shown in columns.values()))
     console.print(table)
     for check in report["checks"]:
         figures = ", ".join(
