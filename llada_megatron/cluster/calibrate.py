@@ -20,11 +20,9 @@ from rich.console import Console
 
 from llada_megatron.cluster.planner import Planner
 from llada_megatron.cluster.report import table_of
-from llada_megatron.cluster.search import describe
 from llada_megatron.cluster.timing import peak_flops
 from llada_megatron.config import compose, rules
 from llada_megatron.config.flops import DocumentLengths
-from llada_megatron.config.layout import data_parallel_size
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import ClusterConfig, Config
 
@@ -208,17 +206,15 @@ def _print_steps(
     for title, steps in (("Fitted", fitted_to), ("Held out", held_out)):
         if not steps:
             continue
-        headers = ("step", "layout", "measured s", "planned", "", "as described", "")
-        table = table_of(f"{title}: off by {worst(steps, after):.0%} at most", headers, left=headers[:2])
+        headers = ("step", "measured s", "planned", "off by", "before")
+        table = table_of(f"{title}: off by {worst(steps, after):.0%} at most", headers, left=headers[:1])
         for step in steps:
             now, then = step.planned(after), step.planned(before)
             table.add_row(
                 step.name,
-                f"{describe(step.config.layout)}, dp {data_parallel_size(step.config.layout)}",
                 f"{step.seconds:.3f}",
                 f"{now:.3f}",
                 f"{now / step.seconds - 1:+.0%}",
-                f"{then:.3f}",
                 f"{then / step.seconds - 1:+.0%}",
             )
         console.print(table)

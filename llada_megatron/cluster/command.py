@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dry-run training's step on one rank of each pipeline stage, in minutes",
     )
     parser.add_argument(
+        "--ranks", metavar="R,R", help="global ranks for --exact instead of the first of each pipeline stage"
+    )
+    parser.add_argument(
         "--stage", metavar="NAME", help="of the schedule, for --exact; default the one that needs most memory"
     )
     parser.add_argument(
@@ -65,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--exact dry-runs one layout: leave out --search.")
     if args.all_coordinates and args.plot:
         raise ValueError("--all-coordinates counts parameters and runs no step: leave out --plot.")
-    if (args.stage or args.all_coordinates) and not args.exact:
-        raise ValueError("--stage and --all-coordinates belong to --exact: add it.")
+    if (args.stage or args.ranks or args.all_coordinates) and not args.exact:
+        raise ValueError("--stage, --ranks and --all-coordinates belong to --exact: add it.")
+    if args.ranks and args.all_coordinates:
+        raise ValueError("--all-coordinates takes its own ranks: leave out --ranks.")
     config = compose.compose(args.overrides)
     if args.exact and (args.document_tokens or (args.expert_imbalance or 1.0) > 1):
         raise ValueError(
@@ -95,12 +100,12 @@ def _plan(args: argparse.Namespace, config: compose.Config) -> int:
     planner = _planner(args, config)
     check_processes(config)
     result = plan(planner, config.layout, schedule)
-    report.print_plan(result, config)
     _write(args.json, asdict(result) | _summary(result))
     if args.plot:
         from llada_megatron.cluster.plots import draw
 
         draw(result, args.plot)
+    report.print_plan(result, config)
     return 0 if result.fits else 1
 
 
@@ -121,23 +126,26 @@ def _exact(args: argparse.Namespace, config: compose.Config) -> int:
         raise ValueError(f"--stage {name} is not in schedule.stages: choose from {', '.join(stages)}.")
     stage, layout = stages[name], config.layout
     micro_batches = exact.dry_micro_batches(layout, stage)
-    ranks = (exact.one_rank_per_shard if args.all_coordinates else exact.one_rank_per_stage)(layout)
+    if args.ranks:
+        ranks = exact.chosen_ranks(args.ranks, layout)
+    else:
+        ranks = (exact.one_rank_per_shard if args.all_coordinates else exact.one_rank_per_stage)(layout)
     reports = exact_report.with_progress(
         exact.dry_run(config, stage, ranks, micro_batches, count_only=args.all_coordinates), len(ranks)
     )
     if args.all_coordinates:
         counted, expected = exact.counted_parameters(config, reports)
-        exact_report.print_count(config, counted, expected, len(ranks))
         _write(args.json, {"parameters": counted, "expected": expected, "ranks": reports})
+        exact_report.print_count(config, counted, expected, len(ranks))
         return 0 if counted == expected else 1
     placement = planner.place(layout)
     found = [exact.compare(planner, placement, stage, report, micro_batches) for report in reports]
-    exact_report.print_exact(planner, stage, micro_batches, found)
     _write(args.json, exact_report.figures(planner, stage, micro_batches, found))
     if args.plot:
         from llada_megatron.cluster.plots import draw_exact
 
         draw_exact(planner, found, args.plot)
+    exact_report.print_exact(planner, stage, micro_batches, found)
     return 0 if max(one.report["peak"] for one in found) <= planner.usable_bytes else 1
 
 
@@ -151,8 +159,8 @@ def _search(args: argparse.Namespace, config: compose.Config) -> int:
     from llada_megatron.cluster.search import Search
 
     result = Search(_planner(args, config)).run()
-    report.print_search(result, top=args.top or TOP)
     _write(args.json, asdict(result))
+    report.print_search(result, top=args.top or TOP)
     return 0 if result.candidates else 1
 
 

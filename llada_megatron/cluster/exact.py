@@ -101,6 +101,15 @@ def dry_micro_batches(layout: LayoutConfig, stage: Stage) -> int:
     return min(enough, micro_batches_per_step(layout, stage.micro_batch))
 
 
+def chosen_ranks(text: str, layout: LayoutConfig) -> list[int]:
+    """Ranks from `R,R`; raises ValueError for what is no rank of the layout."""
+    words = text.split(",")
+    ranks = [int(word) for word in words if word.isdecimal() and int(word) < layout.processes]
+    if len(ranks) < len(words):
+        raise ValueError(f"--ranks {text}: give ranks from 0 to {layout.processes - 1}, such as --ranks 0,1.")
+    return ranks
+
+
 def one_rank_per_stage(layout: LayoutConfig) -> list[int]:
     """The first rank of each pipeline stage."""
     return [rank_at(layout, tp=0, cp=0, dp=0, pp=pp) for pp in range(layout.pp)]

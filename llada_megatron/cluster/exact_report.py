@@ -120,7 +120,8 @@ def _verdict(console: Console, planner: Planner, stage: Stage, found: list[RankC
 
 def _stages(console: Console, planner: Planner, found: list[RankComparison]) -> None:
     unit, letter = _unit(found)
-    headers = ("stage", "params", "static", "diff.", "kept", "diff.", "sent", "diff.", "peak", "diff.")
+    compared = [word for name in ("static", "kept", "sent", "peak") for word in (name, "diff.")]
+    headers = ("stage", "rank", "params", *compared)
     table = table_of(f"Pipeline stages, {letter}, and by how much the closed form differs", headers)
     for one in found:
         pairs = [
@@ -133,6 +134,7 @@ def _stages(console: Console, planner: Planner, found: list[RankComparison]) -> 
         too_much = one.report["peak"] > planner.usable_bytes
         table.add_row(
             str(one.rank),
+            str(one.report["rank"]),
             quantity(one.parameters_found),
             *cells,
             style="bold red" if too_much else "",

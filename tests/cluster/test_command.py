@@ -45,14 +45,16 @@ def test_the_picture_is_a_png(capsys, tmp_path: Path) -> None:
 def test_the_dry_run_begins_with_its_verdict_and_finds_what_was_computed(capsys, tmp_path: Path) -> None:
     small = ["experiment=parity", "precision=bf16", "cluster=h100_8", "layout.processes=8", "layout.tp=2"]
     sizes = ["model.head_dim=64", "model.layers=2", "data.sequence_length=64", "layout.global_batch=16"]
-    arguments = ["plan", "--exact", "--stage", "bdlm_4", "--json", str(tmp_path / "exact.json")]
+    files = ["--json", str(tmp_path / "exact.json"), "--plot", str(tmp_path / "exact.png")]
+    arguments = ["plan", "--exact", "--stage", "bdlm_4", "--ranks", "3", *files]
     assert cli.main([*arguments, *small, *sizes]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("parity fits on h100_8 (8 GPUs), dry run of bdlm_4")
     assert "as computed, to the byte" in printed and "Assumed" in printed and "Not in it" in printed
     (rank,) = json.loads((tmp_path / "exact.json").read_text())["ranks"]
-    assert rank["kept"] == rank["closed_form"]["kept"] and rank["peak_origins"]
+    assert rank["rank"] == 3 and rank["kept"] == rank["closed_form"]["kept"] and rank["peak_origins"]
     assert rank["messages_of_a_step"] == rank["closed_form"]["messages"]
+    assert (tmp_path / "exact.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,11 @@ def test_the_dry_run_begins_with_its_verdict_and_finds_what_was_computed(capsys,
         (["--top", "3"], "--top N lists"),
         (["--search", "cluster=h100"], "cluster.nodes is not known"),
         (["--exact", "--search"], "--exact dry-runs one layout"),
-        (["--stage", "stable"], "--stage and --all-coordinates belong to --exact"),
+        (["--stage", "stable"], "--stage, --ranks and --all-coordinates belong to --exact"),
+        (["--exact", "--ranks", "0,512"], "--ranks 0,512: give ranks from 0 to 511"),
+        (["--exact", "--ranks", "0,x"], "--ranks 0,x: give ranks from 0 to 511"),
+        (["--exact", "--document-tokens", "665"], "--exact runs balanced experts and sequences of"),
+        (["--document-tokens", "many"], "Document lengths 'many': give MEDIAN,SIGMA"),
         (["--exact", "--stage", "warm"], "--stage warm is not in schedule.stages: choose from warmup_1,"),
         (["--exact", "--expert-imbalance", "1.3"], "--exact runs balanced experts"),
     ],
