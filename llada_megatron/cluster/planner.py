@@ -50,8 +50,8 @@ class Kind:
     alike: int
     counts: tuple[int, int, int, int]
     """Dense layers, MoE layers, embeddings and heads."""
-    ends: int
-    """Neighbours that it exchanges hidden states with while nothing hides it."""
+    ends: float
+    """Neighbours that it exchanges hidden states with, by the share of it that nothing hides."""
     accumulation: float
     """Seconds per micro-batch."""
     messages: list[traffic.Message]
@@ -142,7 +142,7 @@ class Planner:
             rank=ranks[0],
             alike=len(ranks),
             counts=timing.counts(stages),
-            ends=ends if layout.vpp == 1 else 0,
+            ends=ends * (1.0 if layout.vpp == 1 else 1 - self.rates.overlap),
             accumulation=timing.accumulation_seconds(held, self.rates),
             messages=messages,
             message_seconds=timing.message_seconds(messages, links),
@@ -209,7 +209,9 @@ class Planner:
         )
         gradients = 0.0
         for kind, seconds in zip(placement.kinds, per_kind, strict=True):
-            gradients = max(gradients, timing.gradient_seconds(kind.message_seconds, layout, seconds))
+            gradients = max(
+                gradients, timing.gradient_seconds(kind.message_seconds, layout, seconds, self.rates.overlap)
+            )
         return Step(
             work, bubble, gradients, placement.optimizer, placement.kinds[per_kind.index(max(per_kind))]
         )

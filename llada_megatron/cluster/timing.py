@@ -36,6 +36,8 @@ class Rates:
     grouped_gemm: float
     attention: float
     memory: float
+    overlap: float
+    """Share of the messages beside computation that it hides."""
     b: int
 
     def products(self, flops: float, weights: float, passes: float, *, grouped: bool = False) -> float:
@@ -53,6 +55,7 @@ def rates(config: Config) -> Rates:
         grouped_gemm=peak * cluster.grouped_gemm_efficiency,
         attention=peak * cluster.attention_efficiency,
         memory=cluster.memory_gb_per_sec * GB * cluster.memory_efficiency,
+        overlap=cluster.message_overlap,
         b=b,
     )
 
@@ -103,11 +106,12 @@ def seconds_of(
         unit = blocks.moe if moe else blocks.dense
         touched = PASSES * (unit.kept + unit.dropped) + RECOMPUTED_PASSES * unit.dropped
         parts["memory"] = touched / at.memory
-        add(parts, exposed(traffic.layer_messages(model, shape, layout, moe=moe, b=b), links, again))
+        messages = traffic.layer_messages(model, shape, layout, moe=moe, b=b)
+        add(parts, exposed(messages, links, again, at.overlap))
         return parts
 
     embedding: Parts = defaultdict(float, memory=PASSES * blocks.embedding.kept / at.memory)
-    add(embedding, exposed(traffic.embedding_messages(model, shape, layout, b=b), links, again))
+    add(embedding, exposed(traffic.embedding_messages(model, shape, layout, b=b), links, again, at.overlap))
     return Seconds(layer(False), layer(True), embedding, _head(model, shape, layout, at, links))
 
 
@@ -154,15 +158,18 @@ def _head(
         2 * shape.supervised * weights / at.gemm, chunks * at.b * weights / at.memory
     )
     parts["memory"] = (PASSES + (chunks > 1) * RECOMPUTED_PASSES) * logits / at.memory
-    add(parts, exposed(traffic.head_messages(model, shape, layout, b=at.b), links, frozenset()))
+    messages = traffic.head_messages(model, shape, layout, b=at.b)
+    add(parts, exposed(messages, links, frozenset(), at.overlap))
     return parts
 
 
-def exposed(messages: Sequence[traffic.Message], links: dict[str, Group], again: frozenset[str]) -> Parts:
+def exposed(
+    messages: Sequence[traffic.Message], links: dict[str, Group], again: frozenset[str], overlap: float
+) -> Parts:
     """Seconds of the messages that nothing hides, by group."""
     parts: Parts = defaultdict(float)
     for message in messages:
-        calls = message.calls(again) - message.hidden
+        calls = message.calls(again) - overlap * message.hidden
         parts[message.group] += calls * links[message.group].seconds(message.operation, message.payload)
     return parts
 
@@ -197,7 +204,9 @@ def message_seconds(messages: Sequence[traffic.Message], links: dict[str, Group]
     return seconds
 
 
-def gradient_seconds(seconds: dict[str, float], layout: LayoutConfig, micro_batch: float) -> float:
+def gradient_seconds(
+    seconds: dict[str, float], layout: LayoutConfig, micro_batch: float, overlap: float
+) -> float:
     """What nothing hides of `message_seconds`.
 
     layout.overlap_grad_reduce hides reductions behind the backward of the last micro-batch (two thirds of
@@ -205,9 +214,9 @@ def gradient_seconds(seconds: dict[str, float], layout: LayoutConfig, micro_batc
     """
     gradients, weights = seconds["gradients"], seconds["weights"]
     if layout.overlap_grad_reduce:
-        gradients = max(0.0, gradients - micro_batch * 2 / 3)
+        gradients = max(0.0, gradients - overlap * micro_batch * 2 / 3)
     if layout.overlap_param_gather:
-        weights = max(0.0, weights - micro_batch / 3)
+        weights = max(0.0, weights - overlap * micro_batch / 3)
     return gradients + weights + seconds[""]
 
 

@@ -396,6 +396,8 @@ class ClusterConfig:
     """Share of memory_gb_per_sec that operations without matrix products reach."""
     link_efficiency: float = 0.0
     """Share of node_gb_per_sec and network_gb_per_sec that collectives reach."""
+    message_overlap: float = 1.0
+    """Share of the messages beside computation that it hides; 0 where the processor itself sends them."""
     price_per_gpu_hour: float = 0.0
     """In any currency; 0: no cost is given."""
 

@@ -28,7 +28,11 @@ LAYOUTS = {
 
 
 def described() -> ClusterConfig:
-    return compose(["experiment=bench"]).cluster
+    guesses = {
+        **dict(gemm_efficiency=0.5, grouped_gemm_efficiency=0.3, attention_efficiency=0.25),
+        **dict(memory_efficiency=0.5, link_efficiency=0.5, node_latency_us=100),
+    }
+    return replace(compose(["experiment=bench"]).cluster, **guesses)
 
 
 def true_cluster() -> ClusterConfig:

@@ -95,6 +95,20 @@ def test_overlap_hides_gradients_and_weights() -> None:
         assert after.seconds["gradients"] < before.seconds["gradients"]
 
 
+def test_messages_hide_behind_computation_only_where_the_cluster_lets_them() -> None:
+    for layout in (
+        flash(),
+        flash(vpp=2),
+        flash(overlap_grad_reduce=True),
+        flash(overlap_grad_reduce=True, overlap_param_gather=True),
+    ):
+        none, half, all_of_it = (planned(on(layout, message_overlap=share)) for share in (0.0, 0.5, 1.0))
+        assert none.hours > half.hours > all_of_it.hours
+    shown = planned(on(flash(), message_overlap=0.0)).stages[0]
+    (tensor,) = (group for group in shown.traffic if group.group == "tp")
+    assert shown.seconds["tp"] == pytest.approx(tensor.seconds, rel=0.2)
+
+
 def test_fewer_layers_on_the_last_stage_shorten_the_wait_for_the_head() -> None:
     assert planned(flash(pipeline=[8, 8, 9, 7])).ranks[3].peak < planned(flash()).ranks[3].peak
 
