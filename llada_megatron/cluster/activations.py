@@ -14,7 +14,7 @@ that spec the figures are an estimate.
 from __future__ import annotations
 
 from llada_megatron.cluster.shapes import Shape
-from llada_megatron.config.schema import LayoutConfig, ModelConfig, Recompute
+from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
 
 Parts = dict[str, int]
 """Bytes by part of a layer: residual, norms, attention, core_attn, mlp, shared_experts, experts, router."""
@@ -32,7 +32,9 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
     mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion)
     experts    b NH inputs; b N Fe/etp (2 gate and up, 1 weighted product)
     router     tE (8 + 4): sorted indices int64, sigmoid; t(20k + 4): chosen and remaining indices, their
-               scores and probabilities, their sum; 4N received probabilities (and see held_bytes)
+               scores and probabilities, their sum; 4N received probabilities (and see held_bytes).
+               With gathered tokens T (layout.dispatcher=allgather): 4tE sigmoid; t(12k + 4); 8N order of the
+               copies; 4N probabilities, chosen by 5T E/ep of scores and map
     """
     S, t, N, tp = shape.rows, shape.tokens, shape.routed, layout.tp
     hidden, head_dim = model.hidden_size, model.head_dim
@@ -52,8 +54,17 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
     k = model.experts_per_token
     parts["shared_experts"] = 3 * b * S * model.shared_expert_hidden_size // tp
     parts["experts"] = b * N * (hidden + 3 * model.expert_hidden_size // layout.etp)
-    parts["router"] = 12 * t * model.experts + t * (20 * k + 4) + 4 * N
+    if layout.dispatcher is Dispatcher.allgather:
+        chosen_from = gathered_tokens(shape, layout) * model.experts // layout.ep
+        parts["router"] = 4 * t * model.experts + t * (12 * k + 4) + 12 * N + 5 * chosen_from
+    else:
+        parts["router"] = 12 * t * model.experts + t * (20 * k + 4) + 4 * N
     return parts
+
+
+def gathered_tokens(shape: Shape, layout: LayoutConfig) -> int:
+    """T = t ep etp: tokens that layout.dispatcher=allgather brings to every process."""
+    return shape.tokens * layout.ep * layout.etp
 
 
 def recomputed_modules(layout: LayoutConfig) -> frozenset[str]:
@@ -99,10 +110,14 @@ def held_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
     """What a MoE layer holds of the last micro-batch only, until the next comes.
 
     5tE: its dispatcher's scattered probabilities (fp32) and map; where the layer is recomputed, 8 per sent
-    copy as well, the order of the copies, which backward keeps otherwise.
+    copy as well, the order of the copies, which backward keeps otherwise. Gathered tokens: T E/ep of the map,
+    and likewise 12N of order and probabilities.
     """
-    order = 8 * shape.sent if "moe" in recomputed_modules(layout) else 0
-    return 5 * shape.tokens * model.experts + order
+    recomputed = "moe" in recomputed_modules(layout)
+    if layout.dispatcher is Dispatcher.allgather:
+        mapped = gathered_tokens(shape, layout) * model.experts // layout.ep
+        return mapped + (12 * shape.routed if recomputed else 0)
+    return 5 * shape.tokens * model.experts + (8 * shape.sent if recomputed else 0)
 
 
 def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> tuple[int, int]:
@@ -126,9 +141,13 @@ def embedding_bytes(shape: Shape, layout: LayoutConfig) -> int:
 def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
     """b SH with tp > 1: where linear layers gather their inputs, one for the whole process.
 
-    megatron-core's layers.py takes it from get_global_memory_buffer() and never gives it back.
+    megatron-core's layers.py takes it from get_global_memory_buffer() and never gives it back. Tokens that
+    experts gather go through the same one, b TH.
     """
-    return b * shape.rows * model.hidden_size if layout.tp > 1 else 0
+    rows = shape.rows if layout.tp > 1 else 0
+    if model.experts and layout.dispatcher is Dispatcher.allgather and layout.ep * layout.etp > 1:
+        rows = max(rows, gathered_tokens(shape, layout))
+    return b * rows * model.hidden_size
 
 
 METRICS = 8 * (2 + 2 * 10 + 2 * 32)

@@ -22,7 +22,7 @@ from llada_megatron.config.compose import save
 from llada_megatron.config.layout import coordinates, data_parallel_size, micro_batches_per_step, rank_at
 from llada_megatron.config.parameters import Parameters, total_parameters
 from llada_megatron.config.schedule import Stage
-from llada_megatron.config.schema import Config, Dispatcher, LayoutConfig
+from llada_megatron.config.schema import Config, LayoutConfig
 
 GROUPS = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
@@ -74,10 +74,6 @@ class RankComparison:
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that the dry run cannot follow."""
-    if config.layout.dispatcher is not Dispatcher.alltoall:
-        raise ValueError(
-            "--exact follows layout.dispatcher=alltoall alone: its counts of tokens are known beforehand."
-        )
     if config.model.layer_spec == "transformer_engine":
         raise ValueError("--exact runs the local layers: set model.layer_spec=local, or auto.")
 

@@ -158,7 +158,7 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
         f" {plan.documents.sigma:g})"
     )
     console.print(
-        f"\nAssumed: shares of the peak that nothing has measured yet ({achieved}); {experts}{documents};"
+        f"\nAssumed: shares of the peak as in cluster={cluster.name} ({achieved}); {experts}{documents};"
         " transients are upper bounds; what layers keep is derived from"
         f" megatron-core's local spec{'' if derived else ', for TransformerEngine an estimate'}."
     )

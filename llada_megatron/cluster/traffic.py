@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llada_megatron.cluster.activations import recomputed_modules
+from llada_megatron.cluster.activations import gathered_tokens, recomputed_modules
 from llada_megatron.cluster.memory import padded_buffers
 from llada_megatron.cluster.shapes import Shape
 from llada_megatron.config.parameters import Contents, Parameters
@@ -47,7 +47,7 @@ def layer_messages(
     ep*etp  each process's count of tokens for every expert, int64
     ep   copies of tokens [t k, H] out and back, both ways again in backward, and fp32 probabilities once
          each way; the busiest process's share. `allgather` sends every token [t ep etp, H] and its
-         probabilities and map to all instead.
+         probabilities and map to all instead, and sums what comes back in fp32.
     etp  received copies [N, H] and their fp32 probabilities gathered, outputs scattered in fp32 (the
          dispatcher casts them to the probabilities' type); the reverse in backward
     """
@@ -62,11 +62,14 @@ def layer_messages(
         messages += _tensor_parallel("shared_experts", shape, layout, model.hidden_size, b)
     if layout.dispatcher is Dispatcher.allgather:
         if layout.ep * layout.etp > 1:
-            tokens = shape.tokens * layout.ep * layout.etp
-            for operation in ("all_gather", "reduce_scatter"):
-                messages.append(
-                    Message("ep*etp", operation, b * tokens * model.hidden_size, 1, 1, module="moe")
-                )
+            tokens = gathered_tokens(shape, layout)
+            sent, combined = b * tokens * model.hidden_size, 4 * tokens * model.hidden_size
+            messages += [
+                Message("ep*etp", "all_gather", sent, 1, 0, module="moe"),
+                Message("ep*etp", "reduce_scatter", combined, 1, 0, module="moe"),
+                Message("ep*etp", "all_gather", combined, 0, 1, module="moe"),
+                Message("ep*etp", "reduce_scatter", sent, 0, 1, module="moe"),
+            ]
             scores = tokens * model.experts
             messages.append(Message("ep*etp", "all_gather", 5 * scores, 1, 0, module="moe"))
             messages.append(Message("ep*etp", "reduce_scatter", 4 * scores, 0, 1, module="moe"))

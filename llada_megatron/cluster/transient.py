@@ -8,9 +8,9 @@ operation and confirmed by the dry run (docs/planning.md), to within a few scala
 
 from __future__ import annotations
 
-from llada_megatron.cluster.activations import METRICS, Parts, recomputed_modules
+from llada_megatron.cluster.activations import METRICS, Parts, gathered_tokens, recomputed_modules
 from llada_megatron.cluster.shapes import Shape
-from llada_megatron.config.schema import LayoutConfig, ModelConfig, Recompute
+from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
 
 
 def during_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
@@ -27,6 +27,8 @@ def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b
     b N/etp H; the outputs one by one and together, 2b NH, or once where a process has one expert. With
     etp > 1 a little later: outputs are in fp32 as well, 4NH, and summed over etp, 4N/etp H.
     """
+    if layout.dispatcher is Dispatcher.allgather:
+        return _gathered_forward(model, shape, layout, b=b)
     hidden, received = model.hidden_size, shape.routed // layout.etp
     several = model.experts // layout.ep > 1
     moment = b * shape.tokens * hidden if model.shared_expert_hidden_size else 0
@@ -39,19 +41,37 @@ def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b
     return moment + (2 if several else 1) * b * shape.routed * hidden
 
 
+def _gathered_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """= The same with gathered tokens T: b tH, tE of the map and 4TE of all probabilities, with the larger of
+
+    the experts' outputs, 2b NH (or once), and their sums before and after the exchange, in fp32 as well,
+    (b + 4) TH and 4tH.
+    """
+    hidden, experts = model.hidden_size, model.experts
+    moment = shape.tokens * experts
+    moment += b * shape.tokens * hidden if model.shared_expert_hidden_size else 0
+    outputs = (2 if experts // layout.ep > 1 else 1) * b * shape.routed * hidden
+    if layout.ep * layout.etp == 1:
+        return moment + outputs
+    tokens = gathered_tokens(shape, layout)
+    return moment + 4 * tokens * experts + max(outputs, ((b + 4) * tokens + 4 * shape.tokens) * hidden)
+
+
 def experts_backward(
     model: ModelConfig, shape: Shape, layout: LayoutConfig, parts: Parts, left: Parts, *, b: int
 ) -> int:
     """= b tH gradient of the output, and all that is recomputed with the forward's moment.
 
     The order of the copies is held already (activations.held_bytes). Without recompute backward needs the
-    gradient of the copies, as many times as forward needs the copies, once less.
+    gradient of the copies, as many times as forward needs the copies, once less. Gathered tokens' gradients
+    travel as the tokens do.
     """
     gradient = b * shape.tokens * model.hidden_size
     moment = experts_forward(model, shape, layout, b=b)
+    gathered = layout.dispatcher is Dispatcher.allgather
     if "moe" not in recomputed_modules(layout):
         return gradient + moment - b * shape.routed * model.hidden_size
-    return gradient + moment + _again(parts, left) - 8 * shape.sent
+    return gradient + moment + _again(parts, left) - (12 * shape.routed if gathered else 8 * shape.sent)
 
 
 def dense_forward(model: ModelConfig, shape: Shape, *, b: int) -> int:

@@ -2,7 +2,8 @@
 
 Inside `world` this process is a rank of a layout whose other ranks do not exist, and inside `contracts`
 kernels keep for backward what fused ones keep on a GPU. Everything is put back on leaving; training never
-enters either. Each replaced place of megatron-core 0.19.2 is checked by `_expect`, as those of the CPU seam.
+enters either. A place of megatron-core 0.19.2 that is gone fails here; one that changed shows in the
+comparison with the closed form (tests/bench/test_dry_run.py).
 
 Tensors hold no values under torch's FakeTensorMode, so whatever depends on values is given one:
 
@@ -34,7 +35,11 @@ from megatron.core.fusions import fused_bias_swiglu  # noqa: E402
 from megatron.core.pipeline_parallel import schedules  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker  # noqa: E402
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher  # noqa: E402
+from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
+from megatron.core.transformer.moe.token_dispatcher import (  # noqa: E402
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+)
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -79,6 +84,8 @@ def contracts() -> Iterator[None]:
         _swap(undo, MoEAlltoAllTokenDispatcher, "preprocess", _balanced(preprocess))
         initialize = MoEAlltoAllTokenDispatcher.__init__
         _swap(undo, MoEAlltoAllTokenDispatcher, "__init__", _orders_on_host(initialize))
+        gathered = MoEAllGatherTokenDispatcher.dispatch_postprocess
+        _swap(undo, MoEAllGatherTokenDispatcher, "dispatch_postprocess", _balanced_gathered(gathered))
         for name, fused in _FUSED_SWIGLU.items():
             _swap(undo, fused_bias_swiglu, name, fused)
         yield
@@ -167,6 +174,41 @@ def _balanced(preprocess: Callable[..., Any]) -> Callable[..., Any]:
             return tokens_per_expert.numpy()
 
     return balanced
+
+
+def _balanced_gathered(postprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """token_dispatcher.py, dispatch_postprocess of gathered tokens: counts of a balanced map likewise."""
+
+    def balanced(dispatcher: Any, hidden: torch.Tensor, probabilities: torch.Tensor) -> Any:
+        with _disable_current_modes():
+            tokens, experts = dispatcher.routing_map.shape
+            chosen = balanced_map(tokens, experts, dispatcher.router_topk)
+            per_expert = chosen[:, dispatcher.local_expert_indices].sum(dim=0)
+            copies = int(per_expert.sum())
+
+        def permute(*args: Any, num_out_tokens: int, **options: Any) -> Any:
+            return moe_utils.permute(*args, num_out_tokens=copies, **options)
+
+        with ExitStack() as undo:
+            _swap(undo, token_dispatcher, "permute", permute)
+            _swap(undo, torch.Tensor, "masked_select", lambda x, mask: _Selected.apply(x, mask, copies))
+            hidden, _, probabilities = postprocess(dispatcher, hidden, probabilities)
+        return hidden, per_expert, probabilities
+
+    return balanced
+
+
+class _Selected(torch.autograd.Function):
+    """masked_select of so many elements: it keeps its input and the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.save_for_backward(x, mask)
+        return x.new_zeros(size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return torch.zeros_like(ctx.saved_tensors[0]), None, None
 
 
 def _to_numpy(dispatcher: Any, name: str) -> None:

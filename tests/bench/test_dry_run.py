@@ -24,6 +24,7 @@ BDLM, MDLM = 0, 2
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
     "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2"]),
+    "ep_allgather": (BDLM, ["layout.processes=2", "layout.ep=2", "layout.dispatcher=allgather"]),
     "cp": (BDLM, ["layout.processes=2", "layout.cp=2"]),
     "pp": (BDLM, ["layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "full_recompute": (BDLM, ["layout.recompute=full"]),
@@ -66,6 +67,22 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
         ["layout.recompute=selective", "layout.recompute_modules=[core_attn,mlp,shared_experts]"],
     ),
     "recompute_dense": (MDLM, [*DENSE, "layout.recompute=full"]),
+    "allgather_one": (BDLM, ["layout.dispatcher=allgather"]),
+    "allgather_tp_ep": (
+        BDLM,
+        ["layout.dispatcher=allgather", "layout.processes=4", "layout.tp=2", "layout.ep=4"],
+    ),
+    "allgather_tp_etp": (
+        MDLM,
+        ["layout.dispatcher=allgather", "layout.processes=2", "layout.tp=2", "layout.etp=2"],
+    ),
+    "allgather_recompute": (
+        BDLM,
+        [
+            *("layout.dispatcher=allgather", "layout.processes=2", "layout.ep=2"),
+            *("layout.recompute=selective", "layout.recompute_modules=[moe]"),
+        ],
+    ),
     "tied": (
         MDLM,
         [
@@ -172,7 +189,10 @@ def places_that_change() -> tuple[list, list, list]:
     from megatron.core import parallel_state
     from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.pipeline_parallel import schedules
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.core.transformer.moe.token_dispatcher import (
+        MoEAllGatherTokenDispatcher,
+        MoEAlltoAllTokenDispatcher,
+    )
 
     from llada_megatron.attention import registry
     from llada_megatron.bench.dry_run import run_rank
@@ -184,6 +204,7 @@ def places_that_change() -> tuple[list, list, list]:
             *(torch.nn.RMSNorm.forward, torch.nn.Module._apply, torch.tensor, torch.Tensor.type),
             *(torch.get_rng_state, dist.all_gather_object, parallel_state.create_group),
             *(MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__),
+            MoEAllGatherTokenDispatcher.dispatch_postprocess,
             *(fused_bias_swiglu.weighted_swiglu, schedules.forward_step, schedules.backward_step),
             *(registry.select_backend, batch.corrupt, step.micro_batches),
         ]
@@ -203,7 +224,7 @@ def places_that_change() -> tuple[list, list, list]:
 
 def test_a_dry_run_puts_everything_back() -> None:
     changed_inside, changed_after, group = run_ranks(places_that_change)[0]
-    assert len(changed_inside) >= 8
+    assert len(changed_inside) >= 9
     assert not changed_after and group == [False]
 
 

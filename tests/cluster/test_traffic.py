@@ -98,7 +98,9 @@ def test_gathering_dispatch_sends_every_token_to_all() -> None:
     payload, calls = summed(moe_layer(dispatcher=Dispatcher.allgather))
     assert ("ep", "all_to_all") not in payload
     tokens = 2048 * 32
-    assert payload["ep*etp", "all_gather"] == 2 * (2 * tokens * 4096) + 5 * tokens * 256
+    there_and_summed = 2 * tokens * 4096 + 4 * tokens * 4096
+    assert payload["ep*etp", "all_gather"] == there_and_summed + 5 * tokens * 256
+    assert payload["ep*etp", "reduce_scatter"] == there_and_summed + 4 * tokens * 256
     assert calls["ep*etp", "reduce_scatter"] == 3
 
 
