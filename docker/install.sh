@@ -4,11 +4,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The image pins every package it was made with, by PIP_CONSTRAINT. It is lifted for this one list alone, which
-# resolves nothing: it holds exact versions with hashes, and torch is not among them.
-python docker/additions.py > additions.txt
-PIP_CONSTRAINT='' python -m pip install --no-cache-dir --break-system-packages --no-deps --require-hashes \
-    -r additions.txt
+# The image pins every package it was made with, by PIP_CONSTRAINT. It is lifted for this list alone, which
+# resolves nothing: it holds exact versions with hashes, and torch is not among them. Again until it is empty,
+# because only an installed package tells what it asks of those that the image has.
+for _ in 1 2 3; do
+    python docker/additions.py > additions.txt
+    [[ -s additions.txt ]] || break
+    PIP_CONSTRAINT='' python -m pip install --no-cache-dir --break-system-packages --no-deps --require-hashes \
+        --no-build-isolation -r additions.txt
+done
 # In place, because configs/ lies beside the package.
 python -m pip install --no-cache-dir --break-system-packages --no-deps --no-build-isolation -e .
 
