@@ -27,7 +27,7 @@ VERBS = {
     "checkpoint": ("llada_megatron.checkpoints", "list, verify, merge and compare checkpoints"),
     "convert": ("llada_megatron.convert.command", "Hugging Face checkpoints in and out, with a certificate"),
     "plan": ("llada_megatron.cluster.command", "memory, time and traffic of a layout; the best layouts"),
-    "plan calibrate": ("llada_megatron.cluster.calibrate", "fit a cluster's description to benchmarks"),
+    "plan calibrate": ("llada_megatron.bench.calibrate", "fit a cluster's description to benchmarks"),
     "submit": ("llada_megatron.cluster.submit", "a run becomes a Slurm job that survives limits and faults"),
     "status": ("llada_megatron.cluster.status", "where runs are, and why they stopped"),
     "logs": ("llada_megatron.cluster.logs", "one rank's log, or all of them, errors first"),

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from llada_megatron.bench import step
-from llada_megatron.cluster import calibrate
+from llada_megatron.bench import calibrate, step
 from llada_megatron.config.compose import compose
 from tests.distributed import run_ranks
 

@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from llada_megatron import cli
-from llada_megatron.cluster import calibrate
-from llada_megatron.cluster.calibrate import FITTED, Measured
+from llada_megatron.bench import calibrate
+from llada_megatron.bench.calibrate import FITTED, Measured
 from llada_megatron.config.compose import compose
 from llada_megatron.config.flops import DocumentLengths
 from llada_megatron.config.rules import check

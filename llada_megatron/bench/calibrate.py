@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 from rich.console import Console
 
 from llada_megatron.cluster.planner import Planner
@@ -165,8 +166,6 @@ def fastest(results: list[dict[str, Any]]) -> list[float]:
 
 def fit(found: Benchmarks, cluster: ClusterConfig) -> ClusterConfig:
     """The cluster with shares that fit the measurements best; raises ValueError where there are none."""
-    import numpy
-
     if not found.steps:
         raise ValueError("There are no steps to fit: give a file of `llada bench step --json FILE`.")
     names = [name for name in FITTED if getattr(cluster, name) > 0]
