@@ -1,6 +1,7 @@
 """A real Slurm on this machine: two nodes, everything in one folder, gone when it is closed.
 
-Needs Debian's slurm-wlm and munge, and root (slurmd starts steps as the user who submits).
+Needs Debian's slurm-wlm and munge, and root (slurmd starts steps as the user who submits). With accounting
+where accounting.py finds what it needs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from tests.slurm import accounting
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 
@@ -51,6 +55,7 @@ NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{port
 PartitionName=main Nodes=node[1-2] Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=node[1-2] PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
+UP_SEC = 60
 
 
 def missing() -> str:
@@ -65,27 +70,36 @@ class Slurm:
     """Starts munged, slurmctld and a slurmd per node; `environment` makes Slurm's programs talk to them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.host = folder, socket.gethostname()
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)
         (folder / "state").mkdir()
         for node in ("node1", "node2"):
             (folder / f"spool.{node}").mkdir()
-        first = _three_free_ports()
+        ports = _free_ports(4)
         self.conf = folder / "slurm.conf"
-        host = socket.gethostname()
-        self.conf.write_text(CONF.format(folder=folder, host=host, ports=range(first, first + 3)))
+        conf = CONF.format(folder=folder, host=self.host, ports=ports)
+        self.has_accounting = not accounting.missing()
+        if self.has_accounting:
+            conf += accounting.SLURM_CONF.format(port=ports[3], folder=folder)
+        self.conf.write_text(conf)
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf)}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._start_munge()
-        self._start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
-        for node in ("node1", "node2"):
-            self.start_node(node)
-        self._wait_until_idle()
+        try:
+            self._start_munge()
+            if self.has_accounting:
+                accounting.start(self, ports[3])
+            self.start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
+            for node in ("node1", "node2"):
+                self.start_node(node)
+            self._wait_until_idle()
+        except RuntimeError:
+            self.close()
+            raise
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
-        self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
+        self.start(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
 
     def kill_node(self, node: str) -> None:
         """Take a node away: its slurmd and all steps on it die at once."""
@@ -109,8 +123,9 @@ class Slurm:
 
     def close(self) -> None:
         """End every job and daemon that this object started."""
-        self.run("scancel", "--user=root", check=False)
-        time.sleep(1)
+        if "slurmctld" in self.daemons:
+            self.run("scancel", "--user=root", check=False)
+            time.sleep(1)
         for daemon in reversed(list(self.daemons.values())):
             daemon.terminate()
             try:
@@ -122,34 +137,35 @@ class Slurm:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        self._start(
+        self.start(
             "munged",
             "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.socket",
             f"--pid-file={self.folder}/munge.pid", f"--log-file={self.folder}/munge.log",
             f"--seed-file={self.folder}/munge.seed",
         )  # fmt: skip
-        while not (self.folder / "munge.socket").exists():
-            self._require_running("munged")
-            time.sleep(0.05)
+        self.wait("munged", lambda: (self.folder / "munge.socket").exists())
 
-    def _start(self, name: str, *command: str) -> None:
+    def start(self, name: str, *command: str) -> None:
+        """Start a daemon, which `close` ends."""
         output = (self.folder / f"{name}.out").open("ab")
         self.daemons[name] = subprocess.Popen(
             command, env=self.environment, stdout=output, stderr=output, start_new_session=True
         )
 
-    def _require_running(self, name: str) -> None:
-        if self.daemons[name].poll() is not None:
-            raise RuntimeError(f"{name} ended: {(self.folder / f'{name}.out').read_text()[-2000:]}")
+    def wait(self, name: str, is_up: Callable[[], object]) -> None:
+        """Wait until a daemon is up; RuntimeError when one has ended, or after UP_SEC."""
+        deadline = time.monotonic() + UP_SEC
+        while not is_up():
+            for each, daemon in self.daemons.items():
+                if daemon.poll() is not None:
+                    raise RuntimeError(f"{each} ended: {(self.folder / f'{each}.out').read_text()[-2000:]}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} did not come up in {UP_SEC} s")
+            time.sleep(0.1)
 
     def _wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 60
-        while self.run("sinfo", "-h", "-N", "-o", "%N %t", "-p", "main", check=False).count("idle") < 2:
-            for name in self.daemons:
-                self._require_running(name)
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the nodes did not come up: {self.run('sinfo', check=False)}")
-            time.sleep(0.2)
+        nodes = ("sinfo", "-h", "-N", "-o", "%N %t", "-p", "main")
+        self.wait("slurmctld", lambda: self.run(*nodes, check=False).count("idle") == 2)
 
 
 def _read(path: Path) -> str:
@@ -159,13 +175,14 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _three_free_ports() -> int:
+def _free_ports(count: int) -> range:
+    """Ports in a row: slurm.conf gives the nodes' as a range."""
     for first in range(17000, 60000, 10):
         try:
-            for port in range(first, first + 3):
+            for port in range(first, first + count):
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", port))
         except OSError:
             continue
-        return first
-    raise RuntimeError("no three ports in a row are free")
+        return range(first, first + count)
+    raise RuntimeError(f"no {count} ports in a row are free")
