@@ -60,7 +60,13 @@ def start(run_dir: Path, **where: object) -> int:
     if newest is not None and newest["event"] == "started":
         reason = "it ended without a word: a node failed, or the job was preempted or killed"
         events.append(
-            run_dir, "ended", exit_code=None, step=newest_step(run_dir), outcome="again", reason=reason
+            run_dir,
+            "ended",
+            time=_last_sign(run_dir, record),
+            exit_code=None,
+            step=newest_step(run_dir),
+            outcome="again",
+            reason=reason,
         )
     number = count(record)
     events.append(run_dir, "started", attempt=number, step=newest_step(run_dir), **where)
@@ -140,6 +146,12 @@ def _failures_without_progress(run_dir: Path) -> int:
             failed = event["exit_code"] is not None and not asked and event["step"] <= begun_at
             failures = failures + 1 if failed else 0
     return 0 if newest_step(run_dir) > begun_at else failures
+
+
+def _last_sign(run_dir: Path, record: list[Event]) -> float:
+    """When the newest attempt last wrote something, in seconds since 1970; after that the run waited."""
+    files = [run_dir / "metrics.jsonl", *log_dir(run_dir, count(record) - 1).glob("rank_*.log")]
+    return max([record[-1]["time"], *(file.stat().st_mtime for file in files if file.exists())])
 
 
 def _tail(path: Path, size: int = 100_000) -> str:

@@ -1,9 +1,13 @@
-"""Slurm's own programs: submit, ask, signal, requeue. Nothing here passes through a shell."""
+"""Slurm's own programs: submit, ask, signal, requeue, account. Nothing here passes through a shell."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 ACTIVE = {
     "PENDING",
@@ -16,6 +20,17 @@ ACTIVE = {
     "RESIZING",
 }
 TIMEOUT_SEC = 30
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One start of a job, by Slurm's accounting; seconds since 1970."""
+
+    queued_at: float
+    """When nothing but the queue held it back any more: it could have started, or was requeued."""
+    started_at: float
+    ended_at: float | None
+    """None while it runs."""
 
 
 def available() -> bool:
@@ -58,9 +73,42 @@ def requeue(job: str) -> None:
     _run("scontrol", "requeue", job)
 
 
-def _run(*command: str) -> str:
+def allocations(jobs: Iterable[str]) -> dict[str, list[Allocation]]:
+    """Every start of these jobs by Slurm's accounting, oldest first; empty where a site has no accounting."""
+    columns = "--format=JobIDRaw,Submit,Eligible,Start,End"
+    command = ["sacct", "--allocations", "--duplicates", "--noheader", "--parsable2", columns]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SEC)
+        # Seconds since 1970: sacct prints local time otherwise, which is ambiguous for an hour each year.
+        text = _run(*command, f"--jobs={','.join(jobs)}", SLURM_TIME_FORMAT="%s")
+    except ValueError:
+        return {}
+    return parse_sacct(text)
+
+
+def parse_sacct(text: str) -> dict[str, list[Allocation]]:
+    """Lines `JobIDRaw|Submit|Eligible|Start|End` in seconds since 1970, one per start of a job.
+
+    A requeued job's Submit is when its last start had been cleaned up, and its Eligible comes after a delay
+    of Slurm's own; what it waited in the queue begins where the start before it ended.
+    """
+    found: dict[str, list[Allocation]] = defaultdict(list)
+    lines = [line.split("|") for line in text.splitlines() if line.count("|") == 4]
+    for job, *cells in lines:
+        submitted, eligible, started, ended = (float(cell) if cell.isdigit() else None for cell in cells)
+        if started is None:  # it waits
+            continue
+        before = found[job][-1].ended_at if found[job] else None
+        queued = before or eligible or submitted or started
+        found[job].append(Allocation(queued, started, ended))
+    return found
+
+
+def _run(*command: str, **variables: str) -> str:
+    """Output of a command with these variables of the environment; ValueError when it fails."""
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=TIMEOUT_SEC
+        )
     except FileNotFoundError:
         raise ValueError(
             f"{command[0]} is not installed here: use a login node of the cluster, or `llada train`."
