@@ -1,20 +1,21 @@
 """The attempts of a run: what a job records before and after the ranks, and whether it is requeued.
 
     python -m llada_megatron.cluster.attempts start RUN
-    python -m llada_megatron.cluster.attempts end RUN EXIT_CODE
+    python -m llada_megatron.cluster.attempts end RUN EXIT_CODE --max-failures N [--exclude-failed-nodes]
 
 The batch script calls both. Standard library only, as observe/events.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_megatron.cluster import slurm
+from llada_megatron.cluster import exclusion, slurm
 from llada_megatron.observe import events
 from llada_megatron.observe.events import Event
 
@@ -166,32 +167,53 @@ def _has_content(folder: Path) -> bool:
 
 def main(arguments: list[str]) -> int:
     """`start RUN` prints the folder for the ranks' logs; `end RUN CODE` requeues when it should."""
-    command, run_dir = arguments[0], Path(arguments[1])
+    parser = argparse.ArgumentParser(prog="python -m llada_megatron.cluster.attempts")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("start").add_argument("run_dir", type=Path)
+    ending = commands.add_parser("end")
+    ending.add_argument("run_dir", type=Path)
+    ending.add_argument("exit_code", type=int)
+    ending.add_argument("--max-failures", type=int, required=True)
+    ending.add_argument("--exclude-failed-nodes", action="store_true")
+    args = parser.parse_args(arguments)
     job = os.environ.get("SLURM_JOB_ID", "")
-    if command == "start":
-        newest = events.last(events.read(run_dir), "submitted", "ended")
-        if newest and newest.get("outcome") == "finished":  # requeued by hand; a new submission asks for more
-            print(f"{run_dir} is finished", file=sys.stderr)
-            return 1
-        number = start(
-            run_dir,
-            job=job,
-            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
-            devices=int(os.environ.get("SLURM_NTASKS", "1")),
-        )
-        folder = log_dir(run_dir, number)
-        folder.mkdir(parents=True, exist_ok=True)
-        print(folder)
-        return 0
-    exit_code, max_failures = int(arguments[2]), int(arguments[3])
+    return _start_job(args.run_dir, job) if args.command == "start" else _end_job(args, job)
+
+
+def _start_job(run_dir: Path, job: str) -> int:
+    newest = events.last(events.read(run_dir), "submitted", "ended")
+    if newest and newest.get("outcome") == "finished":  # requeued by hand; a new submission asks for more
+        print(f"{run_dir} is finished", file=sys.stderr)
+        return 1
+    number = start(
+        run_dir,
+        job=job,
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+        devices=int(os.environ.get("SLURM_NTASKS", "1")),
+    )
+    folder = log_dir(run_dir, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(folder)
+    return 0
+
+
+def _end_job(args: argparse.Namespace, job: str) -> int:
     is_ending = slurm.state(job) not in ("RUNNING", "")
-    verdict = decide(run_dir, exit_code, max_failures=max_failures, is_ending=is_ending)
-    end(run_dir, exit_code, verdict)
-    print(f"{verdict.outcome}: {verdict.reason}")
-    if verdict.outcome == "again":
-        slurm.requeue(job)  # does not return: the job ends here and waits in the queue again
-    return exit_code
+    verdict = decide(args.run_dir, args.exit_code, max_failures=args.max_failures, is_ending=is_ending)
+    end(args.run_dir, args.exit_code, verdict)
+    print(f"{verdict.outcome}: {verdict.reason}", flush=True)
+    if verdict.outcome == "again":  # requeued, the job ends here and waits in the queue again
+        failed: list[str] = []
+        if args.exclude_failed_nodes and PREFLIGHT in verdict.reason:
+            failed = exclusion.failed_nodes(
+                verdict.reason, slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
+            )
+        if failed:
+            exclusion.requeue_without(args.run_dir, job, failed)
+        else:
+            slurm.requeue(job)
+    return args.exit_code
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ def markdown(cost: Cost, price: float) -> str:
             sum(each.useful_sec.values()),
             *(each.lost_sec.get(n, 0.0) for n in LOSSES),
         ]
-        hours = _hours(each.allocated_sec * each.devices / HOUR_SEC)
-        attempts.append((str(each.number), str(each.devices), *map(_time, seconds), hours, each.outcome))
+        device_hours = _hours(each.allocated_sec * each.devices / HOUR_SEC)
+        attempts.append(
+            (str(each.number), str(each.devices), *map(_time, seconds), device_hours, each.outcome)
+        )
     uses: list[tuple[str, ...]] = [("spent on", "device-hours", "share", "in attempt")]
     for name, hours in _by_use(cost).items():
         share = f"{hours / cost.device_hours:.1%}" if cost.device_hours else "-"

@@ -8,6 +8,7 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 ACTIVE = {
     "PENDING",
@@ -71,6 +72,26 @@ def cancel(job: str) -> None:
 def requeue(job: str) -> None:
     """Put a running job back into the queue; the batch script that asks for it ends here."""
     _run("scontrol", "requeue", job)
+
+
+def nodes_of(nodelist: str) -> list[str]:
+    """The names behind Slurm's short form: node[1-2]."""
+    return _run("scontrol", "show", "hostnames", nodelist).split()
+
+
+def excluded_nodes(job: str) -> str:
+    """Nodes that a job must not get, in Slurm's short form; empty without any."""
+    return _run("squeue", "--noheader", "--states=all", "--format=%x", f"--jobs={job}").strip()
+
+
+def check_start(script: Path, excluded: str) -> None:
+    """Raises ValueError, with what Slurm says, when this job could not start without the nodes."""
+    _run("sbatch", "--test-only", f"--exclude={excluded}", str(script))
+
+
+def exclude_nodes(job: str, excluded: str) -> None:
+    """Set what `excluded_nodes` gives; Slurm allows it for jobs that wait."""
+    _run("scontrol", "update", f"jobid={job}", f"ExcNodeList={excluded}")
 
 
 def allocations(jobs: Iterable[str]) -> dict[str, list[Allocation]]:

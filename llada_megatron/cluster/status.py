@@ -97,7 +97,7 @@ def _state(run_dir: Path, record: list[dict[str, Any]]) -> tuple[str, str]:
     job = events.last(record, "submitted")
     in_queue = slurm.state(job["job"]) if job else ""
     ended = events.last(record, "ended")
-    why = ended["reason"] if ended else ""
+    why = ended["reason"] + _excluded(record) if ended else ""
     if newest is None:
         metrics = run_dir / "metrics.jsonl"
         recent = metrics.exists() and time.time() - metrics.stat().st_mtime < FRESH_SEC
@@ -111,6 +111,17 @@ def _state(run_dir: Path, record: list[dict[str, Any]]) -> tuple[str, str]:
     if newest["event"] == "ended":
         return "stopped", why
     return "lost", f"job {job['job']} is {in_queue.lower() or 'unknown to Slurm'} and recorded no end"
+
+
+def _excluded(record: list[events.Event]) -> str:
+    """What became of the nodes that the newest attempt's preflight named."""
+    newest = events.last(record, "ended", "excluded")
+    if newest is None or newest["event"] == "ended":
+        return ""
+    nodes = ", ".join(newest["nodes"])
+    return (
+        f"; {nodes} not left out: {newest['problem']}" if newest["problem"] else f"; {nodes} left out since"
+    )
 
 
 def _last_record(run_dir: Path) -> dict[str, Any] | None:

@@ -164,6 +164,7 @@ def render(config: Config, *, lead_sec: int) -> str:
             raise ValueError(f"slurm: the option {line!r} holds characters that no option of sbatch needs.")
     has_gpus = bool(cluster.peak_tflops)
     environment = site.environment or ("nccl" if has_gpus else "gloo")
+    end_options = f"--max-failures {config.run.max_failures}"
     values = {
         "NODES": str(cluster.nodes),
         "TASKS_PER_NODE": str(cluster.gpus_per_node),
@@ -173,7 +174,7 @@ def render(config: Config, *, lead_sec: int) -> str:
         "ENVIRONMENT": f'source "$4/launch/env/{environment}.sh"',
         "SRUN": _srun_options(config),
         "COMMAND": shlex.join(_in_container(config)),
-        "MAX_FAILURES": str(config.run.max_failures),
+        "END_OPTIONS": end_options + " --exclude-failed-nodes" * site.exclude_failed_nodes,
     }
     text = TEMPLATE.read_text()
     for name, value in values.items():

@@ -435,6 +435,8 @@ class SlurmConfig:
     """Of the ranks; empty: the one that submits, and `python` in a container."""
     signal_lead_sec: int = 300
     """Warning before the time limit; a submission raises it to what steps and saves have taken so far."""
+    exclude_failed_nodes: bool = False
+    """Leave nodes that fail a preflight out of the job's next start, if enough others are left for it."""
 
 
 @dataclass

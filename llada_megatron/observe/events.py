@@ -5,7 +5,7 @@ library only, since a batch script calls it with whatever Python a node has.
 
 `submitted` (job), `started` (job, restart, nodes, devices, step), `first_step` (step, replayed), `saved`
 (step, seconds), `evaluated` (step, seconds), `signalled` (step, signal), `stop_asked`, `resumed`, `ended`
-(exit_code, step, outcome, reason).
+(exit_code, step, outcome, reason), `excluded` (nodes, problem: why they were not).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 

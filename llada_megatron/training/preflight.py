@@ -183,11 +183,11 @@ def _gather(own: Any, group: Any, nodes: list[str] | None = None) -> list[Any]:
     except RuntimeError as error:
         silent = re.search(r"Ranks ([\d, ]+) failed to pass", str(error))  # rank 0 alone is told who
         ranks = [int(rank) for rank in silent[1].split(",")] if silent else []
-        names = [f"node {nodes[rank]} (rank {rank})" if nodes else f"rank {rank}" for rank in ranks]
-        who = ", ".join(names) or "a rank that rank 0 names"
+        names = [f"Node {nodes[rank]} (rank {rank})" if nodes else f"Rank {rank}" for rank in ranks]
+        who = ", ".join(names) or "A rank that rank 0 names"
         raise ValueError(
-            f"Preflight failed, nothing was trained. No word within {EXCHANGE_SEC:.0f} s from {who}: it hangs"
-            " in its disk, its device or a message, or has ended."
+            f"Preflight failed, nothing was trained. {who}: no word within {EXCHANGE_SEC:.0f} s, it hangs in"
+            " its disk, its device or a message, or has ended."
         ) from error
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own, group=group)
