@@ -19,6 +19,8 @@ EXAMPLE = "llada status runs/llada2_flash"
 FINAL = ("finished", "stopped", "failed")
 FRESH_SEC = 600
 """A run without a job counts as running when its record is younger than this."""
+NAMED = 3
+"""So many slow ranks are named in a status."""
 
 
 @dataclass
@@ -69,6 +71,8 @@ def status(run_dir: Path) -> Status:
     stage = schedule.stage_at(min(done, schedule.total_steps - 1))
     saved = attempts.newest_step(run_dir)
     state, why = ("finished", "") if saved >= steps else _state(run_dir, record)
+    if state == "running":
+        why = "; ".join(filter(None, [_stragglers(record), why]))
     return Status(
         name=config.run.name,
         state=state,
@@ -122,6 +126,14 @@ def _excluded(record: list[events.Event]) -> str:
     return (
         f"; {nodes} not left out: {newest['problem']}" if newest["problem"] else f"; {nodes} left out since"
     )
+
+
+def _stragglers(record: list[events.Event]) -> str:
+    """The ranks that the others wait for in this attempt, a few of them."""
+    newest = events.last(record, "started", "stragglers")
+    slow = newest.get("slow", []) if newest else []
+    more = f" and {len(slow) - NAMED} more" if len(slow) > NAMED else ""
+    return f"slow: {', '.join(slow[:NAMED])}{more}" if slow else ""
 
 
 def _last_record(run_dir: Path) -> dict[str, Any] | None:

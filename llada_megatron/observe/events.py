@@ -4,8 +4,9 @@ Written by the submission, by the job around the training, and by rank 0; read b
 library only, since a batch script calls it with whatever Python a node has.
 
 `submitted` (job), `started` (job, restart, nodes, devices, step), `first_step` (step, replayed), `saved`
-(step, seconds), `evaluated` (step, seconds), `signalled` (step, signal), `stop_asked`, `resumed`, `ended`
-(exit_code, step, outcome, reason), `excluded` (nodes, problem: why they were not).
+(step, seconds), `evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when
+all are well again), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome,
+reason), `excluded` (nodes, problem: why they could not be).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 

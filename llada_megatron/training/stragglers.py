@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from llada_megatron.config.schema import Config
+from llada_megatron.observe import events
 from llada_megatron.parallel.ranks import gathered, warn
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import node
@@ -43,6 +45,8 @@ class Stragglers:
     def __init__(self, config: Config, model_config: Any) -> None:
         self._every_steps = config.training.straggler_every_steps
         self._dtype = device.DTYPES[config.precision.dtype]
+        self._run_dir = Path(config.run.dir)
+        self._recorded: set[int] = set()
         self._began_sec: float | None = None
         self._step_sec = 0.0
         self._reduce = model_config.finalize_model_grads_func
@@ -60,20 +64,27 @@ class Stragglers:
         self._reduce(*args, **kwargs)
 
     def report(self, step: int) -> None:
-        """After a measured step rank 0 names the slow ranks in one line; every rank calls it."""
+        """After a measured step rank 0 names the slow ranks in one line; every rank calls it.
+
+        When they are others than before, the run's record says so as well.
+        """
         if self._began_sec is None:
             return
         self._began_sec = None
         stage = parallel_state.get_pipeline_model_parallel_rank()
         own = Times(dist.get_rank(), node(), stage, self._step_sec, product(self._dtype)[1])
-        if slow := slow_ranks(gathered(own)):
-            warn(f"step {step}: {'; '.join(slow)}")
+        slow = slow_ranks(gathered(own))
+        if slow:
+            warn(f"step {step}: {'; '.join(slow.values())}")
+        if own.rank == 0 and set(slow) != self._recorded:
+            self._recorded = set(slow)
+            events.append(self._run_dir, "stragglers", step=step, slow=list(slow.values()))
 
 
-def slow_ranks(times: list[Times]) -> list[str]:
-    """One clause for each rank that is slower than the median of its peers by a factor of SLOW."""
+def slow_ranks(times: list[Times]) -> dict[int, str]:
+    """A clause for each rank that is slower than the median of its peers by a factor of SLOW."""
     product_sec = statistics.median_low(rank.product_sec for rank in times)
-    found = []
+    found = {}
     for rank in times:
         step_sec = statistics.median_low(other.step_sec for other in times if other.pp_stage == rank.pp_stage)
         clauses = [
@@ -85,5 +96,5 @@ def slow_ranks(times: list[Times]) -> list[str]:
             if own_sec > SLOW * median_sec
         ]
         if clauses:
-            found.append(f"rank {rank.rank} on {rank.node} takes {' and '.join(clauses)}")
+            found[rank.rank] = f"rank {rank.rank} on {rank.node} takes {' and '.join(clauses)}"
     return found
