@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_megatron.cluster import attempts, slurm
+from llada_megatron.cluster.sweep import sweep
 from llada_megatron.config import compose, rules
 from llada_megatron.config.manifest import git_commit, versions
 from llada_megatron.config.schema import Config, Container
@@ -44,46 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--multirun", action="store_true", help="one run for each of `key=a,b`, named after the values"
     )
     parser.add_argument(
+        "--max-parallel", type=int, metavar="N", help="with --multirun: so many of the runs at a time"
+    )
+    parser.add_argument(
         "overrides", nargs="+", metavar="KEY=VALUE", help="hydra overrides, experiment=NAME first"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Submit every run: 0; 1 when one does not fit; raises ValueError for bad input."""
+    if args.max_parallel is not None and (not args.multirun or args.max_parallel < 1):
+        raise ValueError("--max-parallel N is for the runs of --multirun: give at least 1, and --multirun.")
     choices = sweep(args.overrides) if args.multirun else [args.overrides]
-    submitted = [submit(overrides, args) for overrides in choices]
-    return 0 if all(submitted) else 1
+    jobs: list[str] = []
+    return 0 if all([submit(overrides, args, jobs) for overrides in choices]) else 1
 
 
-def sweep(overrides: list[str]) -> list[list[str]]:
-    """One list of overrides for each combination of values `key=a,b`; run.name gets the values after it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+def submit(overrides: list[str], args: argparse.Namespace, jobs: list[str]) -> bool:
+    """Render, check and submit one run; False when it does not fit and `force` is not given.
 
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    ways = [
-        [f"{text.split('=')[0]}={value}" for value in each.sweep_string_iterator()]
-        if each.is_sweep_override()
-        else [text]
-        for text, each in zip(overrides, parsed, strict=True)
-    ]
-    named = next((each for each in overrides if each.startswith("run.name=")), None)
-    base = named.removeprefix("run.name=") if named else compose.compose([way[0] for way in ways]).run.name
-    runs = []
-    for combination in itertools.product(*ways):
-        chosen = [each for each, way in zip(combination, ways, strict=True) if len(way) > 1]
-        suffix = "_".join(_suffix(*each.split("=", 1)) for each in chosen)
-        rest = [each for each in combination if not each.startswith("run.name=")]
-        runs.append([*rest, f"run.name={base}_{suffix}"] if chosen else list(combination))
-    return runs
-
-
-def _suffix(key: str, value: str) -> str:
-    """`lr-0.001` of optimizer.lr: no sign in it means anything to hydra or a shell."""
-    return re.sub(r"[^\w.+-]+", "-", f"{key.split('.')[-1]}-{value}")
-
-
-def submit(overrides: list[str], args: argparse.Namespace) -> bool:
-    """Render, check and submit one run; False when it does not fit and `force` is not given."""
+    `jobs` are those of the runs before it, and gets this one's.
+    """
     config = compose.compose(overrides)
     config.training.preflight = True
     run_dir = Path(config.run.dir)
@@ -98,7 +79,11 @@ def submit(overrides: list[str], args: argparse.Namespace) -> bool:
             "Not submitted: change the layout (`llada plan --search ...`), or give --force.", file=sys.stderr
         )
     else:
-        job = _submit(config, run_dir, job_script, verdict, overrides, args.after)
+        conditions = [f"afterok:{_job_of(args.after)}"] if args.after else []
+        if args.max_parallel and len(jobs) >= args.max_parallel:  # a requeued job has not ended
+            conditions.append(f"afterany:{jobs[-args.max_parallel]}")
+        job = _submit(config, run_dir, job_script, verdict, overrides, conditions)
+        jobs.append(job)
         print(
             f"job {job}: {config.run.name} in {run_dir}; `llada status {shlex.quote(str(run_dir))}` shows it"
         )
@@ -208,7 +193,7 @@ def _submit(
     script: str,
     verdict: dict[str, Any],
     overrides: list[str],
-    after: str | None,
+    conditions: list[str],
 ) -> str:
     folder = run_dir / "submission"
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +214,7 @@ def _submit(
         }
         (folder / "submission.json").write_text(json.dumps(described, indent=1) + "\n")
         (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
-        options = [f"--dependency=afterok:{_job_of(after)}"] if after else []
+        options = [f"--dependency={','.join(conditions)}"] if conditions else []
         return _sbatch(run_dir, folder / "job.sbatch", config.run.name, sys.executable, os.getcwd(), options)
 
 

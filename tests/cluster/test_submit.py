@@ -2,7 +2,8 @@
 
 import pytest
 
-from llada_megatron.cluster.submit import lead_sec, render, sweep
+from llada_megatron.cluster.submit import lead_sec, render
+from llada_megatron.cluster.sweep import sweep
 from llada_megatron.config.compose import compose
 from llada_megatron.observe import events
 
