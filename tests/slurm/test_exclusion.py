@@ -37,6 +37,7 @@ def test_a_run_that_needs_all_nodes_keeps_them_and_says_so(make_run, full_on_nod
     run = make_run(*TWO_NODES, *OPTIONS, full_on_node1)
     run.submit()
     run.wait(lambda: run.events("excluded"))
+    assert len(run.events("started")) == 1, run.story()
     assert "node1 not left out: the job could not start otherwise" in run.status()["why"], run.story()
     run.wait(lambda: len(run.events("started")) == 2)
     run.llada("stop", str(run.directory))
