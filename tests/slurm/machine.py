@@ -7,6 +7,7 @@ where accounting.py finds what it needs.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 MpiDefault=none
+FirstJobId={first_job}
 ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -78,7 +80,9 @@ class Slurm:
             (folder / f"spool.{node}").mkdir()
         ports = _free_ports(4)
         self.conf = folder / "slurm.conf"
-        conf = CONF.format(folder=folder, host=self.host, ports=ports)
+        # Ranks meet at a port that follows from the job's number: another test's Slurm must have others.
+        first_job = random.randrange(1, 60_000)
+        conf = CONF.format(folder=folder, host=self.host, ports=ports, first_job=first_job)
         self.has_accounting = not accounting.missing()
         if self.has_accounting:
             conf += accounting.SLURM_CONF.format(port=ports[3], folder=folder)
