@@ -169,6 +169,7 @@ def test_inspect_shows_counts_and_the_first_text(tmp_path, capsys):
         "documents 2",
         "tokens 15",
         "mean length 7.5 tokens",
+        "as a log-normal: llada plan --document-tokens 7,0.07",
         "hällowörld!",
     ]
 
