@@ -77,10 +77,11 @@ def run(args: argparse.Namespace) -> int:
     described = compose.compose(["experiment=bench", *overrides]).cluster
     found, held_out = read(files), read(args.hold_out).steps
     fitted = fit(found, described)
+    if args.out:
+        _write(args.out, found, files, described, fitted)
     _print_steps(found.steps, held_out, described, fitted)
     _print_shares(found, described, fitted)
     if args.out:
-        _write(args.out, found, files, described, fitted)
         print(f"\n{args.out} is written.")
     return 0
 
@@ -168,12 +169,17 @@ def fit(found: Benchmarks, cluster: ClusterConfig) -> ClusterConfig:
     """The cluster with shares that fit the measurements best; raises ValueError where there are none."""
     if not found.steps:
         raise ValueError("There are no steps to fit: give a file of `llada bench step --json FILE`.")
-    names = [name for name in FITTED if getattr(cluster, name) > 0]
-    if found.attention and found.attention_dtype:
-        peak = peak_flops(cluster, found.attention_dtype)
+    known = {"attention_efficiency"} if found.attention and found.attention_dtype else set()
+    if known:
+        peak = peak_flops(cluster, str(found.attention_dtype))
+        if peak == 0:
+            raise ValueError(
+                f"cluster={cluster.name} has no peak for attention in {found.attention_dtype}: set"
+                " cluster.peak_tflops (bf16) or cluster.peak_tflops_fp32, or leave the attention file out."
+            )
         mean = math.exp(sum(map(math.log, found.attention)) / len(found.attention))
         cluster = replace(cluster, attention_efficiency=mean / peak)
-        names.remove("attention_efficiency")
+    names = [name for name in FITTED if getattr(cluster, name) > 0 and name not in known]
 
     def described(logs: Any) -> ClusterConfig:
         return replace(cluster, **dict(zip(names, numpy.exp(logs).tolist(), strict=True)))
@@ -235,8 +241,8 @@ def _print_shares(found: Benchmarks, before: ClusterConfig, after: ClusterConfig
     if found.attention:
         low, high = (rate / 1e9 for rate in (min(found.attention), max(found.attention)))
         console.print(f"Attention reached {low:,.3g} to {high:,.3g} GFLOP/s on visible pairs, by case.")
-    for name in FITTED[:5]:
-        if getattr(after, name) > 1:
+    for name in FITTED:
+        if name.endswith("efficiency") and getattr(after, name) > 1:
             console.print(f"{name} is above 1: the peak that {before.name} gives is too low.")
 
 

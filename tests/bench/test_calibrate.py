@@ -125,6 +125,12 @@ def test_the_command_shows_both_and_writes_a_cluster(
     assert set(written) <= {field.name for field in fields(ClusterConfig)}
 
 
+def test_attention_in_a_precision_without_a_peak_is_one_sentence(folder: Path) -> None:
+    found = calibrate.read([folder / "one.json", folder / "attention.json"])
+    with pytest.raises(ValueError, match=r"no peak for attention in bf16: set cluster\.peak_tflops"):
+        calibrate.fit(replace(found, attention_dtype="bf16"), described())
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
