@@ -37,7 +37,7 @@ def _verdict(console: Console, plan: Plan) -> None:
     console.print(Text(f"{plan.name} {word}{where}", style=style))
     console.print(f"  {describe(plan.layout)}, dp {data_parallel_size(plan.layout)}")
     console.print(
-        f"  memory  {fullest.peak / GB:.1f} GB on pipeline stage {fullest.rank}, of {usable:.1f} GB"
+        f"  memory  {amount(fullest.peak)} on pipeline stage {fullest.rank}, of {usable:.1f} GB"
         f" ({plan.memory_bytes / GB:.0f} less {1 - plan.usable_bytes / plan.memory_bytes:.0%} margin)"
     )
     tokens = sum(stage.tokens for stage in plan.stages)
@@ -242,8 +242,15 @@ def quantity(number: float) -> str:
     return f"{number:.3g}"
 
 
+def amount(size: float) -> str:
+    """Bytes as 71.7 GB, or 8.5 MB below one."""
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.1f} MB"
+
+
 def duration(hours: float) -> str:
-    """Minutes, hours or days."""
+    """Seconds, minutes, hours or days."""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.1f} seconds"
     if hours < 1:
         return f"{60 * hours:.1f} minutes"
     return f"{hours / 24:.1f} days" if hours >= 72 else f"{hours:.1f} hours"
