@@ -23,6 +23,8 @@ STOP_FILE = "stop"
 """In the run's directory: `llada stop` was called, so nothing is requeued."""
 BAD_INPUT = 2
 PREFLIGHT = "Preflight failed"
+HELD = "is being trained by"
+"""What training/exclusive.py says: ranks of a lost node may be alive."""
 ERROR = re.compile(r"error: (.+)|^(\w+(?:Error|Exception)\b.*)|(Timeout \(.*\)!)")
 
 
@@ -91,7 +93,8 @@ def decide(
             return Verdict("yielded", f"the job was cancelled or preempted ({signalled})")
         return Verdict("again", f"{signalled} asked for a checkpoint and a new start")
     reason = error or first_error(run_dir) or f"exit code {exit_code}"
-    if exit_code == BAD_INPUT and PREFLIGHT not in reason:  # another start may get other nodes
+    may_pass = PREFLIGHT in reason or HELD in reason  # another start gets other nodes, or comes late enough
+    if exit_code == BAD_INPUT and not may_pass:
         return Verdict("failed", reason)
     failures = _failures_without_progress(run_dir) + 1
     if failures >= max_failures:

@@ -84,6 +84,11 @@ def node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def in_slurm_job() -> bool:
+    """Whether this is part of a job of Slurm."""
+    return "SLURM_JOB_ID" in os.environ
+
+
 def threads_per_process(processes: int) -> int:
     """Cores of this machine divided evenly, at least one."""
     return max(1, len(os.sched_getaffinity(0)) // processes)

@@ -26,10 +26,10 @@ from llada_megatron.observe.metrics import read_jsonl
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
-from llada_megatron.runtime.launch import threads_per_process
+from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
 from llada_megatron.training.agreement import check_agreement
 from llada_megatron.training.evaluate import Evaluator, checkpoint_metrics
-from llada_megatron.training.exclusive import only_training_of
+from llada_megatron.training.exclusive import LINGER_SEC, only_training_of
 from llada_megatron.training.position import (
     Position,
     check_nothing_later,
@@ -84,7 +84,8 @@ def run(config: Config) -> Outcome:
         watchdog.start()  # writes to run.dir, whose faults the preflight names with their node
         groups.initialize(config.layout)
         _announce_attention(config)
-        with only_training_of(Path(config.run.dir)):
+        lingering_sec = LINGER_SEC if in_slurm_job() else 0.0
+        with only_training_of(Path(config.run.dir), wait_sec=lingering_sec):
             outcome = _Run(config, schedule, data_fingerprint, watchdog).train(stop)
         if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
             dist.barrier()

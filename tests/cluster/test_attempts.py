@@ -50,6 +50,11 @@ def test_a_failed_preflight_is_tried_again_since_other_nodes_may_come(tmp_path):
     assert attempt(tmp_path, 2, error=error).outcome == "again"
 
 
+def test_a_run_that_ranks_of_a_lost_node_still_hold_is_tried_again(tmp_path):
+    error = "runs/a is being trained by process 7 on node2: wait for it, stop it, or choose another run.dir."
+    assert attempt(tmp_path, 2, error=error).outcome == "again"
+
+
 def test_bad_input_is_not_tried_again_and_a_stop_is_not_overruled(tmp_path):
     assert attempt(tmp_path / "bad", 2).outcome == "failed"
     assert attempt(tmp_path / "done", 0).outcome == "finished"

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -15,6 +16,21 @@ def hold(run_dir: Path) -> None:
     with only_training_of(run_dir):
         (run_dir / "held").touch()
         time.sleep(60)
+
+
+def test_a_job_waits_for_what_lingers_of_the_last_one(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,))
+    process.start()
+    try:
+        while not (tmp_path / "held").exists():
+            assert process.is_alive()
+            time.sleep(0.01)
+        Timer(0.5, process.kill).start()
+        with only_training_of(tmp_path, wait_sec=30):
+            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_second_training_is_refused_and_the_holder_s_death_frees_the_run(tmp_path: Path) -> None:
