@@ -110,12 +110,10 @@ def test_every_figure_equals_a_sum_over_logits_by_hand(corpus, tmp_path):
     assert made["views"]["ar_from_clean_half"] == pytest.approx(made["ar"]["mean"], rel=1e-6)
 
 
-LAYOUTS = [
+LAYOUTS = [  # `llada verify layouts` compares the bound under the others
     ["layout.micro_batch=4"],
     [TWO],
-    pytest.param([TWO, "layout.tp=2"], marks=pytest.mark.slow),
-    pytest.param([TWO, "layout.pp=2"], marks=pytest.mark.slow),
-    pytest.param([TWO, "layout.ep=2", "layout.micro_batch=2"], marks=pytest.mark.slow),
+    pytest.param([TWO, "layout.tp=2", "layout.ep=2"], marks=pytest.mark.slow),
     pytest.param([TWO, "layout.pp=2", "layout.vpp=2"], marks=pytest.mark.slow),
 ]
 

@@ -131,8 +131,6 @@ def assert_goes_on_as_one_process(corpus: str, straight: Path, run_dir: Path) ->
 
 OVERLAPPED = [
     [TWO, "layout.ep=2", "layout.dispatcher=allgather"],
-    pytest.param([TWO], marks=pytest.mark.slow),
-    pytest.param([FOUR, "layout.pp=2"], marks=pytest.mark.slow),
     pytest.param([FOUR, "layout.pp=2", "layout.vpp=2", "layout.ep=2"], marks=pytest.mark.slow),
     pytest.param([FOUR, "layout.tp=2", "layout.recompute=full"], marks=pytest.mark.slow),
 ]
@@ -148,7 +146,6 @@ def test_overlapped_gradients_and_weights_are_those_of_one_process(corpus, strai
 
 PIPELINES = [
     [TWO, "layout.pp=2", "layout.pipeline=[1,3]"],
-    pytest.param([TWO, "layout.pp=2", "layout.pipeline=[4,0]"], marks=pytest.mark.slow),
     pytest.param(
         [TWO, "layout.pp=2", "layout.pipeline=[0,4]", "layout.recompute=full"], marks=pytest.mark.slow
     ),
@@ -169,8 +166,6 @@ EXPERTS = [
     [TWO, "layout.etp=2", "layout.dispatcher=allgather"],
     [TWO, "layout.tp=2", "layout.ep=2", "layout.dispatcher=allgather"],
     [TWO, "layout.tp=2", SELECTIVE, "layout.recompute_modules=[core_attn,mlp,moe,shared_experts]"],
-    [FOUR, "layout.tp=2", "layout.ep=2", "layout.etp=2"],
-    [FOUR, "layout.tp=2", "layout.ep=4"],
 ]
 
 
