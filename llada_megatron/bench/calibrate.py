@@ -117,7 +117,7 @@ class Benchmarks:
     steps: list[Measured]
     attention: list[float]
     """FLOP/s on visible pairs, of the fastest executor on every case."""
-    attention_dtype: str | None
+    attention_dtype: str = ""
 
 
 def read(files: Sequence[Path]) -> Benchmarks:
@@ -127,7 +127,7 @@ def read(files: Sequence[Path]) -> Benchmarks:
     """
     steps: list[Measured] = []
     attention: list[float] = []
-    dtype = None
+    dtype = ""
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -165,21 +165,25 @@ def fastest(results: list[dict[str, Any]]) -> list[float]:
     return list(rates.values())
 
 
+def _attention_share(found: Benchmarks, cluster: ClusterConfig) -> float:
+    """Geometric mean over the cases of the attention benchmark."""
+    peak = peak_flops(cluster, found.attention_dtype)
+    if peak == 0:
+        raise ValueError(
+            f"cluster={cluster.name} has no peak for attention in {found.attention_dtype}: set"
+            " cluster.peak_tflops (bf16) or cluster.peak_tflops_fp32, or leave the attention file out."
+        )
+    return math.exp(sum(map(math.log, found.attention)) / len(found.attention)) / peak
+
+
 def fit(found: Benchmarks, cluster: ClusterConfig) -> ClusterConfig:
     """The cluster with shares that fit the measurements best; raises ValueError where there are none."""
     if not found.steps:
         raise ValueError("There are no steps to fit: give a file of `llada bench step --json FILE`.")
-    known = {"attention_efficiency"} if found.attention and found.attention_dtype else set()
-    if known:
-        peak = peak_flops(cluster, str(found.attention_dtype))
-        if peak == 0:
-            raise ValueError(
-                f"cluster={cluster.name} has no peak for attention in {found.attention_dtype}: set"
-                " cluster.peak_tflops (bf16) or cluster.peak_tflops_fp32, or leave the attention file out."
-            )
-        mean = math.exp(sum(map(math.log, found.attention)) / len(found.attention))
-        cluster = replace(cluster, attention_efficiency=mean / peak)
-    names = [name for name in FITTED if getattr(cluster, name) > 0 and name not in known]
+    names = [name for name in FITTED if getattr(cluster, name) > 0]
+    if found.attention:
+        cluster = replace(cluster, attention_efficiency=_attention_share(found, cluster))
+        names = [name for name in names if name != "attention_efficiency"]
 
     def described(logs: Any) -> ClusterConfig:
         return replace(cluster, **dict(zip(names, numpy.exp(logs).tolist(), strict=True)))

@@ -2,8 +2,8 @@
 
 import multiprocessing
 import os
-import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Timer
 
@@ -18,36 +18,31 @@ def hold(run_dir: Path) -> None:
         time.sleep(60)
 
 
-def test_a_job_waits_for_what_lingers_of_the_last_one(tmp_path: Path) -> None:
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[multiprocessing.process.BaseProcess]:
+    """Another process that trains in tmp_path."""
     process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,))
     process.start()
-    try:
-        while not (tmp_path / "held").exists():
-            assert process.is_alive()
-            time.sleep(0.01)
-        Timer(0.5, process.kill).start()
-        with only_training_of(tmp_path, wait_sec=30):
-            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
-    finally:
-        process.kill()
-        process.join()
+    while not (tmp_path / "held").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.join()
 
 
-def test_a_second_training_is_refused_and_the_holder_s_death_frees_the_run(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    process = multiprocessing.get_context("fork").Process(target=hold, args=(run_dir,))
-    process.start()
-    try:
-        while not (run_dir / "held").exists():
-            assert process.is_alive()
-            time.sleep(0.01)
-        trained = pytest.raises(ValueError, match=f"is being trained by process {process.pid} on")
-        with trained, only_training_of(run_dir):
-            pass
-    finally:
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
-    with only_training_of(run_dir):
-        assert (run_dir / LOCK).read_text().startswith(f"process {os.getpid()} on ")
-    with only_training_of(run_dir):
+def test_a_job_waits_for_what_lingers_of_the_last_one(tmp_path: Path, holder) -> None:
+    Timer(0.5, holder.kill).start()
+    with only_training_of(tmp_path, wait_sec=30):
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_second_training_is_refused_and_the_holder_s_death_frees_the_run(tmp_path: Path, holder) -> None:
+    held = pytest.raises(ValueError, match=f"is being trained by process {holder.pid} on")
+    with held, only_training_of(tmp_path):
         pass
+    holder.kill()
+    holder.join()
+    for _ in range(2):  # and its own end frees it
+        with only_training_of(tmp_path):
+            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
