@@ -13,7 +13,6 @@ for _ in 1 2 3; do
     PIP_CONSTRAINT='' python -m pip install --no-cache-dir --break-system-packages --no-deps --require-hashes \
         --no-build-isolation -r additions.txt
 done
-# In place, because configs/ lies beside the package.
 python -m pip install --no-cache-dir --break-system-packages --no-deps --no-build-isolation -e .
 
 llada doctor --runs "${TMPDIR:-/tmp}"

@@ -3,8 +3,7 @@
 A verb's module offers `add_arguments(parser)`, `run(args) -> int` and, if it likes, `EXAMPLE` (one runnable
 command). It is imported when its verb is called, so that `llada --help` answers without importing torch.
 
-Exit codes: what the verb returns (0 is success), 2 for bad input, 130 when interrupted, 141 when nobody reads
-the output any more, 1 for a bug.
+Exit codes: what the verb returns (0 is success), otherwise those of config/errors.py; 1 for a bug.
 """
 
 from __future__ import annotations
@@ -19,34 +18,31 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from llada_megatron.runtime.launch import WorkerDied
+from llada_megatron.config.errors import BAD_INPUT, INTERRUPTED, READER_LEFT, Refusal, in_words
 
 VERBS = {
-    "train": ("llada_megatron.train", "convert or train a model as a configuration says"),
-    "data": ("llada_megatron.data.command", "prepare, pack and inspect training data"),
-    "checkpoint": ("llada_megatron.checkpoints", "list, verify, merge and compare checkpoints"),
-    "convert": ("llada_megatron.convert.command", "Hugging Face checkpoints in and out, with a certificate"),
-    "plan": ("llada_megatron.cluster.command", "memory, time and traffic of a layout; the best layouts"),
-    "plan calibrate": ("llada_megatron.bench.calibrate", "fit a cluster's description to benchmarks"),
-    "submit": ("llada_megatron.cluster.submit", "a run becomes a Slurm job that survives limits and faults"),
-    "status": ("llada_megatron.cluster.status", "where runs are, and why they stopped"),
-    "logs": ("llada_megatron.cluster.logs", "one rank's log, or all of them, errors first"),
-    "stop": ("llada_megatron.cluster.stop", "save, end, and wait for `llada resume`"),
-    "resume": ("llada_megatron.cluster.resume", "submit a stopped or failed run again"),
-    "cost": ("llada_megatron.cluster.cost", "where a run's time went, attempt by attempt, and what it cost"),
-    "verify": ("llada_megatron.verify.command", "golden cases, layouts, resumed runs, context parallelism"),
-    "bench": ("llada_megatron.bench.command", "measure attention executors, training steps, checkpoints"),
-    "report": ("llada_megatron.observe.command", "render a run's report with pictures"),
-    "sync": ("llada_megatron.observe.sync", "upload a run's offline wandb records from a login node"),
-    "demo": ("llada_megatron.demo.command", "run the whole pipeline, small, on this machine"),
-    "doctor": ("llada_megatron.doctor", "what this machine offers a run, and how to get what is missing"),
+    "train": ("llada_megatron.commands.train", "convert or train a model as a configuration says"),
+    "data": ("llada_megatron.commands.data", "prepare, pack and inspect training data"),
+    "checkpoint": ("llada_megatron.commands.checkpoint", "list, verify, merge and compare checkpoints"),
+    "convert": ("llada_megatron.commands.convert", "Hugging Face checkpoints in and out, with a certificate"),
+    "plan": ("llada_megatron.commands.plan", "memory, time and traffic of a layout; the best layouts"),
+    "plan calibrate": ("llada_megatron.commands.plan_calibrate", "fit a cluster's description to benchmarks"),
+    "submit": ("llada_megatron.commands.submit", "a run becomes a Slurm job that survives limits and faults"),
+    "status": ("llada_megatron.commands.status", "where runs are, and why they stopped"),
+    "logs": ("llada_megatron.commands.logs", "one rank's log, or all of them, errors first"),
+    "stop": ("llada_megatron.commands.stop", "save, end, and wait for `llada resume`"),
+    "resume": ("llada_megatron.commands.resume", "submit a stopped or failed run again"),
+    "cost": ("llada_megatron.commands.cost", "where a run's time went, attempt by attempt, and what it cost"),
+    "verify": ("llada_megatron.commands.verify", "golden cases, layouts, resumed runs, context parallelism"),
+    "bench": ("llada_megatron.commands.bench", "measure attention executors, training steps, checkpoints"),
+    "report": ("llada_megatron.commands.report", "render a run's report with pictures"),
+    "sync": ("llada_megatron.commands.sync", "upload a run's offline wandb records from a login node"),
+    "demo": ("llada_megatron.commands.demo", "run the whole pipeline, small, on this machine"),
+    "doctor": (
+        "llada_megatron.commands.doctor",
+        "what this machine offers a run, and how to get what is missing",
+    ),
 }
-
-FAILED = 1
-BAD_INPUT = 2
-INTERRUPTED = 130
-READER_LEFT = 141
-"""128 + SIGPIPE, as shells report it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,16 +86,25 @@ def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:
         code = module.run(args)
         sys.stdout.flush()
         return code
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and reader_left():
+    except BrokenPipeError:
+        if reader_left():
             return READER_LEFT
-        failed = isinstance(error, FloatingPointError | WorkerDied)
-        if not (failed or is_bad_input(error)):
+        raise
+    except Refusal as refusal:
+        return explain(verb, str(refusal), refusal.exit_code)
+    except OSError as error:
+        # A bare OSError without a number is no answer of the operating system (inspect raises such, for one).
+        if error.errno is None:
             raise
-        if os.environ.get("LLADA_DEBUG") == "1":
-            traceback.print_exc()
-        print(f"llada {verb}: error: {sentence(error)}", file=sys.stderr)
-        return FAILED if failed else BAD_INPUT
+        return explain(verb, in_words(error), BAD_INPUT)
+
+
+def explain(verb: str, why: str, code: int) -> int:
+    """Print why a verb ends, with a traceback under LLADA_DEBUG=1; returns the exit code."""
+    if os.environ.get("LLADA_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"llada {verb}: error: {why}", file=sys.stderr)
+    return code
 
 
 def reader_left() -> bool:
@@ -123,28 +128,3 @@ def front_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("verb", metavar="VERB", choices=VERBS, help="what to do")
     return parser
-
-
-def is_bad_input(error: Exception) -> bool:
-    """True for what a user can mend: a value, a file, the disk, a configuration key."""
-    if isinstance(error, OSError):
-        # A bare OSError without a number is no answer of the operating system (inspect raises such, for one).
-        return type(error) is not OSError or error.errno is not None
-    return isinstance(error, ValueError) or is_configuration_error(error)
-
-
-def is_configuration_error(error: Exception) -> bool:
-    """True for errors of omegaconf and hydra, told by name because importing either is slow."""
-    return type(error).__module__ in ("omegaconf.errors", "hydra.errors")
-
-
-def sentence(error: Exception) -> str:
-    """What went wrong, in words: no errno, no dump of the configuration's types."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    text = str(error).strip() or type(error).__name__
-    if not is_configuration_error(error):
-        return text
-    line = text.splitlines()[0]
-    key = getattr(error, "full_key", None)
-    return line if not key or key in line else f"{line} (in {key})"

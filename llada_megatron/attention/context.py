@@ -25,7 +25,7 @@ from llada_megatron.parallel.context import deal_tokens
 class ContextShard:
     """What one rank of a context-parallel group holds of a micro-batch, and how it gets its keys.
 
-    Every rank works out the same deal from the mask alone. Raises ValueError when L is not a multiple of
+    Every rank works out the same deal from the mask alone. Raises BadInput when L is not a multiple of
     `ranks`. With one rank the shard is the whole mask and nothing travels.
     """
 

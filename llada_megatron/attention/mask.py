@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llada_megatron.config.errors import BadInput
+
 BlockGrid = Literal["sequence", "document"]
 PerToken = npt.NDArray[np.int64]  # [B, L]
 
@@ -39,7 +41,7 @@ class BlockDiffusionMask:
         clean_copy: the input is `[x_t ; x_0]` (S = 2L, noisy half first) rather than one sequence (S = L).
         causal: without a clean copy, hide later blocks. Block size 1 is autoregressive.
 
-    Raises ValueError, naming the value, for anything else.
+    Raises BadInput, naming the value, for anything else.
     """
 
     cu_seqlens: Sequence[Tensor]
@@ -51,18 +53,18 @@ class BlockDiffusionMask:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cu_seqlens", tuple(self.cu_seqlens))
         if not self.cu_seqlens:
-            raise ValueError("cu_seqlens is empty: give one tensor of document boundaries per sample")
+            raise BadInput("cu_seqlens is empty: give one tensor of document boundaries per sample")
         for sample, boundaries in enumerate(self.cu_seqlens):
             _check_boundaries(sample, boundaries)
         lengths = [int(boundaries[-1]) for boundaries in self._boundaries]
         if len(set(lengths)) > 1:
-            raise ValueError(f"cu_seqlens ends at {lengths}: every sample of a micro-batch needs one length")
+            raise BadInput(f"cu_seqlens ends at {lengths}: every sample of a micro-batch needs one length")
         if not 1 <= self.block_size <= self.length:
-            raise ValueError(f"block_size must be from 1 to the {self.length} tokens, got {self.block_size}")
+            raise BadInput(f"block_size must be from 1 to the {self.length} tokens, got {self.block_size}")
         if self.block_grid not in get_args(BlockGrid):
-            raise ValueError(f"block_grid must be one of {get_args(BlockGrid)}, got {self.block_grid!r}")
+            raise BadInput(f"block_grid must be one of {get_args(BlockGrid)}, got {self.block_grid!r}")
         if self.clean_copy and self.causal:
-            raise ValueError("causal=True needs clean_copy=False: a clean copy is already causal over blocks")
+            raise BadInput("causal=True needs clean_copy=False: a clean copy is already causal over blocks")
 
     @property
     def batch(self) -> int:
@@ -266,12 +268,12 @@ class Rectangle:
 def _check_boundaries(sample: int, boundaries: Tensor) -> None:
     where = f"cu_seqlens[{sample}]"
     if boundaries.device.type != "cpu":
-        raise ValueError(f"{where} is on {boundaries.device}: keep document boundaries on the CPU")
+        raise BadInput(f"{where} is on {boundaries.device}: keep document boundaries on the CPU")
     if boundaries.is_floating_point() or boundaries.dtype == torch.bool or boundaries.dim() != 1:
-        raise ValueError(
+        raise BadInput(
             f"{where} must be a one-dimensional integer tensor, got {boundaries.dtype} "
             f"of shape {tuple(boundaries.shape)}"
         )
     values = boundaries.tolist()
     if len(values) < 2 or values[0] != 0 or any(a >= b for a, b in pairwise(values)):
-        raise ValueError(f"{where} must rise strictly from 0 to the sequence length, got {values}")
+        raise BadInput(f"{where} must rise strictly from 0 to the sequence length, got {values}")

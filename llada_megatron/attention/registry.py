@@ -13,6 +13,7 @@ from llada_megatron.attention import cudnn_flex, cudnn_graph, flex_torch
 from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
 from llada_megatron.attention.portable import portable_attention
 from llada_megatron.attention.reference import reference_attention
+from llada_megatron.config.errors import BadInput
 
 Executor = Callable[[Tensor, Tensor, Tensor, Rectangle, float], Tensor]
 MissingRequirement = Callable[[torch.device, torch.dtype, int, bool], str | None]
@@ -45,17 +46,17 @@ def select_backend(
     """Return the executor for a `model.attention_backend` setting and one line that says why.
 
     "auto" takes the fastest one that can also train, so that training and evaluation use the same; the line
-    then gives the reason against each faster one. Raises ValueError for a name that is neither "auto" nor an
+    then gives the reason against each faster one. Raises BadInput for a name that is neither "auto" nor an
     executor, and for an executor that cannot serve such tensors: nothing falls back to another one.
     """
     if name == "auto":
         return _fastest(device, dtype, head_dim)
     if name not in _EXECUTORS:
         choices = ", ".join(["auto", *_EXECUTORS])
-        raise ValueError(f"model.attention_backend must be one of {choices}, got {name!r}")
+        raise BadInput(f"model.attention_backend must be one of {choices}, got {name!r}")
     missing = _missing(name, device, dtype, head_dim, needs_backward)
     if missing:
-        raise ValueError(f"model.attention_backend={name} {missing}; auto takes one that can serve")
+        raise BadInput(f"model.attention_backend={name} {missing}; auto takes one that can serve")
     return _EXECUTORS[name], f"{name}: set by model.attention_backend"
 
 
@@ -89,7 +90,7 @@ def block_diffusion_attention(
 
     query [Q, B, H, D]; key, value [K, B, Hkv, D], noisy half first where the mask has a clean copy; Q = K = S
     for a whole mask. Groups of H / Hkv neighbouring query heads share a key and value head. `softmax_scale`
-    defaults to 1 / sqrt(D). Raises ValueError for shapes that do not fit the mask or each other, for an
+    defaults to 1 / sqrt(D). Raises BadInput for shapes that do not fit the mask or each other, for an
     unknown backend, and for one that cannot serve this device, dtype or head_dim.
     """
     rectangle = mask.whole() if isinstance(mask, BlockDiffusionMask) else mask
@@ -103,16 +104,16 @@ def block_diffusion_attention(
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle) -> None:
     queries, keys, batch = rectangle.queries, rectangle.keys, rectangle.batch
     if query.dim() != 4 or query.shape[:2] != (queries, batch):
-        raise ValueError(
+        raise BadInput(
             f"query must be [{queries}, {batch}, heads, head_dim] for this mask, got {tuple(query.shape)}"
         )
     if key.dim() != 4 or key.shape[:2] != (keys, batch) or key.size(3) != query.size(3):
-        raise ValueError(
+        raise BadInput(
             f"key must be [{keys}, {batch}, kv_heads, {query.size(3)}] for this mask and query, "
             f"got {tuple(key.shape)}"
         )
     if value.shape != key.shape:
-        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+        raise BadInput(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
     heads, kv_heads = query.size(2), key.size(2)
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key and value heads")
+        raise BadInput(f"the {heads} query heads must be a multiple of the {kv_heads} key and value heads")

@@ -23,6 +23,7 @@ from llada_megatron.attention.registry import executor_names
 from llada_megatron.bench import attention_baselines as baselines
 from llada_megatron.bench.attention_baselines import CAUSAL, DENSE, Attention, row_parts
 from llada_megatron.bench.attention_cases import Case
+from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import launch
 
@@ -147,7 +148,7 @@ def _run_case(case: Case) -> list[Result]:
             if name != CAUSAL:
                 result.error = _error(attention, exact, *checked)
                 result.correct = result.error <= TOLERANCES[inputs[0].dtype]
-        except (ValueError, NotImplementedError) as refusal:
+        except (BadInput, NotImplementedError) as refusal:
             result.refusal = str(refusal)
         if result.correct and result.refusal is None:
             runnable[name] = attention

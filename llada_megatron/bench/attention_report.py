@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from llada_megatron.config.errors import BadInput
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -153,12 +155,12 @@ def _panel(axes: Axes, results: list[Result], styles: dict[str, tuple[str, str]]
 
 
 def read_times(file: Path) -> Times:
-    """Return the times of an earlier attention.json; raises ValueError or OSError where it is none."""
+    """Return the times of an earlier attention.json; raises BadInput or OSError where it is none."""
     try:
         records = json.loads(file.read_text(encoding="utf-8"))["results"]
         return {(record["case"], record["executor"]): record["seconds"] for record in records}
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"--compare {file}: this is no attention.json of an earlier run") from None
+        raise BadInput(f"--compare {file}: this is no attention.json of an earlier run") from None
 
 
 def print_changes(results: list[Result], old: Times) -> None:

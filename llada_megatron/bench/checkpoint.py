@@ -18,8 +18,8 @@ from statistics import median
 from typing import Any
 
 from llada_megatron.config.compose import compose
-from llada_megatron.config.manifest import Manifest
 from llada_megatron.config.schema import Config
+from llada_megatron.record.manifest import Manifest
 from llada_megatron.runtime.launch import launch
 
 WIDTHS = {"20M": 256, "70M": 512, "260M": 1024}
@@ -119,17 +119,17 @@ def _load(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _to_hf(config: Config, folder: Path) -> dict[str, Any]:
-    from llada_megatron.convert import convert
+    from llada_megatron.convert import conversion
 
-    return _converted("mcore-to-hf", lambda: convert.mcore_to_hf(str(folder / "saved"), folder / "hf"))
+    return _converted("mcore-to-hf", lambda: conversion.mcore_to_hf(str(folder / "saved"), folder / "hf"))
 
 
 def _to_mcore(config: Config, folder: Path) -> dict[str, Any]:
-    from llada_megatron.convert import convert
+    from llada_megatron.convert import conversion
 
     token = config.model.mask_token_id
     return _converted(
-        "hf-to-mcore", lambda: convert.hf_to_mcore(folder / "hf", folder / "back", mask_token_id=token)
+        "hf-to-mcore", lambda: conversion.hf_to_mcore(folder / "hf", folder / "back", mask_token_id=token)
     )
 
 

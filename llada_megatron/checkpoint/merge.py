@@ -10,21 +10,20 @@ from pathlib import Path
 import torch
 
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter, whole
+from llada_megatron.config.errors import BadInput
 
 
 def write_mean(sources: list[Path], weights: list[float], shards: Path) -> None:
     """Write the weights' mean, sum_i w_i x_i / sum_i w_i, into the new directory `shards`, all in fp32.
 
     Expert biases are averaged like every tensor; optimizer state is left out. At most one part of a tensor of
-    each source is in memory. Raises ValueError when the sources are not of one architecture.
+    each source is in memory. Raises BadInput when the sources are not of one architecture.
     """
     readers = [ShardsReader(source / "shards") for source in sources]
     shapes = readers[0].shapes()
     for source, reader in zip(sources, readers, strict=True):
         if reader.shapes() != shapes:
-            raise ValueError(
-                f"{source} holds other tensors than {sources[0]}: they are of two architectures."
-            )
+            raise BadInput(f"{source} holds other tensors than {sources[0]}: they are of two architectures.")
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     writer = ShardsWriter(shards)
     for part in _parts(shapes):

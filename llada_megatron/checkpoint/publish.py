@@ -11,15 +11,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.config.manifest import MANIFEST, Manifest, file_damage, file_record, git_commit, versions
+from llada_megatron.config.errors import BadInput
 from llada_megatron.parallel.ranks import barrier, from_first_rank, gathered, rank, ranks
+from llada_megatron.record.manifest import MANIFEST, Manifest, file_damage, file_record, git_commit, versions
 
 
 def begin(final: Path) -> Path:
-    """Make the directory to write into; ValueError when `final` is there already."""
+    """Make the directory to write into; BadInput when `final` is there already."""
     aside = final.with_name(f".{final.name}.partial")
     if from_first_rank(final.exists):
-        raise ValueError(f"{final} exists already: remove it, or choose another place.")
+        raise BadInput(f"{final} exists already: remove it, or choose another place.")
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from llada_megatron.checkpoint import publish
-from llada_megatron.config.manifest import Manifest, readable
 from llada_megatron.config.schema import CheckpointConfig
+from llada_megatron.record.manifest import Manifest, readable
 
 
 def retire(run_dir: Path, keep: CheckpointConfig) -> None:

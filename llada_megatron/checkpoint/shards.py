@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from llada_megatron.config.errors import BadInput
+
 FILE_BYTES = 4_000_000_000
 """A new file is begun after this many bytes."""
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
@@ -114,14 +116,14 @@ class ShardsWriter:
 
 
 class ShardsReader:
-    """Reads weights that were saved in any layout; ValueError where `shards/` is none."""
+    """Reads weights that were saved in any layout; BadInput where `shards/` is none."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         try:
             self._metadata = FileSystemReader(directory).read_metadata()
         except OSError as error:
-            raise ValueError(
+            raise BadInput(
                 f"{directory} holds no weights ({error}): give a checkpoint's directory."
             ) from None
         self._tensors = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llada_megatron.checkpoint import publish
-from llada_megatron.config.manifest import Manifest, file_record
+from llada_megatron.config.errors import BadInput
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.parallel.ranks import from_first_rank
+from llada_megatron.record.manifest import Manifest, file_record
 from llada_megatron.runtime import device, writer_queue
 
 OPTIMIZER_METADATA = {
@@ -106,34 +107,34 @@ def _as_os_error(final: Path) -> Iterator[None]:
 
 
 def verified(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are what it says; ValueError naming what is damaged."""
+    """The manifest of a checkpoint whose files are what it says; BadInput naming what is damaged."""
     manifest = from_first_rank(_manifest_or_error, checkpoint)
     if isinstance(manifest, str):
-        raise ValueError(manifest)
+        raise BadInput(manifest)
     if damage := publish.damage(checkpoint, manifest):
-        raise ValueError(f"{checkpoint} is damaged: {', '.join(damage)}.")
+        raise BadInput(f"{checkpoint} is damaged: {', '.join(damage)}.")
     return manifest
 
 
 def _manifest_or_error(checkpoint: Path) -> Manifest | str:
     try:
         return Manifest.read(checkpoint)
-    except ValueError as error:
+    except BadInput as error:
         return str(error)
 
 
-def load(checkpoint: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:
+def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
     """Load weights, and the optimizer's state where one is given, of a checkpoint that was `verified`.
 
-    Raises ValueError naming the checkpoint when it does not fit the model.
+    Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit the model.
     """
     sharded = _sharded(model, optimizer, is_loading=True)
     try:
         loaded = dist_checkpointing.load(sharded, str(checkpoint / "shards"))
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{checkpoint} cannot be loaded: {_reason(error)}") from error
+        raise BadInput(f"{checkpoint} cannot be loaded: {_reason(error)}") from error
     for index, chunk in enumerate(model):
-        chunk.module.load_state_dict(loaded[f"model{index}"])
+        _bare(chunk).load_state_dict(loaded[f"model{index}"])
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
 
@@ -159,8 +160,13 @@ def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> Non
         part.load_state_dict(state)
 
 
+def _bare(stage: torch.nn.Module) -> torch.nn.Module:
+    """The stage inside the wrapper that training puts around it."""
+    return stage.module if isinstance(stage, DistributedDataParallel) else stage
+
+
 def _sharded(
-    model: list[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, is_loading: bool = False
+    model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool = False
 ) -> dict[str, Any]:
     metadata = {
         **SHARDING_METADATA,
@@ -168,7 +174,7 @@ def _sharded(
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state: dict[str, Any] = {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
+        f"model{index}": _bare(chunk).sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(model)
     }
     if optimizer is not None:

@@ -7,33 +7,43 @@ from pathlib import Path
 from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import smallest_world
 from llada_megatron.config.schema import Config, LayoutConfig
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+OWN_CONFIG_DIR = "configs"
+"""Of the user, in the working directory: its experiments, models and sites are found by name too."""
 
 
 def compose(overrides: list[str]) -> Config:
     """Compose `configs/config.yaml` with hydra overrides such as `experiment=demo run.seed=2`.
 
-    Raises ValueError for a value that an experiment must set and does not; hydra and omegaconf raise
-    their own errors for unknown keys and wrong types.
+    Raises BadInput for a value that an experiment must set and does not, unknown keys and wrong types.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
 
     ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = hydra_compose("config", overrides=overrides)
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = hydra_compose("config", overrides=[*_own_configs(), *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BadInput(_first_line(error)) from error
     return resolve(composed)
 
 
 def load(path: str | os.PathLike[str]) -> Config:
-    """Read a resolved configuration that `save` wrote; an unknown key is an error."""
-    return resolve(OmegaConf.load(os.fspath(path)))
+    """Read a resolved configuration that `save` wrote; BadInput for an unknown key or what is no YAML."""
+    try:
+        return resolve(OmegaConf.load(os.fspath(path)))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
@@ -70,13 +80,28 @@ def leaf_differences(saved: object, now: object) -> list[str]:
 
 
 def resolve(node: object) -> Config:
-    """A Config from a tree that may lack values with defaults; an unknown key is an error."""
-    node = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), node))
+    """A Config from a tree that may lack values with defaults; BadInput for unknown keys, wrong types."""
     try:
+        node = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), node))
         if node.layout.processes == 0:
             node.layout.processes = smallest_world(cast(LayoutConfig, OmegaConf.to_object(node.layout)))
         OmegaConf.resolve(node)
         return cast(Config, OmegaConf.to_object(node))
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a value"
-        raise ValueError(f"{key} is not set: choose an experiment, for example `experiment=demo`.") from None
+        raise BadInput(f"{key} is not set: choose an experiment, for example `experiment=demo`.") from None
+    except OmegaConfBaseException as error:
+        raise BadInput(_first_line(error)) from error
+
+
+def _own_configs() -> list[str]:
+    """What makes hydra look into the user's folder after the package's; nothing without a folder."""
+    own = Path(OWN_CONFIG_DIR).resolve()
+    return [f"hydra.searchpath=['file://{own}']"] if own.is_dir() and own != CONFIG_DIR else []
+
+
+def _first_line(error: Exception) -> str:
+    """What hydra or omegaconf say, without their dump of the configuration's types."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return line if not key or key in line else f"{line} (in {key})"

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 
 
@@ -22,13 +23,13 @@ class DocumentLengths:
 
     @classmethod
     def parse(cls, text: str) -> DocumentLengths:
-        """From `MEDIAN` or `MEDIAN,SIGMA`; raises ValueError for anything else."""
+        """From `MEDIAN` or `MEDIAN,SIGMA`; raises BadInput for anything else."""
         try:
             lengths = cls(*(float(word) for word in text.split(",")))
         except (TypeError, ValueError):
             lengths = cls(0.0)
         if not (lengths.median_tokens >= 1 and 0 < lengths.sigma < 10):
-            raise ValueError(
+            raise BadInput(
                 f"Document lengths {text!r}: give MEDIAN,SIGMA, for example 665,1.0 (tokens, and the standard"
                 " deviation of their logarithm; `llada data inspect` shows both)."
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import LayoutConfig
 
 
@@ -51,14 +52,14 @@ def coordinates(layout: LayoutConfig, rank: int) -> Coordinates:
 
 
 def rank_at(layout: LayoutConfig, **at: int) -> int:
-    """The rank at tp, cp, dp, pp, or at etp, ep, expert_dp, pp; ValueError for axes of no grid."""
+    """The rank at tp, cp, dp, pp, or at etp, ep, expert_dp, pp; BadInput for axes of no grid."""
     for axes in (DENSE_AXES, EXPERT_AXES):
         if at.keys() == set(axes):
             rank = 0
             for axis in reversed(axes):
                 rank = rank * _size(layout, axis) + at[axis]
             return rank
-    raise ValueError(f"{sorted(at)} are the axes of no grid: give all of {DENSE_AXES} or of {EXPERT_AXES}.")
+    raise BadInput(f"{sorted(at)} are the axes of no grid: give all of {DENSE_AXES} or of {EXPERT_AXES}.")
 
 
 def smallest_world(layout: LayoutConfig) -> int:

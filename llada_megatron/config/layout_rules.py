@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import data_parallel_size, micro_batches_per_step, pipeline_stages
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
@@ -20,13 +21,13 @@ NEED_TRANSFORMER_ENGINE = {
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
+    """Raise BadInput(message) unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise BadInput(message)
 
 
 def check_layout(config: Config) -> None:
-    """Everything about a layout that needs no schedule. Raises ValueError with one sentence."""
+    """Everything about a layout that needs no schedule. Raises BadInput with one sentence."""
     layout, model = config.layout, config.model
     for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "processes", "micro_batch", "global_batch"):
         require(getattr(layout, name) >= 1, f"layout.{name}={getattr(layout, name)} must be at least 1.")

@@ -20,7 +20,7 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def check(config: Config) -> Schedule:
-    """Check every rule that needs no file; returns the schedule. Raises ValueError with one sentence."""
+    """Check every rule that needs no file; returns the schedule. Raises BadInput with one sentence."""
     _check_model(config.model)
     length = config.data.sequence_length
     require(length >= 1, f"data.sequence_length={length} must be at least 1.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import (
     LearningRateAtStart,
     MomentsAtStart,
@@ -42,15 +43,15 @@ class Stage:
 
 
 def block_size_of(text: str, sequence_length: int, setting: str) -> int:
-    """Tokens of a block from `full` or a number that divides L; ValueError names `setting`."""
+    """Tokens of a block from `full` or a number that divides L; BadInput names `setting`."""
     if text == "full":
         return sequence_length
     try:
         block_size = int(text)
     except ValueError:
-        raise ValueError(f"{setting} is '{text}': give a number of tokens or 'full'.") from None
+        raise BadInput(f"{setting} is '{text}': give a number of tokens or 'full'.") from None
     if block_size < 1 or sequence_length % block_size:
-        raise ValueError(
+        raise BadInput(
             f"{setting} is {block_size}, which does not divide data.sequence_length={sequence_length}:"
             " choose a divisor, or 'full'."
         )
@@ -63,23 +64,23 @@ class Schedule:
     def __init__(
         self, config: ScheduleConfig, *, sequence_length: int, global_batch: int, micro_batch: int
     ) -> None:
-        """Raises ValueError, naming the setting, for a stage that is empty or cannot be cut into blocks."""
+        """Raises BadInput, naming the setting, for a stage that is empty or cannot be cut into blocks."""
         if not config.stages:
-            raise ValueError("schedule.stages is empty: give at least one stage {name, block_size, tokens}.")
+            raise BadInput("schedule.stages is empty: give at least one stage {name, block_size, tokens}.")
         self.tokens_per_step = sequence_length * global_batch
         self.stages: list[Stage] = []
         first_step = 0
         for index, stage in enumerate(config.stages):
             setting = f"schedule.stages[{index}]"
             if stage.tokens < 1:
-                raise ValueError(
+                raise BadInput(
                     f"{setting}.tokens is {stage.tokens}: an empty stage trains nothing, drop it from the"
                     " list."
                 )
             is_diffusion = stage.objective is Objective.diffusion
             block_size = block_size_of(stage.block_size, sequence_length, f"{setting}.block_size")
             if not is_diffusion and block_size != 1:
-                raise ValueError(
+                raise BadInput(
                     f"{setting}.block_size is {block_size}: an autoregressive stage has blocks of 1."
                 )
             steps = -(-stage.tokens // self.tokens_per_step)
@@ -101,9 +102,7 @@ class Schedule:
             first_step += steps
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise ValueError(
-                f"schedule.stages has a name twice in {names}: reports tell stages apart by name."
-            )
+            raise BadInput(f"schedule.stages has a name twice in {names}: reports tell stages apart by name.")
         self.total_steps = first_step
         self.total_tokens = first_step * self.tokens_per_step
 

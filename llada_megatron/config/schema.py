@@ -27,7 +27,7 @@ class RatePer(StrEnum):
 
 
 class Denominator(StrEnum):
-    """What the weighted sum of cross entropies is divided by; formulas in diffusion/loss.py."""
+    """What the weighted sum of cross entropies is divided by; formulas in objectives/weights.py."""
 
     tokens = "tokens"
     masked = "masked"
@@ -345,9 +345,9 @@ class TrainingConfig:
     threads: int = 0
     """CPU threads per process; 0: cores divided by processes."""
     preflight: bool = False
-    """Check every node before the model is built: clock, disk, products, messages (training/preflight.py)."""
+    """Check every node before the model is built: clock, disk, products, messages (guard/preflight.py)."""
     straggler_every_steps: int = 0
-    """Compare the ranks' times in every Nth step and name slow ones (training/stragglers.py); 0: never."""
+    """Compare the ranks' times in every Nth step and name slow ones (guard/stragglers.py); 0: never."""
 
 
 @dataclass
@@ -425,7 +425,7 @@ class SlurmConfig:
     setup: list[str] = field(default_factory=list)
     """Lines of shell before the ranks start: `module load cuda`."""
     environment: str = ""
-    """A file of launch/env/ that the job sources: `nccl` or `gloo`; empty: `nccl` where nodes have GPUs."""
+    """A file of jobs/env/ that the job sources: `nccl` or `gloo`; empty: `nccl` where nodes have GPUs."""
     container: Container = Container.none
     image: str = ""
     """For a container: a name or path of its image."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.checkpoint.shards import Part
+from llada_megatron.config.errors import BadInput
 from llada_megatron.convert.safetensors_files import DTYPES, NAMES, as_bytes
 
 CERTIFICATE = "certificate.json"
@@ -88,9 +89,9 @@ class Certificate:
         return not self.problems
 
     def require(self) -> None:
-        """Raise ValueError with what is wrong, unless it passes."""
+        """Raise BadInput with what is wrong, unless it passes."""
         if self.problems:
-            raise ValueError(f"The conversion fails its certificate: {'; '.join(self.problems)}.")
+            raise BadInput(f"The conversion fails its certificate: {'; '.join(self.problems)}.")
 
     def compare(
         self, what: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]

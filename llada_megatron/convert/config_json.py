@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.families import BAILING, LLAMA, PREDICTION_LAYERS, family_of
 
@@ -92,13 +93,13 @@ NO_PREDICTION = {PREDICTION_LAYERS: 0, "mtp_loss_scaling_factor": 0}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no such file or it is not JSON."""
+    """Raises BadInput where there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: give the directory of a Hugging Face checkpoint.") from None
+        raise BadInput(f"{path} does not exist: give the directory of a Hugging Face checkpoint.") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+        raise BadInput(f"{path} is not JSON: {error}.") from None
 
 
 def architecture_of(described: dict[str, Any]) -> str:
@@ -107,7 +108,7 @@ def architecture_of(described: dict[str, Any]) -> str:
 
 
 def is_moe(architecture: str, where: str) -> bool:
-    """Whether an architecture has experts; ValueError for one that is not served."""
+    """Whether an architecture has experts; BadInput for one that is not served."""
     family_of(architecture, where)
     return architecture in BAILING.architectures
 
@@ -115,18 +116,18 @@ def is_moe(architecture: str, where: str) -> bool:
 def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> ModelConfig:
     """The architecture that a config.json describes, which names no mask token.
 
-    Raises ValueError for another architecture, a missing key or a setting that is not served.
+    Raises BadInput for another architecture, a missing key or a setting that is not served.
     """
     moe = is_moe(architecture_of(described), where)
     described = _with_rope_theta(described, where)
     table, fixed = (BAILING_ROWS, BAILING_FIXED) if moe else (LLAMA_ROWS, LLAMA_FIXED)
     for key, served in fixed.items():
         if described.get(key, served) != served:
-            raise ValueError(f"{where} sets {key}={described[key]}: only {served} is served.")
+            raise BadInput(f"{where} sets {key}={described[key]}: only {served} is served.")
     values = {row.ours: described.get(row.theirs, row.absent) for row in table}
     for row in table:
         if values[row.ours] is REQUIRED:
-            raise ValueError(f"{where} has no '{row.theirs}'.")
+            raise BadInput(f"{where} has no '{row.theirs}'.")
     if moe:
         values["shared_expert_hidden_size"] = values["expert_hidden_size"] * (
             described.get("num_shared_experts") or 0
@@ -139,7 +140,7 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
     model = ModelConfig(mask_token_id=mask_token_id, **values)
     _require_same_groups(model)
     if not 0 <= mask_token_id < model.vocab_size:
-        raise ValueError(
+        raise BadInput(
             f"--mask-token-id {mask_token_id} is outside the vocabulary of {model.vocab_size} in {where}."
         )
     return model
@@ -148,7 +149,7 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
 def describe(
     model: ModelConfig, architecture: str, carried: dict[str, Any], dtype: str, positions: int
 ) -> dict[str, Any]:
-    """config.json of a model under an architecture that can express it, else ValueError.
+    """config.json of a model under an architecture that can express it, else BadInput.
 
     `carried` is the config.json that the model came with, empty where there was none: under the same
     architecture only what differs is changed. `positions` is the longest sequence where it does not say.
@@ -197,7 +198,7 @@ def _with_rope_theta(described: dict[str, Any], where: str) -> dict[str, Any]:
     if not parameters:
         return described
     if parameters.get("rope_type", "default") != "default":
-        raise ValueError(f"{where} sets rope_type={parameters['rope_type']}: only default is served.")
+        raise BadInput(f"{where} sets rope_type={parameters['rope_type']}: only default is served.")
     return described | {key: value for key, value in parameters.items() if key != "rope_type"}
 
 
@@ -205,7 +206,7 @@ def _require_same_groups(model: ModelConfig) -> None:
     """The public code scores a group by its best two experts, megatron-core by its best k / chosen groups."""
     chosen = model.expert_groups_per_token
     if chosen < model.expert_groups and model.experts_per_token != 2 * chosen:
-        raise ValueError(
+        raise BadInput(
             f"megatron-core and the public code choose {model.experts_per_token} experts from {chosen} groups"
             f" in different ways: only {2 * chosen} experts per token, two per group, are served."
         )
@@ -215,22 +216,20 @@ def _require_expressible(model: ModelConfig, architecture: str) -> None:
     moe = is_moe(architecture, "--architecture")
     if moe != (model.experts > 0):
         kind = "no experts" if moe else f"{model.experts} experts"
-        raise ValueError(
-            f"The model has {kind}: {architecture} cannot hold it, choose another --architecture."
-        )
+        raise BadInput(f"The model has {kind}: {architecture} cannot hold it, choose another --architecture.")
     _require_same_groups(model)
     if moe and model.shared_expert_hidden_size % model.expert_hidden_size:
-        raise ValueError(
+        raise BadInput(
             f"{architecture} has shared experts of a multiple of the experts' width"
             f" {model.expert_hidden_size}, not {model.shared_expert_hidden_size}."
         )
     if architecture == DIFFUSION_MOE and not model.qk_norm:
-        raise ValueError(
+        raise BadInput(
             f"The public code of {DIFFUSION_MOE} always has QK-norm and this model has none:"
             f" choose --architecture {AUTOREGRESSIVE_MOE}."
         )
     if not moe and (model.qk_norm or model.rotary_fraction != 1.0):
-        raise ValueError(
+        raise BadInput(
             f"{architecture} has no QK-norm and rotates the whole head; this model is built otherwise"
             " (model.qk_norm, model.rotary_fraction)."
         )

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from llada_megatron.checkpoint.shards import Part, whole
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.mapping import Entry, HeadGroups, expert_rows, rows
 
@@ -140,9 +141,9 @@ FAMILIES = {architecture: family for family in (BAILING, LLAMA) for architecture
 
 
 def family_of(architecture: str, where: Any) -> Family:
-    """The family of an architecture; ValueError naming those that are served."""
+    """The family of an architecture; BadInput naming those that are served."""
     if architecture not in FAMILIES:
-        raise ValueError(
+        raise BadInput(
             f"{where} is of architecture {architecture}, which is not served: {', '.join(FAMILIES)} are."
         )
     return FAMILIES[architecture]

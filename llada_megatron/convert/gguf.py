@@ -18,9 +18,10 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish
 from llada_megatron.checkpoint.shards import Part, whole
+from llada_megatron.config.errors import BadInput
 from llada_megatron.convert import config_json
 from llada_megatron.convert.certificate import Certificate, Ledger
-from llada_megatron.convert.convert import written_aside
+from llada_megatron.convert.conversion import written_aside
 from llada_megatron.convert.gguf_tokenizer import write_tokenizer
 from llada_megatron.convert.loaded import model_tensors
 from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
@@ -57,7 +58,7 @@ def gguf_to_hf(
     """Write the Hugging Face folder of a GGUF file, with its first `layers` layers (None: all).
 
     Nothing appears at `target` unless the certificate passes. Needs process groups of one process. Raises
-    ValueError for a file that cannot be read or is of a kind that is not served, and a target that exists.
+    BadInput for a file that cannot be read or is of a kind that is not served, and a target that exists.
     """
     file = _open(source)
     fields = {name: field.contents() for name, field in file.fields.items()}
@@ -85,29 +86,29 @@ def gguf_to_hf(
 
 
 def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> dict[str, Any]:
-    """config.json of a GGUF's metadata; ValueError for what it cannot express."""
+    """config.json of a GGUF's metadata; BadInput for what it cannot express."""
     if fields.get("general.architecture") != ARCHITECTURE:
         found = fields.get("general.architecture")
-        raise ValueError(f"The GGUF is of architecture {found}: only {ARCHITECTURE} is served.")
+        raise BadInput(f"The GGUF is of architecture {found}: only {ARCHITECTURE} is served.")
     for key in ("expert_count", "rope.scaling.type", "attention.sliding_window"):
         if fields.get(f"{ARCHITECTURE}.{key}") not in (None, 0, "none"):
-            raise ValueError(
+            raise BadInput(
                 f"The GGUF sets {ARCHITECTURE}.{key}={fields[f'{ARCHITECTURE}.{key}']}, which is not served."
             )
 
     def get(key: str) -> Any:
         if f"{ARCHITECTURE}.{key}" not in fields:
-            raise ValueError(f"The GGUF has no '{ARCHITECTURE}.{key}'.")
+            raise BadInput(f"The GGUF has no '{ARCHITECTURE}.{key}'.")
         return fields[f"{ARCHITECTURE}.{key}"]
 
     hidden, heads = get("embedding_length"), get("attention.head_count")
     head_dim = fields.get(f"{ARCHITECTURE}.attention.key_length", hidden // heads)
     if get("rope.dimension_count") != head_dim:
-        raise ValueError(
+        raise BadInput(
             f"The GGUF rotates {get('rope.dimension_count')} of {head_dim} channels: only all are served."
         )
     if layers is not None and not 0 < layers <= get("block_count"):
-        raise ValueError(f"--layers {layers} is not between 1 and the GGUF's {get('block_count')} layers.")
+        raise BadInput(f"--layers {layers} is not between 1 and the GGUF's {get('block_count')} layers.")
     ids = {
         f"{name}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -164,15 +165,13 @@ def _open(source: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ValueError(
-            "Reading GGUF files needs the package gguf: install it, `pip install gguf`."
-        ) from None
+        raise BadInput("Reading GGUF files needs the package gguf: install it, `pip install gguf`.") from None
     if not source.is_file():
-        raise ValueError(f"{source} does not exist: give a .gguf file.")
+        raise BadInput(f"{source} does not exist: give a .gguf file.")
     try:
         return GGUFReader(source)
     except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{source} is no GGUF file, or a damaged one: {error}.") from None
+        raise BadInput(f"{source} is no GGUF file, or a damaged one: {error}.") from None
 
 
 def _is_cut(name: str, layers: int | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.convert.safetensors_files import write_json
 
 NORMAL, CONTROL = 1, 3
@@ -12,7 +13,7 @@ NORMAL, CONTROL = 1, 3
 
 
 def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
-    """Write both files; ValueError for a tokenizer of another kind than SmolLM2's.
+    """Write both files; BadInput for a tokenizer of another kind than SmolLM2's.
 
     That is byte-level BPE as in GPT-2, after every digit has been split off. `tokenizer.ggml.pre` names how
     text is split before BPE, which the file does not describe otherwise.
@@ -21,13 +22,13 @@ def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
 
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if (kind, split) != ("gpt2", "smollm"):
-        raise ValueError(
+        raise BadInput(
             f"The GGUF's tokenizer is {kind} with pre-tokenizer {split}: only gpt2 with smollm is served,"
             " take the tokenizer.json of the published model instead."
         )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     if other := sorted({*types} - {NORMAL, CONTROL}):
-        raise ValueError(f"The GGUF's vocabulary holds tokens of types {other}: only 1 and 3 are served.")
+        raise BadInput(f"The GGUF's vocabulary holds tokens of types {other}: only 1 and 3 are served.")
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.checkpoint import store
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, DataConfig, ModelConfig
 from llada_megatron.convert.reference import Reference
 from llada_megatron.model.gpt import BlockDiffusionGPT
@@ -43,15 +43,15 @@ def model_tensors(model: ModelConfig) -> tuple[dict[str, tuple[int, ...]], int]:
 def load_model(checkpoint: Path, model: ModelConfig, *, sequence_length: int) -> BlockDiffusionGPT:
     """The model with a checkpoint's weights, fp32 in the `local` layer spec, in one process.
 
-    Raises ValueError when the checkpoint does not fit or leaves a parameter without a value.
+    Raises BadInput when the checkpoint does not fit or leaves a parameter without a value.
     """
     stage = _stage(model, sequence_length=sequence_length).to(device.device())
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.fill_(math.nan)
-    store.load(checkpoint, [SimpleNamespace(module=stage)], None)  # type: ignore[list-item]
+    store.load(checkpoint, [stage], None)
     if unset := [name for name, parameter in stage.named_parameters() if not parameter.isfinite().all()]:
-        raise ValueError(f"{checkpoint} leaves {', '.join(unset)} without a value.")
+        raise BadInput(f"{checkpoint} leaves {', '.join(unset)} without a value.")
     return stage
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.checkpoint.shards import Part
+from llada_megatron.config.errors import BadInput
 from llada_megatron.convert.config_json import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -46,18 +47,18 @@ class Stored:
 class SafetensorsReader:
     """The tensors of `model.safetensors`, or of the shards that the index names.
 
-    Raises ValueError, in one sentence, for a directory that is none, pickled weights, a missing or
+    Raises BadInput, in one sentence, for a directory that is none, pickled weights, a missing or
     truncated file, and numbers of a kind that is not served.
     """
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
-            raise ValueError(f"{directory} is no directory: give that of a Hugging Face checkpoint.")
+            raise BadInput(f"{directory} is no directory: give that of a Hugging Face checkpoint.")
         self.tensors: dict[str, Stored] = {}
         for path in _files(directory):
             for name, stored in _read_header(path).items():
                 if name in self.tensors:
-                    raise ValueError(f"{name} is in {self.tensors[name].file.name} and in {path.name}.")
+                    raise BadInput(f"{name} is in {self.tensors[name].file.name} and in {path.name}.")
                 self.tensors[name] = stored
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -74,7 +75,7 @@ class SafetensorsReader:
             while view:  # one call reads at most 2 GiB
                 count = file.readinto(view)
                 if not count:
-                    raise ValueError(f"{stored.file} ends inside {part.name}: copy it again.")
+                    raise BadInput(f"{stored.file} ends inside {part.name}: copy it again.")
                 view = view[count:]
         return values
 
@@ -91,13 +92,13 @@ def _files(directory: Path) -> list[Path]:
     elif not (directory / SINGLE).is_file():
         pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
         if pickled:
-            raise ValueError(
+            raise BadInput(
                 f"{directory} holds pickled weights ({pickled[0]}), which can run any code and are not read:"
                 " save them as safetensors."
             )
     for name in names:
         if not (directory / name).is_file():
-            raise ValueError(f"{directory} holds no {name}: give the directory of a complete checkpoint.")
+            raise BadInput(f"{directory} holds no {name}: give the directory of a complete checkpoint.")
     return [directory / name for name in names]
 
 
@@ -107,27 +108,27 @@ def _read_header(path: Path) -> dict[str, Stored]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         if length > min(MAX_HEADER_BYTES, size):
-            raise ValueError(f"{path} is no safetensors file, or a truncated one: copy it again.")
+            raise BadInput(f"{path} is no safetensors file, or a truncated one: copy it again.")
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise ValueError(f"{path} has a damaged header: copy it again.") from None
+            raise BadInput(f"{path} has a damaged header: copy it again.") from None
     header.pop("__metadata__", None)
     found, end = {}, 8 + length
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(
+            raise BadInput(
                 f"{name} in {path} is of type {entry['dtype']}, and only {', '.join(DTYPES)} are served:"
                 " convert a checkpoint of one of these."
             )
         first, last = entry["data_offsets"]
         stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
         if last - first != math.prod(stored.shape) * stored.dtype.itemsize:
-            raise ValueError(f"{path} has a damaged header: {name} has another size than its shape says.")
+            raise BadInput(f"{path} has a damaged header: {name} has another size than its shape says.")
         found[name] = stored
         end = max(end, 8 + length + last)
     if end != size:
-        raise ValueError(f"{path} has {size:,} bytes of {end:,}: it is truncated or damaged, copy it again.")
+        raise BadInput(f"{path} has {size:,} bytes of {end:,}: it is truncated or damaged, copy it again.")
     return found
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from llada_megatron.config.manifest import Manifest, find
+from llada_megatron.config.errors import BadInput
 from llada_megatron.data.tokenizer import MASK_NAMES
+from llada_megatron.record.manifest import Manifest, find
 
 CARRIED = "hf"
 """Folder of a checkpoint that keeps what came with the weights."""
@@ -27,39 +28,35 @@ def mask_token(directory: Path, stated_id: int | None, stated_token: str | None)
     """The id of the mask token, checked against tokenizer.json where there is one.
 
     An id that is another token's is refused unless `stated_token` says which token it is: in Ling 2.0's
-    tokenizer 156895, LLaDA2's mask, ends a chat turn. Raises ValueError when no id is known.
+    tokenizer 156895, LLaDA2's mask, ends a chat turn. Raises BadInput when no id is known.
     """
     if not (directory / "tokenizer.json").is_file():
         if stated_id is None:
-            raise ValueError(
-                f"{directory} has no tokenizer.json to name the mask token: give --mask-token-id."
-            )
+            raise BadInput(f"{directory} has no tokenizer.json to name the mask token: give --mask-token-id.")
         return stated_id
     import tokenizers
 
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{directory}/tokenizer.json cannot be read: {error}.") from error
+        raise BadInput(f"{directory}/tokenizer.json cannot be read: {error}.") from error
     named = next((name for name in MASK_NAMES if tokenizer.token_to_id(name) is not None), None)
     if stated_id is None:
         if named is None:
-            raise ValueError(f"The tokenizer of {directory} names no mask token: give --mask-token-id.")
+            raise BadInput(f"The tokenizer of {directory} names no mask token: give --mask-token-id.")
         stated_id = tokenizer.token_to_id(named)
         assert stated_id is not None
         return stated_id
     token = tokenizer.id_to_token(stated_id)
     if stated_token is not None and token != stated_token:
-        raise ValueError(
-            f"--mask-token {stated_token}: in the tokenizer, id {stated_id} is {token or 'free'}."
-        )
+        raise BadInput(f"--mask-token {stated_token}: in the tokenizer, id {stated_id} is {token or 'free'}.")
     if stated_token is None and token not in (None, named):
-        raise ValueError(
+        raise BadInput(
             f"--mask-token-id {stated_id} is {token} in the tokenizer of {directory}: choose a free id,"
             f" or give --mask-token '{token}' if no text contains it."
         )
     if stated_token is None and token is None and named is not None:
-        raise ValueError(
+        raise BadInput(
             f"--mask-token-id {stated_id} is free, but the tokenizer's mask is {named},"
             f" {tokenizer.token_to_id(named)}: give that id."
         )
@@ -83,7 +80,7 @@ def carried(checkpoint: Path, manifest: Manifest) -> Path | None:
     try:
         earlier = find(origin)
         return carried(earlier, Manifest.read(earlier))
-    except ValueError:  # it is no longer there
+    except BadInput:  # it is no longer there
         return None
 
 

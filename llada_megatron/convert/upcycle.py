@@ -17,10 +17,10 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter, whole
-from llada_megatron.config.manifest import Manifest, find
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
-from llada_megatron.convert.convert import SHARDS, written_aside
+from llada_megatron.convert.conversion import SHARDS, written_aside
 from llada_megatron.convert.loaded import (
     PROMPT_TOKENS,
     causal_logits,
@@ -31,6 +31,7 @@ from llada_megatron.convert.loaded import (
 from llada_megatron.convert.mapping import expert_rows
 from llada_megatron.convert.tokenizer_files import carried, carry_in
 from llada_megatron.model.initialize import counter_normal
+from llada_megatron.record.manifest import Manifest, find
 
 MAX_PARAMETERS = 1_000_000_000
 """Of the MoE: larger ones are not run to compare their logits with the dense model's."""
@@ -49,7 +50,7 @@ def upcycle(
 
     Router weights are N(0, init_std^2) of `seed`, so that tokens spread over the experts; expert biases are
     zero. The source is a checkpoint or a run's newest; weights alone are taken. Nothing appears at `target`
-    unless the certificate passes. Needs process groups of one process. Raises ValueError for a source that
+    unless the certificate passes. Needs process groups of one process. Raises BadInput for a source that
     has experts already, numbers that make no MoE, and a target that exists.
     """
     checkpoint = find(source)
@@ -100,18 +101,18 @@ def upcycle(
 def upcycled_config(
     dense: ModelConfig, experts: int, experts_per_token: int, dense_layers: int
 ) -> ModelConfig:
-    """The architecture of the MoE; ValueError for numbers that make none, or outputs that would differ."""
+    """The architecture of the MoE; BadInput for numbers that make none, or outputs that would differ."""
     if dense.experts:
-        raise ValueError(
+        raise BadInput(
             f"The source has {dense.experts} experts already: only dense checkpoints are upcycled."
         )
     if not 2 <= experts_per_token <= experts:
-        raise ValueError(
+        raise BadInput(
             f"--experts-per-token {experts_per_token} must lie between 2 and --experts {experts}: with one"
             " expert its weight is not normalised to 1, and the output would change."
         )
     if not 0 <= dense_layers < dense.layers:
-        raise ValueError(f"--dense-layers {dense_layers} leaves none of {dense.layers} layers to upcycle.")
+        raise BadInput(f"--dense-layers {dense_layers} leaves none of {dense.layers} layers to upcycle.")
     return replace(
         dense,
         dense_layers=dense_layers,

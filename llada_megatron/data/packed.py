@@ -30,6 +30,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import DataConfig
 from llada_megatron.data.prepare import CorpusIndex, read_index, read_sidecar
 from llada_megatron.data.tokenizer import load_tokenizer
@@ -90,7 +91,7 @@ class PackedDocuments(GPTDataset):
 class PackedSequences:
     """Packed sequences by global sample index: `sequences[i]` for any i >= 0 is a `PackedSample`.
 
-    The sample at i is a function of (data, seed, i). Raises ValueError for a sequence that contains the
+    The sample at i is a function of (data, seed, i). Raises BadInput for a sequence that contains the
     mask token, IndexError for i < 0 and, in a blend, for i past the sequences it was built for.
     """
 
@@ -116,7 +117,7 @@ class PackedSequences:
         if masked.size:
             piece = numpy.searchsorted(cu_seqlens, masked[0], side="right") - 1
             prefix = self.members[int(drawn.get("dataset_id", 0))].dataset_path
-            raise ValueError(
+            raise BadInput(
                 f"{prefix}: document {drawn['document_ids'][piece]} (counted from 0) contains the mask token "
                 f"{self._mask_token_id}: remove it from the corpus or change model.mask_token_id."
             )
@@ -129,11 +130,11 @@ def build_sequences(
     """Build the sequences of `split` ("train" or "validation"), or load their indices from the cache.
 
     `sequences_wanted` bounds the index of a blend and changes no sample. Every process of an initialised
-    torch.distributed group must call this; rank 0 builds before the others load. Raises ValueError for
+    torch.distributed group must call this; rank 0 builds before the others load. Raises BadInput for
     files that cannot be used, for settings that do not fit together and for a split below one sequence.
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"run.seed must be from 0 to 2**32 - 1, not {seed}.")
+        raise BadInput(f"run.seed must be from 0 to 2**32 - 1, not {seed}.")
     corpora = _check(data)
     documents = [_documents_of(corpus, data, split) for corpus in corpora]
     members = [
@@ -153,18 +154,18 @@ def build_sequences(
 def _check(data: DataConfig) -> list[CorpusIndex]:
     """Return the checked corpora; every process finds the same fault before any of them waits."""
     if not data.path:
-        raise ValueError("data.path is empty: name the prefix of at least one .bin/.idx pair.")
+        raise BadInput("data.path is empty: name the prefix of at least one .bin/.idx pair.")
     if data.weights and (len(data.weights) != len(data.path) or min(data.weights) <= 0):
-        raise ValueError("data.weights must be positive numbers, one per entry of data.path.")
+        raise BadInput("data.weights must be positive numbers, one per entry of data.path.")
     if data.sequence_length < 1:
-        raise ValueError(f"data.sequence_length must be at least 1, not {data.sequence_length}.")
+        raise BadInput(f"data.sequence_length must be at least 1, not {data.sequence_length}.")
     _shares(data.split)
     corpora = [read_index(prefix) for prefix in data.path]
     tokenizer = load_tokenizer(data.tokenizer)
     for prefix in data.path:
         sidecar = read_sidecar(prefix)
         if sidecar is not None and sidecar["tokenizer_sha256"] != tokenizer.sha256:
-            raise ValueError(
+            raise BadInput(
                 f"{prefix} was prepared with another tokenizer: set data.tokenizer to {sidecar['tokenizer']}."
             )
     return corpora
@@ -195,7 +196,7 @@ def _documents_of(corpus: CorpusIndex, data: DataConfig, split: str) -> numpy.nd
     first, last = (0, boundary) if split == "train" else (boundary, documents)
     tokens = int(corpus.document_lengths[first:last].sum(dtype=numpy.int64))
     if tokens < data.sequence_length:
-        raise ValueError(
+        raise BadInput(
             f"{corpus.prefix}: the {split} split holds {last - first} of {documents} documents and {tokens} "
             f"tokens, less than one sequence: change data.split ({data.split}) or data.sequence_length "
             f"({data.sequence_length})."
@@ -210,7 +211,7 @@ def _shares(split: str) -> tuple[float, float]:
             return train, validation
     except ValueError:
         pass
-    raise ValueError(f"data.split must be two shares such as '99,1', not {split!r}.")
+    raise BadInput(f"data.split must be two shares such as '99,1', not {split!r}.")
 
 
 def _build_member(
@@ -273,7 +274,7 @@ def _publish[Dataset](
             aside.rename(directory)
         except OSError as error:
             if not directory.is_dir():  # else another process was faster
-                raise ValueError(
+                raise BadInput(
                     f"Indices cannot be written under {root} ({error.strerror}): set data.cache_dir."
                 ) from error
         finally:

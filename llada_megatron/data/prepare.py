@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import DocumentLengths
 from llada_megatron.data.tokenizer import load_tokenizer
 
@@ -58,38 +59,38 @@ class CorpusIndex:
 def read_index(prefix: str) -> CorpusIndex:
     """Return the checked index of `prefix`.bin and `prefix`.idx.
 
-    A document is one sequence of the .idx, as in megatron-core's GPTDataset. Raises ValueError when a file
+    A document is one sequence of the .idx, as in megatron-core's GPTDataset. Raises BadInput when a file
     is missing, truncated, no .idx, or without tokens.
     """
     bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
     for path in (bin_path, idx_path):
         if not os.path.isfile(path):
-            raise ValueError(f"{path} does not exist: data.path names prefixes of .bin/.idx pairs.")
+            raise BadInput(f"{path} does not exist: data.path names prefixes of .bin/.idx pairs.")
     with open(idx_path, "rb") as file:
         header = file.read(_INDEX_HEADER.size)
     if len(header) < _INDEX_HEADER.size:
-        raise ValueError(f"{idx_path} is truncated: it is shorter than its header.")
+        raise BadInput(f"{idx_path} is truncated: it is shorter than its header.")
     magic, version, code, documents, document_indices = _INDEX_HEADER.unpack(header)
     if magic != _INDEX_MAGIC or version != 1 or code not in _TOKEN_DTYPES:
-        raise ValueError(f"{idx_path} is not an index of Megatron token ids: its header is unknown.")
+        raise BadInput(f"{idx_path} is not an index of Megatron token ids: its header is unknown.")
     idx_bytes = _INDEX_HEADER.size + 12 * documents + 8 * document_indices
     if os.path.getsize(idx_path) < idx_bytes:
-        raise ValueError(
+        raise BadInput(
             f"{idx_path} is truncated: {documents} documents need {idx_bytes} bytes, "
             f"it has {os.path.getsize(idx_path)}."
         )
     if documents == 0:
-        raise ValueError(f"{idx_path} holds no documents: prepare the corpus again.")
+        raise BadInput(f"{idx_path} holds no documents: prepare the corpus again.")
     dtype = numpy.dtype(_TOKEN_DTYPES[code])
     lengths = numpy.memmap(idx_path, "<i4", "r", _INDEX_HEADER.size, (documents,))
     offsets = numpy.memmap(idx_path, "<i8", "r", _INDEX_HEADER.size + 4 * documents, (documents,))
     bin_bytes = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
     if os.path.getsize(bin_path) < bin_bytes:
-        raise ValueError(
+        raise BadInput(
             f"{bin_path} is truncated: its index needs {bin_bytes} bytes, it has {os.path.getsize(bin_path)}."
         )
     if bin_bytes == 0:
-        raise ValueError(f"{bin_path} holds no tokens: prepare the corpus again.")
+        raise BadInput(f"{bin_path} holds no tokens: prepare the corpus again.")
     return CorpusIndex(prefix, dtype, lengths, offsets)
 
 
@@ -118,7 +119,7 @@ def prepare_corpus(
 
     A .jsonl file holds one document a line, any other file is one document. An end-of-document token is
     appended to each; documents without text are skipped and counted. The files do not depend on the number
-    of `workers` (None: the cores this process may use). Raises ValueError when an input cannot be read,
+    of `workers` (None: the cores this process may use). Raises BadInput when an input cannot be read,
     contains the mask token, or nothing is left.
     """
     tokenizer = load_tokenizer(tokenizer_name)
@@ -198,19 +199,19 @@ def _write_tokens(
             counts["bytes"] += encoded.text_bytes
             progress.advance(task, chunk.stop - chunk.start)
     if counts["documents"] == 0:
-        raise ValueError(f"The input holds no text ({counts['empty_documents']} empty documents).")
+        raise BadInput(f"The input holds no text ({counts['empty_documents']} empty documents).")
     builder.finalize(str(idx_path))
     return counts
 
 
 def _chunks(inputs: list[Path], outputs: set[Path]) -> Iterator[_Chunk]:
     if not inputs:
-        raise ValueError("No input file is named: give at least one.")
+        raise BadInput("No input file is named: give at least one.")
     for path in inputs:
         if not path.is_file():
-            raise ValueError(f"Input {path} is not a file.")
+            raise BadInput(f"Input {path} is not a file.")
         if path in outputs:
-            raise ValueError(f"Input {path} would be overwritten: choose another output prefix.")
+            raise BadInput(f"Input {path} would be overwritten: choose another output prefix.")
         size = path.stat().st_size
         step = CHUNK_BYTES if path.suffix == ".jsonl" else max(size, 1)
         for start in range(0, size, step):
@@ -247,7 +248,7 @@ def _encode_chunk(chunk: _Chunk, tokenizer_name: str, text_field: str, dtype: ty
             empty += 1
             continue
         if tokenizer.mask_token_id in ids:
-            raise ValueError(
+            raise BadInput(
                 f"{_place(chunk.path, offset)} contains the mask token (id {tokenizer.mask_token_id}): "
                 "remove it from the text, a clean document must not hold it."
             )
@@ -264,7 +265,7 @@ def _documents(chunk: _Chunk, text_field: str) -> Iterator[tuple[int, str]]:
             try:
                 yield 0, file.read().decode()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{chunk.path} is not UTF-8 at byte {error.start}: convert it.") from error
+                raise BadInput(f"{chunk.path} is not UTF-8 at byte {error.start}: convert it.") from error
             return
         if chunk.start > 0:  # the line that began before this chunk belongs to the one before
             file.seek(chunk.start - 1)
@@ -278,11 +279,11 @@ def _text_of(line: bytes, text_field: str, path: str, offset: int) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{_place(path, offset)} is not JSON: {error}.") from error
+        raise BadInput(f"{_place(path, offset)} is not JSON: {error}.") from error
     if not isinstance(record, dict) or text_field not in record:
-        raise ValueError(f"{_place(path, offset)} has no field {text_field!r}: set --text-field.")
+        raise BadInput(f"{_place(path, offset)} has no field {text_field!r}: set --text-field.")
     if not isinstance(record[text_field], str):
-        raise ValueError(f"{_place(path, offset)}: the field {text_field!r} is not a string.")
+        raise BadInput(f"{_place(path, offset)}: the field {text_field!r} is not a string.")
     return record[text_field]
 
 

@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Protocol
 
+from llada_megatron.config.errors import BadInput
+
 # Looked up in this order; the first one in the vocabulary counts.
 END_OF_DOCUMENT_NAMES = (
     "<|endoftext|>",
@@ -57,23 +59,23 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json of the `tokenizers` library; raises ValueError when it cannot be used."""
+    """A tokenizer.json of the `tokenizers` library; raises BadInput when it cannot be used."""
 
     def __init__(self, path: Path) -> None:
         import tokenizers
 
         if not path.is_file():
-            raise ValueError(f"Tokenizer file {path} does not exist: set data.tokenizer to a tokenizer.json.")
+            raise BadInput(f"Tokenizer file {path} does not exist: set data.tokenizer to a tokenizer.json.")
         content = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"Tokenizer file {path} is not a tokenizer.json: {error}.") from error
+            raise BadInput(f"Tokenizer file {path} is not a tokenizer.json: {error}.") from error
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         end_of_document_id = _first_id(vocabulary, END_OF_DOCUMENT_NAMES)
         if end_of_document_id is None:
             names = ", ".join(END_OF_DOCUMENT_NAMES)
-            raise ValueError(f"Tokenizer file {path} names no end-of-document token: add one of {names}.")
+            raise BadInput(f"Tokenizer file {path} names no end-of-document token: add one of {names}.")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.end_of_document_id: int = end_of_document_id
         self.mask_token_id: int | None = _first_id(vocabulary, MASK_NAMES)
@@ -91,7 +93,7 @@ class FileTokenizer:
 def load_tokenizer(name: str) -> Tokenizer:
     """Return the tokenizer called `bytes`, or the one in the tokenizer.json at this path.
 
-    Raises ValueError when the file is missing, is not a tokenizer.json, or names no end-of-document token.
+    Raises BadInput when the file is missing, is not a tokenizer.json, or names no end-of-document token.
     """
     return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
 

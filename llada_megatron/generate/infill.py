@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.runtime import device
@@ -36,11 +37,11 @@ def infill(
     At most `steps` (default: block_size) forwards per block. In forward s at least
     need_s = block_size // steps positions are accepted, one more in the first block_size % steps forwards:
     all with p > threshold if those are enough, else the need_s most probable. cu_seqlens, int
-    [documents + 1]: documents do not see each other; default: one document. Raises ValueError under
+    [documents + 1]: documents do not see each other; default: one document. Raises BadInput under
     pipeline parallelism, which this decoder does not serve.
     """
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        raise ValueError("Decoding serves one pipeline stage: set layout.pp=1.")
+        raise BadInput("Decoding serves one pipeline stage: set layout.pp=1.")
     filled, forwards = tokens.copy(), 0
     boundaries = np.array([0, len(tokens)]) if cu_seqlens is None else cu_seqlens
     steps = steps or block_size

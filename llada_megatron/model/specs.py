@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
 from llada_megatron.model.router import BalancedRouter
 from llada_megatron.runtime import device
@@ -31,14 +32,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def resolve_layer_spec(name: str) -> str:
-    """`local` or `transformer_engine` for model.layer_spec; ValueError when it cannot be served here."""
+    """`local` or `transformer_engine` for model.layer_spec; BadInput when it cannot be served here."""
     installed = importlib.util.find_spec("transformer_engine") is not None
     if name == "auto":
         return "transformer_engine" if device.on_cuda() and installed else "local"
     if name not in ("local", "transformer_engine"):
-        raise ValueError(f"model.layer_spec={name} is unknown: choose auto, local or transformer_engine.")
+        raise BadInput(f"model.layer_spec={name} is unknown: choose auto, local or transformer_engine.")
     if name == "transformer_engine" and not installed:
-        raise ValueError("model.layer_spec=transformer_engine needs the package: pip install '.[cuda]'.")
+        raise BadInput("model.layer_spec=transformer_engine needs the package: pip install '.[cuda]'.")
     return name
 
 

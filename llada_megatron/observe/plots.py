@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llada_megatron.observe.metrics import Record, by_stage
+from llada_megatron.record.metrics import Record, by_stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.observe import plots
-from llada_megatron.observe.metrics import Record, by_stage, read_jsonl, short_count
+from llada_megatron.record.metrics import Record, by_stage, read_jsonl, short_count
 
 NOT_YET = "not yet"
 SAMPLES_PER_STAGE = 2
@@ -68,14 +69,12 @@ class Run:
 
     @classmethod
     def read(cls, run_dir: Path) -> Run:
-        """Read a run's directory; raises ValueError where it holds no run or no step yet."""
+        """Read a run's directory; raises BadInput where it holds no run or no step yet."""
         if not (run_dir / "config.yaml").is_file():
-            raise ValueError(
-                f"{run_dir} is not the directory of a run: it has no config.yaml; give a run.dir"
-            )
+            raise BadInput(f"{run_dir} is not the directory of a run: it has no config.yaml; give a run.dir")
         steps = read_jsonl(run_dir / "metrics.jsonl")
         if not steps:
-            raise ValueError(
+            raise BadInput(
                 f"{run_dir} has no metrics.jsonl with a step in it; wait for the first step to end"
             )
         last_of_stage = {record["stage"]: record for record in read_jsonl(run_dir / "evaluations.jsonl")}
@@ -93,7 +92,7 @@ class Run:
 def write_report(run_dir: Path) -> Path:
     """Write report/report.md, report/index.html, the pictures and report.json; returns index.html's path.
 
-    Raises ValueError where the directory holds no run or no step yet.
+    Raises BadInput where the directory holds no run or no step yet.
     """
     run = Run.read(run_dir)
     folder = run_dir / "report"

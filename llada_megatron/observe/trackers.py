@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import LoggingConfig
-from llada_megatron.observe.metrics import MetricsFile, Record, short_count
+from llada_megatron.record.metrics import MetricsFile, Record, short_count
 
 if TYPE_CHECKING:
     import wandb
@@ -30,7 +31,7 @@ class Trackers:
 
     def __init__(self, run_dir: Path, logging_config: LoggingConfig, run_name: str, first_step: int) -> None:
         if logging_config.wandb not in ("disabled", "offline", "online"):
-            raise ValueError(f"logging.wandb is {logging_config.wandb!r}; set disabled, offline or online")
+            raise BadInput(f"logging.wandb is {logging_config.wandb!r}; set disabled, offline or online")
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", first_step)
         # An evaluation at step n was made before the checkpoint of step n, so a resume there keeps it.
         first_evaluation = first_step + 1 if first_step else 0

@@ -8,6 +8,8 @@ from operator import itemgetter
 
 import numpy as np
 
+from llada_megatron.config.errors import BadInput
+
 BALANCED = 1.01
 """A deal of coarse units is taken when no rank has more than this times the mean work."""
 WHOLE_BLOCKS = 1.1
@@ -20,11 +22,11 @@ def deal_tokens(work_L: np.ndarray, block_start_L: np.ndarray, block_size: int, 
     work_L: attention work of each token, in any unit. block_start_L: first token of each token's block.
     Units of neighbouring tokens are dealt by falling work to the rank with the least so far. They are as
     long as balance allows (long runs are what kernels like), whole blocks whenever those can be balanced,
-    and pieces of blocks otherwise. Raises ValueError when L is not a multiple of ranks.
+    and pieces of blocks otherwise. Raises BadInput when L is not a multiple of ranks.
     """
     length = len(work_L)
     if length % ranks:
-        raise ValueError(f"{length} tokens cannot be split evenly over {ranks} ranks: change layout.cp.")
+        raise BadInput(f"{length} tokens cannot be split evenly over {ranks} ranks: change layout.cp.")
 
     def edges_of(unit: int) -> np.ndarray:
         edges = np.arange(0, length, unit)

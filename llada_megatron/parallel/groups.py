@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.runtime import device, mcore_cpu
 
@@ -20,11 +21,11 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 def join(layout: LayoutConfig, *, threads: int = 1, timeout_sec: int = 600) -> None:
     """Join the process group of RANK and WORLD_SIZE, of all processes.
 
-    Raises ValueError when the number of processes is not layout.processes.
+    Raises BadInput when the number of processes is not layout.processes.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world != layout.processes:
-        raise ValueError(
+        raise BadInput(
             f"layout.processes={layout.processes} but {world} processes were started: make them the same."
         )
     device.bind(int(os.environ.get("LOCAL_RANK", "0")), threads)

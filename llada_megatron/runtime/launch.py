@@ -20,11 +20,13 @@ from enum import IntEnum
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
+from llada_megatron.config.errors import Refusal, RunFailed
+
 GRACE_SEC = 10.0
 """How long the others get to end after the first process failed."""
 SETTLE_SEC = 1.0
 """How long to wait for the cause: a failed rank breaks the others' collectives, and they may report first."""
-AS_THEY_ARE = (ValueError, OSError, FloatingPointError)
+AS_THEY_ARE = (Refusal, OSError)
 FIRST_PORT, PORTS = 20_000, 10_000
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -37,7 +39,7 @@ class WorkerError(RuntimeError):
     """A worker failed; the message holds its rank and traceback."""
 
 
-class WorkerDied(WorkerError):
+class WorkerDied(RunFailed, WorkerError):
     """A worker ended without a word; the message holds its rank and how."""
 
 

@@ -1,4 +1,4 @@
-"""The step, the loop, evaluation, the optimizer."""
+"""The step, the loop, the optimizer, where a run starts."""
 
 from llada_megatron.runtime import mcore_cpu
 

@@ -13,23 +13,28 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.attention import select_backend
 from llada_megatron.checkpoint import store
-from llada_megatron.config import manifest as manifests
 from llada_megatron.config import rules
 from llada_megatron.config.compose import save
+from llada_megatron.config.errors import BadInput, RunFailed
 from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
 from llada_megatron.data.tokenizer import load_tokenizer
-from llada_megatron.observe import events
-from llada_megatron.observe.metrics import read_jsonl
+from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
+from llada_megatron.guard.agreement import check_agreement
+from llada_megatron.guard.exclusive import LINGER_SEC, only_training_of
+from llada_megatron.guard.preflight import check_nodes
+from llada_megatron.guard.signals import StopRequest
+from llada_megatron.guard.stragglers import Stragglers
+from llada_megatron.guard.watchdog import Watchdog
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
+from llada_megatron.record import events
+from llada_megatron.record import manifest as manifests
+from llada_megatron.record.metrics import read_jsonl
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
-from llada_megatron.training.agreement import check_agreement
-from llada_megatron.training.evaluate import Evaluator, checkpoint_metrics
-from llada_megatron.training.exclusive import LINGER_SEC, only_training_of
 from llada_megatron.training.position import (
     Position,
     check_nothing_later,
@@ -37,12 +42,8 @@ from llada_megatron.training.position import (
     check_same_run,
     resume_checkpoint,
 )
-from llada_megatron.training.preflight import check_nodes
 from llada_megatron.training.saving import Saving
-from llada_megatron.training.signals import StopRequest
 from llada_megatron.training.step import StepResult, Trainer, assemble, train_step
-from llada_megatron.training.stragglers import Stragglers
-from llada_megatron.training.watchdog import Watchdog
 
 TRAIN_LOSS_STEPS = 20
 """The train loss of a stage is the mean of its last steps."""
@@ -60,8 +61,8 @@ class Outcome:
 def run(config: Config) -> Outcome:
     """Train this rank's part of a run to its end, or to a signal.
 
-    Raises ValueError for settings, data or checkpoints that do not fit, and FloatingPointError when too
-    many steps were skipped for non-finite losses or gradients.
+    Raises BadInput for settings, data or checkpoints that do not fit, and RunFailed when too many
+    steps were skipped for non-finite losses or gradients.
     """
     schedule = rules.check(config)
     device.seed_everything(config.run.seed, config.precision.deterministic)
@@ -97,7 +98,7 @@ def run(config: Config) -> Outcome:
 
 
 def _announce_attention(config: Config) -> None:
-    """Say which executor of attention the run uses and why not a faster one; ValueError when it cannot."""
+    """Say which executor of attention the run uses and why not a faster one; BadInput when it cannot."""
     _, line = select_backend(
         config.model.attention_backend,
         device.device(),
@@ -112,7 +113,7 @@ def build_trainer(config: Config, schedule: Any) -> Trainer:
     """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
     vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
     if vocabulary > config.model.vocab_size:
-        raise ValueError(
+        raise BadInput(
             f"data.tokenizer has {vocabulary} ids, more than model.vocab_size={config.model.vocab_size}:"
             " choose the model's own tokenizer, or set a larger model.vocab_size."
         )
@@ -193,7 +194,7 @@ class _Run:
             self.saving.finish()
             if signal_number:
                 self._record("signalled", step=step, signal=signal.Signals(signal_number).name)
-        except FloatingPointError:
+        except RunFailed:
             self.saving.finish()  # every rank raises it alike
             raise
         finally:
@@ -234,7 +235,7 @@ class _Run:
         limit = self.config.training.max_skipped_steps
         if self.position.skipped_steps > limit:
             first = step * self.config.layout.global_batch
-            raise FloatingPointError(
+            raise RunFailed(
                 f"Step {step} (samples {first} to {first + self.config.layout.global_batch - 1}) is the"
                 f" {self.position.skipped_steps}th with a non-finite loss or gradient, more than"
                 f" training.max_skipped_steps={limit}: lower optimizer.lr or look at these samples."

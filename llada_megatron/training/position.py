@@ -9,13 +9,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llada_megatron.checkpoint import publish, store
-from llada_megatron.config import manifest as manifests
 from llada_megatron.config.compose import differences, leaf_differences, resolve
-from llada_megatron.config.manifest import Manifest, readable
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import fingerprint_difference
 from llada_megatron.parallel.ranks import from_first_rank, warn
+from llada_megatron.record import manifest as manifests
+from llada_megatron.record.manifest import Manifest, readable
 
 MAY_CHANGE = (
     "run.resume",
@@ -78,7 +79,7 @@ class Position:
 def resume_checkpoint(config: Config) -> tuple[Path, Manifest] | None:
     """The checkpoint that run.resume selects, its files verified; every rank calls it.
 
-    `auto` takes the newest good one and renames damaged newer ones, with a warning. ValueError when a path
+    `auto` takes the newest good one and renames damaged newer ones, with a warning. BadInput when a path
     is given that holds none, or a damaged one.
     """
     if config.run.resume == "never":
@@ -89,21 +90,21 @@ def resume_checkpoint(config: Config) -> tuple[Path, Manifest] | None:
     for checkpoint in reversed(from_first_rank(manifests.whole_checkpoints, Path(config.run.dir))):
         try:
             return checkpoint, store.verified(checkpoint)
-        except ValueError as damage:
+        except BadInput as damage:
             kept_as = publish.set_aside_damaged(checkpoint)
             warn(f"{damage} It is kept as {kept_as.name}; the run goes on from the one before it.")
     return None
 
 
 def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[str, Any]) -> None:
-    """Raise ValueError when the checkpoint belongs to another model, objective, seed, order or data."""
+    """Raise BadInput when the checkpoint belongs to another model, objective, seed, order or data."""
     saved = config_of(manifest)
     allowed = (*MAY_CHANGE, *config.run.allow_change)
     changed = [line for line in differences(saved, config) if not line.startswith(allowed)]
     stages = _changed_stages(saved, config, manifest.step)
     changed += [line for line in stages if not line.startswith(tuple(config.run.allow_change))]
     if changed:
-        raise ValueError(
+        raise BadInput(
             "The checkpoint belongs to another run: "
             + "; ".join(changed)
             + ". Put the settings back, name them in run.allow_change, or start anew with run.resume=never"
@@ -112,13 +113,13 @@ def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[st
     if "data" in config.run.allow_change:
         return
     if data := fingerprint_difference(manifest.data_fingerprint, data_fingerprint):
-        raise ValueError(
+        raise BadInput(
             f"The data changed since the checkpoint: {' '.join(data)} Set run.allow_change=[data] to go on."
         )
 
 
 def check_same_model(config: Config, checkpoint: Path, manifest: Manifest) -> None:
-    """Raise ValueError when weights to start from are of a model that computes otherwise.
+    """Raise BadInput when weights to start from are of a model that computes otherwise.
 
     Shapes alone would not tell: another rotary base, norm or mask token loads without an error.
     """
@@ -126,21 +127,21 @@ def check_same_model(config: Config, checkpoint: Path, manifest: Manifest) -> No
     now = {"model": OmegaConf.to_container(OmegaConf.structured(config.model), enum_to_str=True)}
     allowed = (*TRAINING_OF_MODEL, *config.run.allow_change)
     if changed := [line for line in leaf_differences(saved, now) if not line.startswith(allowed)]:
-        raise ValueError(
+        raise BadInput(
             f"checkpoint.init_from={checkpoint} holds another model: {'; '.join(changed)}. Choose its model,"
             " or name the keys in run.allow_change."
         )
 
 
 def check_nothing_later(run_dir: Path, step: int) -> None:
-    """Raise ValueError when the run's directory holds checkpoints past the step that it starts from.
+    """Raise BadInput when the run's directory holds checkpoints past the step that it starts from.
 
     They belong to a history that this start abandons: the next resume would pick one of them, and they
     would count as newer than what is saved from now on.
     """
     for checkpoint, manifest in readable(run_dir).items():
         if manifest.step > step:
-            raise ValueError(
+            raise BadInput(
                 f"{checkpoint} is later than step {step}, where run.resume starts: remove it and those after"
                 " it, or choose another run.dir."
             )

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 from llada_megatron.checkpoint.retention import retire
 from llada_megatron.checkpoint.store import Save
-from llada_megatron.config.manifest import Manifest
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
-from llada_megatron.observe import events
+from llada_megatron.record import events
+from llada_megatron.record.manifest import Manifest
 from llada_megatron.training.position import Position
 from llada_megatron.training.step import Trainer
 

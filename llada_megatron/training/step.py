@@ -5,12 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -19,12 +14,8 @@ from megatron.core.utils import get_model_config
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, MomentsAtStart
 from llada_megatron.data.packed import PackedSequences
-from llada_megatron.diffusion.corruption import data_index
-from llada_megatron.diffusion.loss import embedding_noise_sigma
 from llada_megatron.model.provider import build_model
-from llada_megatron.runtime import device
-from llada_megatron.training.balance import ExpertBalance
-from llada_megatron.training.batch import (
+from llada_megatron.objectives.batch import (
     POSITION_BINS,
     RATE_BINS,
     MicroBatch,
@@ -33,6 +24,12 @@ from llada_megatron.training.batch import (
     context_part,
     diffusion_batch,
 )
+from llada_megatron.objectives.corruption import data_index
+from llada_megatron.objectives.passes import forward_step, global_sums, means
+from llada_megatron.objectives.weights import embedding_noise_sigma
+from llada_megatron.parallel.dealing import data_parallel, sample_indices
+from llada_megatron.runtime import device
+from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.embedding import embedding_statistics
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
 
@@ -125,21 +122,6 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     )
 
 
-def data_parallel() -> tuple[int, int]:
-    """This process's data-parallel rank and the number of them."""
-    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-
-
-def sample_indices(step: int, micro_batch: int, global_batch: int) -> list[list[int]]:
-    """Global sample indices of this rank's micro-batches: the global batch is dealt out in file order."""
-    rank, ranks = data_parallel()
-    first = step * global_batch
-    return [
-        list(range(first + start, first + start + micro_batch))
-        for start in range(rank * micro_batch, global_batch, ranks * micro_batch)
-    ]
-
-
 def micro_batches(trainer: Trainer, stage: Stage, step: int, sigma: float) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a step, on its device; none is held here while the model has it."""
     for indices in sample_indices(step, stage.micro_batch, trainer.config.layout.global_batch):
@@ -173,41 +155,3 @@ def noise_sigma(trainer: Trainer, step: int, rms: float) -> float:
         return 0.0
     tokens = (step - first) * trainer.schedule.tokens_per_step
     return rms * embedding_noise_sigma(noise.sigma_over_rms, noise.fade_tokens, tokens)
-
-
-def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """megatron-core's forward-step contract: the model's output and what turns it into a loss."""
-    batch = next(batches)
-    return model(batch.inputs), partial(loss_sum, batch)
-
-
-def loss_sum(
-    batch: MicroBatch, cross_entropy: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted sum of cross entropies [N], its count, and the sums that metrics need."""
-    loss = (cross_entropy * batch.weights).sum()
-    detached = cross_entropy.detach().double()
-    ones = torch.ones_like(detached)
-    bins = [
-        detached.new_zeros(size).index_add_(0, index, values)
-        for size, index in ((RATE_BINS, batch.rate_bin), (POSITION_BINS, batch.position_bin))
-        for values in (detached, ones)
-    ]
-    head = torch.stack([loss.detach().double(), loss.new_tensor(batch.count, dtype=torch.float64)])
-    return loss, torch.tensor(batch.count, dtype=torch.int, device=loss.device), torch.cat([head, *bins])
-
-
-def global_sums(reduced: list[torch.Tensor]) -> torch.Tensor:
-    """Sums of every micro-batch of every rank, fp64 on the host; only the last stage has any."""
-    total = torch.zeros(2 + 2 * RATE_BINS + 2 * POSITION_BINS, dtype=torch.float64, device=device.device())
-    if reduced:
-        total += torch.stack(reduced).sum(dim=0)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return total.cpu()
-
-
-def means(sums_and_counts: torch.Tensor, bins: int) -> list[float | None]:
-    """Means of the first `bins` bins; None where nothing was counted."""
-    sums, counts = (part[:bins].tolist() for part in sums_and_counts.chunk(2))
-    return [total / count if count else None for total, count in zip(sums, counts, strict=True)]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime.launch import launch
 
 
@@ -37,7 +38,7 @@ def check(
 ) -> ContextReport:
     """Deal a sequence of documents out to cp processes and let their keys travel, in bf16.
 
-    cu_seqlens: document starts and the end. Raises ValueError for documents, blocks or ranks that do not fit.
+    cu_seqlens: document starts and the end. Raises BadInput for documents, blocks or ranks that do not fit.
     """
     import torch
 
@@ -45,7 +46,7 @@ def check(
     from llada_megatron.attention.context import ContextShard
 
     if min(cp, kv_heads, head_dim) < 1:
-        raise ValueError(f"--cp {cp}, --kv-heads {kv_heads} and --head-dim {head_dim} must be at least 1.")
+        raise BadInput(f"--cp {cp}, --kv-heads {kv_heads} and --head-dim {head_dim} must be at least 1.")
     mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, block_grid)  # type: ignore[arg-type]
     shard = ContextShard(mask, 0, cp)
     owner = shard.owner[0]

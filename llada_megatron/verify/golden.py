@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import (
     BlockGrid,
     Denominator,
@@ -31,17 +32,17 @@ from llada_megatron.config.schema import (
     Weight,
 )
 from llada_megatron.convert.config_json import architecture_of, model_config, read_json
-from llada_megatron.convert.convert import hf_to_mcore
+from llada_megatron.convert.conversion import hf_to_mcore
 from llada_megatron.convert.families import ExpertLayout, family_of
 from llada_megatron.convert.loaded import gradients, load_model
 from llada_megatron.data.packed import PackedSample
-from llada_megatron.diffusion.corruption import Corruption
-from llada_megatron.diffusion.loss import position_weights
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.objectives.batch import MicroBatch, autoregressive_batch, diffusion_inputs
+from llada_megatron.objectives.corruption import Corruption
+from llada_megatron.objectives.passes import loss_sum
+from llada_megatron.objectives.weights import position_weights
 from llada_megatron.runtime import device
-from llada_megatron.training.batch import MicroBatch, autoregressive_batch, diffusion_inputs
-from llada_megatron.training.step import loss_sum
 
 TOLERANCES = {
     "mask": 0.0,  # entries that differ
@@ -125,11 +126,11 @@ class Golden:
 def check(directory: Path) -> GoldenReport:
     """Run every case of a directory in this process, whose groups must hold one process.
 
-    Raises ValueError when the directory lacks a file or its checkpoint cannot be read.
+    Raises BadInput when the directory lacks a file or its checkpoint cannot be read.
     """
     for name in ("cases.json", "cases.safetensors"):
         if not (directory / name).is_file():
-            raise ValueError(f"{directory} holds no {name}: give a directory of golden cases.")
+            raise BadInput(f"{directory} holds no {name}: give a directory of golden cases.")
     described = json.loads((directory / "cases.json").read_text(encoding="utf-8"))
     golden = load(directory, described["mask_token_id"])
     report = GoldenReport()

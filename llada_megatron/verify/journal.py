@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, LayoutConfig
 
 
 def train_and_record(config: Config, folder: Path) -> int:
     """Train this rank's part of a run, with a file of its own; returns the signal that stopped it."""
-    from llada_megatron.training import batch, loop, step
+    from llada_megatron.objectives import batch
+    from llada_megatron.training import loop, step
 
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / f"{os.environ['RANK']}_{os.getpid()}.jsonl").open("w")
@@ -60,7 +62,7 @@ class Journal:
         if "sample" in entry:
             known = self.noise.setdefault(entry["sample"], entry["noise_sha256"])
             if known != entry["noise_sha256"]:
-                raise ValueError(f"Sample {entry['sample']} was corrupted in two ways.")
+                raise BadInput(f"Sample {entry['sample']} was corrupted in two ways.")
 
     def samples_sha256(self) -> str:
         """Of the indices of all samples, in order."""

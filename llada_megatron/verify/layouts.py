@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 from llada_megatron.data.prepare import prepare_corpus
 from llada_megatron.runtime.launch import launch
@@ -56,9 +57,9 @@ STAGES = [
 
 
 def check(names: list[str]) -> LayoutReport:
-    """Compare the named layouts of MATRIX with one process; ValueError for a name that is not there."""
+    """Compare the named layouts of MATRIX with one process; BadInput for a name that is not there."""
     if unknown := [name for name in names if name not in MATRIX]:
-        raise ValueError(f"These are no layouts of the matrix: {unknown}. Choose from {', '.join(MATRIX)}.")
+        raise BadInput(f"These are no layouts of the matrix: {unknown}. Choose from {', '.join(MATRIX)}.")
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_corpus(Path(folder))
         [reference] = measure_in_processes([parity_config(corpus)], None)

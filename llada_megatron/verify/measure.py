@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from llada_megatron.config import rules
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
+from llada_megatron.evaluate.likelihood import Evaluator
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.ranks import gathered
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
-from llada_megatron.training.evaluate import Evaluator
 from llada_megatron.training.loop import build_trainer
 from llada_megatron.training.step import Trainer, train_step
 from llada_megatron.verify.comparison import Measurement
@@ -89,7 +90,7 @@ def _whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
         place = _place(piece)
         tensor[place] = piece.data.detach().double().cpu().numpy().reshape(tensor[place].shape)
     if holes := [key for key, tensor in whole.items() if np.isnan(tensor).any()]:
-        raise ValueError(f"These tensors are not whole after training, or hold NaN: {holes}")
+        raise BadInput(f"These tensors are not whole after training, or hold NaN: {holes}")
     return whole
 
 

@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llada_megatron.config.compose import compose
-from llada_megatron.config.manifest import find, git_commit, versions, whole_checkpoints
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
-from llada_megatron.observe.metrics import read_jsonl, step_seconds
+from llada_megatron.record.manifest import find, git_commit, versions, whole_checkpoints
+from llada_megatron.record.metrics import read_jsonl, step_seconds
 from llada_megatron.runtime.launch import WorkerDied, launch
 from llada_megatron.verify import journal
 from llada_megatron.verify.layouts import write_corpus
@@ -156,7 +157,7 @@ class _Check:
     def _interrupt(
         self, overrides: list[str], run_dir: Path, kind: str, strike: Callable[[Path, int], None]
     ) -> Interruption:
-        """Train with a thread beside it that strikes once; ValueError when the run was over before that."""
+        """Train with a thread beside it that strikes once; BadInput when the run was over before that."""
         config = self._config(run_dir, *overrides[len(self.overrides) :])
         before = len(read_jsonl(run_dir / "metrics.jsonl"))
         striker = threading.Thread(target=strike, args=(run_dir, before), daemon=True)
@@ -168,7 +169,7 @@ class _Check:
                 raise
         else:
             if kind != "SIGUSR1":
-                raise ValueError(f"The run was over before `{kind}` could happen: give it more steps.")
+                raise BadInput(f"The run was over before `{kind}` could happen: give it more steps.")
         striker.join()
         done = whole_checkpoints(run_dir)
         step = len(read_jsonl(run_dir / "metrics.jsonl"))

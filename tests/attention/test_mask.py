@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from llada_megatron.attention import BlockDiffusionMask
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 VIEWS = [(True, False), (False, False), (False, True)]  # clean_copy, causal
 LAYOUTS = [[0, 12], [0, 5, 12], [0, 4, 8, 12], [0, 1, 2, 11, 12]]
 

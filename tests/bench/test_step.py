@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from llada_megatron.bench import calibrate, step
+from llada_megatron.bench import step
 from llada_megatron.config.compose import compose
+from llada_megatron.plan import calibrate
 from tests.distributed import run_ranks
 
 

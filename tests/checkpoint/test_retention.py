@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llada_megatron.checkpoint import publish, retention
-from llada_megatron.config.manifest import Manifest, find, readable, whole_checkpoints
 from llada_megatron.config.schema import CheckpointConfig
+from llada_megatron.record.manifest import Manifest, find, readable, whole_checkpoints
 
 
 def publish_one(run_dir: Path, step: int, **known) -> Path:

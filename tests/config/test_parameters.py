@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llada_megatron.config.parameters import Contents, parameters, stage_contents, total_parameters
 from llada_megatron.config.schema import LayoutConfig
-from tests.cluster.flash import held_by, model_of
+from tests.plan.flash import held_by, model_of
 
 TOTALS = {"mini": 16_255_643_392, "flash": 102_889_705_216}
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from llada_megatron.config.compose import compose
-from llada_megatron.config.manifest import Manifest
+from llada_megatron.record.manifest import Manifest
 from tests.convert import checkpoints
 from tests.convert.test_round_trip import certificate, to_hf, to_mcore
 from tests.distributed import run_ranks

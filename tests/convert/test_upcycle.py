@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from llada_megatron.checkpoint import store
 from llada_megatron.checkpoint.shards import ShardsReader, whole
 from llada_megatron.cli import main
-from llada_megatron.config.manifest import Manifest
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.convert import upcycle as upcycling
 from llada_megatron.convert.loaded import causal_logits, load_model
 from llada_megatron.data.tokenizer import ByteTokenizer
 from llada_megatron.parallel import groups
+from llada_megatron.record.manifest import Manifest
 from tests.convert import checkpoints
 from tests.convert.test_round_trip import to_mcore
 

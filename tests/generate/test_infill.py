@@ -1,4 +1,4 @@
-"""The decoder against the public reference's greedy block generation (tests/data/golden/README.md)."""
+"""The decoder against the public reference's greedy block generation (tests/golden/README.md)."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from llada_megatron.generate.infill import infill
 from llada_megatron.parallel import groups
 from llada_megatron.verify import golden
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 WITHOUT_END = [name for name, case in CASES["generation"].items() if case["eos_id"] >= 1_000_000]
 

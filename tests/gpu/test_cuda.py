@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.gpu
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 LOSS_TOLERANCE = 1e-4
 """Relative, fp32 against fp32: other kernels, other orders of summation."""
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from llada_megatron.observe.command import add_arguments, print_summary, run
+from llada_megatron.commands.report import add_arguments, print_summary, run
 from llada_megatron.observe.plots import _running_mean, _spread
 from llada_megatron.observe.report import (
     Heading,

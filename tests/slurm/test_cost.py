@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llada_megatron.cluster import cost
+from llada_megatron.jobs import account as cost
 from tests.slurm import accounting
 from tests.slurm.conftest import TWO_NODES
 

@@ -29,7 +29,12 @@ def ranks_of(run) -> list[int]:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if "llada_megatron.train" in words and f"{run.directory}/config.yaml" in words and words[0] != "bash":
+        if (
+            "llada_megatron" in words
+            and "train" in words
+            and f"{run.directory}/config.yaml" in words
+            and words[0] != "bash"
+        ):
             found.append(int(folder.name))
     return found
 

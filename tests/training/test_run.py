@@ -176,7 +176,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(corpus, tmp_path,
 
 
 def press_twice_then_later():
-    from llada_megatron.training.signals import ONE_KEYPRESS_SEC, StopRequest
+    from llada_megatron.guard.signals import ONE_KEYPRESS_SEC, StopRequest
 
     stop, presses = StopRequest(lambda: None), 0
     try:

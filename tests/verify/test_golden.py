@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llada_megatron.cli import main
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 Weights = dict[str, torch.Tensor]
 

@@ -107,7 +107,7 @@ def expert_load_not_reduced():
 def noise_seeds_of_the_rank():
     import torch.distributed as dist
 
-    from llada_megatron.training import batch
+    from llada_megatron.objectives import batch
 
     seed_of = batch.torch_seed
     with mock.patch.object(batch, "torch_seed", lambda *names: seed_of(*names) + dist.get_rank()):
@@ -218,7 +218,7 @@ def test_the_comparison_fails_for_every_deliberate_error(corpus, reference, proc
 
 
 def test_the_report_names_what_failed_and_is_written_as_json(capsys):
-    from llada_megatron.verify.command import _print_layouts
+    from llada_megatron.commands.verify import _print_layouts
 
     exact = dict.fromkeys(TOLERANCES, 0.0)
     report = LayoutReport(

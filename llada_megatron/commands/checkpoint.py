@@ -1,0 +1,231 @@
+"""The verb `llada checkpoint`: what a run has saved, whether it is whole, means and differences."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llada_megatron.config.errors import BadInput
+from llada_megatron.record.manifest import Manifest, file_damage, find, readable, whole_checkpoints
+
+if TYPE_CHECKING:
+    from llada_megatron.config.schema import Config
+
+EXAMPLE = "llada checkpoint list runs/demo"
+DIFFERENCES_SHOWN = 12
+UNSQUEEZED = 1000
+"""Columns that rich may use: a terminal that is too narrow wraps lines, which loses nothing."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands of `llada checkpoint`."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="the checkpoints of a run")
+    listing.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
+    verify = commands.add_parser("verify", help="read every file and compare it with the manifest")
+    verify.add_argument("path", metavar="PATH", help="a checkpoint, or a run: its newest")
+    merge = commands.add_parser("merge", help="the mean of a run's best checkpoints, in fp32, evaluated")
+    merge.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
+    merge.add_argument("--top-k", type=int, required=True, metavar="K")
+    merge.add_argument("--metric", default="nll_block32", metavar="NAME", help="default nll_block32")
+    merge.add_argument("--weights", metavar="W,W,...", help="of the best first; default: equal")
+    merge.add_argument("--to", type=Path, metavar="DIR", help="default RUN/merged/top_K_METRIC")
+    merge.add_argument(
+        "--layout", nargs="+", default=[], metavar="KEY=VALUE", help="of the evaluation; default one process"
+    )
+    merge.add_argument("--no-evaluation", action="store_true")
+    diff = commands.add_parser("diff", help="how two checkpoints differ, in configuration and weights")
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a command: 0, or 1 where `verify` finds damage and `diff` a difference."""
+    return {"list": _list, "verify": _verify, "merge": _merge, "diff": _diff}[args.command](args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    paths = whole_checkpoints(args.run)
+    if not paths:
+        raise BadInput(f"{args.run} has no checkpoints: give the directory of a run.")
+    manifests = readable(args.run)
+    metrics = sorted({name for manifest in manifests.values() for name in manifest.metrics})
+    table = Table(box=None, pad_edge=False)
+    for name in ("checkpoint", "stage"):
+        table.add_column(name)
+    for name in ("block", "tokens", "size", *metrics):
+        table.add_column(name, justify="right")
+    for path in paths:
+        manifest = manifests.get(path)
+        if manifest is None:
+            table.add_row(path.name, "(manifest is damaged)")
+            continue
+        size = sum(record["bytes"] for record in manifest.files.values())
+        table.add_row(
+            path.name,
+            f"{manifest.stage}{' (end)' if manifest.stage_ended else ''}",
+            str(manifest.block_size),
+            f"{manifest.consumed_tokens:,}",
+            f"{size / 1e6:,.1f} MB",
+            *(f"{manifest.metrics[name]:.4f}" if name in manifest.metrics else "-" for name in metrics),
+        )
+    console = Console(highlight=False, width=UNSQUEEZED)
+    console.print(table)
+    for damaged in sorted((args.run / "checkpoints").glob("damaged_*")):
+        console.print(f"{damaged.name} was found damaged and set aside")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    checkpoint = find(args.path)
+    manifest = Manifest.read(checkpoint)
+    damage = file_damage(checkpoint, manifest, sorted(manifest.files))
+    for phrase in damage:
+        print(phrase)
+    size = sum(record["bytes"] for record in manifest.files.values())
+    verdict = "is damaged" if damage else "is whole"
+    print(f"{checkpoint} {verdict}: {len(manifest.files)} files, {size:,} bytes, step {manifest.step}")
+    return 1 if damage else 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from llada_megatron.checkpoint import merge, publish
+    from llada_megatron.checkpoint.retention import best
+
+    if args.top_k < 1:
+        raise BadInput(f"--top-k {args.top_k}: give the number of checkpoints to merge.")
+    manifests = readable(args.run)
+    chosen = best(manifests, args.metric, args.top_k)
+    if len(chosen) < args.top_k:
+        known = sorted({name for manifest in manifests.values() for name in manifest.metrics})
+        raise BadInput(
+            f"{len(chosen)} checkpoints of {args.run} have {args.metric}, not {args.top_k}; metrics there:"
+            f" {', '.join(known) or 'none, set evaluation.block_sizes'}. Keep more with checkpoint.keep_best."
+        )
+    weights = _weights(args.weights, len(chosen))
+    target = args.to or args.run / "merged" / f"top_{args.top_k}_{args.metric}"
+    aside = publish.begin(target)
+    merge.write_mean(chosen, weights, aside / "shards")
+    newest = max((manifests[path] for path in chosen), key=lambda manifest: manifest.step)
+    lineage = {
+        "kind": "merge",
+        "metric": args.metric,
+        "sources": [
+            {
+                "path": str(path),
+                "step": manifests[path].step,
+                "weight": weight,
+                args.metric: manifests[path].metrics[args.metric],
+            }
+            for path, weight in zip(chosen, weights, strict=True)
+        ],
+    }
+    merged = Manifest(
+        config=newest.config,
+        consumed_samples=newest.consumed_samples,
+        consumed_tokens=newest.consumed_tokens,
+        stage=newest.stage,
+        block_size=newest.block_size,
+        data_fingerprint=newest.data_fingerprint,
+        autoregressive_tokens=newest.autoregressive_tokens,
+        lineage=lineage,
+    )
+    if not args.no_evaluation:
+        merged.metrics = _evaluate(newest, aside, sorted(newest.metrics), args.layout)
+    publish.finish(aside, target, merged)
+    _print_merge(chosen, manifests, weights, merged, target)
+    return 0
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    if text is None:
+        return [1.0] * count
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"--weights {text}: give numbers with commas between them.") from None
+    if len(weights) != count or min(weights) < 0 or not sum(weights):
+        raise BadInput(f"--weights {text}: give {count} numbers, none negative, not all zero.")
+    return weights
+
+
+def _evaluate(
+    manifest: Manifest, checkpoint: Path, metrics: list[str], layout: list[str]
+) -> dict[str, float]:
+    """The metrics of a checkpoint by its run's own evaluation, in processes of this machine."""
+    from llada_megatron.runtime.launch import launch
+
+    config = _config(manifest, layout)
+    return launch(
+        _evaluate_rank,
+        config,
+        checkpoint,
+        metrics,
+        processes=config.layout.processes,
+        preload="llada_megatron.training.loop",
+    )[0]
+
+
+def _config(manifest: Manifest, layout: list[str]) -> Config:
+    from omegaconf import OmegaConf
+
+    from llada_megatron.config import compose, rules
+
+    trained = manifest.config["layout"]
+    one_process = {name: trained[name] for name in ("global_batch", "micro_batch")}  # the rest by default
+    tree = OmegaConf.create({**manifest.config, "layout": {**one_process, "processes": 0}})
+    config = compose.resolve(OmegaConf.merge(tree, OmegaConf.from_dotlist(layout)))
+    rules.check(config)
+    return config
+
+
+def _evaluate_rank(config: Config, checkpoint: Path, metrics: list[str]) -> dict[str, float]:
+    from llada_megatron.evaluate.likelihood import evaluate_checkpoint
+
+    return evaluate_checkpoint(config, checkpoint, metrics)
+
+
+def _print_merge(
+    chosen: list[Path], manifests: dict[Path, Manifest], weights: list[float], merged: Manifest, target: Path
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = sorted({name for path in chosen for name in manifests[path].metrics})
+    table = Table(box=None, pad_edge=False)
+    table.add_column("checkpoint", no_wrap=True)
+    for name in ("weight", *metrics):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [(path.name, f"{w:g}", manifests[path].metrics) for path, w in zip(chosen, weights, strict=True)]
+    for name, weight, figures in [*rows, ("their mean", "", merged.metrics)]:
+        table.add_row(name, weight, *(f"{figures[m]:.4f}" if m in figures else "-" for m in metrics))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"\nThe mean is {target}; start from it with checkpoint.init_from={target}", soft_wrap=True)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from llada_megatron.checkpoint import merge
+    from llada_megatron.config.compose import leaf_differences
+
+    a, b = find(args.a), find(args.b)
+    before, after = Manifest.read(a), Manifest.read(b)
+    said = leaf_differences(before.config, after.config)
+    said += [
+        f"{name}: {getattr(before, name)} -> {getattr(after, name)}"
+        for name in ("step", "consumed_tokens", "stage", "block_size", "git_commit")
+        if getattr(before, name) != getattr(after, name)
+    ]
+    said += leaf_differences({"versions": before.versions}, {"versions": after.versions})
+    moved, alone = merge.differences(a, b)
+    said += alone
+    for each in moved[:DIFFERENCES_SHOWN]:
+        said.append(f"{each.name}: {each.relative_l2:.2e} relative L2, at most {each.largest:.2e}")
+    if len(moved) > DIFFERENCES_SHOWN:
+        said.append(f"and {len(moved) - DIFFERENCES_SHOWN} more tensors differ")
+    print("\n".join(said) or "Configuration and weights are the same.")
+    return 1 if said else 0

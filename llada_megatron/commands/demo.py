@@ -1,0 +1,141 @@
+"""`llada demo`: text, an autoregressive MoE, its conversion through the block-size schedule, and a report.
+
+The MoE is trained here, or comes from a pretrained model (demo/pretrained.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from llada_megatron.config import rules
+from llada_megatron.config.compose import compose
+from llada_megatron.config.schema import Config
+from llada_megatron.demo import pretrained
+
+EXAMPLE = "llada demo"
+DATA_DIR = Path("runs/data")
+TEXT = DATA_DIR / "text.jsonl"
+SHORT_DIVISOR = 16
+"""`--short` keeps every stage and gives each this fraction of its tokens."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("--short", action="store_true", help="every stage, few tokens: shows that it runs")
+    parser.add_argument(
+        "--experiment",
+        default="demo",
+        help="demo, demo_direct (block 32 at once), or demo_smollm2 (a pretrained model: make demo-smollm2)",
+    )
+    parser.add_argument(
+        "--processes", type=int, help="processes that share the CPU (default 2; 1 for demo_smollm2)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides for every run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the whole demo; a second call goes on from what is there."""
+    from llada_megatron.commands.report import print_summary
+    from llada_megatron.observe.report import write_report
+
+    began = time.monotonic()
+    name = f"{args.experiment}_short" if args.short else args.experiment
+    base = Path("runs") / name
+    start = _pretrained if args.experiment == pretrained.EXPERIMENT else _trained_here
+    conversion = start(args, [f"run.dir={base}", f"run.name={name}"])
+    _say("3/4  it becomes a block-diffusion model, stage by stage")
+    _train(conversion)
+    _say("4/4  report")
+    write_report(base)
+    print_summary(base)
+    minutes = (time.monotonic() - began) / 60
+    print(f"The demo took {minutes:.1f} minutes.")
+    return 0
+
+
+def _trained_here(args: argparse.Namespace, overrides: list[str]) -> Config:
+    """The conversion's configuration, once the autoregressive model that it starts from is trained."""
+    overrides = [*overrides, f"layout.processes={args.processes or 2}"]
+    directory = Path("runs/demo_short" if args.short else "runs/demo") / "ar"
+    origin = [*overrides, f"run.dir={directory}", "run.name=demo_ar", *args.overrides]
+    autoregressive = _compose(args, "demo_ar", origin)
+    conversion = _compose(
+        args, args.experiment, [*overrides, f"checkpoint.init_from={directory}", *args.overrides]
+    )
+    _say("1/4  text: documentation and docstrings that this Python carries")
+    _prepare_text()
+    _say("2/4  an autoregressive Mixture-of-Experts model learns the text")
+    _train(autoregressive)
+    return conversion
+
+
+def _pretrained(args: argparse.Namespace, overrides: list[str]) -> Config:
+    """The conversion's configuration, once the pretrained model is converted and upcycled."""
+    # One process: with two, the gradients' way through gloo costs more than threads lose.
+    overrides, layers = [*overrides, f"layout.processes={args.processes or 1}"], None
+    if args.short:
+        layers, folder = pretrained.SHORT_LAYERS, "runs/smollm2_short"
+        overrides = [
+            *overrides,
+            f"model.layers={layers}",
+            f"model.dense_layers={pretrained.SHORT_DENSE_LAYERS}",
+            f"data.tokenizer={folder}/hf/tokenizer.json",
+            f"checkpoint.init_from={folder}/moe",
+        ]
+    conversion = _compose(args, args.experiment, [*overrides, *args.overrides])
+    _say("1/4  a pretrained model: SmolLM2-135M-Instruct from its GGUF file, then a Mixture of Experts")
+    pretrained.convert(conversion, layers=layers)
+    _say("2/4  text: documentation and docstrings that this Python carries, in the model's tokens")
+    _write_text()
+    pretrained.prepare_text(conversion, TEXT)
+    pretrained.print_autoregressive_nll(conversion)
+    return conversion
+
+
+def _compose(args: argparse.Namespace, experiment: str, overrides: list[str]) -> Config:
+    config = compose([f"experiment={experiment}", *overrides])
+    if args.short:
+        _shorten(config)
+    return config
+
+
+def _say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _prepare_text() -> None:
+    from llada_megatron.data.prepare import prepare_corpus
+
+    if (DATA_DIR / "python.json").is_file():
+        print(f"{DATA_DIR}/python.bin is there already")
+        return
+    _write_text()
+    summary = prepare_corpus([TEXT], DATA_DIR / "python")
+    print(f"{summary['documents']} documents, {summary['tokens']:,} tokens (bytes)")
+
+
+def _write_text() -> None:
+    from llada_megatron.data.python_text import write_python_text
+
+    if not TEXT.is_file():
+        write_python_text(TEXT)
+
+
+def _train(config: Config) -> None:
+    from llada_megatron.commands.train import train
+
+    schedule = rules.check(config)
+    outcome = train(config)
+    if outcome.signal:
+        raise KeyboardInterrupt
+    print(f"{schedule.total_steps} steps, {schedule.total_tokens:,} tokens: {config.run.dir}")
+
+
+def _shorten(config: Config) -> None:
+    config.evaluation.sequences = max(2, config.evaluation.sequences // 8)
+    for stage in config.schedule.stages:
+        stage.tokens = max(1, stage.tokens // SHORT_DIVISOR)
+    config.optimizer.warmup_tokens //= SHORT_DIVISOR
+    config.optimizer.wsd_decay_tokens //= SHORT_DIVISOR

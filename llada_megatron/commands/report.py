@@ -1,0 +1,78 @@
+"""`llada report RUN`: writes the report of a run and prints its main table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from llada_megatron.observe.report import NOT_YET, missing, write_report
+from llada_megatron.record.metrics import short_count
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `llada report`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also copy report.json to FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report and print its main table; raises BadInput where RUN holds no run or no step yet."""
+    write_report(args.run)
+    print_summary(args.run)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(args.run / "report.json", args.json)
+    return 0
+
+
+def print_summary(run_dir: Path) -> None:
+    """Print the stages with their bounds from report.json, the references, and where the report is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    sizes = sorted({size for stage in report["stages"] for size in stage["bound"]}, key=int)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage", overflow="ellipsis", no_wrap=True)
+    for name in ("block", "tokens", "loss", *(f"@{size}" for size in sizes)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for stage in report["stages"]:
+        numbers = [
+            str(stage["block_size"]),
+            short_count(stage["tokens"]),
+            _decimal(stage["train_loss"], missing(stage)),
+            *(_decimal(stage["bound"].get(size, {}).get("mean"), "-") for size in sizes),
+        ]
+        table.add_row(Text(stage["name"]), *numbers)
+
+    references = Table(box=None, show_header=False, pad_edge=False)
+    references.add_column()
+    references.add_column(justify="right")
+    references.add_column(style="dim")
+    ar, baselines = report["ar"], report["baselines"] or {}
+    trained = f" after {short_count(ar['tokens'])} tokens" if ar and ar["tokens"] else ""
+    references.add_row("AR NLL", _decimal(ar and ar["nll"]), f"autoregressive model{trained}" if ar else "")
+    references.add_row("bigram", _decimal(baselines.get("bigram")), "entropy of a token given the one before")
+    references.add_row("unigram", _decimal(baselines.get("unigram")), "entropy of a token")
+
+    console = Console()
+    console.print("Training loss, and bound on held-out text @ block size, in nats per token", style="bold")
+    console.print(table, "", references, sep="\n")
+    errors = [
+        bound["se"]
+        for stage in report["stages"]
+        for bound in stage["bound"].values()
+        if bound["se"] is not None
+    ]
+    if errors:
+        console.print(f"\nStandard errors of the bounds are at most {max(errors):.4f}.", highlight=False)
+    console.print(
+        f"\nReport: {run_dir / 'report' / 'index.html'}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _decimal(value: float | None, absent: str = NOT_YET) -> str:
+    return absent if value is None else f"{value:.3f}"

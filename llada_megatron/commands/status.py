@@ -1,0 +1,157 @@
+"""The verb `llada status`: where runs are, and why they stopped. No torch, under a second."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.config import rules
+from llada_megatron.config.compose import load
+from llada_megatron.config.errors import BadInput, Refusal
+from llada_megatron.jobs import attempts, slurm
+from llada_megatron.record import events
+from llada_megatron.record.metrics import read_jsonl, short_count
+
+EXAMPLE = "llada status runs/llada2_flash"
+FINAL = ("finished", "stopped", "failed")
+FRESH_SEC = 600
+"""A run without a job counts as running when its record is younger than this."""
+NAMED = 3
+"""So many slow ranks are named in a status."""
+
+
+@dataclass
+class Status:
+    """One run."""
+
+    name: str
+    state: str
+    stage: str
+    block_size: int | None
+    step: int
+    steps: int
+    tokens_per_sec: float | None
+    checkpoint: int
+    """Steps in the newest whole checkpoint."""
+    restarts: int
+    why: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="default: every run in runs/")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the status of runs: 0; BadInput for a directory without a run."""
+    runs = args.runs or sorted(path.parent for path in Path("runs").glob("**/config.yaml"))
+    if not runs:
+        raise BadInput("There are no runs in runs/: name a run's directory.")
+    found = [status(path) if args.runs else _status_or_why_not(path) for path in runs]
+    if args.json:
+        print(json.dumps([asdict(each) for each in found], indent=1))
+    else:
+        _print(found)
+    return 0
+
+
+def status(run_dir: Path) -> Status:
+    """The status of one run, from its record and, where it was submitted, from Slurm."""
+    if not (run_dir / "config.yaml").is_file():
+        raise BadInput(f"{run_dir} holds no run: there is no config.yaml.")
+    config = load(run_dir / "config.yaml")
+    schedule = rules.schedule_of(config)
+    steps = min(schedule.total_steps, config.training.steps or schedule.total_steps)
+    record, last_step = events.read(run_dir), _last_record(run_dir)
+    done = last_step["step"] + 1 if last_step else 0
+    stage = schedule.stage_at(min(done, schedule.total_steps - 1))
+    saved = attempts.newest_step(run_dir)
+    state, why = ("finished", "") if saved >= steps else _state(run_dir, record)
+    if state == "running":
+        why = "; ".join(filter(None, [_stragglers(record), why]))
+    return Status(
+        name=config.run.name,
+        state=state,
+        stage=stage.name,
+        block_size=stage.block_size,
+        step=done,
+        steps=steps,
+        tokens_per_sec=last_step["tokens_per_sec"] if last_step else None,
+        checkpoint=saved,
+        restarts=max(0, attempts.count(record) - 1),
+        why=why,
+    )
+
+
+def _status_or_why_not(run_dir: Path) -> Status:
+    """The status of a run that was found, not named: one that cannot be read must not hide the others."""
+    try:
+        return status(run_dir)
+    except Refusal as error:
+        why = str(error).splitlines()[0]
+        return Status(str(run_dir), "unreadable", "-", None, 0, 0, None, 0, 0, f"config.yaml: {why}")
+
+
+def _state(run_dir: Path, record: list[dict[str, Any]]) -> tuple[str, str]:
+    newest = events.last(record, "submitted", "started", "ended")
+    job = events.last(record, "submitted")
+    in_queue = slurm.state(job["job"]) if job else ""
+    ended = events.last(record, "ended")
+    why = ended["reason"] + _excluded(record) if ended else ""
+    if newest is None:
+        metrics = run_dir / "metrics.jsonl"
+        recent = metrics.exists() and time.time() - metrics.stat().st_mtime < FRESH_SEC
+        return ("running" if recent else "not running"), ""
+    if newest["event"] == "ended" and newest["outcome"] in FINAL:
+        return newest["outcome"], why
+    if in_queue in slurm.ACTIVE:
+        return in_queue.lower(), why
+    if job is None:
+        return ("running" if newest["event"] == "started" else "stopped"), why
+    if newest["event"] == "ended":
+        return "stopped", why
+    return "lost", f"job {job['job']} is {in_queue.lower() or 'unknown to Slurm'} and recorded no end"
+
+
+def _excluded(record: list[events.Event]) -> str:
+    """What became of the nodes that the newest attempt's preflight named."""
+    newest = events.last(record, "ended", "excluded")
+    if newest is None or newest["event"] == "ended":
+        return ""
+    nodes = ", ".join(newest["nodes"])
+    return (
+        f"; {nodes} not left out: {newest['problem']}" if newest["problem"] else f"; {nodes} left out since"
+    )
+
+
+def _stragglers(record: list[events.Event]) -> str:
+    """The ranks that the others wait for in this attempt, a few of them."""
+    newest = events.last(record, "started", "stragglers")
+    slow = newest.get("slow", []) if newest else []
+    more = f" and {len(slow) - NAMED} more" if len(slow) > NAMED else ""
+    return f"slow: {', '.join(slow[:NAMED])}{more}" if slow else ""
+
+
+def _last_record(run_dir: Path) -> dict[str, Any] | None:
+    records = read_jsonl(run_dir / "metrics.jsonl")
+    return records[-1] if records else None
+
+
+def _print(found: list[Status]) -> None:
+    rows = [("run", "state", "stage", "block", "step", "tok/s", "saved", "restarts", "why")]
+    for each in found:
+        step = f"{each.step}/{each.steps}"
+        speed, block = short_count(each.tokens_per_sec), str(each.block_size or "-")
+        rows.append(
+            (each.name, each.state, each.stage, block, step, speed, str(each.checkpoint),
+             str(each.restarts), each.why)
+        )  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]).rstrip())

@@ -1,0 +1,281 @@
+"""The verb `llada submit`: a run becomes a job. Hydra resolves here, once; the ranks load the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.commands.sweep import sweep
+from llada_megatron.config import compose, rules
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import Config, Container
+from llada_megatron.jobs import attempts, slurm
+from llada_megatron.record import events
+from llada_megatron.record.manifest import git_commit, versions
+from llada_megatron.record.metrics import read_jsonl, step_seconds
+
+EXAMPLE = "llada submit experiment=llada2_flash_cpt cluster=my_site --dry-run"
+SOURCE = Path(__file__).resolve().parents[2]
+TEMPLATE = SOURCE / "llada_megatron" / "jobs" / "train.sbatch"
+SAFE_OPTION = re.compile(r"[\w.,:=@+&|()\[\]*%/-]+")
+LEAD_MARGIN_SEC = 30
+STEPS_LOOKED_AT = 200
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the job and the plan's verdict; submit nothing"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="submit although the plan says that it does not fit"
+    )
+    parser.add_argument("--after", metavar="RUN|JOB", help="start when this run or job has finished well")
+    parser.add_argument(
+        "--multirun", action="store_true", help="one run for each of `key=a,b`, named after the values"
+    )
+    parser.add_argument(
+        "--max-parallel", type=int, metavar="N", help="with --multirun: so many of the runs at a time"
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="hydra overrides, experiment=NAME first"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit every run: 0; 1 when one does not fit; raises BadInput for bad input."""
+    if args.max_parallel is not None and (not args.multirun or args.max_parallel < 1):
+        raise BadInput("--max-parallel N is for the runs of --multirun: give at least 1, and --multirun.")
+    choices = sweep(args.overrides) if args.multirun else [args.overrides]
+    jobs: list[str] = []
+    return 0 if all([submit(overrides, args, jobs) for overrides in choices]) else 1
+
+
+def submit(overrides: list[str], args: argparse.Namespace, jobs: list[str]) -> bool:
+    """Render, check and submit one run; False when it does not fit and `force` is not given.
+
+    `jobs` are those of the runs before it, and gets this one's.
+    """
+    config = compose.compose(overrides)
+    config.training.preflight = True
+    run_dir = Path(config.run.dir)
+    verdict = plan_verdict(config)
+    job_script = render(config, lead_sec=lead_sec(run_dir, config.slurm.signal_lead_sec))
+    print(verdict["sentence"])
+    fits = verdict["fits"] or args.force
+    if args.dry_run:
+        print(f"\n{job_script}")
+    elif not fits:
+        print(
+            "Not submitted: change the layout (`llada plan --search ...`), or give --force.", file=sys.stderr
+        )
+    else:
+        conditions = [f"afterok:{_job_of(args.after)}"] if args.after else []
+        if args.max_parallel and len(jobs) >= args.max_parallel:  # a requeued job has not ended
+            conditions.append(f"afterany:{jobs[-args.max_parallel]}")
+        job = _submit(config, run_dir, job_script, verdict, overrides, conditions)
+        jobs.append(job)
+        print(
+            f"job {job}: {config.run.name} in {run_dir}; `llada status {shlex.quote(str(run_dir))}` shows it"
+        )
+    return fits
+
+
+def resubmit(run_dir: Path) -> str:
+    """Submit a run again as it was submitted last; returns the job's id."""
+    script = run_dir / "submission" / "job.sbatch"
+    if not script.is_file():
+        raise BadInput(
+            f"{run_dir} was never submitted: use `llada submit`, or `llada train` on this machine."
+        )
+    with _only_one(run_dir):
+        (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
+        events.append(run_dir, "resumed")
+        described = json.loads((run_dir / "submission" / "submission.json").read_text())
+        return _sbatch(run_dir, script, described["name"], described["python"], described["directory"], [])
+
+
+def plan_verdict(config: Config) -> dict[str, Any]:
+    """What `llada plan` says: fits, and one sentence. A cluster of unknown memory is not judged."""
+    from llada_megatron.plan.estimate import plan
+    from llada_megatron.plan.planner import Planner
+    from llada_megatron.plan.topology import check_processes
+
+    schedule = rules.check(config)
+    check_processes(config)
+    try:
+        result = plan(Planner(config), config.layout, schedule)
+    except BadInput as unknown:
+        return {"fits": True, "sentence": f"no plan: {unknown}"}
+    fullest = result.fullest
+    word = "fits" if result.fits else "does NOT fit"
+    sentence = (
+        f"plan: {word}, {fullest.peak / 1e9:.1f} GB of {config.cluster.memory_gb:g} on rank {fullest.rank};"
+        f" about {result.hours:,.1f} hours"
+    )
+    return {"fits": result.fits, "sentence": sentence}
+
+
+def lead_sec(run_dir: Path, at_least: int) -> int:
+    """Warning before the time limit: two steps and two saves by this run's own record, or the setting."""
+    step_sec = max(map(step_seconds, read_jsonl(run_dir / "metrics.jsonl")[-STEPS_LOOKED_AT:]), default=0.0)
+    saves = [event["seconds"] for event in events.read(run_dir) if event["event"] == "saved"]
+    return max(at_least, int(2 * step_sec + 2 * max(saves, default=0.0) + LEAD_MARGIN_SEC))
+
+
+def render(config: Config, *, lead_sec: int) -> str:
+    """The batch script of a run."""
+    site, cluster = config.slurm, config.cluster
+    directives = {
+        "account": site.account,
+        "partition": site.partition,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "time": str(site.time_limit_min or ""),
+        "gpus-per-node": str(cluster.gpus_per_node) if cluster.peak_tflops else "",
+    }
+    lines = [f"--{name}={value}" for name, value in directives.items() if value] + list(site.options)
+    for line in lines:
+        if not SAFE_OPTION.fullmatch(line):
+            raise BadInput(f"slurm: the option {line!r} holds characters that no option of sbatch needs.")
+    has_gpus = bool(cluster.peak_tflops)
+    environment = site.environment or ("nccl" if has_gpus else "gloo")
+    end_options = f"--max-failures {config.run.max_failures}"
+    values = {
+        "NODES": str(cluster.nodes),
+        "TASKS_PER_NODE": str(cluster.gpus_per_node),
+        "DIRECTIVES": "\n".join(f"#SBATCH {line}" for line in lines) or "# (no options of the site)",
+        "LEAD_SEC": str(lead_sec),
+        "SETUP": "\n".join(site.setup) or "# (no set-up of the site)",
+        "ENVIRONMENT": f'source "$4/llada_megatron/jobs/env/{environment}.sh"',
+        "SRUN": _srun_options(config),
+        "COMMAND": shlex.join(_in_container(config)),
+        "END_OPTIONS": end_options + " --exclude-failed-nodes" * site.exclude_failed_nodes,
+    }
+    text = TEMPLATE.read_text()
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text
+
+
+def _srun_options(config: Config) -> str:
+    site = config.slurm
+    if site.container is not Container.pyxis:
+        return ""
+    options = [f"--container-image={site.image}"]
+    options += [f"--container-mounts={','.join(site.mounts)}"] if site.mounts else []
+    return shlex.join(options)
+
+
+def _in_container(config: Config) -> list[str]:
+    site = config.slurm
+    python = site.python or (sys.executable if site.container is Container.none else "python")
+    if site.container is not Container.none and not site.image:
+        raise BadInput(f"slurm.container={site.container.value} needs slurm.image.")
+    if site.container is not Container.apptainer:
+        return [python]
+    bind = ["--bind", ",".join(site.mounts)] if site.mounts else []
+    return ["apptainer", "exec", "--nv", *bind, site.image, python]
+
+
+def _submit(
+    config: Config,
+    run_dir: Path,
+    script: str,
+    verdict: dict[str, Any],
+    overrides: list[str],
+    conditions: list[str],
+) -> str:
+    folder = run_dir / "submission"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(run_dir):
+        compose.save(config, run_dir / "config.yaml")
+        (folder / "job.sbatch").write_text(script)
+        (folder / "source.diff").write_text(_source_diff())
+        described = {
+            "name": config.run.name,
+            "directory": os.getcwd(),
+            "python": sys.executable,
+            "overrides": overrides,
+            "plan": verdict,
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "data": {path: _described(path) for path in config.data.path},
+            "submitted_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        (folder / "submission.json").write_text(json.dumps(described, indent=1) + "\n")
+        (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
+        options = [f"--dependency={','.join(conditions)}"] if conditions else []
+        return _sbatch(run_dir, folder / "job.sbatch", config.run.name, sys.executable, os.getcwd(), options)
+
+
+def _sbatch(run_dir: Path, script: Path, name: str, python: str, directory: str, options: list[str]) -> str:
+    (run_dir / "logs").mkdir(exist_ok=True)
+    absolute = run_dir.resolve()
+    output = f"{absolute}/logs/slurm-".replace("%", "%%") + "%j.out"
+    readable = re.sub(r"[^\w.=+-]+", "-", name)[:64]
+    job = slurm.sbatch(
+        [
+            f"--job-name={readable}",
+            f"--output={output}",
+            *options,
+            str(script),
+            str(absolute),
+            python,
+            directory,
+            str(SOURCE),
+        ]
+    )
+    events.append(run_dir, "submitted", job=job)
+    return job
+
+
+@contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Refuse a second submission of a run directory, also one that is made at the same moment."""
+    submitted = events.last(events.read(run_dir), "submitted")
+    if submitted and slurm.is_active(submitted["job"]):
+        raise BadInput(
+            f"{run_dir} is already submitted as job {submitted['job']}: `llada stop` it first, or choose"
+            " another run.name."
+        )
+    lock = run_dir / "submission" / "lock"
+    try:
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        raise BadInput(f"{run_dir} is being submitted just now; if it is not, delete {lock}.") from None
+    try:
+        yield
+    finally:
+        lock.unlink()
+
+
+def _job_of(after: str) -> str:
+    if after.isdigit():
+        return after
+    submitted = events.last(events.read(Path(after)), "submitted")
+    if submitted is None:
+        raise BadInput(f"--after {after}: it is neither a job's number nor a run that was submitted.")
+    return submitted["job"]
+
+
+def _source_diff() -> str:
+    done = subprocess.run(["git", "diff", "HEAD"], cwd=SOURCE, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _described(path: str) -> Any:
+    try:
+        return json.loads(Path(f"{path}.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,279 @@
+"""Conversions: streamed part by part, proven by a certificate, published only when it passes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llada_megatron.checkpoint import publish, store
+from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
+from llada_megatron.config.schema import ModelConfig, Objective
+from llada_megatron.convert import config_json, tokenizer_files
+from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
+from llada_megatron.convert.families import BAILING, ExpertLayout, drop_reason, family_of
+from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
+from llada_megatron.convert.mapping import Entry
+from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
+from llada_megatron.record.manifest import Manifest, find
+
+SHARDS = "shards"
+EMBEDDING = "embedding.word_embeddings.weight"
+KEPT_IN_FP32 = "expert_bias"
+"""Whatever dtype is asked for: the public code and SGLang hold it in fp32."""
+
+
+class Reader(Protocol):
+    def read(self, part: Part) -> Tensor: ...
+
+
+class Writer(Protocol):
+    def write(self, part: Part, values: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def hf_to_mcore(
+    source: Path, target: Path, *, mask_token_id: int | None = None, mask_token: str | None = None
+) -> Certificate:
+    """Convert a Hugging Face checkpoint into one of ours, weights only, loadable in every layout.
+
+    Nothing appears at `target` unless the certificate passes. Needs process groups of one process. Raises
+    BadInput for a checkpoint that cannot be read and a target that exists.
+    """
+    files = SafetensorsReader(source)
+    described = config_json.read_json(source / "config.json")
+    token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
+    model = config_json.model_config(described, token_id, f"{source}/config.json")
+    architecture = config_json.architecture_of(described)
+    stacked = any(name.endswith(".mlp.experts.gate_proj") for name in files.tensors)
+    layout = ExpertLayout.stacked if stacked else ExpertLayout.separate
+    entries = list(family_of(architecture, source).table(model, layout))
+    certificate = Certificate("hf-to-mcore", str(source), architecture, token_id, layout.value)
+    shapes = files.shapes()
+    certificate.dropped = {
+        name: reason
+        for name in sorted(shapes.keys() - {part.name for entry in entries for part in entry.theirs})
+        if (reason := drop_reason(name, model, described))
+    }
+    used = {name: shape for name, shape in shapes.items() if name not in certificate.dropped}
+    if not _fits(certificate, entries, str(source), used, model):
+        return certificate
+    with written_aside(target) as aside:
+        writer = ShardsWriter(aside / SHARDS)
+        _convert(certificate, entries, files, writer, lambda: ShardsReader(aside / SHARDS), to_ours=True)
+        _check_logits(certificate, files, described, aside, model)
+        if certificate.passed:
+            tokenizer_files.carry_in(source, aside)
+            certificate.write(aside)
+            lineage = {
+                "kind": "hf-to-mcore",
+                "source": str(source.resolve()),
+                "architecture": architecture,
+                "tensors_sha256": tensors_digest(certificate.hugging_face),
+            }
+            publish.finish(aside, target, Manifest(config={"model": asdict(model)}, lineage=lineage))
+    return certificate
+
+
+def mcore_to_hf(
+    source: str,
+    target: Path,
+    *,
+    architecture: str | None = None,
+    layout: ExpertLayout = ExpertLayout.separate,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+    mask_token: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Certificate:
+    """Convert a checkpoint of ours, or the newest of a run, into a Hugging Face checkpoint.
+
+    Tensors keep their type unless `dtype` is given. Without `architecture` a MoE that was trained with
+    diffusion is LLaDA2MoeModelLM. Otherwise as `hf_to_mcore`.
+    """
+    checkpoint = find(source)
+    manifest = store.verified(checkpoint)
+    model = ModelConfig(**manifest.config["model"])
+    folder = tokenizer_files.carried(checkpoint, manifest)
+    came_as = _optional_json(folder, "config.json")
+    architecture = architecture or _architecture(manifest, model, came_as)
+    entries = list(family_of(architecture, "--architecture").table(model, layout))
+    if tokenizer is not None:
+        tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
+    shards = ShardsReader(checkpoint / SHARDS)
+    described = config_json.describe(
+        model,
+        architecture,
+        came_as,
+        dtype=str(dtype or shards.dtype(EMBEDDING)).removeprefix("torch."),
+        positions=manifest.config.get("data", {}).get("sequence_length"),
+    )
+    certificate = Certificate("mcore-to-hf", str(checkpoint), architecture, model.mask_token_id, layout.value)
+    if not _fits(certificate, entries, str(checkpoint), shards.shapes(), model):
+        return certificate
+    types = {
+        part.name: (_type(part, shards.dtype(entry.ours.name), dtype), part.shape)
+        for entry in entries
+        for part in entry.theirs
+    }
+    with written_aside(target) as aside:
+        writer = SafetensorsWriter(aside, types, max_shard_bytes)
+        _convert(
+            certificate, entries, shards, writer, lambda: SafetensorsReader(aside), to_ours=False, dtype=dtype
+        )
+        _check_logits(certificate, SafetensorsReader(aside), described, checkpoint, model)
+        if certificate.passed:
+            _write_configs(aside, folder, came_as, described, model.mask_token_id)
+            if folder is not None:
+                same = config_json.architecture_of(came_as) == architecture
+                tokenizer_files.carry_out(folder, aside, code=same)
+            if tokenizer is not None:
+                tokenizer_files.carry_out(tokenizer, aside, code=False)
+            certificate.write(aside)
+            publish.give_name(aside, target)
+    return certificate
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """The directory to write into; it is gone afterwards unless it was given its name."""
+    aside = publish.begin(target)
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fits(
+    certificate: Certificate,
+    entries: list[Entry],
+    holder: str,
+    held: dict[str, tuple[int, ...]],
+    model: ModelConfig,
+) -> bool:
+    """Whether the table, what the source holds and megatron-core's own model agree in names and shapes."""
+    built, parameters = model_tensors(model)
+    ours = {entry.ours.name: entry.ours.shape for entry in entries}
+    theirs = {part.name: part.shape for entry in entries for part in entry.theirs}
+    certificate.parameters["architecture"] = parameters
+    certificate.compare("the mapping table", ours, built)
+    certificate.compare(holder, held, theirs if certificate.direction == "hf-to-mcore" else ours)
+    return certificate.passed
+
+
+def _convert(
+    certificate: Certificate,
+    entries: list[Entry],
+    reader: Reader,
+    writer: Writer,
+    reopen: Callable[[], Reader],
+    *,
+    to_ours: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write every entry, read the result again, and note whatever does not fit in the certificate."""
+    source, target = Ledger("source"), Ledger("target")
+    for entry in entries:  # no more than one entry's tensors are in memory
+        inputs, outputs = (entry.theirs, (entry.ours,)) if to_ours else ((entry.ours,), entry.theirs)
+        values = [reader.read(part) for part in inputs]
+        for part, value in zip(inputs, values, strict=True):
+            source.record(part, value)
+        converted = entry.to_ours(values) if to_ours else entry.to_theirs(values)
+        for part, value in zip(outputs, converted, strict=True):
+            value = value.to(_type(part, value.dtype, dtype)).contiguous()
+            target.record(part, value)
+            writer.write(part, value)
+    writer.finish()
+    again = Ledger("the result")
+    _read_back(entries, reopen(), again, to_ours=to_ours, convert_back=dtype is None)
+    theirs, ours = (source, target) if to_ours else (target, source)
+    certificate.hugging_face, certificate.megatron = theirs.as_json(), ours.as_json()
+    for ledger in (source, target, again):
+        certificate.problems += ledger.problems
+    built = {part.name: part.shape for entry in entries for part in (entry.ours, *entry.theirs)}
+    certificate.compare("what was read and written", source.shapes() | target.shapes(), built)
+    if dtype is None:
+        certificate.same_hashes("the result, read and converted back,", again, source)
+    else:
+        certificate.same_hashes("the result, read again,", again, target)
+    written = sum(prod(s) for name, s in target.shapes().items() if not name.endswith(KEPT_IN_FP32))
+    certificate.count_parameters(written)
+
+
+def _read_back(
+    entries: list[Entry], result: Reader, ledger: Ledger, *, to_ours: bool, convert_back: bool
+) -> None:
+    """Record the parts of the result or, converted back, those that the source should have had."""
+    for entry in entries:
+        parts = (entry.ours,) if to_ours else entry.theirs
+        values = [result.read(part) for part in parts]
+        if convert_back:
+            parts = entry.theirs if to_ours else (entry.ours,)
+            values = entry.to_theirs(values) if to_ours else entry.to_ours(values)
+        for part, value in zip(parts, values, strict=True):
+            ledger.record(part, value)
+
+
+def _type(part: Part, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    return stored if asked is None or part.name.endswith(KEPT_IN_FP32) else asked
+
+
+def _architecture(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any]) -> str:
+    if not model.experts:
+        return config_json.DENSE
+    stages = {stage["name"]: stage for stage in manifest.config.get("schedule", {}).get("stages", [])}
+    objective = stages.get(manifest.stage, {}).get("objective")
+    came = config_json.architecture_of(came_as)
+    if objective == Objective.diffusion.value:
+        return config_json.DIFFUSION_MOE
+    return came if came in BAILING.architectures else config_json.AUTOREGRESSIVE_MOE
+
+
+def _check_logits(
+    certificate: Certificate,
+    files: SafetensorsReader,
+    described: dict[str, Any],
+    checkpoint: Path,
+    model: ModelConfig,
+) -> None:
+    """Compare what both sides compute, where they hold the same numbers and are small enough to run."""
+    if not certificate.passed:
+        return
+    if certificate.parameters["architecture"] > MAX_PARAMETERS:
+        certificate.logits = {"compared": False, "reason": f"more than {MAX_PARAMETERS:,} parameters"}
+        return
+    if certificate.rounded():
+        certificate.logits = {"compared": False, "reason": "the numbers were rounded to another type"}
+        return
+    certificate.compare_logits(compare_logits(files, described, checkpoint, model))
+
+
+def _optional_json(folder: Path | None, name: str) -> dict[str, Any]:
+    return config_json.read_json(folder / name) if folder and (folder / name).is_file() else {}
+
+
+def _write_configs(
+    target: Path, folder: Path | None, came_as: dict[str, Any], described: dict[str, Any], mask_token_id: int
+) -> None:
+    """Both configurations; one that says the same as the one that was carried along is that file."""
+    generation = _optional_json(folder, "generation_config.json")
+    wanted = {
+        "config.json": (came_as, described),
+        "generation_config.json": (
+            generation,
+            config_json.generation_config(generation, described, mask_token_id),
+        ),
+    }
+    for name, (before, now) in wanted.items():
+        if folder and before and before == now:
+            shutil.copyfile(folder / name, target / name)
+        else:
+            write_json(target / name, now)

@@ -1,1 +1,0 @@
-"""The objective: corruption, position weights and denominators."""

@@ -1,0 +1,1 @@
+"""A training step without data, messages or memory: what ranks of any world would hold and send."""

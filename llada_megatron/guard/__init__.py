@@ -1,0 +1,1 @@
+"""What watches over ranks, whatever they compute: nodes, locks, signals, hangs, slow ranks, agreement."""

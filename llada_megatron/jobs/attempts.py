@@ -1,0 +1,249 @@
+"""The attempts of a run: what a job records before and after the ranks, and whether it is requeued.
+
+    python -m llada_megatron.jobs.attempts start RUN
+    python -m llada_megatron.jobs.attempts end RUN EXIT_CODE --max-failures N [--exclude-failed-nodes]
+
+The batch script calls both. Standard library only, as record/events.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from llada_megatron.config.errors import BAD_INPUT
+from llada_megatron.jobs import exclusion, slurm
+from llada_megatron.record import events
+from llada_megatron.record.events import Event
+
+STOP_FILE = "stop"
+"""In the run's directory: `llada stop` was called, so nothing is requeued."""
+ERROR = re.compile(r"error: (.+)|^(\w+(?:Error|Exception)\b.*)|(Timeout \(.*\)!)")
+
+
+@dataclass
+class Verdict:
+    """How an attempt ended.
+
+    `finished`, `stopped` and `failed` are final; `again` is requeued by us, `yielded` was ended by Slurm,
+    which requeues it after a preemption.
+    """
+
+    outcome: str
+    reason: str
+
+
+@dataclass
+class Refused:
+    """Why the ranks of an attempt refused to start or to go on, as they recorded it."""
+
+    exit_code: int
+    """Of config/errors.py."""
+    reason: str
+    nodes: list[str]
+    """Those at fault."""
+
+
+def refused(record: list[Event]) -> Refused | None:
+    """What the ranks of the newest attempt recorded; a fault that another start may escape outranks the rest.
+
+    An exit code would not tell: srun's is that of the ranks which it ended itself, if one failed before them.
+    """
+    said = []
+    for event in reversed(record):
+        if event["event"] == "started":
+            break
+        if event["event"] == "refused":
+            said.append(event)
+    if not said:
+        return None
+    worst = max(said, key=lambda event: event["exit_code"])
+    return Refused(worst["exit_code"], worst["reason"], [node for event in said for node in event["nodes"]])
+
+
+def newest_step(run_dir: Path) -> int:
+    """Steps in the newest whole checkpoint; 0 without one."""
+    names = [path.parent.name for path in (run_dir / "checkpoints").glob("step_*/manifest.json")]
+    return max((int(name.removeprefix("step_")) for name in names), default=0)
+
+
+def log_dir(run_dir: Path, attempt: int) -> Path:
+    """Where the ranks of an attempt write, one file each."""
+    return run_dir / "logs" / f"attempt_{attempt:03d}"
+
+
+def count(record: list[Event]) -> int:
+    """Attempts so far."""
+    return sum(event["event"] == "started" for event in record)
+
+
+def start(run_dir: Path, **where: object) -> int:
+    """Record that an attempt starts; returns its number, from 0. One that never ended is recorded first."""
+    record = events.read(run_dir)
+    newest = events.last(record, "started", "ended")
+    if newest is not None and newest["event"] == "started":
+        reason = "it ended without a word: a node failed, or the job was preempted or killed"
+        events.append(
+            run_dir,
+            "ended",
+            time=_last_sign(run_dir, record),
+            exit_code=None,
+            step=newest_step(run_dir),
+            outcome="again",
+            reason=reason,
+        )
+    number = count(record)
+    events.append(run_dir, "started", attempt=number, step=newest_step(run_dir), **where)
+    return number
+
+
+def decide(
+    run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool = False, error: str = ""
+) -> Verdict:
+    """What follows from an exit code.
+
+    `is_ending`: Slurm itself ends the job (cancelled, preempted). `error` is looked up in the record and, for
+    people, in the logs if empty; nothing is decided by its words.
+    """
+    stopped = (run_dir / STOP_FILE).exists()
+    if exit_code == 0:
+        return Verdict("finished", "the schedule is done")
+    if stopped:
+        return Verdict("stopped", "`llada stop` was called; `llada resume` goes on")
+    if signalled := _signalled(events.read(run_dir)):
+        if is_ending:
+            return Verdict("yielded", f"the job was cancelled or preempted ({signalled})")
+        return Verdict("again", f"{signalled} asked for a checkpoint and a new start")
+    refusal = refused(events.read(run_dir))
+    reason = error or (refusal.reason if refusal else "") or first_error(run_dir) or f"exit code {exit_code}"
+    if (refusal.exit_code if refusal else exit_code) == BAD_INPUT:
+        return Verdict("failed", reason)
+    failures = _failures_without_progress(run_dir) + 1
+    if failures >= max_failures:
+        return Verdict("failed", f"{failures} failures in a row without a new checkpoint, the last: {reason}")
+    return Verdict("again", reason)
+
+
+def end(run_dir: Path, exit_code: int, verdict: Verdict) -> None:
+    """Record how an attempt ended."""
+    step = newest_step(run_dir)
+    events.append(
+        run_dir, "ended", exit_code=exit_code, step=step, outcome=verdict.outcome, reason=verdict.reason
+    )
+
+
+def first_error(run_dir: Path) -> str:
+    """The most telling line of the newest attempt's logs: an error sentence first, then an exception."""
+    folder = log_dir(run_dir, count(events.read(run_dir)) - 1)
+    sentences: list[str] = []
+    exceptions: list[str] = []
+    for log in sorted(folder.glob("rank_*.log")):
+        rank = log.stem.removeprefix("rank_")
+        for line in _tail(log).splitlines():
+            if found := ERROR.search(line):
+                (sentences if found[1] else exceptions).append(
+                    f"{found[1] or found[2] or found[3]} (rank {rank})"
+                )
+    stacks = [f"no progress, stacks in {path}" for path in [run_dir / "stacks"] if _has_content(path)]
+    return next(iter([*sentences, *stacks, *exceptions]), "")
+
+
+def _signalled(record: list[Event]) -> str:
+    """The signal at which the newest attempt saved and left; empty if none did.
+
+    The ranks record it. An exit code would not tell: srun ends the others with SIGTERM when one rank fails.
+    """
+    newest = events.last(record, "started", "signalled")
+    return newest["signal"] if newest and newest["event"] == "signalled" else ""
+
+
+def _failures_without_progress(run_dir: Path) -> int:
+    """Failed attempts since one left a newer checkpoint, was asked to leave, or lost its node."""
+    failures = begun_at = 0
+    asked = False
+    for event in events.read(run_dir):
+        if event["event"] == "started":
+            begun_at, asked = event["step"], False
+        elif event["event"] == "signalled":
+            asked = True
+        elif event["event"] == "resumed":
+            failures = 0
+        elif event["event"] == "ended":
+            failed = event["exit_code"] is not None and not asked and event["step"] <= begun_at
+            failures = failures + 1 if failed else 0
+    return 0 if newest_step(run_dir) > begun_at else failures
+
+
+def _last_sign(run_dir: Path, record: list[Event]) -> float:
+    """When the newest attempt last wrote something, in seconds since 1970; after that the run waited."""
+    files = [run_dir / "metrics.jsonl", *log_dir(run_dir, count(record) - 1).glob("rank_*.log")]
+    return max([record[-1]["time"], *(file.stat().st_mtime for file in files if file.exists())])
+
+
+def _tail(path: Path, size: int = 100_000) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read().decode(errors="replace")
+
+
+def _has_content(folder: Path) -> bool:
+    return any(path.stat().st_size for path in folder.glob("rank_*.txt"))
+
+
+def main(arguments: list[str]) -> int:
+    """`start RUN` prints the folder for the ranks' logs; `end RUN CODE` requeues when it should."""
+    parser = argparse.ArgumentParser(prog="python -m llada_megatron.jobs.attempts")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("start").add_argument("run_dir", type=Path)
+    ending = commands.add_parser("end")
+    ending.add_argument("run_dir", type=Path)
+    ending.add_argument("exit_code", type=int)
+    ending.add_argument("--max-failures", type=int, required=True)
+    ending.add_argument("--exclude-failed-nodes", action="store_true")
+    args = parser.parse_args(arguments)
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return _start_job(args.run_dir, job) if args.command == "start" else _end_job(args, job)
+
+
+def _start_job(run_dir: Path, job: str) -> int:
+    newest = events.last(events.read(run_dir), "submitted", "ended")
+    if newest and newest.get("outcome") == "finished":  # requeued by hand; a new submission asks for more
+        print(f"{run_dir} is finished", file=sys.stderr)
+        return 1
+    number = start(
+        run_dir,
+        job=job,
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+        devices=int(os.environ.get("SLURM_NTASKS", "1")),
+    )
+    folder = log_dir(run_dir, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(folder)
+    return 0
+
+
+def _end_job(args: argparse.Namespace, job: str) -> int:
+    is_ending = slurm.state(job) not in ("RUNNING", "")
+    verdict = decide(args.run_dir, args.exit_code, max_failures=args.max_failures, is_ending=is_ending)
+    end(args.run_dir, args.exit_code, verdict)
+    print(f"{verdict.outcome}: {verdict.reason}", flush=True)
+    if verdict.outcome == "again":  # requeued, the job ends here and waits in the queue again
+        failed: list[str] = []
+        refusal = refused(events.read(args.run_dir))
+        if args.exclude_failed_nodes and refusal and refusal.nodes:
+            of_job = slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
+            failed = exclusion.failed_nodes(refusal.nodes, of_job)
+        if failed:
+            exclusion.requeue_without(args.run_dir, job, failed)
+        else:
+            slurm.requeue(job)
+    return args.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

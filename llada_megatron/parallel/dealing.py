@@ -1,0 +1,20 @@
+"""Which samples of the global batch are this process's."""
+
+from __future__ import annotations
+
+from megatron.core import parallel_state
+
+
+def data_parallel() -> tuple[int, int]:
+    """This process's data-parallel rank and the number of them."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def sample_indices(step: int, micro_batch: int, global_batch: int) -> list[list[int]]:
+    """Global sample indices of this rank's micro-batches: the global batch is dealt out in file order."""
+    rank, ranks = data_parallel()
+    first = step * global_batch
+    return [
+        list(range(first + start, first + start + micro_batch))
+        for start in range(rank * micro_batch, global_batch, ranks * micro_batch)
+    ]

@@ -1,0 +1,167 @@
+"""Bytes that a layer keeps for its backward pass, and what recompute drops of them.
+
+Legend, per process and micro-batch (shapes.py): S rows, t = S/tp tokens, N routed copies, n supervised rows,
+K keys; H hidden size, F and Fe and Fs widths, q = heads*head_dim/tp and g = kv_heads*head_dim/tp channels, k
+experts per token, E experts, V vocabulary, r rotated channels of a head; b bytes of an element.
+
+The formulas are those of megatron-core 0.19.2's local spec with this project's attention, router and head.
+Three contracts are assumed of kernels: RMSNorm keeps its input and an fp32 1/rms per row, attention keeps
+its inputs, its output and an fp32 log-sum-exp per row and head, and rotary keeps cosines and sines. On a CPU
+plain operations keep more. TransformerEngine's modules keep the same tensors where they are documented; for
+that spec the figures are an estimate.
+"""
+
+from __future__ import annotations
+
+from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
+from llada_megatron.plan.shapes import Shape
+
+Parts = dict[str, int]
+"""Bytes by part of a layer: residual, norms, attention, core_attn, mlp, shared_experts, experts, router."""
+
+
+def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int) -> Parts:
+    """What one layer keeps without recompute.
+
+    residual   2 b tH: the layer's input, and the sum after attention
+    norms      2 b tH outputs, 8t 1/rms; with qk_norm 4S (heads + kv_heads)/tp more 1/rms
+    attention  b S(q + 2g) projections; b Sq of queries copied out of them where g holds several kv heads;
+               b Sq rotated queries; b Sq output; 4b rotary_rows r of cosines and sines for q and k
+    core_attn  4S heads/tp log-sum-exp; keys and values: b Sg rotated keys (values are a view of the
+               projections), or with context parallelism 2b Kg, the exchange's ordered copy
+    mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion)
+    experts    b NH inputs; b N Fe/etp (2 gate and up, 1 weighted product)
+    router     tE (8 + 4): sorted indices int64, sigmoid; t(20k + 4): chosen and remaining indices, their
+               scores and probabilities, their sum; 4N received probabilities (and see held_bytes).
+               With gathered tokens T (layout.dispatcher=allgather): 4tE sigmoid; t(12k + 4); 8N order of the
+               copies; 4N probabilities, chosen by 5T E/ep of scores and map
+    """
+    S, t, N, tp = shape.rows, shape.tokens, shape.routed, layout.tp
+    hidden, head_dim = model.hidden_size, model.head_dim
+    q, g = model.heads * head_dim // tp, model.kv_heads * head_dim // tp
+    norm_rows = S * (model.heads + model.kv_heads) // tp if model.qk_norm else 0
+    copied_queries = b * S * q if model.qk_norm and model.kv_heads // tp > 1 else 0
+    rotary = 4 * b * shape.rotary_rows * int(head_dim * model.rotary_fraction)
+    parts = {
+        "residual": 2 * b * t * hidden,
+        "norms": 2 * b * t * hidden + 8 * t + 4 * norm_rows,
+        "attention": b * S * (q + 2 * g) + copied_queries + 2 * b * S * q + rotary,
+        "core_attn": 4 * S * model.heads // tp + (2 * b * shape.keys * g if layout.cp > 1 else b * S * g),
+    }
+    if not moe:
+        parts["mlp"] = 3 * b * S * model.ffn_hidden_size // tp
+        return parts
+    k = model.experts_per_token
+    parts["shared_experts"] = 3 * b * S * model.shared_expert_hidden_size // tp
+    parts["experts"] = b * N * (hidden + 3 * model.expert_hidden_size // layout.etp)
+    if layout.dispatcher is Dispatcher.allgather:
+        chosen_from = gathered_tokens(shape, layout) * model.experts // layout.ep
+        parts["router"] = 4 * t * model.experts + t * (12 * k + 4) + 12 * N + 5 * chosen_from
+    else:
+        parts["router"] = 12 * t * model.experts + t * (20 * k + 4) + 4 * N
+    return parts
+
+
+def gathered_tokens(shape: Shape, layout: LayoutConfig) -> int:
+    """T = t ep etp: tokens that layout.dispatcher=allgather brings to every process."""
+    return shape.tokens * layout.ep * layout.etp
+
+
+def recomputed_modules(layout: LayoutConfig) -> frozenset[str]:
+    """Modules whose forward runs again in backward, in the words of layout.recompute_modules."""
+    if layout.recompute is Recompute.none:
+        return frozenset()
+    if layout.recompute is Recompute.full:
+        return frozenset({"attention", "core_attn", "mlp", "moe", "shared_experts", "norms"})
+    modules = set(layout.recompute_modules)
+    return frozenset(modules | {"shared_experts"} if "moe" in modules else modules)
+
+
+def kept(model: ModelConfig, parts: Parts, shape: Shape, layout: LayoutConfig, *, b: int) -> Parts:
+    """What is left of a layer's parts under layout.recompute.
+
+    full keeps the layer's input, b tH. core_attn keeps its inputs: the rotated keys b Sg and what attention
+    keeps. mlp, moe and shared_experts keep nothing: their input is the norm's output. layernorm drops the
+    norm in front of experts, b tH (the other norms are fused into a linear layer). moe_act keeps the gate
+    and up projections, 2b N Fe/etp, beside the experts' inputs.
+    """
+    if layout.recompute is Recompute.none:
+        return parts
+    if layout.recompute is Recompute.full:
+        return {"residual": b * shape.tokens * model.hidden_size}
+    modules = recomputed_modules(layout)
+    left = dict(parts)
+    if "core_attn" in modules:
+        left["core_attn"] = b * shape.rows * model.kv_heads * model.head_dim // layout.tp
+    if "experts" in parts:
+        if "layernorm" in modules:
+            left["norms"] -= b * shape.tokens * model.hidden_size
+        if "moe_act" in modules:
+            inputs = model.hidden_size + 2 * model.expert_hidden_size // layout.etp
+            left["experts"] = b * shape.routed * inputs
+    dropped = {"mlp": ("mlp",), "shared_experts": ("shared_experts",), "moe": ("experts", "router")}
+    for module in modules:
+        for part in dropped.get(module, ()):
+            left.pop(part, None)
+    return left
+
+
+def held_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
+    """What a MoE layer holds of the last micro-batch only, until the next comes.
+
+    5tE: its dispatcher's scattered probabilities (fp32) and map; where the layer is recomputed, 8 per sent
+    copy as well, the order of the copies, which backward keeps otherwise. Gathered tokens: T E/ep of the map,
+    and likewise 12N of order and probabilities.
+    """
+    recomputed = "moe" in recomputed_modules(layout)
+    if layout.dispatcher is Dispatcher.allgather:
+        mapped = gathered_tokens(shape, layout) * model.experts // layout.ep
+        return mapped + (12 * shape.routed if recomputed else 0)
+    return 5 * shape.tokens * model.experts + (8 * shape.sent if recomputed else 0)
+
+
+def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> tuple[int, int]:
+    """What each (virtual) stage keeps of a micro-batch beside its layers, and holds of the last one only.
+
+    Kept: 8K order of the exchanged keys, 8 per noisy row sent; with full recompute 4r rotary_rows angles,
+    which every layer takes. Held: 8 rotary_rows positions.
+    """
+    angles = 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
+    kept_here = 8 * (shape.keys + shape.halo) if layout.cp > 1 else 0
+    if layout.recompute is Recompute.full:
+        kept_here += angles
+    return kept_here, 8 * shape.rotary_rows
+
+
+def embedding_bytes(shape: Shape, layout: LayoutConfig) -> int:
+    """8S tokens; with tp > 1 instead 9S of local ids and their map. The rows are the first layer's input."""
+    return (9 if layout.tp > 1 else 8) * shape.rows
+
+
+def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """b SH with tp > 1: where linear layers gather their inputs, one for the whole process.
+
+    megatron-core's layers.py takes it from get_global_memory_buffer() and never gives it back. Tokens that
+    experts gather go through the same one, b TH.
+    """
+    rows = shape.rows if layout.tp > 1 else 0
+    if model.experts and layout.dispatcher is Dispatcher.allgather and layout.ep * layout.etp > 1:
+        rows = max(rows, gathered_tokens(shape, layout))
+    return b * rows * model.hidden_size
+
+
+METRICS = 8 * (2 + 2 * 10 + 2 * 32)
+"""fp64 loss, count, and sums by mask rate and place in the block, of every micro-batch (training/step.py)."""
+
+
+def head_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """What the final norm, the head and the loss keep.
+
+    b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights, the metrics.
+    Several chunks are recomputed in backward and keep 8n of labels but no logits; a single one keeps fp32
+    probabilities [n, V/tp] and 9n of local labels and their map.
+    """
+    n = shape.supervised
+    chunk = n * (4 * model.vocab_size // layout.tp + 9) if n <= model.head_chunk_tokens else 8 * n
+    hidden = b * (shape.tokens + n) * model.hidden_size
+    return hidden + 4 * shape.tokens + 12 * n + METRICS + chunk

@@ -1,0 +1,256 @@
+"""Plans and searches for people: the verdict first, then where memory and time go, then what is assumed."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llada_megatron.config.layout import data_parallel_size
+from llada_megatron.config.schema import Config, LayoutConfig, Recompute
+from llada_megatron.plan.estimate import Plan, StageTime
+from llada_megatron.plan.memory import NOT_MODELLED
+from llada_megatron.plan.search import Result, describe
+from llada_megatron.plan.topology import GB
+
+BAR = 40
+EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
+COLOURS = ("blue", "cyan", "magenta", "green", "yellow", "red", "bright_blue", "bright_magenta", "white")
+
+
+def print_plan(plan: Plan, config: Config) -> None:
+    """Everything about one layout."""
+    console = Console(highlight=False)
+    _verdict(console, plan)
+    _memory(console, plan)
+    longest = max(plan.stages, key=lambda stage: stage.hours)
+    _schedule(console, plan)
+    _step(console, longest)
+    _traffic(console, longest)
+    _assumptions(console, plan, config)
+
+
+def _verdict(console: Console, plan: Plan) -> None:
+    fullest, usable = plan.fullest, plan.usable_bytes / GB
+    word, style = ("fits", "bold green") if plan.fits else ("does not fit", "bold red")
+    where = f" on {plan.cluster} ({plan.gpus} GPU{'s' * (plan.gpus > 1)})"
+    console.print(Text(f"{plan.name} {word}{where}", style=style))
+    console.print(f"  {describe(plan.layout)}, dp {data_parallel_size(plan.layout)}")
+    console.print(
+        f"  memory  {amount(fullest.peak)} on pipeline stage {fullest.rank}, of {usable:.1f} GB"
+        f" ({plan.memory_bytes / GB:.0f} less {1 - plan.usable_bytes / plan.memory_bytes:.0%} margin)"
+    )
+    tokens = sum(stage.tokens for stage in plan.stages)
+    cost = "" if plan.cost is None else f", cost {plan.cost:,.0f}"
+    console.print(
+        f"  time    {duration(plan.hours)} for {quantity(tokens)} tokens, {plan.hours * plan.gpus:,.0f}"
+        f" GPU-hours{cost}"
+    )
+    console.print(f"  speed   {quantity(plan.tokens_per_sec)} tokens/s, MFU {plan.mfu:.1%}, estimated")
+
+
+def _memory(console: Console, plan: Plan) -> None:
+    unit, letter = (GB, "GB") if plan.fullest.peak >= GB else (1e6, "MB")
+    headers = ("stage", "layers", "params", "weights", "grads", "optim", "kept", "in flight",
+               "trans.", "peak")  # fmt: skip
+    table = table_of(f"Memory per pipeline stage, {letter} on its fullest process", headers)
+    for rank in plan.ranks:
+        parts = {name: f"{size / unit:.1f}" for name, size in rank.parts.items()}
+        table.add_row(
+            str(rank.rank),
+            "+".join(map(str, rank.layers)),
+            quantity(rank.parameters.trained),
+            parts["weights"],
+            parts["gradients"],
+            parts["optimizer"],
+            parts["activations"],
+            "+".join(map(str, rank.in_flight)),
+            parts["transient"],
+            Text(f"{rank.peak / unit:.1f}", style="" if rank.peak <= plan.usable_bytes else "bold red"),
+        )
+    console.print(table)
+    fullest = plan.fullest
+    console.print(
+        f"\nWhere the memory of stage {fullest.rank} goes in {fullest.stage}, {letter} and share of"
+        f" {plan.memory_bytes / unit:.0f}"
+    )
+    sizes = {name: fullest.parts[name] for name in ("weights", "gradients", "optimizer")}
+    sizes |= {f"kept: {name.replace('_', ' ')}": size for name, size in fullest.activations.items()}
+    sizes["transient"] = fullest.parts["transient"]
+    bars(console, {name: size / unit for name, size in sizes.items()}, plan.memory_bytes / unit, "{:.1f}")
+
+
+def _schedule(console: Console, plan: Plan) -> None:
+    headers = ("stage", "block", "s/step", "tokens/s", "MFU", "tokens", "hours", "GPU-hours")
+    table = table_of("Time per stage of the schedule", headers, left=headers[:1])
+    for stage in plan.stages:
+        table.add_row(
+            stage.name,
+            str(stage.block_size),
+            f"{stage.step_seconds:.2f}",
+            quantity(stage.tokens_per_sec),
+            f"{stage.mfu:.1%}",
+            quantity(stage.tokens),
+            f"{stage.hours:.1f}",
+            f"{stage.gpu_hours:,.0f}",
+        )
+    console.print(table)
+
+
+KINDS = {
+    "gemm": "matrix products",
+    "expert gemm": "experts' products",
+    "attention": "attention",
+    "memory": "memory-bound",
+    "gradients": "gradients, weights",
+    "optimizer": "optimizer",
+    "bubble": "pipeline bubble",
+}
+
+
+def _step(console: Console, stage: StageTime) -> None:
+    console.print(
+        f"\nWhere a step of {stage.name} goes, seconds and share of {stage.step_seconds:.2f}"
+        f" ({stage.micro_batches} micro-batches)"
+    )
+    seconds = {KINDS.get(name, f"messages: {name}"): part for name, part in stage.seconds.items()}
+    bars(console, seconds, stage.step_seconds, "{:.2f}")
+    console.print(
+        f"  {quantity(stage.model_flops_per_token)}FLOP per data token,"
+        f" {quantity(stage.performed_flops_per_token)}FLOP with what is recomputed"
+    )
+
+
+def _traffic(console: Console, stage: StageTime) -> None:
+    if not stage.traffic:
+        return
+    headers = ("group", "ranks", "on a node", "GB", "seconds if nothing hid it")
+    table = table_of(f"Traffic of a process in a step of {stage.name}", headers, left=headers[:1])
+    for group in sorted(stage.traffic, key=lambda group: -group.seconds):
+        table.add_row(
+            group.group,
+            str(group.ranks),
+            str(group.on_node),
+            f"{group.payload / GB:.2f}",
+            f"{group.seconds:.2f}",
+        )
+    console.print(table)
+
+
+def _assumptions(console: Console, plan: Plan, config: Config) -> None:
+    cluster = config.cluster
+    shares = {
+        "matrix products": cluster.gemm_efficiency,
+        "experts' products": cluster.grouped_gemm_efficiency,
+        "attention": cluster.attention_efficiency,
+        "memory": cluster.memory_efficiency,
+        "links": cluster.link_efficiency,
+    }
+    achieved = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
+    derived = config.model.layer_spec == "local"
+    experts = (
+        f"the busiest experts get {plan.expert_imbalance:g} times the mean; " if config.model.experts else ""
+    )
+    documents = (
+        "every sequence is one document"
+        if plan.documents is None
+        else f"documents have log-normal lengths (median {plan.documents.median_tokens:g} tokens, sigma"
+        f" {plan.documents.sigma:g})"
+    )
+    console.print(
+        f"\nAssumed: shares of the peak as in cluster={cluster.name} ({achieved}); {experts}{documents};"
+        " transients are upper bounds; what layers keep is derived from"
+        f" megatron-core's local spec{'' if derived else ', for TransformerEngine an estimate'}."
+    )
+    console.print(f"Not modelled: {NOT_MODELLED}; evaluation and checkpoints. See docs/planning.md.")
+
+
+def print_search(result: Result, *, top: int) -> None:
+    """The fastest layouts, and the reasons why others fall out."""
+    console = Console(highlight=False)
+    found, usable = result.candidates, f"{result.usable_bytes / GB:.1f} GB"
+    gpus = f"{result.gpus} GPU{'s' * (result.gpus > 1)}"
+    if not found:
+        console.print(
+            Text(
+                f"No layout of {gpus} fits into {usable} each.",
+                style="bold red",
+            )
+        )
+    else:
+        best = found[0]
+        console.print(Text(describe(best.layout), style="bold green"))
+        console.print(f"  is the fastest of {len(found)} layouts of {gpus} that fit into {usable} each:")
+        console.print(f"  {' '.join(overrides(best.layout))}", soft_wrap=True)
+        headers = ("", "tokens/s", "hours", "peak GB", "dp", "layout")
+        table = table_of("The fastest, estimated over the whole schedule", headers, left=headers[-1:])
+        for place, one in enumerate(found[:top], start=1):
+            table.add_row(
+                str(place),
+                quantity(one.tokens_per_sec),
+                f"{one.hours:.1f}",
+                f"{one.peak_bytes / GB:.1f}",
+                str(data_parallel_size(one.layout)),
+                describe(one.layout),
+            )
+        console.print(table)
+    console.print("\nWhat falls out, and the first of each kind (of what does not fit, the nearest)")
+    for rejection in sorted(result.rejections.values(), key=lambda one: -one.count):
+        console.print(f"{rejection.count:>7}  {rejection.reason}", soft_wrap=True)
+        console.print(Text(f"         {rejection.example}", style="dim"), soft_wrap=True)
+    console.print(
+        "\nEach layout comes with the fastest recompute that fits. Times rest on assumptions that"
+        " `llada plan` shows for one layout."
+    )
+
+
+def overrides(layout: LayoutConfig) -> list[str]:
+    """A layout as overrides of the command line."""
+    names = ("processes", "tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch")
+    words = [f"layout.{name}={getattr(layout, name)}" for name in names]
+    words.append(f"layout.pipeline=[{','.join(map(str, layout.pipeline))}]")
+    words.append(f"layout.recompute={layout.recompute.value}")
+    if layout.recompute is Recompute.selective:
+        words.append(f"layout.recompute_modules=[{','.join(layout.recompute_modules)}]")
+    return words
+
+
+def table_of(title: str, headers: tuple[str, ...], *, left: tuple[str, ...] = ()) -> Table:
+    """An empty table; headers in `left` are aligned there."""
+    table = Table(title=f"\n{title}", title_justify="left", title_style="", box=None, pad_edge=False)
+    for header in headers:
+        table.add_column(header, justify="left" if header in left else "right", no_wrap=header != "layout")
+    return table
+
+
+def bars(console: Console, sizes: dict[str, float], whole: float, number: str, *, width: int = 20) -> None:
+    """A line per part; parts that round to nothing are left out."""
+    shown = {name: size for name, size in sizes.items() if float(number.format(size)) > 0}
+    for index, (name, size) in enumerate(shown.items()):
+        eighths = round(8 * BAR * size / whole)
+        bar = "█" * (eighths // 8) + EIGHTHS[eighths % 8]
+        line = Text(f"  {name:<{width}} {number.format(size):>6} {size / whole:>4.0%}  ")
+        line.append(bar, style=COLOURS[index % len(COLOURS)])
+        console.print(line)
+
+
+def quantity(number: float) -> str:
+    """Three digits and a letter: 1.29 G, 512 M, 34.1 k."""
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def amount(size: float) -> str:
+    """Bytes as 71.7 GB, or 8.5 MB below one."""
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.1f} MB"
+
+
+def duration(hours: float) -> str:
+    """Seconds, minutes, hours or days."""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.1f} seconds"
+    if hours < 1:
+        return f"{60 * hours:.1f} minutes"
+    return f"{hours / 24:.1f} days" if hours >= 72 else f"{hours:.1f} hours"

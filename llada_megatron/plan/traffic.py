@@ -1,0 +1,192 @@
+"""Messages of a process: per micro-batch in layers, embedding and head, and per step for gradients.
+
+The payload of an all-gather is what comes out, of a reduce-scatter and an all-to-all what goes in. Legend as
+in activations.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llada_megatron.config.parameters import Contents, Parameters
+from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig
+from llada_megatron.plan.activations import gathered_tokens, recomputed_modules
+from llada_megatron.plan.memory import padded_buffers
+from llada_megatron.plan.shapes import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A kind of message, and how often a micro-batch sends it."""
+
+    group: str
+    operation: str
+    payload: float
+    """Bytes."""
+    forward: int
+    """Calls in the forward pass; recompute of the module repeats them."""
+    backward: int
+    hidden: int = 0
+    """Of the backward calls those that run beside matrix products."""
+    module: str = ""
+
+    def calls(self, recomputed: frozenset[str]) -> int:
+        return self.forward * (2 if self.module in recomputed else 1) + self.backward
+
+
+def layer_messages(
+    model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int
+) -> list[Message]:
+    """Messages of one layer and micro-batch.
+
+    tp   attention and a dense MLP or shared expert each gather their input [S, H] and scatter their output;
+         backward gathers the output's gradient, gathers the input again for the weights' gradient and
+         scatters the input's gradient. The last two run beside matrix products (megatron-core's layers.py).
+    cp   clean keys and values [L, 2, g] gathered, their gradients scattered (attention/context.py)
+    ep*etp  each process's count of tokens for every expert, int64
+    ep   copies of tokens [t k, H] out and back, both ways again in backward, and fp32 probabilities once
+         each way; the busiest process's share. `allgather` sends every token [t ep etp, H] and its
+         probabilities and map to all instead, and sums what comes back in fp32.
+    etp  received copies [N, H] and their fp32 probabilities gathered, outputs scattered in fp32 (the
+         dispatcher casts them to the probabilities' type); the reverse in backward
+    """
+    messages = _tensor_parallel("attention", shape, layout, model.hidden_size, b)
+    if layout.cp > 1:
+        keys = shape.gathered * 2 * model.kv_heads * model.head_dim // layout.tp * b
+        messages.append(Message("cp", "all_gather", keys, 1, 0, module="core_attn"))
+        messages.append(Message("cp", "reduce_scatter", keys, 0, 1, module="core_attn"))
+    if not moe:
+        return messages + _tensor_parallel("mlp", shape, layout, model.hidden_size, b)
+    if model.shared_expert_hidden_size:
+        messages += _tensor_parallel("shared_experts", shape, layout, model.hidden_size, b)
+    if layout.dispatcher is Dispatcher.allgather:
+        if layout.ep * layout.etp > 1:
+            tokens = gathered_tokens(shape, layout)
+            sent, combined = b * tokens * model.hidden_size, 4 * tokens * model.hidden_size
+            messages += [
+                Message("ep*etp", "all_gather", sent, 1, 0, module="moe"),
+                Message("ep*etp", "reduce_scatter", combined, 1, 0, module="moe"),
+                Message("ep*etp", "all_gather", combined, 0, 1, module="moe"),
+                Message("ep*etp", "reduce_scatter", sent, 0, 1, module="moe"),
+            ]
+            scores = tokens * model.experts
+            messages.append(Message("ep*etp", "all_gather", 5 * scores, 1, 0, module="moe"))
+            messages.append(Message("ep*etp", "reduce_scatter", 4 * scores, 0, 1, module="moe"))
+        return messages
+    if layout.ep * layout.etp > 1:
+        counts = 8 * model.experts * layout.ep * layout.etp
+        messages.append(Message("ep*etp", "all_gather", counts, 1, 0, module="moe"))
+    copies = shape.routed / layout.etp
+    if layout.ep > 1:
+        messages.append(Message("ep", "all_to_all", b * copies * model.hidden_size, 2, 2, module="moe"))
+        messages.append(Message("ep", "all_to_all", 4 * copies, 1, 1, module="moe"))
+    if layout.etp > 1:
+        received, combined = b * shape.routed * model.hidden_size, 4 * shape.routed * model.hidden_size
+        probabilities = 4 * shape.routed
+        messages += [
+            Message("etp", "all_gather", received, 1, 0, module="moe"),
+            Message("etp", "all_gather", probabilities, 1, 0, module="moe"),
+            Message("etp", "reduce_scatter", combined, 1, 0, module="moe"),
+            Message("etp", "all_gather", combined, 0, 1, module="moe"),
+            Message("etp", "reduce_scatter", received, 0, 1, module="moe"),
+            Message("etp", "reduce_scatter", probabilities, 0, 1, module="moe"),
+        ]
+    return messages
+
+
+def embedding_messages(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> list[Message]:
+    """Partial rows [S, H] scattered in forward, their gradients gathered in backward."""
+    payload = b * shape.rows * model.hidden_size
+    if layout.tp == 1:
+        return []
+    return [Message("tp", "reduce_scatter", payload, 1, 0), Message("tp", "all_gather", payload, 0, 1)]
+
+
+def head_messages(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> list[Message]:
+    """Hidden states gathered once for all chunks, their gradients scattered; three fp32 sums per row.
+
+    The sums (largest logit, target's logit, sum of exponentials) are repeated where chunks are recomputed.
+    """
+    if layout.tp == 1:
+        return []
+    payload, n = b * shape.rows * model.hidden_size, shape.supervised
+    sums = 3 * (2 if n > model.head_chunk_tokens else 1)
+    return [
+        Message("tp", "all_gather", payload, 1, 0),
+        Message("tp", "reduce_scatter", payload, 0, 1),
+        Message("tp", "all_reduce", 4 * n, sums, 0),
+    ]
+
+
+def boundary_message(model: ModelConfig, shape: Shape, *, b: int) -> Message:
+    """Hidden states [t, H] to the next pipeline stage, or their gradients to the one before."""
+    return Message("pp", "send", b * shape.tokens * model.hidden_size, 1, 0)
+
+
+def step_messages(
+    held: Parameters, model: ModelConfig, layout: LayoutConfig, *, b: int, holds_table: bool
+) -> list[Message]:
+    """Once per step: fp32 gradients scattered to the processes that update them, new weights gathered.
+
+    Experts with buffers of their own have an optimizer of their own, and without layout.overlap_param_gather
+    each of the two gathers the weights of both (distrib_optimizer.py, step_with_ready_grads).
+    Tensor-parallel processes sum the gradients of what each holds whole. A tied head that lies on another
+    stage than the embedding also sums its gradient with the embedding's. Counts of tokens per expert are
+    summed for the balance. A few scalars and the metrics' sums are left out.
+    """
+    dense, expert = padded_buffers(held, layout)
+    gathers = 2 if expert and not layout.overlap_param_gather else 1
+    messages = []
+    for group, elements in (("dp", dense), ("expert dp", expert)):
+        if elements:
+            messages.append(Message(group, "reduce_scatter", 4 * elements, 0, 1, module="gradients"))
+            messages.append(Message(group, "all_gather", b * elements, gathers, 0, module="weights"))
+    if layout.tp > 1:
+        messages.append(Message("tp", "all_reduce", 4 * held.replicated, 0, 1, module="gradients"))
+    if model.tied_head and layout.pp > 1 and holds_table:
+        table = model.vocab_size // layout.tp * model.hidden_size
+        messages.append(Message("embedding", "all_reduce", 4 * table, 0, 1))
+    if held.bias:
+        messages.append(Message("tp*dp", "all_reduce", 4 * held.bias, 0, 1))
+    return messages
+
+
+def of_rank(
+    model: ModelConfig,
+    shape: Shape,
+    layout: LayoutConfig,
+    held: Parameters,
+    stages: Sequence[Contents],
+    micro_batches: int,
+    *,
+    b: int,
+) -> Iterator[tuple[int, Message]]:
+    """Every message of a step on a pipeline rank that holds these stages, and how often it is sent."""
+    again = recomputed_modules(layout)
+    units = (
+        layer_messages(model, shape, layout, moe=False, b=b),
+        layer_messages(model, shape, layout, moe=True, b=b),
+        embedding_messages(model, shape, layout, b=b),
+        head_messages(model, shape, layout, b=b),
+    )
+    boundary = boundary_message(model, shape, b=b)
+    for stage in stages:
+        numbers = stage.dense, stage.moe, stage.first, stage.last
+        for number, messages in zip(numbers, units, strict=True):
+            for message in messages:
+                yield number * micro_batches * message.calls(again), message
+        yield micro_batches * ((not stage.first) + (not stage.last)), boundary
+    holds_table = stages[0].first or stages[-1].last
+    for message in step_messages(held, model, layout, b=b, holds_table=holds_table):
+        yield message.calls(again), message
+
+
+def _tensor_parallel(module: str, shape: Shape, layout: LayoutConfig, hidden: int, b: int) -> list[Message]:
+    if layout.tp == 1:
+        return []
+    payload = b * shape.rows * hidden
+    return [
+        Message("tp", "all_gather", payload, 1, 2, hidden=1, module=module),
+        Message("tp", "reduce_scatter", payload, 1, 1, hidden=1, module=module),
+    ]

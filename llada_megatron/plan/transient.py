@@ -1,0 +1,149 @@
+"""What is alive for a moment beyond what is kept, at the moments of a step that can be its peak.
+
+Legend as in activations.py. Each building block has a moment in forward and one in backward. What it finds
+beside itself is what `activations` counts as kept: in forward everything up to and with the block, in
+backward the same. A moment therefore adds what it alone needs. Read off megatron-core 0.19.2 operation by
+operation and confirmed by the dry run (docs/planning.md), to within a few scalars for the moments marked =.
+"""
+
+from __future__ import annotations
+
+from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
+from llada_megatron.plan.activations import METRICS, Parts, gathered_tokens, recomputed_modules
+from llada_megatron.plan.shapes import Shape
+
+
+def during_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
+    """Alive all through a forward: 4r rotary_rows angles, and the micro-batch, 8S tokens and 36n more."""
+    angles = 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
+    kept_anyway = angles if layout.recompute is Recompute.full else 0
+    return angles - kept_anyway + 8 * shape.rows + 36 * shape.supervised
+
+
+def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """= When the experts' outputs are laid together: the MoE layer's largest moment, also when recomputed.
+
+    b tH of the shared expert's output; the copies as permuted, sent (bH + 4), and with ep > 1 as received,
+    b N/etp H; the outputs one by one and together, 2b NH, or once where a process has one expert. With
+    etp > 1 a little later: outputs are in fp32 as well, 4NH, and summed over etp, 4N/etp H.
+    """
+    if layout.dispatcher is Dispatcher.allgather:
+        return _gathered_forward(model, shape, layout, b=b)
+    hidden, received = model.hidden_size, shape.routed // layout.etp
+    several = model.experts // layout.ep > 1
+    moment = b * shape.tokens * hidden if model.shared_expert_hidden_size else 0
+    if several or layout.ep > 1:
+        moment += (b * hidden + 4) * shape.sent
+    if layout.ep > 1 and (several or layout.etp > 1):
+        moment += b * hidden * received
+    if layout.etp > 1:
+        moment += 4 * hidden * (shape.routed + received)
+    return moment + (2 if several else 1) * b * shape.routed * hidden
+
+
+def _gathered_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """= The same with gathered tokens T: b tH, tE of the map and 4TE of all probabilities, with the larger of
+
+    the experts' outputs, 2b NH (or once), and their sums before and after the exchange, in fp32 as well,
+    (b + 4) TH and 4tH.
+    """
+    hidden, experts = model.hidden_size, model.experts
+    moment = shape.tokens * experts
+    moment += b * shape.tokens * hidden if model.shared_expert_hidden_size else 0
+    outputs = (2 if experts // layout.ep > 1 else 1) * b * shape.routed * hidden
+    if layout.ep * layout.etp == 1:
+        return moment + outputs
+    tokens = gathered_tokens(shape, layout)
+    return moment + 4 * tokens * experts + max(outputs, ((b + 4) * tokens + 4 * shape.tokens) * hidden)
+
+
+def experts_backward(
+    model: ModelConfig, shape: Shape, layout: LayoutConfig, parts: Parts, left: Parts, *, b: int
+) -> int:
+    """= b tH gradient of the output, and all that is recomputed with the forward's moment.
+
+    The order of the copies is held already (activations.held_bytes). Without recompute backward needs the
+    gradient of the copies, as many times as forward needs the copies, once less. Gathered tokens' gradients
+    travel as the tokens do.
+    """
+    gradient = b * shape.tokens * model.hidden_size
+    moment = experts_forward(model, shape, layout, b=b)
+    gathered = layout.dispatcher is Dispatcher.allgather
+    if "moe" not in recomputed_modules(layout):
+        return gradient + moment - b * shape.routed * model.hidden_size
+    return gradient + moment + _again(parts, left) - (12 * shape.routed if gathered else 8 * shape.sent)
+
+
+def dense_forward(model: ModelConfig, shape: Shape, *, b: int) -> int:
+    """The MLP's output before it is reduced."""
+    return b * shape.rows * model.hidden_size
+
+
+def dense_backward(
+    model: ModelConfig, shape: Shape, layout: LayoutConfig, parts: Parts, left: Parts, *, b: int
+) -> int:
+    """b tH of the output's gradient, whole as well with tp > 1, and at one of two moments:
+
+    = when SwiGLU's gradient is made, b SF/tp and 2b SF/tp of the product's and its inputs', where the product
+    itself is gone; when the gradient of its weights is made, 2b HF/tp, with 2b SF/tp of SwiGLU's inputs' and
+    b SH of the layer's input's, where all that SwiGLU kept, 3b SF/tp, is gone. A recomputed layer has its
+    output as well, b tH.
+    """
+    product = b * shape.rows * model.ffn_hidden_size // layout.tp
+    weights = 2 * b * model.hidden_size * model.ffn_hidden_size // layout.tp
+    gradient = b * shape.tokens * model.hidden_size
+    whole = b * shape.rows * model.hidden_size
+    output = gradient if layout.recompute is Recompute.full else 0
+    moment = max(2 * product, weights + whole - product)
+    return gradient + (whole if layout.tp > 1 else 0) + moment + output + _again(parts, left)
+
+
+def _again(parts: Parts, left: Parts) -> int:
+    """What recompute brings back."""
+    return sum(parts.values()) - sum(left.values())
+
+
+def head_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """= When logits become fp32: b tH of the final norm's output, whole as well with tp > 1; b cV/tp logits.
+
+    With several chunks the fp32 logits are not kept, 4 cV/tp more. Labels' map, 9n, and metrics come later.
+    """
+    n, chunk = shape.supervised, min(shape.supervised, model.head_chunk_tokens)
+    hidden = shape.tokens + (shape.rows if layout.tp > 1 else 0)
+    wide = b if n <= model.head_chunk_tokens else b + 4
+    later = 12 * n + METRICS + (9 * n if n <= model.head_chunk_tokens else 8 * n)
+    return b * hidden * model.hidden_size + wide * chunk * model.vocab_size // layout.tp - later
+
+
+def head_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """A single chunk: weight gradient b VH/tp, and b n(V/tp + H) of logits' and rows', where 4nV/tp are gone.
+
+    Several chunks: b nH of rows' gradients, and the larger of two weight gradients with b cV/tp of logits'
+    (the one that adds up and the next), and one with the logits in fp32 as well.
+    """
+    n, vocabulary = shape.supervised, model.vocab_size // layout.tp
+    weight, rows = b * vocabulary * model.hidden_size, b * n * model.hidden_size
+    if n <= model.head_chunk_tokens:
+        return weight + rows + (b - 4) * n * vocabulary
+    chunk = model.head_chunk_tokens
+    return rows + max(2 * weight + b * chunk * vocabulary, weight + (4 + b) * chunk * vocabulary)
+
+
+def embedding_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """The table's gradient, b VH/tp, and the rows', b SH."""
+    return b * model.hidden_size * (model.vocab_size // layout.tp + shape.rows)
+
+
+def table_statistics(model: ModelConfig, layout: LayoutConfig, *, b: int) -> int:
+    """= As a step starts, on the first stage: the table in fp32 and its squares (training/embedding.py)."""
+    return (4 if b == 4 else 8) * model.vocab_size // layout.tp * model.hidden_size
+
+
+def pipeline_buffers(layout: LayoutConfig, rank: int) -> int:
+    """= Hidden states [t, H] of neighbours: a received gradient; a sent one, and the input it belongs to.
+
+    Interleaved stages have neighbours on both sides, and receive ahead: one more, an upper bound.
+    """
+    if layout.vpp > 1:
+        return 4
+    return (rank < layout.pp - 1) + 2 * (rank > 0)

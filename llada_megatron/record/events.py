@@ -1,0 +1,54 @@
+"""What happened to a run: one line per event in RUN/events.jsonl, appended and never rewritten.
+
+Written by the submission, by the job around the training, and by rank 0; read by status and cost. Standard
+library only, since a batch script calls it with whatever Python a node has.
+
+`submitted` (job), `started` (job, restart, nodes, devices, step), `first_step` (step, replayed), `saved`
+(step, seconds), `evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when
+all are well again), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome,
+reason), `excluded` (nodes, problem: why they could not be), `refused` (exit_code of config/errors.py, reason,
+nodes at fault).
+`time` is in seconds since 1970. `step` is the number of steps that are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+FILE = "events.jsonl"
+
+
+def append(run_dir: Path, event: str, **fields: Any) -> None:
+    """Add an event to a run's record."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+    handle = os.open(run_dir / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line.encode())  # one write: lines of several writers do not mix
+    finally:
+        os.close(handle)
+
+
+def read(run_dir: Path) -> list[Event]:
+    """The events of a run, oldest first; a torn line is left out."""
+    try:
+        lines = (run_dir / FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def last(events: list[Event], *names: str) -> Event | None:
+    """The newest event of one of these names."""
+    return next((event for event in reversed(events) if event["event"] in names), None)

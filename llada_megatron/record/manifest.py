@@ -1,0 +1,141 @@
+"""What a checkpoint is: its manifest, readable without torch and without loading a tensor.
+
+runs/NAME/checkpoints/step_00000012/
+    shards/         megatron-core's torch_dist format: weights, fully reshardable optimizer state
+    manifest.json   position, configuration, origin, SHA-256 of every file; its presence means "whole"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.config.errors import BadInput
+
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "megatron-core", "numpy", "llada-megatron")
+CHUNK_BYTES = 1 << 22
+
+
+@dataclass
+class Manifest:
+    """The record of one checkpoint; training fields stay at their defaults where nothing was trained."""
+
+    config: dict[str, Any]
+    """The run's configuration; of a checkpoint that no run wrote, its `model` alone."""
+    step: int = 0
+    """Steps done: training goes on with this one."""
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    stage: str = ""
+    block_size: int = 0
+    stage_ended: bool = False
+    skipped_steps: int = 0
+    wall_sec: float = 0.0
+    """Seconds of training so far, over all restarts."""
+    autoregressive_tokens: int = 0
+    """Data tokens of the run whose weights this one started from (checkpoint.init_from)."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Evaluation of these weights, in nats per token: `nll_ar`, `nll_block4`, ..."""
+    data_fingerprint: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    git_commit: str = ""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """`kind` (hf-to-mcore, merge, upcycle) and its sources, for a checkpoint made from others."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`bytes` and `sha256` of every file beside this one, by its path in the checkpoint."""
+
+    def write(self, checkpoint: Path) -> None:
+        """Write manifest.json, with a digest of its own content."""
+        content = asdict(self)
+        (checkpoint / MANIFEST).write_text(json.dumps({"sha256": _digest(content), **content}, indent=1))
+
+    @staticmethod
+    def read(checkpoint: Path) -> Manifest:
+        """Raises BadInput for a directory that is not a whole checkpoint, or whose manifest is damaged."""
+        try:
+            content = json.loads((checkpoint / MANIFEST).read_text())
+            if content.pop("sha256") != _digest(content):
+                raise BadInput("it was changed after it was written")
+            return Manifest(**content)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{checkpoint} is not a whole checkpoint ({MANIFEST}: {error}).") from None
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def file_damage(checkpoint: Path, manifest: Manifest, names: list[str]) -> list[str]:
+    """What is wrong with the named files of a checkpoint, one phrase each, by the manifest."""
+    found = []
+    for name in names:
+        path, expected = checkpoint / name, manifest.files[name]
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != expected["bytes"]:
+            found.append(f"{name} has {size:,} bytes of {expected['bytes']:,}")
+        elif file_record(path) != expected:
+            found.append(f"{name} has another SHA-256")
+    return found
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run that were published, oldest first."""
+    found = sorted((run_dir / "checkpoints").glob("step_*"))
+    return [path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).is_file()]
+
+
+def readable(run_dir: Path) -> dict[Path, Manifest]:
+    """Checkpoints of a run and their manifests, oldest first, without those whose manifest is damaged."""
+    found = {}
+    for path in whole_checkpoints(run_dir):
+        with suppress(BadInput):
+            found[path] = Manifest.read(path)
+    return found
+
+
+def find(where: str) -> Path:
+    """The checkpoint at a path, or the newest of the run at that path; BadInput if there is none."""
+    path = Path(where)
+    if (path / MANIFEST).is_file():
+        return path
+    checkpoints = whole_checkpoints(path)
+    if not checkpoints:
+        raise BadInput(f"{where} is neither a checkpoint nor a run with one.")
+    return checkpoints[-1]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a checkpoint means."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def git_commit() -> str:
+    """The commit of this source, with `-dirty` after it when files differ; empty outside a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

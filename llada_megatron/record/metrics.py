@@ -1,0 +1,106 @@
+"""metrics.jsonl and evaluations.jsonl: the records that every picture and table is made from.
+
+One JSON object per line, in the order of the steps, each step once even after a resume.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.config.errors import BadInput
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """Appends records to a JSONL file in which every step stays unique across resumes.
+
+    Opening drops what a resume repeats: records with `step >= first_step`, and a last line that a
+    crash left torn. `first_step` is the step that the run does next.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_repeated(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append one record, which needs the key `step`; NaN and infinities become null."""
+        self._file.write(_to_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """Records of a JSONL file that may be in use: a torn last line is left out, a missing file is empty.
+
+    Raises BadInput for a broken line before the last one.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if any(lines[number:]):
+                raise BadInput(f"line {number} of {path} is not JSON; delete that line") from None
+    return records
+
+
+def step_seconds(record: Record) -> float:
+    """How long a step of metrics.jsonl took."""
+    return record["consumed_tokens"] / (record["step"] + 1) / record["tokens_per_sec"]
+
+
+def by_stage(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
+    """Consecutive records grouped by their `stage`, in the order of the run."""
+    return [(name, list(group)) for name, group in itertools.groupby(records, key=lambda r: r["stage"])]
+
+
+def short_count(number: float | None) -> str:
+    """A count for people: 950, 12.3k, 1.2M, 4.1B, 2.0T; `-` for None."""
+    if number is None:
+        return "-"
+    for limit, divisor, suffix in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "B")):
+        if number < limit:
+            return f"{number:.0f}" if divisor == 1 else f"{number / divisor:.1f}{suffix}"
+    return f"{number / 1e12:.1f}T"
+
+
+def _drop_repeated(path: Path, first_step: int) -> None:
+    kept = "".join(_to_line(record) for record in read_jsonl(path) if record["step"] < first_step)
+    if kept.encode() == path.read_bytes():
+        return
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _to_line(record: Record) -> str:
+    return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which strict JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,314 @@
+"""Properties of packed sequences. Token = 1000 * document + position, so a token tells where it is from."""
+
+import argparse
+import collections
+import hashlib
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from llada_megatron.commands.data import add_arguments, run
+from llada_megatron.config.schema import Config, DataConfig, EvaluationConfig, StageConfig
+from llada_megatron.data.packed import build_sequences, fingerprint, fingerprint_difference
+
+L = 16
+MASK = 2**31 - 1
+
+
+def write_corpus(prefix, lengths, first_document=0, token_of=lambda token: token):
+    """A corpus without end-of-document tokens, straight from megatron-core's builder."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
+    for document, length in enumerate(lengths, start=first_document):
+        tokens = [token_of(1000 * document + position) for position in range(length)]
+        builder.add_document(numpy.array(tokens, dtype=numpy.int32), [length])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def lengths_of(documents, seed=0):
+    return numpy.random.default_rng(seed).integers(1, 60, documents).tolist()
+
+
+def build(data, split="train", seed=5, mask_token_id=MASK, sequences_wanted=1):
+    return build_sequences(
+        data, split=split, seed=seed, mask_token_id=mask_token_id, sequences_wanted=sequences_wanted
+    )
+
+
+def tokens_of(sequences, count, first=0):
+    return [sequences[index].tokens.tolist() for index in range(first, first + count)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    prefix = write_corpus(tmp_path / "corpus", lengths_of(80))
+    return DataConfig(path=[prefix], sequence_length=L, split="9,1")
+
+
+@pytest.fixture
+def blend(tmp_path):
+    first = write_corpus(tmp_path / "first", lengths_of(80))
+    second = write_corpus(tmp_path / "second", lengths_of(40, seed=1), first_document=1000)
+    return DataConfig(path=[first, second], weights=[1.0, 3.0], sequence_length=L, split="9,1")
+
+
+def test_boundaries_are_where_the_document_changes(data):
+    sequences = build(data)
+    for index in range(sequences.sequences_per_epoch):
+        sample = sequences[index]
+        changes = numpy.flatnonzero(numpy.diff(sample.tokens) != 1) + 1
+        assert sample.cu_seqlens.tolist() == [0, *changes.tolist(), L]
+        assert (sample.tokens.dtype, sample.tokens.shape) == (numpy.int64, (L,))
+        assert sample.cu_seqlens.dtype == numpy.int32
+
+
+def test_sequences_are_the_documents_laid_end_to_end(data):
+    sequences = build(data)
+    (member,) = sequences.members
+    lengths = lengths_of(80)
+    laid = [(document, token) for document in member.document_index for token in range(lengths[document])]
+    assert sorted(member.document_index) == list(range(72))
+    assert sequences.sequences_per_epoch == len(laid) // L
+    for index, place in enumerate(member.shuffle_index.tolist()):
+        piece = laid[place * L : (place + 1) * L]
+        sample = sequences[index]
+        assert sample.tokens.tolist() == [1000 * document + token for document, token in piece]
+        starts = [0] + [i for i in range(1, L) if piece[i][0] != piece[i - 1][0]]
+        assert sample.cu_seqlens.tolist() == [*starts, L]
+
+
+def test_empty_documents_and_documents_that_end_at_a_cut_make_no_empty_piece(tmp_path):
+    prefix = write_corpus(tmp_path / "corpus", [L, 0, L // 2, L // 2, 0, 2 * L, 3, L - 3] * 3)
+    sequences = build(DataConfig(path=[prefix], sequence_length=L, split="1,0"))
+    samples = [sequences[index] for index in range(sequences.sequences_per_epoch)]
+    assert all((numpy.diff(sample.cu_seqlens) > 0).all() for sample in samples)
+    assert sum(len(sample.tokens) for sample in samples) == 3 * 5 * L
+
+
+def test_a_sample_depends_on_the_seed_and_the_index_alone(data):
+    sequences = build(data)
+    count = 3 * sequences.sequences_per_epoch
+    forward = tokens_of(sequences, count)
+    again = build(data)
+    backward = [again[index].tokens.tolist() for index in reversed(range(count))][::-1]
+    assert forward == backward
+    assert forward != tokens_of(build(data, seed=6), count)
+
+
+def test_every_epoch_holds_every_sequence_once_in_another_order(data):
+    sequences = build(data)
+    count = sequences.sequences_per_epoch
+    epochs = [tokens_of(sequences, count, first=epoch * count) for epoch in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert len({str(sequence) for sequence in epochs[0]}) == count
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_order_of_a_later_epoch_is_fixed_for_ever(data):
+    """A change of this list breaks the resume of running trainings."""
+    (member,) = build(data).members
+    assert member._permutation(1)[:8].tolist() == [10, 128, 135, 62, 95, 114, 132, 7]
+
+
+def test_train_and_validation_share_no_document(data):
+    seen = {}
+    for split in ("train", "validation"):
+        sequences = build(data, split)
+        samples = tokens_of(sequences, sequences.sequences_per_epoch)
+        seen[split] = {token // 1000 for tokens in samples for token in tokens}
+    assert max(seen["train"]) < 72 <= min(seen["validation"])
+
+
+def test_a_blend_honours_weights_and_a_longer_one_begins_with_a_shorter_one(blend):
+    short = build(blend, sequences_wanted=200)
+    long = build(blend, sequences_wanted=2000)
+    prefix = tokens_of(short, 200)
+    assert tokens_of(long, 200) == prefix
+    shares = collections.Counter(tokens[0] >= 1_000_000 for tokens in tokens_of(long, 2000))
+    assert abs(shares[True] - 1500) <= 2
+
+
+def test_members_of_a_blend_pass_their_epochs_like_a_corpus_alone(blend):
+    sequences = build(blend, sequences_wanted=2000)
+    alone = build(DataConfig(path=[blend.path[1]], sequence_length=L, split=blend.split))
+    second = [tokens for tokens in tokens_of(sequences, 2000) if tokens[0] >= 1_000_000]
+    assert len(second) > 3 * alone.sequences_per_epoch
+    assert second == tokens_of(alone, len(second))
+
+
+def test_a_blend_without_weights_follows_the_tokens(blend):
+    blend.weights = []
+    sequences = build(blend, sequences_wanted=1000)
+    tokens = [sum(lengths_of(80)[:72]), sum(lengths_of(40, seed=1)[:36])]
+    drawn = sum(sample[0] < 1_000_000 for sample in tokens_of(sequences, 1000))
+    assert abs(drawn - 1000 * tokens[0] / sum(tokens)) <= 2
+
+
+def test_an_index_outside_is_refused(data, blend):
+    with pytest.raises(IndexError):
+        build(data)[-1]
+    with pytest.raises(IndexError, match="larger sequences_wanted"):
+        build(blend, sequences_wanted=4)[4]
+
+
+def test_a_sequence_with_the_mask_token_is_refused_by_prefix_and_document(data):
+    sequences = build(data, mask_token_id=7000)
+    hits = []
+    for index in range(sequences.sequences_per_epoch):
+        try:
+            sequences[index]
+        except ValueError as error:
+            hits.append(str(error))
+    assert len(hits) == 1
+    assert hits[0].startswith(f"{data.path[0]}: document 7 (counted from 0) contains the mask token 7000")
+
+
+def test_indices_are_loaded_from_the_cache_and_rebuilt_for_another_corpus(data, tmp_path):
+    before = tokens_of(build(data), 5)
+    (directory,) = (tmp_path / "corpus.cache").iterdir()
+    times = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    assert tokens_of(build(data), 5) == before
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == times
+    write_corpus(tmp_path / "corpus", lengths_of(80, seed=3))
+    sequences = build(data)
+    assert sequences.sequences_per_epoch == sum(lengths_of(80, seed=3)[:72]) // L
+    assert len(list((tmp_path / "corpus.cache").iterdir())) == 2
+
+
+def test_a_build_that_was_cut_off_is_not_trusted(data, tmp_path, monkeypatch):
+    real_save = numpy.save
+
+    def failing_save(path, *args, **kwargs):
+        if "shuffle_index" in str(path):
+            raise OSError(28, "No space left on device")
+        real_save(path, *args, **kwargs)
+
+    monkeypatch.setattr(numpy, "save", failing_save)
+    with pytest.raises(ValueError, match=r"No space left on device\): set data.cache_dir"):
+        build(data)
+    monkeypatch.undo()
+    assert not list((tmp_path / "corpus.cache").iterdir())
+    build(data)
+
+
+def test_the_index_command_builds_what_a_run_loads(blend, tmp_path, monkeypatch, capsys):
+    config = Config(data=blend)
+    config.model.mask_token_id = MASK
+    config.schedule.stages = [StageConfig(name="all", block_size="full", tokens=600 * L)]
+    config.evaluation = EvaluationConfig(block_sizes=["full"], sequences=20)
+    monkeypatch.setattr("llada_megatron.config.compose.compose", lambda overrides: config)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["index", "experiment=any"])) == 0
+    assert "600 wanted" in capsys.readouterr().out
+    before = sorted(path.name for path in (tmp_path / "first.cache").iterdir())
+    build(blend, seed=config.run.seed, sequences_wanted=600)
+    build(blend, "validation", seed=config.run.seed, sequences_wanted=20)
+    assert sorted(path.name for path in (tmp_path / "first.cache").iterdir()) == before
+
+
+def _read_in_a_group(rank, init_file, data, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    sequences = build(data, sequences_wanted=100)
+    results.put(hashlib.sha256(str(tokens_of(sequences, 100)).encode()).hexdigest())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_of_a_group_reads_the_same_sequences(blend, tmp_path):
+    context = multiprocessing.get_context("fork")  # the imports of this file take longer than the test
+    results = context.Queue()
+    processes = [
+        context.Process(target=_read_in_a_group, args=(rank, tmp_path / "init", blend, results))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    digests = {results.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    assert digests == {
+        hashlib.sha256(str(tokens_of(build(blend, sequences_wanted=100), 100)).encode()).hexdigest()
+    }
+    assert len(list(Path(f"{blend.path[0]}.cache").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": []}, "data.path is empty"),
+        ({"path": ["absent"]}, "absent.bin does not exist"),
+        ({"weights": [1.0, 2.0]}, "data.weights must be positive numbers, one per entry of data.path"),
+        ({"weights": [0.0]}, "data.weights must be positive"),
+        ({"split": "99"}, "data.split must be two shares such as '99,1', not '99'"),
+        ({"split": "nan,1"}, "data.split must be two shares"),
+        ({"split": "0,0"}, "data.split must be two shares"),
+        ({"split": "0,1"}, "the train split holds 0 of 80 documents and 0 tokens.*data.split"),
+        ({"sequence_length": 10**6}, "less than one sequence: change data.split.*data.sequence_length"),
+        ({"sequence_length": 0}, "data.sequence_length must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(data, change, message):
+    for name, value in change.items():
+        setattr(data, name, value)
+    with pytest.raises(ValueError, match=message):
+        build(data)
+    assert not Path(f"{data.path[0]}.cache").exists() if data.path else True
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(data):
+    Path(f"{data.path[0]}.json").write_text('{"tokenizer_sha256": "0", "tokenizer": "t.json"}')
+    with pytest.raises(ValueError, match=r"prepared with another tokenizer: set data.tokenizer to t\.json"):
+        build(data)
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(data, tmp_path):
+    saved = fingerprint(data)
+    copy = tmp_path / "elsewhere"
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{data.path[0]}.{suffix}", f"{copy}.{suffix}")
+    data.path = [str(copy)]
+    assert fingerprint_difference(saved, fingerprint(data)) == []
+    write_corpus(copy, lengths_of(80), token_of=lambda token: token + (token == 40_000))
+    assert fingerprint_difference(saved, fingerprint(data)) == [
+        "The .bin of data.path[0] has the same size and other content."
+    ]
+
+
+def test_the_fingerprint_names_every_setting_that_changed(data, blend):
+    saved = fingerprint(data)
+    blend.split, blend.sequence_length = "8,2", 32
+    blend.path[0] = write_corpus(Path(blend.path[0]).with_name("longer"), lengths_of(81))
+    sentences = " ".join(fingerprint_difference(saved, fingerprint(blend)))
+    for words in (
+        "data.path had 1 corpora and has 2 now.",
+        "The .bin of data.path[0] had",
+        "The .idx of data.path[0] had",
+        "data.weights was [] and is [1.0, 3.0] now.",
+        "data.split was 9,1 and is 8,2 now.",
+        "data.sequence_length was 16 and is 32 now.",
+    ):
+        assert words in sentences
+
+
+def test_a_large_file_is_sampled_from_its_first_to_its_last_byte(tmp_path, monkeypatch):
+    from llada_megatron.data import packed
+
+    monkeypatch.setattr(packed, "_MIB", 16)
+    path = tmp_path / "large"
+    content = bytearray(range(256)) * 40
+    path.write_bytes(content)
+    whole = packed._sampled_sha256(str(path))
+    changes = 0
+    for offset in (0, 15, len(content) - 1):
+        content[offset] ^= 1
+        path.write_bytes(content)
+        changes += packed._sampled_sha256(str(path)) != whole
+        content[offset] ^= 1
+    assert changes == 3

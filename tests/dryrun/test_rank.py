@@ -1,0 +1,263 @@
+"""The dry run and the closed form name the same bytes under every layout; real tensors are no larger."""
+
+import pytest
+
+from llada_megatron.config import rules
+from llada_megatron.config.compose import compose
+from llada_megatron.config.schema import Config
+from llada_megatron.plan import exact
+from llada_megatron.plan.planner import Planner
+from tests.distributed import run_ranks
+
+SMALL = [  # head_dim 64 leaves no padding in a process's share of the optimizer
+    *(
+        "experiment=parity",
+        "precision=bf16",
+        "model.head_dim=64",
+        "model.layers=3",
+        "data.sequence_length=64",
+    ),
+    *("layout.global_batch=16", "cluster.gpus_per_node=16", "cluster.peak_tflops=1"),
+]
+DENSE = ["model.experts=0", "model.dense_layers=3"]
+BDLM, MDLM = 0, 2
+CASES: dict[str, tuple[int, list[str]]] = {
+    "mdlm": (MDLM, []),
+    "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2"]),
+    "ep_allgather": (BDLM, ["layout.processes=2", "layout.ep=2", "layout.dispatcher=allgather"]),
+    "cp": (BDLM, ["layout.processes=2", "layout.cp=2"]),
+    "pp": (BDLM, ["layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
+    "full_recompute": (BDLM, ["layout.recompute=full"]),
+    "dense": (MDLM, [*DENSE, "layout.processes=2", "layout.tp=2"]),
+}
+MORE_CASES: dict[str, tuple[int, list[str]]] = {
+    "bdlm": (BDLM, []),
+    "chunked_head": (BDLM, ["model.head_chunk_tokens=8"]),
+    "large_vocabulary": (BDLM, ["model.vocab_size=16384", "model.head_chunk_tokens=8"]),
+    "fp32": (BDLM, ["precision=fp32"]),
+    "micro_batch": (MDLM, ["layout.micro_batch=2"]),
+    "tp": (MDLM, ["layout.processes=2", "layout.tp=2"]),
+    "ep": (BDLM, ["layout.processes=4", "layout.ep=4", "layout.micro_batch=2"]),
+    "etp": (BDLM, ["layout.processes=2", "layout.tp=2", "layout.etp=2"]),
+    "ep_etp": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2", "layout.etp=2"]),
+    "cp_mdlm": (MDLM, ["layout.processes=2", "layout.cp=2"]),
+    "pp3": (BDLM, ["layout.processes=3", "layout.pp=3", "layout.global_batch=18", "model.layers=6"]),
+    "vpp": (BDLM, ["layout.processes=4", "layout.pp=2", "layout.vpp=2", "model.layers=4"]),
+    "vpp_mdlm": (MDLM, ["layout.processes=2", "layout.pp=2", "layout.vpp=2", "model.layers=8"]),
+    "all_axes": (
+        BDLM,
+        ["layout.processes=8", "layout.tp=2", "layout.cp=2", "layout.pp=2", "layout.ep=4", "model.layers=4"],
+    ),
+    "overlap": (
+        BDLM,
+        [
+            "layout.processes=2",
+            "layout.ep=2",
+            "layout.overlap_grad_reduce=true",
+            "layout.overlap_param_gather=true",
+        ],
+    ),
+    "full_recompute_pp": (
+        BDLM,
+        ["layout.recompute=full", "layout.processes=2", "layout.pp=2", "model.layers=4"],
+    ),
+    "recompute_moe": (BDLM, ["layout.recompute=selective", "layout.recompute_modules=[moe]"]),
+    "recompute_others": (
+        BDLM,
+        ["layout.recompute=selective", "layout.recompute_modules=[core_attn,mlp,shared_experts]"],
+    ),
+    "recompute_dense": (MDLM, [*DENSE, "layout.recompute=full"]),
+    "allgather_one": (BDLM, ["layout.dispatcher=allgather"]),
+    "allgather_tp_ep": (
+        BDLM,
+        ["layout.dispatcher=allgather", "layout.processes=4", "layout.tp=2", "layout.ep=4"],
+    ),
+    "allgather_tp_etp": (
+        MDLM,
+        ["layout.dispatcher=allgather", "layout.processes=2", "layout.tp=2", "layout.etp=2"],
+    ),
+    "allgather_recompute": (
+        BDLM,
+        [
+            *("layout.dispatcher=allgather", "layout.processes=2", "layout.ep=2"),
+            *("layout.recompute=selective", "layout.recompute_modules=[moe]"),
+        ],
+    ),
+    "tied": (
+        MDLM,
+        [
+            *("model.tied_head=true", "layout.processes=2", "layout.pp=2"),
+            *("model.experts=0", "model.dense_layers=4", "model.layers=4"),
+        ],
+    ),
+}
+
+
+def dry_configuration(overrides: list[str]) -> Config:
+    return exact.dry_configuration(compose([*SMALL, *overrides]))
+
+
+def comparisons(stage_index: int, overrides: list[str]) -> list[exact.RankComparison]:
+    """In a forked process: every pipeline stage, dry-run and computed."""
+    from dataclasses import asdict
+
+    from llada_megatron.dryrun.rank import run_rank
+
+    config = dry_configuration(overrides)
+    stage = rules.check(config).stages[stage_index]
+    planner = Planner(config, expert_imbalance=1.0)
+    placement, micro_batches = planner.place(config.layout), exact.dry_micro_batches(config.layout, stage)
+    reports = [
+        asdict(run_rank(config, stage, rank, micro_batches))
+        for rank in exact.one_rank_per_stage(config.layout)
+    ]
+    return [exact.compare(planner, placement, stage, report, micro_batches) for report in reports]
+
+
+def all_comparisons(cases: dict[str, tuple[int, list[str]]]) -> dict[str, list[exact.RankComparison]]:
+    return {name: comparisons(*case) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[exact.RankComparison]]:
+    return run_ranks(all_comparisons, CASES)[0]
+
+
+@pytest.fixture(scope="module")
+def more_found() -> dict[str, list[exact.RankComparison]]:
+    return run_ranks(all_comparisons, MORE_CASES)[0]
+
+
+def assert_same(one: exact.RankComparison) -> None:
+    held, report = one.parameters, one.report
+    assert report["parameters"] == {
+        "sharded": held.sharded,
+        "replicated": held.replicated,
+        "expert": held.expert,
+        "bias": held.bias,
+    }
+    assert {part: size for part, size in report["static"].items() if part != "other"} == one.static
+    assert report["kept"] == one.kept
+    assert one.messages_found == one.messages
+    activations = report["peak"] - one.static_found
+    assert one.peak - one.static_found == pytest.approx(activations, rel=0.05)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_closed_form_is_the_dry_run_to_the_byte_and_its_peak_within_5_percent(found, name: str) -> None:
+    for one in found[name]:
+        assert_same(one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_CASES)
+def test_the_closed_form_is_the_dry_run_to_the_byte_under_every_other_layout(more_found, name: str) -> None:
+    for one in more_found[name]:
+        assert_same(one)
+
+
+def test_what_is_alive_at_the_peak_and_over_time_adds_up_to_the_peak(found) -> None:
+    for one in found["pp"]:
+        report = one.report
+        made = sum(size for _, _, size in report["peak_origins"])
+        assert made <= report["peak"] - one.static_found
+        assert max(report["over_time"]) == report["peak"]
+        assert {phase for phase, _, _ in report["peak_origins"]} <= {"forward", "backward", "step"}
+
+
+# Real tensors
+
+
+def real_and_fake(overrides: list[str]):
+    from llada_megatron.dryrun.rank import run_rank
+
+    config = dry_configuration(overrides)
+    stage = rules.check(config).stages[BDLM]
+    return [run_rank(config, stage, 0, 2, fake=fake) for fake in (False, True)]
+
+
+def test_real_tensors_on_a_cpu_are_as_many_bytes_as_fake_ones() -> None:
+    # With bf16 the routers' counts become fp32 in the first forward; the dry run has them so at once.
+    real, fake = run_ranks(real_and_fake, ["precision=fp32"])[0]
+    assert real.kept == fake.kept and real.static == fake.static
+    assert real.peak == fake.peak
+
+
+def places_that_change() -> tuple[list, list, list]:
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer.moe.token_dispatcher import (
+        MoEAllGatherTokenDispatcher,
+        MoEAlltoAllTokenDispatcher,
+    )
+
+    from llada_megatron.attention import registry
+    from llada_megatron.dryrun.rank import run_rank
+    from llada_megatron.objectives import batch
+    from llada_megatron.runtime import fake_world
+    from llada_megatron.training import step
+
+    def places() -> list:
+        return [
+            *(torch.nn.RMSNorm.forward, torch.nn.Module._apply, torch.tensor, torch.Tensor.type),
+            *(torch.get_rng_state, dist.all_gather_object, parallel_state.create_group),
+            *(MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__),
+            MoEAllGatherTokenDispatcher.dispatch_postprocess,
+            *(fused_bias_swiglu.weighted_swiglu, schedules.forward_step, schedules.backward_step),
+            *(registry.select_backend, batch.corrupt, step.micro_batches),
+        ]
+
+    before = places()
+    with fake_world.contracts():
+        during = places()
+    config = dry_configuration([])
+    run_rank(config, rules.check(config).stages[MDLM], 0, 1)
+    after = places()
+    return (
+        [str(place) for place, other in zip(before, during, strict=True) if place is not other],
+        [str(place) for place, other in zip(before, after, strict=True) if place is not other],
+        [dist.is_initialized()],
+    )
+
+
+def test_a_dry_run_puts_everything_back() -> None:
+    changed_inside, changed_after, group = run_ranks(places_that_change)[0]
+    assert len(changed_inside) >= 9
+    assert not changed_after and group == [False]
+
+
+# Parameters of every place in the grid
+
+
+def counts(overrides: list[str]) -> tuple[int, int]:
+    from dataclasses import asdict
+
+    from llada_megatron.dryrun.rank import count_parameters
+
+    config = dry_configuration(overrides)
+    ranks = exact.one_rank_per_shard(config.layout)
+    return exact.counted_parameters(config, [asdict(count_parameters(config, rank)) for rank in ranks])
+
+
+def test_parameters_of_every_place_in_the_grid_add_up_to_the_model() -> None:
+    layout = ["layout.processes=8", "layout.tp=2", "layout.pp=2", "layout.ep=2", "model.layers=4"]
+    counted, expected = run_ranks(counts, layout)[0]
+    assert counted == expected
+
+
+def test_padding_of_small_parameters_is_counted_and_the_optimizers_share_is_bounded() -> None:
+    for one in run_ranks(comparisons, BDLM, ["model.head_dim=32", "layout.processes=2"])[0]:
+        static = one.report["static"]
+        assert (static["weights"], static["gradients"]) == (one.static["weights"], one.static["gradients"])
+        assert one.static["weights"] > 2 * one.parameters.trained + 8 * one.parameters.bias
+        assert static["optimizer"] <= one.static["optimizer"] <= static["optimizer"] * 1.01
+
+
+def test_halves_that_context_parallelism_cuts_are_bounded() -> None:
+    overrides = ["layout.processes=4", "layout.cp=4", "layout.micro_batch=1", "data.sequence_length=128"]
+    (one,) = run_ranks(comparisons, 1, overrides)[0]
+    assert one.report["kept"][0] <= one.kept[0]
+    assert one.report["peak"] <= one.peak

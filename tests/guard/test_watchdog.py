@@ -1,0 +1,98 @@
+"""Processes that stop making progress end by themselves."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from tests.distributed import run_ranks
+
+STUCK = """
+import os, signal, sys, time
+from pathlib import Path
+from llada_megatron.guard.watchdog import Watchdog
+
+def stuck_here():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    signal.sigwait([signal.SIGUSR1])  # in C, as inside a collective
+
+watchdog = Watchdog(Path(sys.argv[1]), 3, hang_timeout_sec=float(sys.argv[2]), stop_deadline_sec=0.2)
+watchdog.start()
+if sys.argv[3] == "stop":
+    watchdog.stop_was_asked()
+if sys.argv[3] == "beat":
+    for _ in range(20):
+        time.sleep(0.05)
+        watchdog.beat()
+    watchdog.close()
+    sys.exit()
+stuck_here()
+"""
+
+
+def run_stuck(folder, hang_timeout_sec: float, how: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", STUCK, str(folder), str(hang_timeout_sec), how]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(("hang_timeout_sec", "how"), [(0.3, "hang"), (0, "stop"), (1000, "stop")])
+def test_no_progress_ends_the_process_and_leaves_its_stack(tmp_path, hang_timeout_sec, how):
+    done = run_stuck(tmp_path, hang_timeout_sec, how)
+    assert done.returncode == 1, done.stderr
+    assert "stuck_here" in (tmp_path / "stacks" / "rank_00003.txt").read_text()
+
+
+def test_a_process_that_makes_progress_is_left_alone_and_leaves_nothing(tmp_path):
+    assert run_stuck(tmp_path, 0.5, "beat").returncode == 0  # 20 beats take longer than the limit
+    assert not list((tmp_path / "stacks").iterdir())
+
+
+def hear_a_signal_during_a_long_call() -> tuple[float, float, int]:
+    """Seconds until the signal was heard and until the call into C ended, and the signal remembered then."""
+    from llada_megatron.guard.signals import StopRequest
+
+    heard: list[float] = []
+    stop = StopRequest(lambda: heard.append(time.monotonic()))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    hashlib.pbkdf2_hmac("sha256", b"key", b"salt", 6_000_000)  # seconds in C, without the interpreter lock
+    ended = time.monotonic()
+    stop.release()
+    return heard[0] - began, ended - began, stop.number
+
+
+def test_a_signal_is_heard_while_the_main_thread_is_inside_a_call_to_c():
+    heard_sec, ended_sec, number = run_ranks(hear_a_signal_during_a_long_call)[0]
+    assert heard_sec < ended_sec and number == signal.SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limits", "ask"),
+    [(["training.hang_timeout_sec=4"], False), (["training.stop_deadline_sec=2"], True)],
+    ids=["hang", "stop"],
+)
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_those_that_wait(corpus, tmp_path, limits, ask):
+    command = [sys.executable, "-m", "llada_megatron", "train", "experiment=parity", "layout.processes=2"]
+    command += [f"data.path=[{corpus}]", f"run.dir={tmp_path}", *limits]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        time.sleep(0.05)
+        assert run.poll() is None
+    ranks = [child for child in psutil.Process(run.pid).children(recursive=True) if not child.children()]
+    stopped = max(ranks, key=lambda rank: rank.create_time())  # the last one started is a rank
+    stopped.suspend()
+    if ask:
+        run.send_signal(signal.SIGUSR1)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "no progress for training.hang_timeout_sec" in said and "the same command goes on" in said
+    stacks = [file.read_text() for file in (tmp_path / "stacks").glob("rank_*.txt")]
+    [stack] = [text for text in stacks if text]  # the stopped one cannot write its own
+    assert "train_step" in stack or "agreed" in stack

@@ -1,0 +1,139 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from llada_megatron.config.compose import compose
+from llada_megatron.config.rules import schedule_of
+from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
+from llada_megatron.data.packed import PackedSample
+from llada_megatron.objectives.batch import (
+    POSITION_BINS,
+    RATE_BINS,
+    autoregressive_batch,
+    check_vocabulary,
+    diffusion_batch,
+    flat_outputs,
+)
+from llada_megatron.objectives.corruption import block_starts, corrupt
+
+L, MASK, SEED = 128, 257, 3
+STAGES = {stage.name: stage for stage in schedule_of(compose(["experiment=parity"])).stages}
+CUTS = [[0, 5, 77, L], [0, L], [0, 1, 2, 64, L], [0, 127, L]]
+SAMPLES = [
+    PackedSample(np.random.default_rng(index).integers(0, 256, L), np.array(cuts, dtype=np.int32))
+    for index, cuts in enumerate(CUTS)
+]
+INDICES = [8, 9, 10, 11]
+BOTH_STAGES = pytest.mark.parametrize("stage", [STAGES["bdlm_4"], STAGES["mdlm"]], ids=lambda s: s.name)
+
+
+def batch_of(chosen, stage, diffusion=None, noise_sigma=0.0):
+    return diffusion_batch(
+        [SAMPLES[index] for index in chosen],
+        [INDICES[index] for index in chosen],
+        stage,
+        diffusion or DiffusionConfig(t_per=RatePer.block),
+        seed=SEED,
+        mask_token_id=MASK,
+        noise_sigma=noise_sigma,
+    )
+
+
+@BOTH_STAGES
+def test_a_sample_is_corrupted_alike_in_any_micro_batch_and_order(stage):
+    together = batch_of([2, 0, 3, 1], stage, noise_sigma=0.5)
+    for row, index in enumerate([2, 0, 3, 1]):
+        alone = batch_of([index], stage, noise_sigma=0.5)
+        mine = together.inputs.outputs % 4 == row
+        assert torch.equal(together.inputs.tokens[row], alone.inputs.tokens[0])
+        assert torch.equal(together.inputs.outputs[mine] // 4, alone.inputs.outputs)
+        assert torch.equal(together.inputs.labels[mine], alone.inputs.labels)
+        assert torch.equal(together.weights[mine], alone.weights)
+        assert torch.equal(together.rate_bin[mine], alone.rate_bin)
+        assert torch.equal(together.position_bin[mine], alone.position_bin)
+        assert together.inputs.noise.seeds[row] == alone.inputs.noise.seeds[0]
+        assert torch.equal(together.inputs.noise.rows[row], alone.inputs.noise.rows[0])
+
+
+@BOTH_STAGES
+def test_the_noisy_half_is_masked_where_outputs_are_and_the_clean_half_is_clean(stage):
+    batch = batch_of(range(4), stage, noise_sigma=0.5)
+    clean = torch.from_numpy(np.stack([sample.tokens for sample in SAMPLES]))
+    tokens = batch.inputs.tokens
+    assert tokens.shape == (4, 2 * L if stage.clean_copy else L)
+    masked = tokens[:, :L] == MASK
+    assert torch.equal(torch.where(masked, clean, tokens[:, :L]), clean)
+    assert torch.equal(tokens[:, L:], clean[:, : tokens.shape[1] - L])
+    diffusion = DiffusionConfig(t_per=RatePer.block)
+    expected = [
+        corrupt(SEED, index, sample.cu_seqlens, stage.block_size, diffusion).masked
+        for index, sample in zip(INDICES, SAMPLES, strict=True)
+    ]
+    assert np.array_equal(masked, np.stack(expected))
+    # Hidden states are [S, B, H]: outputs index them flattened over S and B.
+    assert (tokens.T.flatten()[batch.inputs.outputs] == MASK).all()
+    padded = torch.zeros_like(tokens)
+    padded[:, :L] = clean
+    assert torch.equal(padded.T.flatten()[batch.inputs.outputs], batch.inputs.labels)
+    assert len(batch.inputs.outputs) == int(masked.sum()) == len(batch.weights)
+    for rows, of_sample in zip(batch.inputs.noise.rows, masked, strict=True):
+        assert torch.equal(rows, of_sample.nonzero()[:, 0])
+    positions = torch.arange(L).repeat(tokens.shape[1] // L)
+    assert torch.equal(batch.inputs.positions, positions[None])
+    assert (
+        batch.inputs.shard.mask.total == tokens.shape[1]
+        and batch.inputs.shard.mask.block_size == stage.block_size
+    )
+
+
+@BOTH_STAGES
+def test_weights_bins_and_count_belong_to_the_masked_positions(stage):
+    diffusion = DiffusionConfig(t_per=RatePer.block)
+    batch = batch_of(range(4), stage, diffusion)
+    assert batch.count == 4 * L
+    weights, rate_bins, position_bins = [], [], []
+    for index, sample in zip(INDICES, SAMPLES, strict=True):
+        drawn = corrupt(SEED, index, sample.cu_seqlens, stage.block_size, diffusion)
+        starts = block_starts(sample.cu_seqlens, stage.block_size, BlockGrid.sequence)
+        for position in np.flatnonzero(drawn.masked):
+            weights.append(1 / drawn.rate[position])
+            rate_bins.append(min(int(drawn.rate[position] * RATE_BINS), RATE_BINS - 1))
+            place = position - starts[position]
+            position_bins.append(place * min(stage.block_size, POSITION_BINS) // stage.block_size)
+    torch.testing.assert_close(batch.weights, torch.tensor(weights, dtype=torch.float32))
+    assert batch.rate_bin.tolist() == rate_bins
+    assert batch.position_bin.tolist() == position_bins
+    assert max(position_bins) < min(stage.block_size, POSITION_BINS)
+
+
+def test_without_noise_the_model_gets_none():
+    assert batch_of([0], STAGES["bdlm_4"]).inputs.noise is None
+
+
+def test_autoregressive_labels_are_the_next_tokens_of_the_same_document():
+    batch = autoregressive_batch(SAMPLES)
+    pairs = {
+        (position, row, int(SAMPLES[row].tokens[position + 1]))
+        for row, cuts in enumerate(CUTS)
+        for start, stop in pairwise(cuts)
+        for position in range(start, stop - 1)
+    }
+    made = zip(batch.inputs.outputs.tolist(), batch.inputs.labels.tolist(), strict=True)
+    assert {(output // 4, output % 4, label) for output, label in made} == pairs
+    assert batch.count == len(batch.weights) == len(pairs)
+    assert batch.inputs.shard.mask.causal and batch.inputs.shard.mask.block_size == 1
+
+
+def test_rows_of_samples_become_rows_of_flattened_hidden_states():
+    hidden = torch.arange(12).reshape(4, 3)  # [S, B]
+    rows = [np.array([0, 3]), np.array([], dtype=np.int64), np.array([1])]
+    assert hidden.flatten()[flat_outputs(rows)].tolist() == [0, 9, 5]
+
+
+def test_a_token_outside_the_vocabulary_is_refused_by_its_setting():
+    check_vocabulary(SAMPLES, 256)
+    largest = max(int(sample.tokens.max()) for sample in SAMPLES)
+    with pytest.raises(ValueError, match=f"token {largest}, outside model.vocab_size={largest}"):
+        check_vocabulary(SAMPLES, largest)

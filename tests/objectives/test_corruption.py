@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
+from llada_megatron.objectives.corruption import block_starts, corrupt, data_index
+
+L = 48
+ONE = np.array([0, L])
+THREE = np.array([0, 7, 30, L])
+BOTH_RATES = pytest.mark.parametrize("t_per", list(RatePer))
+
+
+@st.composite
+def boundaries(draw):
+    cuts = draw(st.sets(st.integers(1, L - 1), max_size=6))
+    return np.array([0, *sorted(cuts), L], dtype=np.int32)
+
+
+@given(cu_seqlens=boundaries(), block_size=st.sampled_from([1, 3, 4, 16, L]), grid=st.sampled_from(BlockGrid))
+def test_a_block_starts_where_its_first_token_of_document_and_grid_cell_is(cu_seqlens, block_size, grid):
+    document = [int(np.searchsorted(cu_seqlens, i, side="right")) - 1 for i in range(L)]
+    origin = [int(cu_seqlens[d]) if grid is BlockGrid.document else 0 for d in document]
+    key = [(document[i], (i - origin[i]) // block_size) for i in range(L)]
+    assert block_starts(cu_seqlens, block_size, grid).tolist() == [key.index(each) for each in key]
+
+
+def test_the_rate_lies_in_its_range_and_fills_it():
+    diffusion = DiffusionConfig(mask_rate_min=0.3, mask_rate_max=0.8)
+    rates = np.array([corrupt(1, index, ONE, 4, diffusion).rate[0] for index in range(4000)])
+    assert rates.min() >= 0.3 and rates.max() <= 0.8
+    assert abs(rates.mean() - 0.55) < 4 * rates.std() / np.sqrt(len(rates))
+    assert abs(rates.std() - 0.5 / np.sqrt(12)) < 0.005
+
+
+def test_the_rate_is_shared_by_a_sequence_or_by_a_block():
+    per_sequence = corrupt(1, 3, THREE, 4, DiffusionConfig())
+    assert len(np.unique(per_sequence.rate)) == 1
+    per_block = corrupt(1, 3, THREE, 4, DiffusionConfig(t_per=RatePer.block))
+    starts = block_starts(THREE, 4, BlockGrid.sequence)
+    assert len(np.unique(per_block.rate)) == len(np.unique(starts))
+    assert all(len(np.unique(per_block.rate[starts == start])) == 1 for start in starts)
+
+
+@BOTH_RATES
+def test_a_token_is_masked_as_often_as_its_rate_says(t_per):
+    diffusion = DiffusionConfig(t_per=t_per)
+    drawn = [corrupt(1, index, THREE, 4, diffusion) for index in range(3000)]
+    rate = np.concatenate([each.rate for each in drawn])
+    masked = np.concatenate([each.masked for each in drawn])
+    for low in np.arange(0, 1, 0.25):
+        inside = (rate >= low) & (rate < low + 0.25)
+        error = np.sqrt((rate * (1 - rate))[inside].mean() / inside.sum())
+        assert abs(masked[inside].mean() - rate[inside].mean()) < 4 * error
+
+
+@BOTH_RATES
+def test_draws_depend_on_seed_and_sample_alone(t_per):
+    diffusion = DiffusionConfig(t_per=t_per)
+    forwards = [corrupt(5, index, THREE, 4, diffusion) for index in range(20)]
+    np.random.seed(0)
+    for index in reversed(range(20)):
+        np.random.random(index)  # the ambient generator takes no part
+        again = corrupt(5, index, THREE, 4, diffusion)
+        assert np.array_equal(again.masked, forwards[index].masked)
+        assert np.array_equal(again.rate, forwards[index].rate)
+    rates = {each.rate.tobytes() for each in forwards}
+    rates |= {corrupt(6, index, THREE, 4, diffusion).rate.tobytes() for index in range(20)}
+    assert len(rates) == 40
+
+
+def test_documents_do_not_change_the_draws_of_a_sequence():
+    one, three = (corrupt(1, 9, cu, 4, DiffusionConfig()) for cu in (ONE, THREE))
+    assert np.array_equal(one.masked, three.masked) and np.array_equal(one.rate, three.rate)
+
+
+@BOTH_RATES
+def test_complementary_pairs_partition_the_positions(t_per):
+    diffusion = DiffusionConfig(complementary=True, mask_rate_max=0.9, t_per=t_per)
+    for pair in range(50):
+        first, second = (corrupt(1, 2 * pair + half, THREE, 4, diffusion) for half in (0, 1))
+        assert np.array_equal(first.masked, ~second.masked)
+        assert np.allclose(first.rate + second.rate, 1)
+        assert data_index(2 * pair, diffusion) == data_index(2 * pair + 1, diffusion) == pair
+
+
+def test_without_complements_every_sample_reads_a_sequence_of_its_own():
+    assert [data_index(sample, DiffusionConfig()) for sample in range(4)] == [0, 1, 2, 3]

@@ -1,0 +1,139 @@
+"""A plan's parts add up, and its time moves the right way when a layout or a cluster changes."""
+
+from dataclasses import replace
+
+import pytest
+
+from llada_megatron.config import rules
+from llada_megatron.config.flops import active_parameters_per_layer
+from llada_megatron.config.schema import Config, Recompute
+from llada_megatron.plan.estimate import Plan, flops_per_token, plan
+from llada_megatron.plan.planner import Planner
+from llada_megatron.plan.timing import pipeline_seconds
+from tests.plan.flash import composed, config_with
+
+
+def planned(config: Config, **options: float) -> Plan:
+    return plan(Planner(config, **options), config.layout, rules.check(config))
+
+
+def flash(**layout: object) -> Config:
+    """tp 2, pp 4, ep 16 on 512 GPUs, evenly cut, nothing overlapped, unless said otherwise."""
+    plain = {"vpp": 1, "pipeline": [], "overlap_grad_reduce": False, "overlap_param_gather": False}
+    return config_with(composed("experiment=llada2_flash_cpt", "cluster=h100_512"), **(plain | layout))
+
+
+def on(config: Config, **cluster: object) -> Config:
+    return replace(config, cluster=replace(config.cluster, **cluster))
+
+
+def test_parts_add_up() -> None:
+    result = planned(flash())
+    for rank in result.ranks:
+        assert sum(rank.activations.values()) == rank.parts["activations"]
+        assert rank.peak == sum(rank.parts.values())
+    for stage in result.stages:
+        assert sum(stage.seconds.values()) == pytest.approx(stage.step_seconds)
+        assert stage.tokens_per_sec * stage.step_seconds == pytest.approx(stage.tokens / stage.steps)
+        assert stage.gpu_hours == 512 * stage.hours
+    assert result.fits == (max(rank.peak for rank in result.ranks) <= 0.9 * 80e9)
+
+
+def test_equal_ranks_wait_for_each_other_as_the_textbook_says() -> None:
+    work, bubble = pipeline_seconds([2.0], [4], micro_batches=8, vpp=1)
+    assert bubble / work == pytest.approx((4 - 1) / 8)
+    assert pipeline_seconds([2.0], [4], micro_batches=8, vpp=2)[1] / work == pytest.approx((4 - 1) / (2 * 8))
+
+
+def test_the_slowest_rank_sets_the_pace() -> None:
+    assert pipeline_seconds([1.0, 3.0], [3, 1], micro_batches=10, vpp=1) == (30.0, 3.0)
+
+
+def test_model_flops_are_six_per_active_weight_and_row_and_the_attention_of_visible_pairs() -> None:
+    config = flash()
+    model, L = config.model, 4096
+    stages = {stage.name: stage for stage in rules.schedule_of(config).stages}
+    weights = sum(active_parameters_per_layer(model, layer) for layer in range(model.layers))
+    rate = (1e-3 + 1) / 2
+    head = 6 * model.hidden_size * model.vocab_size * rate
+    for name, rows, pairs in (("stable", 1, L), ("decay_32", 2, L + 32)):
+        needed, performed = flops_per_token(config, config.layout, stages[name])
+        attention = 12 * 32 * 128 * model.layers * pairs
+        assert needed == pytest.approx(6 * weights * rows + attention + head)
+        assert performed == pytest.approx(needed + head / 3)  # 2051 rows are three chunks of the head
+    full = replace(config.layout, recompute=Recompute.full)
+    needed, performed = flops_per_token(config, full, stages["stable"])
+    assert performed == pytest.approx(needed * 4 / 3)
+
+
+def test_recompute_saves_memory_and_costs_time() -> None:
+    plans = [
+        planned(flash(recompute=recompute, recompute_modules=["mlp", "moe"]))
+        for recompute in (Recompute.none, Recompute.selective, Recompute.full)
+    ]
+    peaks, hours = [one.fullest.peak for one in plans], [one.hours for one in plans]
+    assert peaks == sorted(peaks, reverse=True) and hours == sorted(hours)
+    assert len(set(peaks)) == len(set(hours)) == 3
+
+
+def test_faster_machines_are_faster_and_larger_ones_fit_more() -> None:
+    slow = planned(flash())
+    for name in ("peak_tflops", "memory_gb_per_sec", "node_gb_per_sec", "network_gb_per_sec"):
+        config = flash()
+        assert planned(on(config, **{name: 2 * getattr(config.cluster, name)})).hours < slow.hours
+    assert not planned(on(flash(), memory_gb=40.0)).fits and slow.fits
+
+
+def test_a_busier_process_takes_more_memory_and_time() -> None:
+    even, uneven = planned(flash(), expert_imbalance=1.0), planned(flash(), expert_imbalance=2.0)
+    assert even.fullest.peak < uneven.fullest.peak and even.hours < uneven.hours
+
+
+def test_overlap_hides_gradients_and_weights() -> None:
+    plain, overlapped = planned(flash()), planned(flash(overlap_grad_reduce=True, overlap_param_gather=True))
+    for before, after in zip(plain.stages, overlapped.stages, strict=True):
+        assert after.seconds["gradients"] < before.seconds["gradients"]
+
+
+def test_messages_hide_behind_computation_only_where_the_cluster_lets_them() -> None:
+    for layout in (
+        flash(),
+        flash(vpp=2),
+        flash(overlap_grad_reduce=True),
+        flash(overlap_grad_reduce=True, overlap_param_gather=True),
+    ):
+        none, half, all_of_it = (planned(on(layout, message_overlap=share)) for share in (0.0, 0.5, 1.0))
+        assert none.hours > half.hours > all_of_it.hours
+    shown = planned(on(flash(), message_overlap=0.0)).stages[0]
+    (tensor,) = (group for group in shown.traffic if group.group == "tp")
+    assert shown.seconds["tp"] == pytest.approx(tensor.seconds, rel=0.2)
+
+
+def test_fewer_layers_on_the_last_stage_shorten_the_wait_for_the_head() -> None:
+    assert planned(flash(pipeline=[8, 8, 9, 7])).ranks[3].peak < planned(flash()).ranks[3].peak
+
+
+def test_memory_is_that_of_the_stage_that_needs_most() -> None:
+    result = planned(flash())
+    rows = {stage.name: stage.rows for stage in result.stages}
+    assert all(rows[rank.stage] == 8192 for rank in result.ranks)
+
+
+def test_a_price_gives_a_cost() -> None:
+    assert planned(flash()).cost is None
+    result = planned(on(flash(), price_per_gpu_hour=2.5))
+    assert result.cost == pytest.approx(2.5 * 512 * result.hours)
+
+
+@pytest.mark.parametrize("model", ["small", "tiny"])
+def test_small_models_on_a_cpu_are_planned_in_fp32(model: str) -> None:
+    result = planned(composed("experiment=bench", f"model={model}", "cluster=local"))
+    assert result.fits and result.hours > 0
+
+
+def test_a_dense_model_is_planned() -> None:
+    config = flash(ep=1)
+    dense = replace(config, model=replace(config.model, dense_layers=32, experts=0, tied_head=True))
+    result = planned(dense)
+    assert result.hours > 0 and "experts" not in result.fullest.activations
+    assert {group.group for group in result.stages[0].traffic} == {"tp", "pp", "dp", "embedding"}
