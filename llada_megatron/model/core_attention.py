@@ -15,14 +15,14 @@ from llada_megatron.attention.context import ContextShard, exchange
 
 
 @dataclass
-class ShardParams(PackedSeqParams):
+class KeysParams(PackedSeqParams):
     """Carries the mask, and what this rank holds of it, through GPTModel and every layer.
 
     megatron-core hands `packed_seq_params` to each layer untouched as long as qkv_format is not 'thd', also
     under recompute and on every pipeline stage.
     """
 
-    shard: ContextShard | None = None
+    keys: ContextShard | None = None
 
 
 class BlockDiffusionCoreAttention(MegatronModule):
@@ -52,15 +52,15 @@ class BlockDiffusionCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: ShardParams | None = None,
+        packed_seq_params: KeysParams | None = None,
         **unused: Any,
     ) -> torch.Tensor:
         """query [S/cp, B, heads, D]; key, value [S/cp, B, kv_heads, D]; returns [S/cp, B, heads * D]."""
-        assert packed_seq_params is not None and packed_seq_params.shard is not None
-        shard = packed_seq_params.shard
-        key, value = exchange(key, value, shard, self.context_group)
+        assert packed_seq_params is not None and packed_seq_params.keys is not None
+        keys = packed_seq_params.keys
+        key, value = exchange(key, value, keys, self.context_group)
         out = block_diffusion_attention(
-            query, key, value, shard.rectangle, backend=self.backend, softmax_scale=self.softmax_scale
+            query, key, value, keys.rectangle, backend=self.backend, softmax_scale=self.softmax_scale
         )
         return out.flatten(2)
 

@@ -33,7 +33,7 @@ class ModelInputs:
     """int64 [B, S]."""
     positions: torch.Tensor
     """int64 [B or 1, S]: place of each row in its sequence, 0..L-1; twice with a clean copy."""
-    shard: ContextShard
+    keys: ContextShard
     """The attention mask, and which of its rows and keys are here."""
     outputs: torch.Tensor
     """int64 [N]: rows of the hidden states, flattened as s * B + b, that the head is applied to."""

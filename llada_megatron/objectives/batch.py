@@ -42,7 +42,7 @@ class MicroBatch:
         """Move every tensor; a no-op on the host."""
         if device.type == "cpu":
             return self
-        self.inputs.shard.to(device)
+        self.inputs.keys.to(device)
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
@@ -104,7 +104,7 @@ def autoregressive_batch(samples: list[PackedSample]) -> MicroBatch:
     inputs = ModelInputs(
         tokens=tokens,
         positions=torch.arange(tokens.shape[1])[None],
-        shard=ContextShard(model_mask(samples, 1, BlockGrid.sequence, clean_copy=False, causal=True)),
+        keys=ContextShard(model_mask(samples, 1, BlockGrid.sequence, clean_copy=False, causal=True)),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate(labels)),
     )
@@ -128,7 +128,7 @@ def diffusion_inputs(
     return ModelInputs(
         tokens=torch.from_numpy(np.concatenate([noisy, clean], axis=1) if clean_copy else noisy),
         positions=torch.cat([positions, positions], dim=1) if clean_copy else positions,
-        shard=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
+        keys=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate([c[row] for c, row in zip(clean, rows, strict=True)])),
     )
@@ -189,7 +189,7 @@ def context_part(batch: MicroBatch) -> MicroBatch:
     if ranks == 1:
         return batch
     inputs = batch.inputs
-    shard = ContextShard(inputs.shard.mask, parallel_state.get_context_parallel_rank(), ranks)
+    shard = ContextShard(inputs.keys.mask, parallel_state.get_context_parallel_rank(), ranks)
     B, L, n = shard.mask.batch, shard.mask.length, shard.tokens.shape[1]
     sample = np.arange(B)[:, None]
     position, b = np.divmod(inputs.outputs.numpy(), B)  # of each of the N outputs, in the whole sequence
@@ -205,7 +205,7 @@ def context_part(batch: MicroBatch) -> MicroBatch:
     part = ModelInputs(
         tokens=inputs.tokens[sample, rows],
         positions=inputs.positions.expand(B, -1).gather(1, rows),
-        shard=shard,
+        keys=shard,
         outputs=torch.from_numpy(row * B + b)[here],
         labels=None if inputs.labels is None else inputs.labels[here],
         readout=inputs.readout,
