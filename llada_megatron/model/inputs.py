@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,3 +40,17 @@ class ModelInputs:
     labels: torch.Tensor | None = None
     """int64 [N]; without labels the model returns logits [N, V]."""
     noise: EmbeddingNoise | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ModelInputs:
+        """The inputs with function(tensor) in the place of every tensor that the device reads."""
+        noise = self.noise
+        if noise is not None:
+            noise = replace(noise, rows=[function(rows) for rows in noise.rows])
+        return replace(
+            self,
+            tokens=function(self.tokens),
+            positions=function(self.positions),
+            outputs=function(self.outputs),
+            labels=None if self.labels is None else function(self.labels),
+            noise=noise,
+        )
