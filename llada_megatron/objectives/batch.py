@@ -121,6 +121,7 @@ def context_part(batch: MicroBatch) -> MicroBatch:
         shard=shard,
         outputs=torch.from_numpy(row * B + b)[here],
         labels=None if inputs.labels is None else inputs.labels[here],
+        readout=inputs.readout,
         noise=noise,
     )
     return replace(
