@@ -38,6 +38,7 @@ from llada_megatron.dryrun.recorder import Recorder
 from llada_megatron.model.provider import build_model
 from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.corruption import Corruption
+from llada_megatron.objectives.diffusion import Diffusion
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import fake_world
 from llada_megatron.training import step
@@ -222,7 +223,8 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
         "gradients", transformer.finalize_model_grads_func
     )
     for objective in trainer.objectives.values():
-        objective.corrupt = half_masked
+        if isinstance(objective, Diffusion):
+            objective.corrupt = half_masked
     trainer.micro_batches = partial(_onto_device, recorder, mode)
     forward = _first_forwards(recorder, trainer, report)
     backward, gradients, weights = (

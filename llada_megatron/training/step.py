@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +41,7 @@ class Trainer:
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
     balance: ExpertBalance
-    objectives: dict[str, Objective]
+    objectives: Mapping[str, Objective]
     """By the name that stages give."""
     deal: Deal = sample_indices
     on_batch: Callable[[list[int], MicroBatch], None] | None = None
@@ -62,7 +62,7 @@ def assemble(
 ) -> Trainer:
     """Model, optimizer and schedules of this rank.
 
-    Without `initialize` weights have no values; `attention` is an executor in the place of the configured one.
+    Without `initialize` weights have no values; `attention` takes the place of the configured executor.
     """
     model = wrap(config, build_model(config, initialize=initialize, attention=attention))
     optimizer = build_optimizer(config, model)
@@ -172,7 +172,7 @@ def micro_batches(
 def _drafts(
     trainer: Trainer, objective: Objective, stage: Stage, step: int, sigma: float
 ) -> list[torch.Tensor]:
-    """What the model makes of the step's draft batches, fp64 [N, columns] on the host, for each micro-batch."""
+    """What the model makes of each draft batch of the step, fp64 [N, columns] on the host."""
     readout = objective.draft_readout
     assert readout is not None
     parts = []

@@ -34,7 +34,6 @@ def relative(ours, expected):
 
 def measured(tp):
     """What one rank finds: differences by case, choices among equals, sizes of messages, an id above 2^24."""
-    import torch
     from megatron.core import parallel_state
 
     from llada_megatron.config.compose import compose
