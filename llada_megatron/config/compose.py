@@ -85,11 +85,12 @@ def elsewhere(saved: dict[str, object], overrides: list[str]) -> Config:
     overrides: `key=value`, the value in YAML. Raises BadInput for what is no setting.
     """
     trained = cast(dict[str, object], saved.get("layout", {}))
-    batch = {name: trained[name] for name in ("global_batch", "micro_batch") if name in trained}
+    names = ("global_batch", "micro_batch")
+    layout: dict[str, object] = {name: trained[name] for name in names if name in trained}
     for override in overrides:
         if "=" not in override:
             raise BadInput(f"{override} is no override: write key=value, such as layout.tp=2.")
-    layout: dict[str, object] = {**batch, "processes": 0}
+    layout["processes"] = 0
     tree = OmegaConf.create({**saved, "layout": layout})
     return resolve(OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides)))
 
