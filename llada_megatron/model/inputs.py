@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,7 +27,7 @@ class EmbeddingNoise:
 class ModelInputs:
     """S = 2L with a clean copy (noisy half first), else L; B samples; N rows that the head is applied to.
 
-    Under context parallelism S, N and everything else is this rank's part: see `training.batch.context_part`.
+    Under context parallelism S, N and everything else is this rank's part: see `objectives.batch.context_part`.
     """
 
     tokens: torch.Tensor
@@ -42,3 +43,17 @@ class ModelInputs:
     readout: Readout = CROSS_ENTROPY
     """What the model returns for each of the N rows."""
     noise: EmbeddingNoise | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ModelInputs:
+        """The inputs with function(tensor) in the place of every tensor that the device reads."""
+        noise = self.noise
+        if noise is not None:
+            noise = replace(noise, rows=[function(rows) for rows in noise.rows])
+        return replace(
+            self,
+            tokens=function(self.tokens),
+            positions=function(self.positions),
+            outputs=function(self.outputs),
+            labels=None if self.labels is None else function(self.labels),
+            noise=noise,
+        )
