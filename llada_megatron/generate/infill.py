@@ -77,7 +77,7 @@ def _predict(
     inputs = ModelInputs(
         tokens=torch.from_numpy(window)[None].to(device.device()),
         positions=torch.arange(len(window), device=device.device())[None],
-        shard=ContextShard(mask),
+        keys=ContextShard(mask),
         outputs=torch.from_numpy(candidates).to(device.device()),
         readout=LOGITS,
     )

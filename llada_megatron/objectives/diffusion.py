@@ -121,7 +121,7 @@ def diffusion_inputs(
     return ModelInputs(
         tokens=torch.from_numpy(np.concatenate([noisy, clean], axis=1) if clean_copy else noisy),
         positions=torch.cat([positions, positions], dim=1) if clean_copy else positions,
-        shard=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
+        keys=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate([c[row] for c, row in zip(clean, rows, strict=True)])),
     )

@@ -235,7 +235,7 @@ def forward_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
     inputs = ModelInputs(
         tokens=stored["input_ids"][None].to(at),
         positions=stored["position_ids"][None].to(at),
-        shard=ContextShard(mask),
+        keys=ContextShard(mask),
         outputs=torch.arange(*case["logits_rows"], device=at),
         readout=LOGITS,
     )

@@ -57,7 +57,7 @@ def model_inputs(tokens_BS: torch.Tensor, mask: BlockDiffusionMask, **chosen: An
     return ModelInputs(
         tokens=tokens_BS,
         positions=torch.cat([positions, positions], dim=1) if mask.clean_copy else positions,
-        shard=ContextShard(mask),
+        keys=ContextShard(mask),
         **({"outputs": torch.arange(tokens_BS.numel()), "readout": LOGITS} | chosen),
     )
 
