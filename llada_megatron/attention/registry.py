@@ -30,7 +30,7 @@ _MISSING_REQUIREMENT: dict[str, MissingRequirement] = {  # the others serve ever
     "cudnn_graph": cudnn_graph.missing_requirement,
     "cudnn_flex": cudnn_flex.missing_requirement,
 }
-# By the pairs that each computes and how; not measured on a GPU yet.
+# By the pairs that each computes and how, not by measured times.
 _FASTEST_FIRST = ("cudnn_flex", "flex_torch", "cudnn_graph", "portable")
 
 
