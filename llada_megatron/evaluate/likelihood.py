@@ -105,14 +105,15 @@ class Evaluator:
             score = generator(self.config.run.seed, Purpose.EVALUATION_INFILL, index).random(length)
             hidden = (score < 0.5) & (np.arange(length) >= length // 2)
             tokens = np.where(hidden, mask_token_id, sample.tokens)
-            filled, _ = infill(
-                get_attr_wrapped_model(self.model[0], "forward", return_model_obj=True),
-                tokens,
-                block_size=block_size,
-                mask_token_id=mask_token_id,
-                grid=self.config.diffusion.block_grid,
-                cu_seqlens=sample.cu_seqlens,
-            )
+            with _evaluating(self.model):
+                filled, _ = infill(
+                    get_attr_wrapped_model(self.model[0], "forward", return_model_obj=True),
+                    tokens,
+                    block_size=block_size,
+                    mask_token_id=mask_token_id,
+                    grid=self.config.diffusion.block_grid,
+                    cu_seqlens=sample.cu_seqlens,
+                )
             shown = [
                 MASK_CHARACTER if h else tokenizer.decode([int(t)])
                 for h, t in zip(hidden, tokens, strict=True)

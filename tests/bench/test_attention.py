@@ -1,4 +1,4 @@
-"""The attention benchmark times only what is right; its figures are for docs/results/attention.md, not for tests."""
+"""The attention benchmark times only what is right; figures go to docs/results/attention.md, not to tests."""
 
 import csv
 import json
