@@ -1,4 +1,4 @@
-"""The attention benchmark times only what is right; figures go to docs/results/attention.md, not to tests."""
+"""The attention benchmark times only what is right; figures go to docs/results/attention.md."""
 
 import csv
 import json
