@@ -31,7 +31,7 @@ _MISSING_REQUIREMENT: dict[str, MissingRequirement] = {  # the others serve ever
     "cudnn_flex": cudnn_flex.missing_requirement,
 }
 _ANY_VALUE_WIDTH = ("reference", "portable")
-# By the pairs that each computes and how; not measured on a GPU yet.
+# By the pairs that each computes and how, not by measured times.
 _FASTEST_FIRST = ("cudnn_flex", "flex_torch", "cudnn_graph", "portable")
 
 
