@@ -40,7 +40,8 @@ def processor() -> list[str]:
 
 def equal(recorded: list[float]) -> object:
     """To compare with: equal to the last bit on the processor that wrote the fixture."""
-    return recorded if processor() == RECORDED["processor"] else pytest.approx(recorded, rel=ANOTHER_PROCESSOR)
+    same = processor() == RECORDED["processor"]
+    return recorded if same else pytest.approx(recorded, rel=ANOTHER_PROCESSOR)
 
 
 def go_on(folder: Path) -> tuple[int, bool]:
@@ -75,7 +76,8 @@ def evaluate(folder: Path) -> dict[str, float]:
 def test_the_checkpoint_of_an_old_run_is_evaluated_alike(folder):
     [measured] = run_ranks(evaluate, folder)
     bound = records(folder, "evaluations")[-1]["bound"]
-    assert [measured[f"nll_block{size}"] for size in BLOCKS] == equal([bound[size]["mean"] for size in BLOCKS])
+    recorded = [bound[size]["mean"] for size in BLOCKS]
+    assert [measured[f"nll_block{size}"] for size in BLOCKS] == equal(recorded)
 
 
 def test_verbs_that_read_runs_read_an_old_one(folder, capsys):
