@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, Container
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
-from llada_megatron.record.manifest import git_commit, versions
+from llada_megatron.record.manifest import git_commit, git_diff, versions
 from llada_megatron.record.metrics import read_jsonl, step_seconds
 
 EXAMPLE = "llada submit experiment=llada2_flash_cpt cluster=my_site --dry-run"
@@ -201,7 +200,7 @@ def _submit(
     with _only_one(run_dir):
         compose.save(config, run_dir / "config.yaml")
         (folder / "job.sbatch").write_text(script)
-        (folder / "source.diff").write_text(_source_diff())
+        (folder / "source.diff").write_text(git_diff())
         described = {
             "name": config.run.name,
             "directory": os.getcwd(),
@@ -267,11 +266,6 @@ def _job_of(after: str) -> str:
     if submitted is None:
         raise BadInput(f"--after {after}: it is neither a job's number nor a run that was submitted.")
     return submitted["job"]
-
-
-def _source_diff() -> str:
-    done = subprocess.run(["git", "diff", "HEAD"], cwd=SOURCE, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else ""
 
 
 def _described(path: str) -> Any:

@@ -111,9 +111,18 @@ def resolve(node: object) -> Config:
 
 
 def _own_configs() -> list[str]:
-    """What makes hydra look into the user's folder after the package's; nothing without a folder."""
+    """What makes hydra look into the user's folder after the package's; nothing without a folder.
+
+    BadInput for a file with the name of one of the package's, which hydra would not read.
+    """
     own = Path(OWN_CONFIG_DIR).resolve()
-    return [f"hydra.searchpath=['file://{own}']"] if own.is_dir() and own != CONFIG_DIR else []
+    if not own.is_dir() or own == CONFIG_DIR:
+        return []
+    for path in sorted(own.glob("*/**/*.yaml")):
+        name = path.relative_to(own)
+        if (CONFIG_DIR / name).is_file():
+            raise BadInput(f"{path} has the name of a file of llada_megatron's own: rename it.")
+    return [f"hydra.searchpath=['file://{own}']"]
 
 
 def _first_line(error: Exception) -> str:
