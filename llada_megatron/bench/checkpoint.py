@@ -20,6 +20,7 @@ from typing import Any
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import Config
 from llada_megatron.record.manifest import Manifest
+from llada_megatron.record.run_dir import SHARDS
 from llada_megatron.runtime.launch import launch
 
 WIDTHS = {"20M": 256, "70M": 512, "260M": 1024}
@@ -66,7 +67,7 @@ def _measure(name: str, folder: Path) -> Size:
         result.seconds |= found["seconds"]
         result.peak_bytes[task] = found["peak_bytes"]
         result.parameters = found.get("parameters", result.parameters)
-    result.checkpoint_bytes = _bytes_below(folder / "saved" / "shards")
+    result.checkpoint_bytes = _bytes_below(folder / "saved" / SHARDS)
     result.weight_bytes = _bytes_below(folder / "hf")
     return result
 

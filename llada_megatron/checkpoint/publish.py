@@ -13,12 +13,13 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.parallel.ranks import barrier, from_first_rank, gathered, rank, ranks
-from llada_megatron.record.manifest import MANIFEST, Manifest, file_damage, file_record, git_commit, versions
+from llada_megatron.record.manifest import Manifest, file_damage, file_record, git_commit, versions
+from llada_megatron.record.run_dir import MANIFEST, damaged, partial
 
 
 def begin(final: Path) -> Path:
     """Make the directory to write into; BadInput when `final` is there already."""
-    aside = final.with_name(f".{final.name}.partial")
+    aside = partial(final)
     if from_first_rank(final.exists):
         raise BadInput(f"{final} exists already: remove it, or choose another place.")
     if rank() == 0:
@@ -67,7 +68,7 @@ def set_aside_damaged(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that it is kept and never looked for; returns the new path."""
 
     def rename() -> Path:
-        target = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        target = damaged(checkpoint)
         while target.exists():
             target = target.with_name(f"{target.name}_again")
         os.replace(checkpoint, target)

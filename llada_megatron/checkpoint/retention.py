@@ -8,6 +8,7 @@ from pathlib import Path
 from llada_megatron.checkpoint import publish
 from llada_megatron.config.schema import CheckpointConfig
 from llada_megatron.record.manifest import Manifest, readable
+from llada_megatron.record.run_dir import RunDir
 
 
 def retire(run_dir: Path, keep: CheckpointConfig) -> None:
@@ -24,7 +25,7 @@ def retire(run_dir: Path, keep: CheckpointConfig) -> None:
     kept |= set(best(manifests, keep.best_metric, keep.keep_best))
     for path in manifests.keys() - kept:
         publish.remove(path)
-    for left_behind in (run_dir / "checkpoints").glob(".step_*.partial"):
+    for left_behind in RunDir(run_dir).partial_checkpoints():
         shutil.rmtree(left_behind)
 
 

@@ -24,6 +24,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.parallel.ranks import from_first_rank
 from llada_megatron.record.manifest import Manifest, file_record
+from llada_megatron.record.run_dir import SHARDS
 from llada_megatron.runtime import device, writer_queue
 
 OPTIMIZER_METADATA = {
@@ -56,7 +57,7 @@ class Save:
         sharded = _sharded(model, optimizer)
         _require_space(final.parent, sharded)
         self._aside = publish.begin(final)
-        shards = self._aside / "shards"
+        shards = self._aside / SHARDS
         if dist.get_rank() == 0:
             shards.mkdir()
         dist.barrier()
@@ -78,8 +79,8 @@ class Save:
         if not buckets:
             return
         self._request.async_fn(rank, buckets, results)  # puts an error into `results`, for the finalization
-        for path in sorted((self._aside / "shards").glob(f"__{rank}_*")):
-            self._hashed[f"shards/{path.name}"] = file_record(path)
+        for path in sorted((self._aside / SHARDS).glob(f"__{rank}_*")):
+            self._hashed[f"{SHARDS}/{path.name}"] = file_record(path)
 
     def is_written(self) -> bool:
         """Whether every rank has written its part, so that `publish` will not wait."""
@@ -126,11 +127,12 @@ def _manifest_or_error(checkpoint: Path) -> Manifest | str:
 def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
     """Load weights, and the optimizer's state where one is given, of a checkpoint that was `verified`.
 
-    Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit the model.
+    Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit
+    the model.
     """
     sharded = _sharded(model, optimizer, is_loading=True)
     try:
-        loaded = dist_checkpointing.load(sharded, str(checkpoint / "shards"))
+        loaded = dist_checkpointing.load(sharded, str(checkpoint / SHARDS))
     except (Exception, CheckpointException) as error:
         raise BadInput(f"{checkpoint} cannot be loaded: {_reason(error)}") from error
     for index, chunk in enumerate(model):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.record.manifest import Manifest, file_damage, find, readable, whole_checkpoints
+from llada_megatron.record.manifest import Manifest, file_damage, find, readable
+from llada_megatron.record.run_dir import SHARDS, RunDir
 
 if TYPE_CHECKING:
     from llada_megatron.config.schema import Config
@@ -49,7 +50,7 @@ def _list(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    paths = whole_checkpoints(args.run)
+    paths = RunDir(args.run).whole_checkpoints()
     if not paths:
         raise BadInput(f"{args.run} has no checkpoints: give the directory of a run.")
     manifests = readable(args.run)
@@ -75,7 +76,7 @@ def _list(args: argparse.Namespace) -> int:
         )
     console = Console(highlight=False, width=UNSQUEEZED)
     console.print(table)
-    for damaged in sorted((args.run / "checkpoints").glob("damaged_*")):
+    for damaged in RunDir(args.run).damaged_checkpoints():
         console.print(f"{damaged.name} was found damaged and set aside")
     return 0
 
@@ -107,9 +108,9 @@ def _merge(args: argparse.Namespace) -> int:
             f" {', '.join(known) or 'none, set evaluation.block_sizes'}. Keep more with checkpoint.keep_best."
         )
     weights = _weights(args.weights, len(chosen))
-    target = args.to or args.run / "merged" / f"top_{args.top_k}_{args.metric}"
+    target = args.to or RunDir(args.run).merged / f"top_{args.top_k}_{args.metric}"
     aside = publish.begin(target)
-    merge.write_mean(chosen, weights, aside / "shards")
+    merge.write_mean(chosen, weights, aside / SHARDS)
     newest = max((manifests[path] for path in chosen), key=lambda manifest: manifest.step)
     lineage = {
         "kind": "merge",

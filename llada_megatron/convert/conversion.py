@@ -23,8 +23,8 @@ from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_
 from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
 from llada_megatron.record.manifest import Manifest, find
+from llada_megatron.record.run_dir import SHARDS
 
-SHARDS = "shards"
 EMBEDDING = "embedding.word_embeddings.weight"
 KEPT_IN_FP32 = "expert_bias"
 """Whatever dtype is asked for: the public code and SGLang hold it in fp32."""

@@ -20,7 +20,7 @@ from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter, w
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
-from llada_megatron.convert.conversion import SHARDS, written_aside
+from llada_megatron.convert.conversion import written_aside
 from llada_megatron.convert.loaded import (
     PROMPT_TOKENS,
     causal_logits,
@@ -32,6 +32,7 @@ from llada_megatron.convert.mapping import expert_rows
 from llada_megatron.convert.tokenizer_files import carried, carry_in
 from llada_megatron.model.initialize import counter_normal
 from llada_megatron.record.manifest import Manifest, find
+from llada_megatron.record.run_dir import SHARDS
 
 MAX_PARAMETERS = 1_000_000_000
 """Of the MoE: larger ones are not run to compare their logits with the dense model's."""

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record.run_dir import MANIFEST, RunDir
 
-MANIFEST = "manifest.json"
 PACKAGES = ("torch", "megatron-core", "numpy", "llada-megatron")
 CHUNK_BYTES = 1 << 22
 
@@ -97,16 +96,10 @@ def file_damage(checkpoint: Path, manifest: Manifest, names: list[str]) -> list[
     return found
 
 
-def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run that were published, oldest first."""
-    found = sorted((run_dir / "checkpoints").glob("step_*"))
-    return [path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).is_file()]
-
-
 def readable(run_dir: Path) -> dict[Path, Manifest]:
     """Checkpoints of a run and their manifests, oldest first, without those whose manifest is damaged."""
     found = {}
-    for path in whole_checkpoints(run_dir):
+    for path in RunDir(run_dir).whole_checkpoints():
         with suppress(BadInput):
             found[path] = Manifest.read(path)
     return found
@@ -117,7 +110,7 @@ def find(where: str) -> Path:
     path = Path(where)
     if (path / MANIFEST).is_file():
         return path
-    checkpoints = whole_checkpoints(path)
+    checkpoints = RunDir(path).whole_checkpoints()
     if not checkpoints:
         raise BadInput(f"{where} is neither a checkpoint nor a run with one.")
     return checkpoints[-1]

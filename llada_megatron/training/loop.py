@@ -33,6 +33,7 @@ from llada_megatron.parallel import groups
 from llada_megatron.record import events
 from llada_megatron.record import manifest as manifests
 from llada_megatron.record.metrics import read_jsonl
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
 from llada_megatron.training.position import (
@@ -132,7 +133,8 @@ class _Run:
         self, config: Config, schedule: Any, data_fingerprint: dict[str, Any], watchdog: Watchdog
     ) -> None:
         self.config, self.schedule, self.watchdog = config, schedule, watchdog
-        self.dir = Path(config.run.dir)
+        self.files = RunDir(config.run.dir)
+        self.dir = self.files.path
         self.is_writer = dist.get_rank() == 0
         self.fingerprint = data_fingerprint
         self.trainer = build_trainer(config, schedule)
@@ -147,9 +149,9 @@ class _Run:
         self.trackers = None
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
-            recorded = read_jsonl(self.dir / "metrics.jsonl")
+            recorded = read_jsonl(self.files.metrics)
             self.replayed = max(0, recorded[-1]["step"] + 1 - self.position.step) if recorded else 0
-            save(config, self.dir / "config.yaml")  # a start that is refused has left the old one
+            save(config, self.files.config)  # a start that is refused has left the old one
             self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
         self.started = time.monotonic()
 
@@ -326,7 +328,7 @@ class _Run:
             return None
         losses = [
             record["loss"]
-            for record in read_jsonl(self.dir / "metrics.jsonl")
+            for record in read_jsonl(self.files.metrics)
             if record["stage"] == stage.name and record["loss"] is not None
         ][-TRAIN_LOSS_STEPS:]
         return sum(losses) / len(losses) if losses else None

@@ -17,6 +17,7 @@ from llada_megatron.data.packed import fingerprint_difference
 from llada_megatron.parallel.ranks import from_first_rank, warn
 from llada_megatron.record import manifest as manifests
 from llada_megatron.record.manifest import Manifest, readable
+from llada_megatron.record.run_dir import RunDir
 
 MAY_CHANGE = (
     "run.resume",
@@ -87,7 +88,7 @@ def resume_checkpoint(config: Config) -> tuple[Path, Manifest] | None:
     if config.run.resume != "auto":
         checkpoint = manifests.find(config.run.resume)
         return checkpoint, store.verified(checkpoint)
-    for checkpoint in reversed(from_first_rank(manifests.whole_checkpoints, Path(config.run.dir))):
+    for checkpoint in reversed(from_first_rank(RunDir(config.run.dir).whole_checkpoints)):
         try:
             return checkpoint, store.verified(checkpoint)
         except BadInput as damage:

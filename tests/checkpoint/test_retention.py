@@ -7,7 +7,8 @@ import pytest
 
 from llada_megatron.checkpoint import publish, retention
 from llada_megatron.config.schema import CheckpointConfig
-from llada_megatron.record.manifest import Manifest, find, readable, whole_checkpoints
+from llada_megatron.record.manifest import Manifest, find, readable
+from llada_megatron.record.run_dir import RunDir, step_of
 
 
 def publish_one(run_dir: Path, step: int, **known) -> Path:
@@ -20,7 +21,7 @@ def publish_one(run_dir: Path, step: int, **known) -> Path:
 
 
 def steps(run_dir: Path) -> list[int]:
-    return [int(path.name.removeprefix("step_")) for path in whole_checkpoints(run_dir)]
+    return [step_of(path) for path in RunDir(run_dir).whole_checkpoints()]
 
 
 def test_the_last_every_mth_the_best_and_the_ends_of_stages_stay(tmp_path):
