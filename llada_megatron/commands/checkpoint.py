@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.manifest import Manifest, file_damage, find, readable
 from llada_megatron.record.run_dir import SHARDS, RunDir
-
-if TYPE_CHECKING:
-    from llada_megatron.config.schema import Config
 
 EXAMPLE = "llada checkpoint list runs/demo"
 DIFFERENCES_SHOWN = 12
@@ -158,36 +154,16 @@ def _evaluate(
     manifest: Manifest, checkpoint: Path, metrics: list[str], layout: list[str]
 ) -> dict[str, float]:
     """The metrics of a checkpoint by its run's own evaluation, in processes of this machine."""
-    from llada_megatron.runtime.launch import launch
-
-    config = _config(manifest, layout)
-    return launch(
-        _evaluate_rank,
-        config,
-        checkpoint,
-        metrics,
-        processes=config.layout.processes,
-        preload="llada_megatron.training.loop",
-    )[0]
-
-
-def _config(manifest: Manifest, layout: list[str]) -> Config:
-    from omegaconf import OmegaConf
-
+    from llada_megatron.commands.evaluate import evaluate
     from llada_megatron.config import compose, rules
+    from llada_megatron.evaluate.likelihood import checkpoint_metrics
 
-    trained = manifest.config["layout"]
-    one_process = {name: trained[name] for name in ("global_batch", "micro_batch")}  # the rest by default
-    tree = OmegaConf.create({**manifest.config, "layout": {**one_process, "processes": 0}})
-    config = compose.resolve(OmegaConf.merge(tree, OmegaConf.from_dotlist(layout)))
+    config = compose.elsewhere(manifest.config, layout)
     rules.check(config)
-    return config
-
-
-def _evaluate_rank(config: Config, checkpoint: Path, metrics: list[str]) -> dict[str, float]:
-    from llada_megatron.evaluate.likelihood import evaluate_checkpoint
-
-    return evaluate_checkpoint(config, checkpoint, metrics)
+    sizes = [name.removeprefix("nll_block") for name in metrics if name != "nll_ar"]
+    config.evaluation.block_sizes = sizes
+    found = evaluate(config, checkpoint, autoregressive="nll_ar" in metrics)
+    return checkpoint_metrics(found["bound"], found["ar"])
 
 
 def _print_merge(

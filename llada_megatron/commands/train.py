@@ -171,7 +171,7 @@ def description(config: Config) -> str:
     ]
     for stage in schedule.stages:
         lines.append(
-            f"{stage.name:<14} {stage.objective.value:<15} {stage.block_size:>6} {stage.steps:>9}"
+            f"{stage.name:<14} {stage.objective:<15} {stage.block_size:>6} {stage.steps:>9}"
             f" {stage.tokens:>17,} {stage.micro_batch:>12}"
         )
     lines.append(f"{'total':<14} {'':<15} {'':>6} {schedule.total_steps:>9} {schedule.total_tokens:>17,}")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
-from llada_megatron.config.schema import ModelConfig, Objective
+from llada_megatron.config.objectives import OBJECTIVES
+from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert import config_json, tokenizer_files
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
 from llada_megatron.convert.families import BAILING, ExpertLayout, drop_reason, family_of
@@ -232,7 +233,7 @@ def _architecture(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any
     stages = {stage["name"]: stage for stage in manifest.config.get("schedule", {}).get("stages", [])}
     objective = stages.get(manifest.stage, {}).get("objective")
     came = config_json.architecture_of(came_as)
-    if objective == Objective.diffusion.value:
+    if objective and not OBJECTIVES[objective].causal:
         return config_json.DIFFUSION_MOE
     return came if came in BAILING.architectures else config_json.AUTOREGRESSIVE_MOE
 

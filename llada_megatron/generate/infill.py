@@ -17,6 +17,7 @@ from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.readout import LOGITS
 from llada_megatron.runtime import device
 
 
@@ -78,6 +79,7 @@ def _predict(
         positions=torch.arange(len(window), device=device.device())[None],
         shard=ContextShard(mask),
         outputs=torch.from_numpy(candidates).to(device.device()),
+        readout=LOGITS,
     )
     model.eval()
     probability, choice = model(inputs).float().softmax(dim=-1).max(dim=-1)  # logits [N, V]

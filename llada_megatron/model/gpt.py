@@ -59,7 +59,7 @@ class BlockDiffusionGPT(GPTModel):
         return {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
-        """Hidden states [S, B, H] of this stage; on the last one what `head_output` returns."""
+        """Hidden states [S, B, H] of this stage; on the last one what `inputs.readout` says."""
         S = inputs.tokens.shape[1]
         self.rotary_pos_emb.positions = inputs.positions
         embedded = None

@@ -304,7 +304,7 @@ def _training(run: Run, folder: Path) -> list[Part]:
             lambda path: plots.plot_loss(steps, path),
         ),
         _picture(
-            any(record["loss_by_t"] is not None for record in steps),
+            any(record.get("loss_by_t") is not None for record in steps),
             folder / "loss_by_noise_level.png",
             "Cross entropy of the masked tokens by mask rate t.",
             lambda path: plots.plot_loss_by_noise_level(steps, path),

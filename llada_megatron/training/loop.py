@@ -22,6 +22,7 @@ from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
+from llada_megatron.evaluate.samples import infilled
 from llada_megatron.guard.agreement import check_agreement
 from llada_megatron.guard.exclusive import LINGER_SEC, only_training_of
 from llada_megatron.guard.preflight import check_nodes
@@ -249,13 +250,14 @@ class _Run:
         tokens_per_sec = self.schedule.tokens_per_step / seconds
         record = asdict(result)
         record.pop("skipped")
+        record |= record.pop("figures")
         self.trackers.log(
             {
                 "step": step,
                 "consumed_samples": (step + 1) * self.config.layout.global_batch,
                 "consumed_tokens": (step + 1) * self.schedule.tokens_per_step,
                 "stage": stage.name,
-                "objective": stage.objective.value,
+                "objective": stage.objective,
                 "block_size": stage.block_size,
                 **record,
                 "tokens_per_sec": tokens_per_sec,
@@ -270,14 +272,13 @@ class _Run:
         if not config.cluster.peak_tflops:
             return None
         length, diffusion = config.data.sequence_length, config.diffusion
-        rate = (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
         flops = training_flops_per_sequence(
             config.model,
-            positions=length * (2 if stage.clean_copy else 1),
+            positions=length * stage.rows_per_token,
             pairs=expected_pairs(
-                length, stage.block_size, clean_copy=stage.clean_copy, causal=not stage.is_diffusion
+                length, stage.block_size, clean_copy=stage.clean_copy, causal=stage.geometry.causal
             ),
-            supervised=length * (rate if stage.is_diffusion else 1),
+            supervised=stage.geometry.supervised(diffusion, length),
         )
         return flops * tokens_per_sec / length / (config.cluster.peak_tflops * 1e12 * config.layout.processes)
 
@@ -285,10 +286,9 @@ class _Run:
         """Evaluate after a stage, or (stage None) the weights that a conversion starts from."""
         if self.evaluator is None:
             return
-        is_diffusion = stage is not None and stage.is_diffusion
-        is_autoregressive = stage is None or not stage.is_diffusion
+        is_diffusion = stage is not None and not stage.geometry.causal
         autoregressive = None
-        if is_autoregressive:
+        if not is_diffusion:
             tokens = self.position.autoregressive_tokens + step * self.schedule.tokens_per_step
             estimate = self.evaluator.autoregressive()
             autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
@@ -298,7 +298,7 @@ class _Run:
             "step": step,
             "consumed_tokens": step * self.schedule.tokens_per_step,
             "stage": stage.name if stage else "init",
-            "objective": stage.objective.value if stage else "autoregressive",
+            "objective": stage.objective if stage else "autoregressive",
             "block_size": stage.block_size if stage else 1,
             "stage_tokens": stage.tokens if stage else 0,
             "train_loss": self._train_loss(stage),
@@ -316,7 +316,9 @@ class _Run:
 
     def _infill(self, step: int, stage: Stage) -> None:
         assert self.evaluator is not None
-        for original, masked, filled in self.evaluator.infilled(stage.block_size):
+        chosen = self.evaluator.samples[: self.config.evaluation.infill_sequences]
+        model = self.trainer.model[0]
+        for original, masked, filled in infilled(self.config, model, chosen, stage.block_size):
             if self.trackers is not None:
                 texts = {"original": original, "masked": masked, "filled": filled}
                 self.trackers.sample(

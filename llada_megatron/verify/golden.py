@@ -38,6 +38,7 @@ from llada_megatron.convert.loaded import gradients, load_model
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.readout import LOGITS
 from llada_megatron.objectives.batch import MicroBatch, autoregressive_batch, diffusion_inputs
 from llada_megatron.objectives.corruption import Corruption
 from llada_megatron.objectives.passes import loss_sum
@@ -235,6 +236,7 @@ def forward_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
         positions=stored["position_ids"][None].to(at),
         shard=ContextShard(mask),
         outputs=torch.arange(*case["logits_rows"], device=at),
+        readout=LOGITS,
     )
     with torch.no_grad(), recorded(golden.stage) as seen:
         logits = golden.stage(inputs)
@@ -262,11 +264,9 @@ def greedy_case(golden: Golden, name: str) -> CaseResult:
         mask = case_mask({"kind": "causal"}, length)
         last = torch.tensor([length - 1], device=at)
         with torch.no_grad():
-            logits = golden.stage(
-                ModelInputs(
-                    tokens[None], torch.arange(length, device=at)[None], ContextShard(mask), outputs=last
-                )
-            )
+            positions = torch.arange(length, device=at)
+            inputs = ModelInputs(tokens[None], positions[None], ContextShard(mask), last, readout=LOGITS)
+            logits = golden.stage(inputs)
         tokens = torch.cat([tokens, logits.argmax(-1)])
     return CaseResult(name, {"tokens": float((tokens[len(prompt) :].cpu() != expected).sum())})
 
