@@ -13,7 +13,14 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.parallel.ranks import barrier, from_first_rank, gathered, rank, ranks
-from llada_megatron.record.manifest import Manifest, file_damage, file_record, git_commit, versions
+from llada_megatron.record.manifest import (
+    Checkpoint,
+    Manifest,
+    file_damage,
+    file_record,
+    git_commit,
+    versions,
+)
 from llada_megatron.record.run_dir import MANIFEST, damaged, partial
 
 
@@ -58,9 +65,9 @@ def _files(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def damage(checkpoint: Path, manifest: Manifest) -> list[str]:
+def damage(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with the files of a checkpoint, one phrase each; every rank hashes a share of them."""
-    found = gathered(file_damage(checkpoint, manifest, _share(sorted(manifest.files))))
+    found = gathered(file_damage(checkpoint, _share(sorted(checkpoint.manifest.files))))
     return [phrase for part in found for phrase in part]
 
 

@@ -22,8 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from llada_megatron.checkpoint import publish
 from llada_megatron.config.errors import BadInput
 from llada_megatron.model.initialize import SHARDING_METADATA
-from llada_megatron.parallel.ranks import from_first_rank
-from llada_megatron.record.manifest import Manifest, file_record
+from llada_megatron.record.manifest import Checkpoint, Manifest, file_record
 from llada_megatron.record.run_dir import SHARDS
 from llada_megatron.runtime import device, writer_queue
 
@@ -107,21 +106,11 @@ def _as_os_error(final: Path) -> Iterator[None]:
         raise OSError(errno.EIO, reason, str(final)) from error
 
 
-def verified(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are what it says; BadInput naming what is damaged."""
-    manifest = from_first_rank(_manifest_or_error, checkpoint)
-    if isinstance(manifest, str):
-        raise BadInput(manifest)
-    if damage := publish.damage(checkpoint, manifest):
-        raise BadInput(f"{checkpoint} is damaged: {', '.join(damage)}.")
-    return manifest
-
-
-def _manifest_or_error(checkpoint: Path) -> Manifest | str:
-    try:
-        return Manifest.read(checkpoint)
-    except BadInput as error:
-        return str(error)
+def verified(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, whose files are what its manifest says; BadInput naming what is damaged."""
+    if damage := publish.damage(checkpoint):
+        raise BadInput(f"{checkpoint.path} is damaged: {', '.join(damage)}.")
+    return checkpoint
 
 
 def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:

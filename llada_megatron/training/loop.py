@@ -31,8 +31,9 @@ from llada_megatron.guard.stragglers import Stragglers
 from llada_megatron.guard.watchdog import Watchdog
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
+from llada_megatron.parallel.ranks import from_first_rank
 from llada_megatron.record import events
-from llada_megatron.record import manifest as manifests
+from llada_megatron.record.manifest import find
 from llada_megatron.record.metrics import read_jsonl
 from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
@@ -206,22 +207,21 @@ class _Run:
         return Outcome(step=step, signal=signal_number, finished=step >= last_step)
 
     def _load(self) -> Position:
-        if found := resume_checkpoint(self.config):
-            checkpoint, manifest = found
+        if checkpoint := resume_checkpoint(self.config):
+            manifest = checkpoint.manifest
             check_same_run(self.config, manifest, self.fingerprint)
-            store.load(checkpoint, self.trainer.model, self.trainer.optimizer)
+            store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
             check_nothing_later(self.dir, manifest.step)
             return Position(
                 manifest.step, manifest.skipped_steps, manifest.wall_sec, manifest.autoregressive_tokens
             )
         check_nothing_later(self.dir, 0)
         if self.config.checkpoint.init_from:
-            checkpoint = manifests.find(self.config.checkpoint.init_from)
-            manifest = store.verified(checkpoint)
-            check_same_model(self.config, checkpoint, manifest)
-            store.load(checkpoint, self.trainer.model, None)
+            checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
+            check_same_model(self.config, checkpoint)
+            store.load(checkpoint.path, self.trainer.model, None)
             self.trainer.optimizer.reload_model_params()
-            return Position(autoregressive_tokens=manifest.consumed_tokens)
+            return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
         return Position()
 
     def _record(self, event: str, **fields: Any) -> None:

@@ -200,7 +200,7 @@ class _Check:
         )
 
     def _state_sha256(self, run_dir: Path) -> str:
-        return launch(journal.state_sha256, find(str(run_dir)), processes=1, preload=PRELOAD)[0]
+        return launch(journal.state_sha256, find(str(run_dir)).path, processes=1, preload=PRELOAD)[0]
 
 
 def _wait_for_steps(run_dir: Path, steps: int) -> None:
