@@ -19,13 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run: its newest")
     parser.add_argument(
-        "--block-sizes", metavar="B,B", help="of the bound, `full` for L; default: as the run evaluated itself"
+        "--block-sizes",
+        metavar="B,B",
+        help="of the bound, `full` for L; default: as the run evaluated itself",
     )
     parser.add_argument(
-        "--ar", action=argparse.BooleanOptionalAction, help="the exact next-token NLL; default: of an AR model"
+        "--ar",
+        action=argparse.BooleanOptionalAction,
+        help="the exact next-token NLL; default: of an AR model",
     )
     parser.add_argument(
-        "--data", nargs="+", metavar="PREFIX", help="prepared text, all of it held out; default: the run's own"
+        "--data",
+        nargs="+",
+        metavar="PREFIX",
+        help="prepared text, all of it held out; default: the run's own",
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="held-out sequences")
     parser.add_argument("--draws", type=int, metavar="N", help="masks per sequence")
@@ -122,6 +129,8 @@ def _print(record: dict[str, Any]) -> None:
     for name, entropy in record["baselines"].items():
         table.add_row(f"{name} entropy of the text", f"{entropy:.4f}", "", "", style="dim")
     console = Console(highlight=False)
-    console.print(f"{record['checkpoint']} on {record['sequences']} held-out sequences of"
-                  f" {', '.join(record['data'])}", soft_wrap=True)
+    console.print(
+        f"{record['checkpoint']} on {record['sequences']} held-out sequences of {', '.join(record['data'])}",
+        soft_wrap=True,
+    )
     console.print(table)

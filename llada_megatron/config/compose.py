@@ -89,7 +89,8 @@ def elsewhere(saved: dict[str, object], overrides: list[str]) -> Config:
     for override in overrides:
         if "=" not in override:
             raise BadInput(f"{override} is no override: write key=value, such as layout.tp=2.")
-    tree = OmegaConf.create({**saved, "layout": {**batch, "processes": 0}})
+    layout: dict[str, object] = {**batch, "processes": 0}
+    tree = OmegaConf.create({**saved, "layout": layout})
     return resolve(OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides)))
 
 

@@ -1,8 +1,8 @@
 """The objectives that a stage of the schedule can have, without torch: their names and their geometry.
 
 What planning, FLOPs, MFU and pictures need to know of an objective stands here; what computes it is the class
-that `module` names. To add one: a line in OBJECTIVES, that module, and its settings in schema.py if it has any
-(docs/extending.md).
+that `module` names. To add one (docs/extending.md): a line in OBJECTIVES, that module, and its settings in
+schema.py if it has any.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ BASELINE_SEQUENCES = 4096
 
 
 def held_out_sequences(evaluation: EvaluationConfig) -> int:
-    """How many sequences of the validation split an evaluation reads: for the model, and for the entropies."""
+    """How many sequences of the validation split an evaluation reads, for the model and for the entropies."""
     return max(evaluation.sequences, BASELINE_SEQUENCES)
 
 

@@ -174,9 +174,7 @@ def _sample_sums(batch: MicroBatch, cross_entropy: torch.Tensor) -> torch.Tensor
     """Weighted cross entropies summed per sample, fp64 [B]."""
     samples = batch.inputs.tokens.shape[0]
     sums = cross_entropy.new_zeros(samples, dtype=torch.float64)
-    return sums.index_add_(
-        0, batch.inputs.outputs % samples, cross_entropy.double() * batch.rows["weights"]
-    )
+    return sums.index_add_(0, batch.inputs.outputs % samples, cross_entropy.double() * batch.rows["weights"])
 
 
 def checkpoint_metrics(
@@ -201,7 +199,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, *, autoregressive: boo
         exact = evaluator.autoregressive() if autoregressive else None
         return {
             "bound": evaluator.bounds(),
-            "ar": exact and {"nll": exact["mean"], "se": exact["se"], "bits_per_byte": exact["bits_per_byte"]},
+            "ar": exact
+            and {"nll": exact["mean"], "se": exact["se"], "bits_per_byte": exact["bits_per_byte"]},
             "baselines": evaluator.baselines,
             "sequences": len(evaluator.samples),
         }

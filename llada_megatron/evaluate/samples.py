@@ -36,7 +36,6 @@ def infilled(
             cu_seqlens=sample.cu_seqlens,
         )
         shown = [
-            MASK_CHARACTER if h else tokenizer.decode([int(t)])
-            for h, t in zip(hidden, tokens, strict=True)
+            MASK_CHARACTER if h else tokenizer.decode([int(t)]) for h, t in zip(hidden, tokens, strict=True)
         ]
         yield tokenizer.decode(sample.tokens.tolist()), "".join(shown), tokenizer.decode(filled.tolist())

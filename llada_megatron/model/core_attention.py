@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.attention import block_diffusion_attention
 from llada_megatron.attention.context import ContextShard, exchange
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor]
+"""An executor: query, key, value, Rectangle, softmax scale -> output; shapes as in attention/registry.py."""
 
 
 @dataclass
@@ -35,7 +39,7 @@ class BlockDiffusionCoreAttention(MegatronModule):
         attn_mask_type: Any = None,
         attention_type: str = "self",
         softmax_scale: float | None = None,
-        backend: str = "auto",
+        backend: Attention | str = "auto",
         pg_collection: Any = None,
         **unused: Any,
     ) -> None:
@@ -59,9 +63,13 @@ class BlockDiffusionCoreAttention(MegatronModule):
         assert packed_seq_params is not None and packed_seq_params.shard is not None
         shard = packed_seq_params.shard
         key, value = exchange(key, value, shard, self.context_group)
-        out = block_diffusion_attention(
-            query, key, value, shard.rectangle, backend=self.backend, softmax_scale=self.softmax_scale
-        )
+        if callable(self.backend):
+            scale = self.softmax_scale or query.shape[-1] ** -0.5
+            out = self.backend(query, key, value, shard.rectangle, scale)
+        else:
+            out = block_diffusion_attention(
+                query, key, value, shard.rectangle, backend=self.backend, softmax_scale=self.softmax_scale
+            )
         return out.flatten(2)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

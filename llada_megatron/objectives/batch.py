@@ -1,4 +1,4 @@
-"""What an objective hands to the model and to its loss: built on the host, so that every shape is known there."""
+"""What an objective hands to the model and to its loss, built on the host: every shape is known there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 
 @dataclass
 class MicroBatch:
-    """Model inputs, and what the objective's loss needs besides the N outputs; the names are the objective's."""
+    """Model inputs, and what the objective's loss needs besides the N outputs, under names of its own."""
 
     inputs: ModelInputs
     rows: dict[str, torch.Tensor]

@@ -21,7 +21,7 @@ from llada_megatron.parallel.random import Purpose, torch_seed
 
 
 class Diffusion(Objective):
-    """Weighted cross entropies of the masked tokens over one denominator; formulas in objectives/weights.py."""
+    """Weighted cross entropies of the masked tokens; formulas in objectives/weights.py."""
 
     corrupt: Callable[..., Corruption] = staticmethod(corrupt)
     """Which tokens are masked, and at what rate."""
@@ -55,7 +55,9 @@ class Diffusion(Objective):
             inputs.noise = EmbeddingNoise(
                 sigma=noise_sigma,
                 seeds=[torch_seed(seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
-                rows=[torch.from_numpy(np.flatnonzero(row)) for row in masked],  # the clean half gets no noise
+                rows=[
+                    torch.from_numpy(np.flatnonzero(row)) for row in masked
+                ],  # the clean half gets no noise
             )
         weights, counts, rates, places = [], [], [], []
         for sample, corruption in zip(samples, corruptions, strict=True):

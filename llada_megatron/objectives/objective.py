@@ -16,7 +16,7 @@ from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSample, PackedSequences
-from llada_megatron.model.head import CROSS_ENTROPY, Readout
+from llada_megatron.model.readout import CROSS_ENTROPY, Readout
 from llada_megatron.objectives.batch import MicroBatch, check_vocabulary
 
 
@@ -35,7 +35,7 @@ class Loss:
 
 
 class Objective:
-    """Base of all objectives: what most of them share. One object serves all stages of a run with its name."""
+    """Base of all objectives. One object serves all stages of a run that name it."""
 
     readout: Readout = CROSS_ENTROPY
     draft_readout: Readout | None = None
@@ -84,7 +84,7 @@ class Objective:
         return 0.0
 
     def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:
-        """The figures of a step for its record, from the means in every bin; None where nothing was counted."""
+        """A step's figures for its record, from the means in every bin; None where nothing was counted."""
         return dict(means)
 
     def read(self, data: PackedSequences, sequences: Sequence[int]) -> list[PackedSample]:

@@ -1,11 +1,11 @@
-"""A pass of a step's micro-batches through the model, with gradients or without, and sums over the global batch.
+"""A pass of a step's micro-batches through the model, with gradients or without, and sums over its batch.
 
 megatron-core divides the gradients by one count over the global batch. A loss with several denominators,
 sum over k of sums[k] / counts[k], is brought to that form before the backward pass:
 
     sum over k of sums[k] ratios[k],   ratios[k] = counts[0] / counts[k],   then one division by counts[0]
 
-which takes the global counts beforehand: from the batches where these say them, else from one forward pass more.
+which takes the global counts beforehand: from the batches where these say them, else from one pass more.
 """
 
 from __future__ import annotations
@@ -150,10 +150,12 @@ def _collected(
     return output.sum(), one, collect(batch, output)
 
 
-def on_every_rank(outputs: list[torch.Tensor], batches: Sequence[tuple[int, MicroBatch]], columns: int) -> list[torch.Tensor]:
+def on_every_rank(
+    outputs: list[torch.Tensor], batches: Sequence[tuple[int, MicroBatch]], columns: int
+) -> list[torch.Tensor]:
     """Readouts of whole micro-batches, fp64 [N, columns] on the host of every rank of a model's replica.
 
-    outputs: of this rank's parts, in the order of `batches`, where it is on the last pp_stage; elsewhere none.
+    outputs: of this rank's parts, in the order of `batches`, on the last pp_stage; elsewhere none.
     batches: the N of each whole micro-batch, and this rank's part of it.
     """
     sizes = [N for N, _ in batches]

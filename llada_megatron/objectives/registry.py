@@ -11,5 +11,5 @@ from llada_megatron.objectives.objective import Objective
 
 
 def objective_of(name: str, config: Config, schedule: Schedule) -> Objective:
-    """The objective called `name`: an object of class OBJECTIVE of the module that config/objectives.py names."""
+    """The objective called `name`, of class OBJECTIVE of the module that config/objectives.py gives."""
     return importlib.import_module(OBJECTIVES[name].module).OBJECTIVE(name, config, schedule)

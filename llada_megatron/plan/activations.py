@@ -153,7 +153,8 @@ def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: 
 def head_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
     """What the final norm, the head and the loss keep.
 
-    b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights, fp64 sums of the loss and the figures.
+    b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights, the
+    objective's sums in fp64.
     Several chunks are recomputed in backward and keep 8n of labels but no logits; a single one keeps fp32
     probabilities [n, V/tp] and 9n of local labels and their map.
     """

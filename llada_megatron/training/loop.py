@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from llada_megatron.config import rules
 from llada_megatron.config.compose import save
 from llada_megatron.config.errors import BadInput, RunFailed
 from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
-from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
 from llada_megatron.data.tokenizer import load_tokenizer
@@ -29,8 +30,10 @@ from llada_megatron.guard.preflight import check_nodes
 from llada_megatron.guard.signals import StopRequest
 from llada_megatron.guard.stragglers import Stragglers
 from llada_megatron.guard.watchdog import Watchdog
+from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
+from llada_megatron.parallel.dealing import Deal, sample_indices
 from llada_megatron.parallel.ranks import from_first_rank
 from llada_megatron.record import events
 from llada_megatron.record.manifest import find
@@ -61,9 +64,15 @@ class Outcome:
     finished: bool
 
 
-def run(config: Config) -> Outcome:
+def run(
+    config: Config,
+    *,
+    deal: Deal = sample_indices,
+    on_batch: Callable[[list[int], MicroBatch], None] | None = None,
+) -> Outcome:
     """Train this rank's part of a run to its end, or to a signal.
 
+    deal, on_batch: of Trainer, for whoever keeps a journal of a run (verify/journal.py).
     Raises BadInput for settings, data or checkpoints that do not fit, and RunFailed when too many
     steps were skipped for non-finite losses or gradients.
     """
@@ -90,7 +99,9 @@ def run(config: Config) -> Outcome:
         _announce_attention(config)
         lingering_sec = LINGER_SEC if in_slurm_job() else 0.0
         with only_training_of(Path(config.run.dir), wait_sec=lingering_sec):
-            outcome = _Run(config, schedule, data_fingerprint, watchdog).train(stop)
+            training_run = _Run(config, schedule, data_fingerprint, watchdog)
+            training_run.trainer.deal, training_run.trainer.on_batch = deal, on_batch
+            outcome = training_run.train(stop)
         if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
             dist.barrier()
         return outcome
@@ -112,7 +123,7 @@ def _announce_attention(config: Config) -> None:
         print(f"attention {line}", flush=True)
 
 
-def build_trainer(config: Config, schedule: Any) -> Trainer:
+def build_trainer(config: Config, schedule: Schedule) -> Trainer:
     """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
     vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
     if vocabulary > config.model.vocab_size:
@@ -132,7 +143,7 @@ def build_trainer(config: Config, schedule: Any) -> Trainer:
 
 class _Run:
     def __init__(
-        self, config: Config, schedule: Any, data_fingerprint: dict[str, Any], watchdog: Watchdog
+        self, config: Config, schedule: Schedule, data_fingerprint: dict[str, Any], watchdog: Watchdog
     ) -> None:
         self.config, self.schedule, self.watchdog = config, schedule, watchdog
         self.files = RunDir(config.run.dir)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,14 +23,11 @@ from llada_megatron.objectives import passes
 from llada_megatron.objectives.batch import MicroBatch, context_part
 from llada_megatron.objectives.objective import Objective
 from llada_megatron.objectives.registry import objective_of
-from llada_megatron.parallel.dealing import data_parallel, sample_indices
+from llada_megatron.parallel.dealing import Deal, data_parallel, sample_indices
 from llada_megatron.runtime import device
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.embedding import embedding_statistics
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
-
-Deal = Callable[[int, int, int], list[list[int]]]
-"""(step, micro-batch, global batch) -> global sample indices of each of this rank's micro-batches."""
 
 
 @dataclass
@@ -43,14 +41,15 @@ class Trainer:
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
     balance: ExpertBalance
-    objectives: dict[str, Objective]
+    objectives: Mapping[str, Objective]
     """By the name that stages give."""
     deal: Deal = sample_indices
     on_batch: Callable[[list[int], MicroBatch], None] | None = None
     """Sees every micro-batch that is built, whole, with its sample indices: a run's journal."""
-    onto_device: Callable[[MicroBatch], MicroBatch] = field(
-        default=lambda batch: batch.to(device.device())
-    )
+    micro_batches: Callable[..., Iterator[MicroBatch]] | None = None
+    """In the place of the function of that name: the dry run's."""
+    section: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+    """Surrounds a part of the step, `passes` or `optimizer`: a benchmark's stopwatch."""
 
 
 def assemble(
@@ -63,7 +62,7 @@ def assemble(
 ) -> Trainer:
     """Model, optimizer and schedules of this rank.
 
-    Without `initialize` weights have no values; `attention` is an executor in the place of the configured one.
+    Without `initialize` weights have no values; `attention` takes the place of the configured executor.
     """
     model = wrap(config, build_model(config, initialize=initialize, attention=attention))
     optimizer = build_optimizer(config, model)
@@ -108,17 +107,18 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     sizes = pass_sizes(trainer.config, stage)
-    build = partial(micro_batches, trainer, objective, stage, step, sigma)
+    build = partial(trainer.micro_batches or micro_batches, trainer, objective, stage, step, sigma)
     if objective.draft_readout is not None:
         build = partial(build, drafts=_drafts(trainer, objective, stage, step, sigma))
     ratios = _ratios(trainer, objective, build, sizes)
-    reduced = get_forward_backward_func()(
-        forward_step_func=partial(passes.forward_step, objective, ratios),
-        data_iterator=[build() for _ in trainer.model],
-        model=trainer.model,
-        forward_only=False,
-        **sizes,
-    )
+    with trainer.section("passes"):
+        reduced = get_forward_backward_func()(
+            forward_step_func=partial(passes.forward_step, objective, ratios),
+            data_iterator=[build() for _ in trainer.model],
+            model=trainer.model,
+            forward_only=False,
+            **sizes,
+        )
     total = passes.global_sums(reduced, objective.geometry.sums)
     loss, _, means = passes.read_record(objective, total)
 
@@ -126,7 +126,8 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     grad_norm = float(trainer.optimizer.get_grad_norm())
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
     if not skipped:
-        trainer.optimizer.step()
+        with trainer.section("optimizer"):
+            trainer.optimizer.step()
         trainer.balance.update()
     return StepResult(
         loss=loss,
@@ -165,13 +166,13 @@ def micro_batches(
         if trainer.on_batch is not None:
             trainer.on_batch(indices, batch)
         batch.inputs.readout = objective.readout
-        yield trainer.onto_device(context_part(batch))
+        yield context_part(batch).to(device.device())
 
 
 def _drafts(
     trainer: Trainer, objective: Objective, stage: Stage, step: int, sigma: float
 ) -> list[torch.Tensor]:
-    """What the model makes of the step's draft batches, fp64 [N, columns] on the host, for each micro-batch."""
+    """What the model makes of each draft batch of the step, fp64 [N, columns] on the host."""
     readout = objective.draft_readout
     assert readout is not None
     parts = []
@@ -181,7 +182,7 @@ def _drafts(
         parts.append((len(whole.inputs.outputs), context_part(whole)))
     outputs = passes.forward_only(
         trainer.model,
-        [map(trainer.onto_device, (part for _, part in parts)) for _ in trainer.model],
+        [(part.to(device.device()) for _, part in parts) for _ in trainer.model],
         lambda _, output: output.detach(),
         **pass_sizes(trainer.config, stage),
     )
