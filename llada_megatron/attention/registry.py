@@ -90,8 +90,8 @@ def block_diffusion_attention(
 
     query [Q, B, H, D]; key, value [K, B, Hkv, D], noisy half first where the mask has a clean copy; Q = K = S
     for a whole mask. Groups of H / Hkv neighbouring query heads share a key and value head. `softmax_scale`
-    defaults to 1 / sqrt(D). Raises BadInput for shapes that do not fit the mask or each other, for an
-    unknown backend, and for one that cannot serve this device, dtype or head_dim.
+    defaults to 1 / sqrt(D). Raises ValueError for shapes that do not fit the mask or each other, and
+    BadInput for an unknown backend or one that cannot serve this device, dtype or head_dim.
     """
     rectangle = mask.whole() if isinstance(mask, BlockDiffusionMask) else mask
     _check_shapes(query, key, value, rectangle)
@@ -104,16 +104,16 @@ def block_diffusion_attention(
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle) -> None:
     queries, keys, batch = rectangle.queries, rectangle.keys, rectangle.batch
     if query.dim() != 4 or query.shape[:2] != (queries, batch):
-        raise BadInput(
+        raise ValueError(
             f"query must be [{queries}, {batch}, heads, head_dim] for this mask, got {tuple(query.shape)}"
         )
     if key.dim() != 4 or key.shape[:2] != (keys, batch) or key.size(3) != query.size(3):
-        raise BadInput(
+        raise ValueError(
             f"key must be [{keys}, {batch}, kv_heads, {query.size(3)}] for this mask and query, "
             f"got {tuple(key.shape)}"
         )
     if value.shape != key.shape:
-        raise BadInput(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
     heads, kv_heads = query.size(2), key.size(2)
     if kv_heads == 0 or heads % kv_heads:
-        raise BadInput(f"the {heads} query heads must be a multiple of the {kv_heads} key and value heads")
+        raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key and value heads")

@@ -126,7 +126,8 @@ def _manifest_or_error(checkpoint: Path) -> Manifest | str:
 def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
     """Load weights, and the optimizer's state where one is given, of a checkpoint that was `verified`.
 
-    Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit the model.
+    Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit
+    the model.
     """
     sharded = _sharded(model, optimizer, is_loading=True)
     try:

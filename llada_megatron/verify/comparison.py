@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import RunFailed
 
 TOLERANCES = {
     "loss": 2e-6,
@@ -79,7 +79,7 @@ def compare(name: str, processes: int, measured: Measurement, reference: Measure
     biases = {k: v for k, v in measured.weight_differences.items() if k.endswith("expert_bias")}
     weights = {k: v for k, v in measured.weight_differences.items() if k not in biases}
     if set(measured.weight_differences) != set(reference.weights):
-        raise BadInput(f"{name} has other parameters than one process: this is an error of the layout.")
+        raise RunFailed(f"{name} has other parameters than one process: this is an error of the layout.")
     layers = reference.load
     moved = sum(float(np.abs(np.subtract(measured.load[layer], layers[layer])).sum() / 2) for layer in layers)
     worst_weight = max(weights, key=lambda key: weights[key])

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.schema import Config, LayoutConfig
 
 
@@ -62,7 +62,7 @@ class Journal:
         if "sample" in entry:
             known = self.noise.setdefault(entry["sample"], entry["noise_sha256"])
             if known != entry["noise_sha256"]:
-                raise BadInput(f"Sample {entry['sample']} was corrupted in two ways.")
+                raise RunFailed(f"Sample {entry['sample']} was corrupted in two ways.")
 
     def samples_sha256(self) -> str:
         """Of the indices of all samples, in order."""
