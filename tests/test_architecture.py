@@ -21,7 +21,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "record": {"config"},
     "runtime": {"config"},
     "jobs": {"config", "record"},
-    "plan": {"config"},
+    "plan": {"config", "record"},
     "observe": {"config", "record", "jobs"},
     "parallel": {"config", "runtime"},
     "attention": {"config", "runtime", "parallel"},

@@ -171,14 +171,12 @@ def _evaluate(
 
 
 def _config(manifest: Manifest, layout: list[str]) -> Config:
-    from omegaconf import OmegaConf
-
     from llada_megatron.config import compose, rules
 
     trained = manifest.config["layout"]
     one_process = {name: trained[name] for name in ("global_batch", "micro_batch")}  # the rest by default
-    tree = OmegaConf.create({**manifest.config, "layout": {**one_process, "processes": 0}})
-    config = compose.resolve(OmegaConf.merge(tree, OmegaConf.from_dotlist(layout)))
+    tree = {**manifest.config, "layout": {**one_process, "processes": 0}}
+    config = compose.resolve(tree, layout)
     rules.check(config)
     return config
 

@@ -21,6 +21,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, Container
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
+from llada_megatron.record.json_files import read_json, write_json
 from llada_megatron.record.manifest import git_commit, versions
 from llada_megatron.record.metrics import read_jsonl, step_seconds
 
@@ -101,7 +102,7 @@ def resubmit(run_dir: Path) -> str:
     with _only_one(run_dir):
         (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
         events.append(run_dir, "resumed")
-        described = json.loads((run_dir / "submission" / "submission.json").read_text())
+        described = read_json(run_dir / "submission" / "submission.json", "use `llada submit` again")
         return _sbatch(run_dir, script, described["name"], described["python"], described["directory"], [])
 
 
@@ -213,7 +214,7 @@ def _submit(
             "data": {path: _described(path) for path in config.data.path},
             "submitted_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        (folder / "submission.json").write_text(json.dumps(described, indent=1) + "\n")
+        write_json(folder / "submission.json", described)
         (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
         options = [f"--dependency={','.join(conditions)}"] if conditions else []
         return _sbatch(run_dir, folder / "job.sbatch", config.run.name, sys.executable, os.getcwd(), options)
@@ -277,5 +278,5 @@ def _source_diff() -> str:
 def _described(path: str) -> Any:
     try:
         return json.loads(Path(f"{path}.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None

@@ -19,6 +19,7 @@ from llada_megatron.config.errors import BAD_INPUT
 from llada_megatron.jobs import exclusion, slurm
 from llada_megatron.record import events
 from llada_megatron.record.events import Event
+from llada_megatron.record.manifest import whole_checkpoints
 
 STOP_FILE = "stop"
 """In the run's directory: `llada stop` was called, so nothing is requeued."""
@@ -65,7 +66,7 @@ def refused(record: list[Event]) -> Refused | None:
 
 def newest_step(run_dir: Path) -> int:
     """Steps in the newest whole checkpoint; 0 without one."""
-    names = [path.parent.name for path in (run_dir / "checkpoints").glob("step_*/manifest.json")]
+    names = [checkpoint.name for checkpoint in whole_checkpoints(run_dir)]
     return max((int(name.removeprefix("step_")) for name in names), default=0)
 
 

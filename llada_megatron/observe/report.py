@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import importlib.metadata
-import json
 import platform
 import re
 from collections.abc import Callable
@@ -16,10 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from llada_megatron.config.compose import read_yaml
 from llada_megatron.config.errors import BadInput
 from llada_megatron.observe import plots
+from llada_megatron.record.json_files import write_json
 from llada_megatron.record.metrics import Record, by_stage, read_jsonl, short_count
 
 NOT_YET = "not yet"
@@ -78,8 +79,7 @@ class Run:
                 f"{run_dir} has no metrics.jsonl with a step in it; wait for the first step to end"
             )
         last_of_stage = {record["stage"]: record for record in read_jsonl(run_dir / "evaluations.jsonl")}
-        config = OmegaConf.load(run_dir / "config.yaml")
-        assert isinstance(config, DictConfig)
+        config = read_yaml(run_dir / "config.yaml")
         return cls(config, steps, list(last_of_stage.values()), read_jsonl(run_dir / "samples.jsonl"))
 
     def latest(self, key: str) -> Any:
@@ -100,7 +100,7 @@ def write_report(run_dir: Path) -> Path:
     parts = _parts(run, folder)
     (folder / "report.md").write_text(to_markdown(parts), encoding="utf-8")
     (folder / "index.html").write_text(to_html(parts), encoding="utf-8")
-    (run_dir / "report.json").write_text(json.dumps(summary(run), indent=2) + "\n", encoding="utf-8")
+    write_json(run_dir / "report.json", summary(run))
     return folder / "index.html"
 
 

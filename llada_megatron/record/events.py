@@ -37,7 +37,7 @@ def append(run_dir: Path, event: str, **fields: Any) -> None:
 def read(run_dir: Path) -> list[Event]:
     """The events of a run, oldest first; a torn line is left out."""
     try:
-        lines = (run_dir / FILE).read_text(encoding="utf-8").splitlines()
+        lines = (run_dir / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     found = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -63,15 +63,14 @@ class LayoutReport:
     def passed(self) -> bool:
         return all(result.passed for result in self.results)
 
-    def as_json(self) -> str:
+    def as_json(self) -> dict[str, Any]:
         results = [asdict(result) | {"passed": result.passed} for result in self.results]
-        report = {
+        return {
             "layouts": results,
             "tolerances": TOLERANCES,
             "routing_margin": self.routing_margin,
             "passed": self.passed,
         }
-        return json.dumps(report, indent=2) + "\n"
 
 
 def compare(name: str, processes: int, measured: Measurement, reference: Measurement) -> LayoutResult:

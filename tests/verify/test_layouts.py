@@ -232,7 +232,7 @@ def test_the_report_names_what_failed_and_is_written_as_json(capsys):
     _print_layouts(report, TOLERANCES)
     shown = capsys.readouterr().out
     assert "1 of 2 layouts differ" in shown and "FAILED" in shown and "1.0e-04" in shown
-    written = json.loads(report.as_json())
+    written = json.loads(json.dumps(report.as_json()))
     assert [entry["passed"] for entry in written["layouts"]] == [True, False] and not written["passed"]
 
 
