@@ -46,17 +46,17 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print: 0; BadInput for a checkpoint, text or layout that do not fit."""
     from llada_megatron.config import compose
     from llada_megatron.config.objectives import OBJECTIVES
-    from llada_megatron.record.manifest import Manifest, find
+    from llada_megatron.record.manifest import find
 
     checkpoint = find(args.checkpoint)
-    manifest = Manifest.read(checkpoint)
+    manifest = checkpoint.manifest
     config = compose.elsewhere(manifest.config, _settings(args) + args.overrides)
     stages = {stage.name: stage.objective for stage in config.schedule.stages}
     is_causal = OBJECTIVES[stages[manifest.stage]].causal if manifest.stage in stages else True
     with_ar = is_causal if args.ar is None else args.ar
     _check(config, with_ar)
-    found = evaluate(config, checkpoint, autoregressive=with_ar)
-    record = {"checkpoint": str(checkpoint), "step": manifest.step, "data": config.data.path, **found}
+    found = evaluate(config, checkpoint.path, autoregressive=with_ar)
+    record = {"checkpoint": str(checkpoint.path), "step": manifest.step, "data": config.data.path, **found}
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -110,7 +110,10 @@ def build_stage(
     initialize: bool = True,
     attention: Executor | None = None,
 ) -> BlockDiffusionGPT:
-    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights."""
+    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights.
+
+    `attention` takes the place of the executor that model.attention_backend names.
+    """
     model, layout = config.model, config.layout
     layer_spec = resolve_layer_spec(model.layer_spec)
     transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
@@ -142,15 +145,15 @@ def build_stage(
 def build_model(
     config: Config, *, initialize: bool = True, attention: Executor | None = None
 ) -> list[torch.nn.Module]:
-    """Every virtual stage of this rank, wrapped for bf16 where the precision asks for it.
-
-    `attention`: an executor in the place of the one that model.attention_backend names.
-    """
+    """Every virtual stage of this rank, wrapped for bf16 where the precision asks for it."""
     stages: list[torch.nn.Module] = []
     for vp_stage in range(config.layout.vpp):
         interleaved = config.layout.vpp > 1
         stage: torch.nn.Module = build_stage(
-            config, vp_stage=vp_stage if interleaved else None, initialize=initialize, attention=attention
+            config,
+            vp_stage=vp_stage if interleaved else None,
+            initialize=initialize,
+            attention=attention,
         )
         stage.to(device.device())
         if config.precision.dtype == "bf16":

@@ -34,9 +34,11 @@ from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import Deal, sample_indices
+from llada_megatron.parallel.ranks import from_first_rank
 from llada_megatron.record import events
-from llada_megatron.record import manifest as manifests
+from llada_megatron.record.manifest import find
 from llada_megatron.record.metrics import read_jsonl
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
 from llada_megatron.training.position import (
@@ -144,7 +146,8 @@ class _Run:
         self, config: Config, schedule: Schedule, data_fingerprint: dict[str, Any], watchdog: Watchdog
     ) -> None:
         self.config, self.schedule, self.watchdog = config, schedule, watchdog
-        self.dir = Path(config.run.dir)
+        self.files = RunDir(config.run.dir)
+        self.dir = self.files.path
         self.is_writer = dist.get_rank() == 0
         self.fingerprint = data_fingerprint
         self.trainer = build_trainer(config, schedule)
@@ -159,9 +162,9 @@ class _Run:
         self.trackers = None
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
-            recorded = read_jsonl(self.dir / "metrics.jsonl")
+            recorded = read_jsonl(self.files.metrics)
             self.replayed = max(0, recorded[-1]["step"] + 1 - self.position.step) if recorded else 0
-            save(config, self.dir / "config.yaml")  # a start that is refused has left the old one
+            save(config, self.files.config)  # a start that is refused has left the old one
             self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
         self.started = time.monotonic()
 
@@ -215,22 +218,21 @@ class _Run:
         return Outcome(step=step, signal=signal_number, finished=step >= last_step)
 
     def _load(self) -> Position:
-        if found := resume_checkpoint(self.config):
-            checkpoint, manifest = found
+        if checkpoint := resume_checkpoint(self.config):
+            manifest = checkpoint.manifest
             check_same_run(self.config, manifest, self.fingerprint)
-            store.load(checkpoint, self.trainer.model, self.trainer.optimizer)
+            store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
             check_nothing_later(self.dir, manifest.step)
             return Position(
                 manifest.step, manifest.skipped_steps, manifest.wall_sec, manifest.autoregressive_tokens
             )
         check_nothing_later(self.dir, 0)
         if self.config.checkpoint.init_from:
-            checkpoint = manifests.find(self.config.checkpoint.init_from)
-            manifest = store.verified(checkpoint)
-            check_same_model(self.config, checkpoint, manifest)
-            store.load(checkpoint, self.trainer.model, None)
+            checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
+            check_same_model(self.config, checkpoint)
+            store.load(checkpoint.path, self.trainer.model, None)
             self.trainer.optimizer.reload_model_params()
-            return Position(autoregressive_tokens=manifest.consumed_tokens)
+            return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
         return Position()
 
     def _record(self, event: str, **fields: Any) -> None:
@@ -339,7 +341,7 @@ class _Run:
             return None
         losses = [
             record["loss"]
-            for record in read_jsonl(self.dir / "metrics.jsonl")
+            for record in read_jsonl(self.files.metrics)
             if record["stage"] == stage.name and record["loss"] is not None
         ][-TRAIN_LOSS_STEPS:]
         return sum(losses) / len(losses) if losses else None

@@ -221,7 +221,12 @@ def test_a_nan_gradient_is_not_hidden(backend):
         ((24, 2, 32), (24, 2, 2, 8), (24, 2, 2, 8), r"query must be .*got \(24, 2, 32\)"),
         ((24, 2, 4, 8), (12, 2, 2, 8), (12, 2, 2, 8), r"key must be .*got \(12, 2, 2, 8\)"),
         ((24, 2, 4, 8), (24, 2, 2, 16), (24, 2, 2, 16), r"key must be .*got \(24, 2, 2, 16\)"),
-        ((24, 2, 4, 8), (24, 2, 2, 8), (24, 2, 1, 8), r"value must be \[24, 2, 2, value_dim\] .* got \(24, 2, 1, 8\)"),
+        (
+            (24, 2, 4, 8),
+            (24, 2, 2, 8),
+            (24, 2, 1, 8),
+            r"value must be \[24, 2, 2, value_dim\] .* got \(24, 2, 1, 8\)",
+        ),
         ((24, 2, 4, 8), (24, 2, 3, 8), (24, 2, 3, 8), "4 query heads must be a multiple of the 3 key"),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
 from llada_megatron.data.packed import PackedSample
@@ -135,5 +136,5 @@ def test_rows_of_samples_become_rows_of_flattened_hidden_states():
 def test_a_token_outside_the_vocabulary_is_refused_by_its_setting():
     check_vocabulary(SAMPLES, 256)
     largest = max(int(sample.tokens.max()) for sample in SAMPLES)
-    with pytest.raises(ValueError, match=f"token {largest}, outside model.vocab_size={largest}"):
+    with pytest.raises(BadInput, match=f"token {largest}, outside model.vocab_size={largest}"):
         check_vocabulary(SAMPLES, largest)
