@@ -35,6 +35,7 @@ VERBS = {
     "cost": ("llada_megatron.commands.cost", "where a run's time went, attempt by attempt, and what it cost"),
     "verify": ("llada_megatron.commands.verify", "golden cases, layouts, resumed runs, context parallelism"),
     "bench": ("llada_megatron.commands.bench", "measure attention executors, training steps, checkpoints"),
+    "evaluate": ("llada_megatron.commands.evaluate", "bound and NLL of a checkpoint on held-out text"),
     "report": ("llada_megatron.commands.report", "render a run's report with pictures"),
     "sync": ("llada_megatron.commands.sync", "upload a run's offline wandb records from a login node"),
     "demo": ("llada_megatron.commands.demo", "run the whole pipeline, small, on this machine"),

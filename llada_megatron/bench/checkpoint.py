@@ -19,7 +19,8 @@ from typing import Any
 
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import Config
-from llada_megatron.record.manifest import Manifest
+from llada_megatron.record.manifest import Checkpoint, Manifest
+from llada_megatron.record.run_dir import SHARDS
 from llada_megatron.runtime.launch import launch
 
 WIDTHS = {"20M": 256, "70M": 512, "260M": 1024}
@@ -66,7 +67,7 @@ def _measure(name: str, folder: Path) -> Size:
         result.seconds |= found["seconds"]
         result.peak_bytes[task] = found["peak_bytes"]
         result.parameters = found.get("parameters", result.parameters)
-    result.checkpoint_bytes = _bytes_below(folder / "saved" / "shards")
+    result.checkpoint_bytes = _bytes_below(folder / "saved" / SHARDS)
     result.weight_bytes = _bytes_below(folder / "hf")
     return result
 
@@ -113,7 +114,7 @@ def _load(config: Config, folder: Path) -> dict[str, Any]:
 
     model, optimizer = _build(config)
     peak = _Peak()
-    verify = [_timed(lambda: store.verified(folder / "saved")) for _ in range(ROUNDS)]
+    verify = [_timed(lambda: store.verified(Checkpoint.read(folder / "saved"))) for _ in range(ROUNDS)]
     load = [_timed(lambda: store.load(folder / "saved", model, optimizer)) for _ in range(ROUNDS)]
     return {"seconds": {"verify": median(verify), "load": median(load)}, "peak_bytes": peak.grown()}
 

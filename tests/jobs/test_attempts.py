@@ -7,6 +7,7 @@ from pathlib import Path
 from llada_megatron.commands import logs
 from llada_megatron.jobs import attempts
 from llada_megatron.record import events
+from llada_megatron.record.run_dir import RunDir, rank_log
 
 
 def save(run_dir: Path, step: int) -> None:
@@ -60,13 +61,13 @@ def test_bad_input_is_not_tried_again_and_a_stop_is_not_overruled(tmp_path):
     assert attempt(tmp_path / "bad", 2).outcome == "failed"
     assert attempt(tmp_path / "done", 0).outcome == "finished"
     attempts.start(tmp_path / "stopped")
-    (tmp_path / "stopped" / attempts.STOP_FILE).touch()
+    RunDir(tmp_path / "stopped").stop.touch()
     assert attempts.decide(tmp_path / "stopped", 138, max_failures=3).outcome == "stopped"
 
 
 def test_an_attempt_that_recorded_no_end_ended_with_its_last_sign_of_life(tmp_path):
     attempts.start(tmp_path, job="1")
-    log = attempts.log_dir(tmp_path, 0) / "rank_00000.log"
+    log = rank_log(RunDir(tmp_path).attempt_logs(0), 0)
     log.parent.mkdir(parents=True)
     log.touch()
     last_sign = int(time.time()) + 10
@@ -78,10 +79,10 @@ def test_an_attempt_that_recorded_no_end_ended_with_its_last_sign_of_life(tmp_pa
 
 def test_errors_come_first_in_the_merged_log_and_name_their_rank(tmp_path):
     attempts.start(tmp_path)
-    folder = attempts.log_dir(tmp_path, 0)
+    folder = RunDir(tmp_path).attempt_logs(0)
     folder.mkdir(parents=True)
-    (folder / "rank_00000.log").write_text("step 1\nstep 2\n")
-    (folder / "rank_00003.log").write_text("step 1\nllada train: error: no space\n")
+    rank_log(folder, 0).write_text("step 1\nstep 2\n")
+    rank_log(folder, 3).write_text("step 1\nllada train: error: no space\n")
     assert attempts.first_error(tmp_path) == "no space (rank 00003)"
     text = logs.merged(sorted(folder.iterdir()), [])
     assert text.index("no space") < text.index("step 2")

@@ -83,8 +83,8 @@ def test_the_noisy_half_is_masked_where_outputs_are_and_the_clean_half_is_clean(
     positions = torch.arange(L).repeat(tokens.shape[1] // L)
     assert torch.equal(batch.inputs.positions, positions[None])
     assert (
-        batch.inputs.shard.mask.total == tokens.shape[1]
-        and batch.inputs.shard.mask.block_size == stage.block_size
+        batch.inputs.keys.mask.total == tokens.shape[1]
+        and batch.inputs.keys.mask.block_size == stage.block_size
     )
 
 
@@ -123,7 +123,7 @@ def test_autoregressive_labels_are_the_next_tokens_of_the_same_document():
     made = zip(batch.inputs.outputs.tolist(), batch.inputs.labels.tolist(), strict=True)
     assert {(output // 4, output % 4, label) for output, label in made} == pairs
     assert batch.count == len(batch.weights) == len(pairs)
-    assert batch.inputs.shard.mask.causal and batch.inputs.shard.mask.block_size == 1
+    assert batch.inputs.keys.mask.causal and batch.inputs.keys.mask.block_size == 1
 
 
 def test_rows_of_samples_become_rows_of_flattened_hidden_states():
