@@ -10,7 +10,7 @@ from llada_megatron.config import rules
 from llada_megatron.config.schema import Config, LayoutConfig
 from tests.config.test_layout import configs
 from tests.distributed import run_ranks
-from tests.training.test_run import (
+from tests.training.runs import (
     STEPS,
     TWO,
     assert_equal_within_rounding,
