@@ -61,7 +61,13 @@ def test_a_resume_inside_a_later_stage_equals_the_uninterrupted_run_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout", [["layout.tp=2"], ["layout.pp=2"], ["layout.cp=2", "layout.ep=2"]], ids=" ".join
+    "layout",
+    [
+        ["layout.cp=2", "layout.ep=2"],
+        pytest.param(["layout.tp=2"], marks=pytest.mark.full),
+        pytest.param(["layout.pp=2"], marks=pytest.mark.full),
+    ],
+    ids=" ".join,
 )
 def test_a_run_goes_on_under_another_layout(corpus, straight, tmp_path, layout):
     train(configure(corpus, tmp_path, "training.steps=2"))
@@ -245,7 +251,7 @@ def test_a_background_save_holds_the_weights_of_its_own_step(corpus, straight, t
         assert saved == waited_for
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_since_a_save(corpus, straight, tmp_path):
     """Kill -9 of a random rank, during set-up, steps and saves; the run must still equal the straight one."""
     moments, kills = np.random.default_rng(0), 0

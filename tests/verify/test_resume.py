@@ -9,7 +9,10 @@ import pytest
 from llada_megatron.verify import journal, resume
 from llada_megatron.verify.resume import Certificate
 
-SMALL = ["experiment=parity", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"]
+SMALL = [
+    *("experiment=parity", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"),
+    "training.threads=1",
+]
 
 GOOD = Certificate(
     layout_a=["layout.tp=2"],
@@ -58,10 +61,14 @@ PAIRS = [  # every axis is left once and arrived at once
     (["layout.cp=2", "layout.ep=2"], ["layout.cp=1", "layout.ep=1", "layout.processes=2"]),
     (["layout.processes=2"], ["layout.processes=1"]),
 ]
+IN_CI = PAIRS[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda layout: " ".join(layout) or "one")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pytest.param(*pair, marks=pytest.mark.slow if pair == IN_CI else pytest.mark.full) for pair in PAIRS],
+    ids=lambda layout: " ".join(layout) or "one",
+)
 def test_a_run_interrupted_three_times_and_resumed_in_another_layout_trains_the_same_model(before, after):
     certificate = resume.check([*SMALL, *before], after)
     assert certificate.passed, certificate.as_json()
@@ -71,7 +78,9 @@ def test_a_run_interrupted_three_times_and_resumed_in_another_layout_trains_the_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [[], ["layout.tp=2"]], ids=["one", "TP2"])
+@pytest.mark.parametrize(
+    "layout", [[], pytest.param(["layout.tp=2"], marks=pytest.mark.full)], ids=["one", "TP2"]
+)
 def test_a_run_interrupted_three_times_in_one_layout_is_equal_bit_for_bit(layout):
     certificate = resume.check([*SMALL, *layout], [])
     assert certificate.passed and certificate.bitwise, certificate.as_json()
