@@ -106,9 +106,9 @@ def block_diffusion_attention(
 
     query [Q, B, H, D]; key [K, B, Hkv, D]; value [K, B, Hkv, Dv], noisy half first where the mask has a clean
     copy; Q = K = S for a whole mask. Groups of H / Hkv neighbouring query heads share a key and value head.
-    `backend` is a setting or the executor itself. `softmax_scale` defaults to 1 / sqrt(D). Raises BadInput
-    for shapes that do not fit the mask or each other, for an unknown backend, and for one that cannot serve
-    this device, dtype or these widths.
+    `backend` is a setting or the executor itself. `softmax_scale` defaults to 1 / sqrt(D). Raises ValueError
+    for shapes that do not fit the mask or each other, and BadInput for an unknown backend or one that cannot
+    serve this device, dtype or these widths.
     """
     rectangle = mask.whole() if isinstance(mask, BlockDiffusionMask) else mask
     _check_shapes(query, key, value, rectangle)
@@ -124,17 +124,17 @@ def block_diffusion_attention(
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle) -> None:
     queries, keys, batch = rectangle.queries, rectangle.keys, rectangle.batch
     if query.dim() != 4 or query.shape[:2] != (queries, batch):
-        raise BadInput(
+        raise ValueError(
             f"query must be [{queries}, {batch}, heads, head_dim] for this mask, got {tuple(query.shape)}"
         )
     if key.dim() != 4 or key.shape[:2] != (keys, batch) or key.size(3) != query.size(3):
-        raise BadInput(
+        raise ValueError(
             f"key must be [{keys}, {batch}, kv_heads, {query.size(3)}] for this mask and query, "
             f"got {tuple(key.shape)}"
         )
     if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
         expected = ", ".join(map(str, key.shape[:3]))
-        raise BadInput(f"value must be [{expected}, value_dim] for this key, got {tuple(value.shape)}")
+        raise ValueError(f"value must be [{expected}, value_dim] for this key, got {tuple(value.shape)}")
     heads, kv_heads = query.size(2), key.size(2)
     if kv_heads == 0 or heads % kv_heads:
-        raise BadInput(f"the {heads} query heads must be a multiple of the {kv_heads} key and value heads")
+        raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key and value heads")

@@ -60,7 +60,7 @@ class BlockDiffusionCoreAttention(MegatronModule):
         packed_seq_params: KeysParams | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """[S, B, heads * Dv] of query [S, B, heads, D], key [S, B, kv_heads, D], value [S, B, kv_heads, Dv]."""
+        """[S, B, heads Dv] of query [S, B, heads, D], key [S, B, kv_heads, D], value [S, B, kv_heads, Dv]."""
         assert packed_seq_params is not None and packed_seq_params.keys is not None
         keys = packed_seq_params.keys
         key, value = keys.of(key, value, self.layer_number, self.context_group)

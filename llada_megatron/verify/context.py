@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,9 +27,6 @@ class ContextReport:
     bytes_counted: int
     bytes_naive: int
     """The same when noisy and clean keys are all gathered, also measured."""
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def check(
