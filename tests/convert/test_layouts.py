@@ -51,18 +51,20 @@ def trained(source: Path, folder: Path, corpus: str, stage: str, *overrides: str
 
 DIFFUSION = STAGE % ("bdlm", "diffusion", "16")
 FAST = [("bailing", dict(processes=2, tp=2, ep=2))]
-LAYOUTS = [
+SLOW = [
+    ("bailing", dict(processes=4, pp=2, ep=2, vpp=2, pipeline="[1,1,1,0]")),
+    ("bailing", dict(processes=2, tp=2, etp=2)),
+    ("llama_untied", dict(processes=4, tp=2, pp=2, pipeline="[2,1]")),
+]
+FULL = [
     ("bailing", dict(processes=1)),
     ("bailing", dict(processes=2, pp=2)),
     ("bailing", dict(processes=3, pp=3)),
     ("bailing", dict(processes=2, ep=2)),
     ("bailing", dict(processes=2, tp=2)),
-    ("bailing", dict(processes=2, tp=2, etp=2)),
-    ("bailing", dict(processes=4, pp=2, ep=2, vpp=2, pipeline="[1,1,1,0]")),
     ("bailing", dict(processes=4, tp=2, pp=2, pipeline="[1,2]")),
     ("llama", dict(processes=2, tp=2)),
     ("llama", dict(processes=2, pp=2, pipeline="[2,1]")),
-    ("llama_untied", dict(processes=4, tp=2, pp=2, pipeline="[2,1]")),
 ]
 
 
@@ -90,8 +92,14 @@ def test_in_and_out_of_tensor_and_expert_parallelism(kind, layout, corpus, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, layout", LAYOUTS, ids=str)
-def test_in_and_out_of_every_layout(kind, layout, corpus, tmp_path) -> None:
+@pytest.mark.parametrize("kind, layout", SLOW, ids=str)
+def test_in_and_out_of_virtual_stages_expert_tensors_and_two_axes(kind, layout, corpus, tmp_path) -> None:
+    check_layout(kind, layout, corpus, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind, layout", FULL, ids=str)
+def test_in_and_out_of_every_other_layout(kind, layout, corpus, tmp_path) -> None:
     check_layout(kind, layout, corpus, tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_both_checkpoints_have_the_nll_that_plain_pytorch_computes_from_the_file
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("packages")
 def test_the_short_demo_runs_every_stage_and_learns(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{FOLDER}{os.pathsep}{ROOT}"}

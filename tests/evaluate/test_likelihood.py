@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import run_ranks
-from tests.training.test_run import TWO, configure, copy_corpus
+from tests.training.runs import TWO, configure, copy_corpus
 
 SEQUENCES = 5  # odd: the last micro-batch of two is padded
 

@@ -9,7 +9,7 @@ import pytest
 from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime.launch import WorkerError
 from tests.distributed import run_ranks
-from tests.training.test_run import LONG, TWO, configure, copy_corpus, records
+from tests.training.runs import LONG, TWO, configure, copy_corpus, records
 
 
 def train_own_config(configs):

@@ -15,7 +15,7 @@ from llada_megatron.config.errors import NodeFault
 from llada_megatron.config.parameters import checkpoint_bytes
 from llada_megatron.runtime.launch import node
 from tests.distributed import run_ranks
-from tests.training.test_run import STEPS, TWO, checkpoint, configure, train
+from tests.training.runs import STEPS, TWO, checkpoint, configure, train
 
 FAR_AHEAD = time.time() + 3600
 FAULTS = {  # what is another thing on the last rank

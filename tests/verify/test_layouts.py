@@ -14,6 +14,11 @@ from llada_megatron.verify.comparison import TOLERANCES, LayoutReport, LayoutRes
 from tests.distributed import run_ranks
 
 FAST = ["TP2", "CP2 EP2", "PP2 VPP2"]
+SLOW = {  # every axis, with another one or more
+    1: ["selective recompute"],
+    2: ["TP2 ETP2", "EP2 all-gather", "full recompute CP2"],
+    4: ["TP2 CP2 EP4", "PP2 VPP2 EP2 overlap"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +52,17 @@ def test_a_core_of_the_matrix_equals_one_process(corpus, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_whole_matrix_equals_one_process(corpus, reference, processes):
+@pytest.mark.parametrize("processes", SLOW)
+def test_layouts_of_several_axes_equal_one_process(corpus, reference, processes):
+    for result in results_of(SLOW[processes], corpus, reference):
+        assert result.passed, (result.name, result.differences, result.worst_weight)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_rest_of_the_matrix_equals_one_process(corpus, reference, processes):
     names = [name for name, layout in layouts.MATRIX.items() if layout["processes"] == processes]
-    for result in results_of(sorted(set(names) - set(FAST)), corpus, reference):
+    for result in results_of(sorted({*names} - {*FAST, *SLOW[processes]}), corpus, reference):
         assert result.passed, (result.name, result.differences, result.worst_weight)
 
 

@@ -8,9 +8,23 @@ import pytest
 
 from llada_megatron.config.errors import RunFailed
 from llada_megatron.verify import journal, resume
+from llada_megatron.verify.layouts import write_corpus
 from llada_megatron.verify.resume import Certificate
 
-SMALL = ["experiment=parity", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"]
+SMALL = [  # twelve steps, in four stages
+    *("experiment=parity", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"),
+    *("data.sequence_length=64", "layout.global_batch=4", "optimizer.warmup_tokens=512"),
+    *("diffusion.embedding_noise.fade_tokens=2048", "training.threads=1"),
+    "schedule.stages=[{name: ar, objective: autoregressive, block_size: '1', tokens: 512},"
+    " {name: bdlm_4, block_size: '4', tokens: 1024}, {name: bdlm_32, block_size: '32', tokens: 1024},"
+    " {name: mdlm, block_size: full, tokens: 512}]",
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> list[str]:
+    return [*SMALL, f"data.path=[{write_corpus(tmp_path_factory.mktemp('paragraphs'))}]"]
+
 
 GOOD = Certificate(
     layout_a=["layout.tp=2"],
@@ -59,22 +73,30 @@ PAIRS = [  # every axis is left once and arrived at once
     (["layout.cp=2", "layout.ep=2"], ["layout.cp=1", "layout.ep=1", "layout.processes=2"]),
     (["layout.processes=2"], ["layout.processes=1"]),
 ]
+IN_CI = PAIRS[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda layout: " ".join(layout) or "one")
-def test_a_run_interrupted_three_times_and_resumed_in_another_layout_trains_the_same_model(before, after):
-    certificate = resume.check([*SMALL, *before], after)
-    assert certificate.passed, certificate.as_json()
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pytest.param(*pair, marks=pytest.mark.slow if pair == IN_CI else pytest.mark.full) for pair in PAIRS],
+    ids=lambda layout: " ".join(layout) or "one",
+)
+def test_a_run_interrupted_three_times_and_resumed_in_another_layout_trains_the_same_model(
+    small, before, after
+):
+    certificate = resume.check([*small, *before], after)
+    assert certificate.passed and certificate.steps == 12, certificate.as_json()
     assert [each.kind for each in certificate.interruptions] == [
         "kill -9 in a step", "kill -9 in a save", "SIGUSR1",
     ]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [[], ["layout.tp=2"]], ids=["one", "TP2"])
-def test_a_run_interrupted_three_times_in_one_layout_is_equal_bit_for_bit(layout):
-    certificate = resume.check([*SMALL, *layout], [])
+@pytest.mark.parametrize(
+    "layout", [[], pytest.param(["layout.tp=2"], marks=pytest.mark.full)], ids=["one", "TP2"]
+)
+def test_a_run_interrupted_three_times_in_one_layout_is_equal_bit_for_bit(small, layout):
+    certificate = resume.check([*small, *layout], [])
     assert certificate.passed and certificate.bitwise, certificate.as_json()
 
 
@@ -112,7 +134,7 @@ def one_sample_late(config, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker", [without_moments, without_expert_bias, one_sample_late])
-def test_a_resume_that_forgets_something_gets_no_certificate(tmp_path, worker):
-    check = resume._Check(tmp_path, SMALL, [], random.Random(0))
+def test_a_resume_that_forgets_something_gets_no_certificate(small, tmp_path, worker):
+    check = resume._Check(tmp_path, small, [], random.Random(0))
     check.worker = worker
     assert not check.certificate().passed
