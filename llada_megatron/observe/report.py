@@ -205,7 +205,7 @@ def _overview(run: Run, facts: dict[str, Any]) -> list[Part]:
         ["last step", str(last["step"])],
         ["tokens", f"{short_count(last['consumed_tokens'])} of {short_count(planned)}"],
         ["median speed", f"{short_count(median(speed))} tokens/s" if speed else NOT_YET],
-        ["median MFU", f"{median(mfu):.1%}" if mfu else "unknown: cluster.peak_tflops is 0"],
+        ["median MFU", f"{median(mfu):.1%}" if mfu else "unknown: `cluster` has no peak for this precision"],
         ["skipped steps", str(last["skipped_steps"])],
         ["wall time", NOT_YET if facts["wall_sec"] is None else f"{facts['wall_sec'] / 60:.1f} minutes"],
     ]
