@@ -144,6 +144,11 @@ class ModelConfig:
     head_chunk_tokens: int = 1024
     """Supervised positions per call of the output head; bounds the memory of the logits."""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return self.dense_layers < self.layers
+
 
 @dataclass
 class DataConfig:
@@ -365,6 +370,8 @@ class ClusterConfig:
     """Dense bf16 peak per device in TFLOP/s, for MFU."""
     peak_tflops_fp32: float = 0.0
     """The same for fp32 matrix products as torch runs them by default (no TF32)."""
+    has_gpus: bool = True
+    """False: each of gpus_per_node is a process of the node's CPUs."""
     nodes: int = 0
     gpus_per_node: int = 0
     memory_gb: float = 0.0

@@ -42,7 +42,7 @@ WRITTEN_BYTES = 1 << 22
 ROUNDS = 5
 """The fastest of so many counts: what else the machine does can only make a round slower."""
 SLOW = 1.5
-"""A product so many times slower than the median is reported; healthy devices of a kind differ by a tenth."""
+"""What is so many times slower than the median is reported; healthy devices of a kind differ by a tenth."""
 MUCH_SLOWER = 4.0
 """Such a device (throttled, shared with another job) would hold up all others: the run does not start."""
 SLOW_MESSAGES = 3.0

@@ -149,7 +149,9 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
     achieved = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
     derived = config.model.layer_spec == "local"
     experts = (
-        f"the busiest experts get {plan.expert_imbalance:g} times the mean; " if config.model.experts else ""
+        f"the busiest experts get {plan.expert_imbalance:g} times the mean; "
+        if config.model.has_experts
+        else ""
     )
     documents = (
         "every sequence is one document"

@@ -100,7 +100,7 @@ def check_cluster(config: Config) -> None:
     needed = ["nodes", "gpus_per_node", "memory_gb", "memory_gb_per_sec"]
     needed += [PEAK_SETTING[config.precision.dtype]]
     needed += ["gemm_efficiency", "attention_efficiency", "memory_efficiency"]
-    needed += ["grouped_gemm_efficiency"] if config.model.experts else []
+    needed += ["grouped_gemm_efficiency"] if config.model.has_experts else []
     needed += ["node_gb_per_sec", "link_efficiency"] if gpus(cluster) > 1 else []
     needed += ["network_gb_per_sec"] if cluster.nodes > 1 else []
     for name in needed:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.compose import compose
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
@@ -16,7 +17,7 @@ from llada_megatron.objectives.batch import (
     diffusion_batch,
     flat_outputs,
 )
-from llada_megatron.objectives.corruption import block_starts, corrupt
+from llada_megatron.objectives.corruption import corrupt
 
 L, MASK, SEED = 128, 257, 3
 STAGES = {stage.name: stage for stage in schedule_of(compose(["experiment=parity"])).stages}
