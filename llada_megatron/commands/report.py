@@ -7,8 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
+from llada_megatron.config.quantities import short_count
 from llada_megatron.observe.report import NOT_YET, missing, write_report
-from llada_megatron.record.metrics import short_count
 from llada_megatron.record.run_dir import RunDir
 
 

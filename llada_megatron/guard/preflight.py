@@ -46,7 +46,7 @@ SLOW = 1.5
 MUCH_SLOWER = 4.0
 """Such a device (throttled, shared with another job) would hold up all others: the run does not start."""
 SLOW_MESSAGES = 3.0
-"""The same report for messages, whose times vary more: the network is shared with other jobs."""
+"""A message so many times slower than the median is reported: its times vary more, the network is shared."""
 
 
 @dataclass

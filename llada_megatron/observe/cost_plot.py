@@ -8,8 +8,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from llada_megatron.config.colours import BLUE, VERMILION
+from llada_megatron.config.quantities import short_hours
 from llada_megatron.jobs.account import Cost
-from llada_megatron.jobs.cost_report import by_use, hours_text
+from llada_megatron.jobs.cost_report import by_use
 from llada_megatron.observe.plots import STYLE
 
 
@@ -23,14 +24,14 @@ def draw(cost: Cost, path: Path) -> None:
         bars = axes.barh(list(uses), list(uses.values()), color=colours, height=0.7)
         axes.bar_label(
             bars,
-            [f"{hours_text(hours)} ({hours / cost.device_hours:.1%})" for hours in uses.values()],
+            [f"{short_hours(hours)} ({hours / cost.device_hours:.1%})" for hours in uses.values()],
             padding=4,
         )
         axes.margins(x=0.22)  # room for the labels
         axes.invert_yaxis()
         axes.set_xlabel("device-hours")
         axes.set_title(
-            f"{hours_text(cost.device_hours)} device-hours, goodput {cost.goodput:.1%}"
+            f"{short_hours(cost.device_hours)} device-hours, goodput {cost.goodput:.1%}"
             f" in {len(cost.attempts)} attempt{'s' * (len(cost.attempts) > 1)}",
             loc="left",
         )

@@ -19,8 +19,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import plots
-from llada_megatron.record.metrics import Record, by_stage, read_jsonl, short_count
+from llada_megatron.record.metrics import Record, by_stage, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
 NOT_YET = "not yet"

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.config.colours import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from llada_megatron.config.quantities import GB
 from llada_megatron.plan.estimate import Plan
 from llada_megatron.plan.exact import RankComparison
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.report import KINDS
-from llada_megatron.plan.topology import GB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

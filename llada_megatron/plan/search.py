@@ -18,11 +18,12 @@ from typing import Any
 from llada_megatron.config import rules
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout_rules import check_layout
+from llada_megatron.config.quantities import GB
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import LayoutConfig, Recompute
 from llada_megatron.plan.planner import Placement, Planner
 from llada_megatron.plan.shapes import keeps_blocks_whole
-from llada_megatron.plan.topology import GB, gpus, groups
+from llada_megatron.plan.topology import gpus, groups
 
 ONE: dict[str, Any] = dict.fromkeys(("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch"), 1)
 MIN_TOKENS_PER_PROCESS = 1024

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from llada_megatron.config.flops import peak_flops
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
 from llada_megatron.config.parameters import Contents, Parameters, attention_weights, expert_weights
+from llada_megatron.config.quantities import GB
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 from llada_megatron.plan import activations, traffic
 from llada_megatron.plan.memory import Units
 from llada_megatron.plan.shapes import BYTES, Shape
-from llada_megatron.plan.topology import GB, Group
+from llada_megatron.plan.topology import Group
 
 PASSES = 5
 """A kept byte is written and read in forward, read in backward, and its gradient is written and read."""

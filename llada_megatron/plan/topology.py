@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import PEAK_SETTING
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
+from llada_megatron.config.quantities import GB
 from llada_megatron.config.schema import ClusterConfig, Config, LayoutConfig
-
-GB = 1e9
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class ContextReport:
     """Noisy keys that travel since their block has tokens of several ranks."""
     bytes_counted: int
     bytes_naive: int
-    """The same when noisy and clean keys are all gathered, also measured."""
+    """Bytes when noisy and clean keys are all gathered, also measured."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
