@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `llada` with `argv` (default: the process's arguments) and return its exit code.
 
-    Raises SystemExit (2 on a usage error, 0 after --help) and any exception that is not bad input.
+    Raises SystemExit (2 on a usage error, 0 after --help) and any exception that is a bug.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Only the verb, of one word or two, is the front door's: what follows belongs to it, --help included.

@@ -155,8 +155,8 @@ def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]
             supervised=rows,
             head_recomputed=not full_logits and rows > model.head_chunk_tokens,
         )
-        performed += training_flops_per_sequence(model, pairs=performed_pairs(inputs.shard.mask), **common)
-        visible += training_flops_per_sequence(model, pairs=inputs.shard.mask.visible_pairs(), **common)
+        performed += training_flops_per_sequence(model, pairs=performed_pairs(inputs.keys.mask), **common)
+        visible += training_flops_per_sequence(model, pairs=inputs.keys.mask.visible_pairs(), **common)
     return performed, visible
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 from llada_megatron.config.quantities import short_count
 from llada_megatron.observe.report import NOT_YET, missing, write_report
+from llada_megatron.record.json_files import read_json
 from llada_megatron.record.run_dir import RunDir
 
 
@@ -35,7 +35,7 @@ def print_summary(run_dir: Path) -> None:
     from rich.text import Text
 
     files = RunDir(run_dir)
-    report = json.loads(files.report_json.read_text(encoding="utf-8"))
+    report = read_json(files.report_json, f"call `llada report {run_dir}` again")
     sizes = sorted({size for stage in report["stages"] for size in stage["bound"]}, key=int)
     table = Table(box=None, pad_edge=False)
     table.add_column("stage", overflow="ellipsis", no_wrap=True)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, Container
 from llada_megatron.jobs import slurm
 from llada_megatron.record import events
-from llada_megatron.record.manifest import git_commit, versions
+from llada_megatron.record.json_files import read_json, write_json
+from llada_megatron.record.manifest import git_commit, git_diff, versions
 from llada_megatron.record.metrics import read_jsonl, step_seconds
 from llada_megatron.record.run_dir import RunDir
 
@@ -102,7 +102,7 @@ def resubmit(run_dir: Path) -> str:
     with _only_one(run_dir):
         files.stop.unlink(missing_ok=True)
         events.append(run_dir, "resumed")
-        described = json.loads(files.submission_json.read_text())
+        described = read_json(files.submission_json, "use `llada submit` again")
         return _sbatch(
             run_dir, files.job_script, described["name"], described["python"], described["directory"], []
         )
@@ -203,7 +203,7 @@ def _submit(
     with _only_one(run_dir):
         compose.save(config, files.config)
         files.job_script.write_text(script)
-        files.source_diff.write_text(_source_diff())
+        files.source_diff.write_text(git_diff())
         described = {
             "name": config.run.name,
             "directory": os.getcwd(),
@@ -215,7 +215,7 @@ def _submit(
             "data": {path: _described(path) for path in config.data.path},
             "submitted_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        files.submission_json.write_text(json.dumps(described, indent=1) + "\n")
+        write_json(files.submission_json, described)
         files.stop.unlink(missing_ok=True)
         options = [f"--dependency={','.join(conditions)}"] if conditions else []
         return _sbatch(run_dir, files.job_script, config.run.name, sys.executable, os.getcwd(), options)
@@ -271,13 +271,8 @@ def _job_of(after: str) -> str:
     return submitted["job"]
 
 
-def _source_diff() -> str:
-    done = subprocess.run(["git", "diff", "HEAD"], cwd=SOURCE, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else ""
-
-
 def _described(path: str) -> Any:
     try:
         return json.loads(Path(f"{path}.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None

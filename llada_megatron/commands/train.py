@@ -97,14 +97,17 @@ def train(config: Config) -> Outcome:
 
 
 def _record(config: Config, refusal: Refusal) -> None:
-    if int(
-        os.environ.get("LOCAL_RANK", "0")
-    ):  # one rank per node: any of them may be the only one that knows
+    if int(os.environ.get("LOCAL_RANK", "0")):  # one rank per node; any may be the only one that knows
         return
-    nodes = list(refusal.nodes) if isinstance(refusal, NodeFault) else []
     with contextlib.suppress(OSError):  # the run's directory may be what is at fault
-        run_dir = Path(config.run.dir)
-        events.append(run_dir, "refused", exit_code=refusal.exit_code, reason=str(refusal), nodes=nodes)
+        events.append(
+            Path(config.run.dir),
+            "refused",
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            exit_code=refusal.exit_code,
+            reason=str(refusal),
+            nodes=list(refusal.nodes) if isinstance(refusal, NodeFault) else [],
+        )
 
 
 def supervise(config: Config) -> Outcome:

@@ -23,6 +23,7 @@ from llada_megatron.convert.families import BAILING, ExpertLayout, drop_reason, 
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
+from llada_megatron.record.json_files import read_json
 from llada_megatron.record.manifest import Manifest, find
 from llada_megatron.record.run_dir import SHARDS
 
@@ -50,7 +51,7 @@ def hf_to_mcore(
     BadInput for a checkpoint that cannot be read and a target that exists.
     """
     files = SafetensorsReader(source)
-    described = config_json.read_json(source / "config.json")
+    described = read_json(source / "config.json", config_json.REMEDY)
     token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
     model = config_json.model_config(described, token_id, f"{source}/config.json")
     architecture = config_json.architecture_of(described)
@@ -260,7 +261,7 @@ def _check_logits(
 
 
 def _optional_json(folder: Path | None, name: str) -> dict[str, Any]:
-    return config_json.read_json(folder / name) if folder and (folder / name).is_file() else {}
+    return read_json(folder / name, config_json.REMEDY) if folder and (folder / name).is_file() else {}
 
 
 def _write_configs(

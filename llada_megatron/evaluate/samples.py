@@ -11,6 +11,7 @@ from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.generate.infill import infill
+from llada_megatron.objectives.passes import evaluating
 from llada_megatron.parallel.random import Purpose, generator
 
 MASK_CHARACTER = "░"
@@ -27,14 +28,15 @@ def infilled(
         score = generator(config.run.seed, Purpose.EVALUATION_INFILL, index).random(length)
         hidden = (score < 0.5) & (np.arange(length) >= length // 2)
         tokens = np.where(hidden, mask_token_id, sample.tokens)
-        filled, _ = infill(
-            model,
-            tokens,
-            block_size=block_size,
-            mask_token_id=mask_token_id,
-            grid=config.diffusion.block_grid,
-            cu_seqlens=sample.cu_seqlens,
-        )
+        with evaluating([model]):
+            filled, _ = infill(
+                model,
+                tokens,
+                block_size=block_size,
+                mask_token_id=mask_token_id,
+                grid=config.diffusion.block_grid,
+                cu_seqlens=sample.cu_seqlens,
+            )
         shown = [
             MASK_CHARACTER if h else tokenizer.decode([int(t)]) for h, t in zip(hidden, tokens, strict=True)
         ]

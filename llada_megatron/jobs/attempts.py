@@ -51,13 +51,11 @@ def refused(record: list[Event]) -> Refused | None:
     """What the ranks of the newest attempt recorded; a fault that another start may escape outranks the rest.
 
     An exit code would not tell: srun's is that of the ranks which it ended itself, if one failed before them.
+    What another process records, which was not let in while this attempt trains, does not count.
     """
-    said = []
-    for event in reversed(record):
-        if event["event"] == "started":
-            break
-        if event["event"] == "refused":
-            said.append(event)
+    starts = [index for index, event in enumerate(record) if event["event"] == "started"]
+    since = record[starts[-1] :] if starts else []
+    said = [event for event in since if event["event"] == "refused" and event["job"] == since[0].get("job")]
     if not said:
         return None
     worst = max(said, key=lambda event: event["exit_code"])
@@ -92,10 +90,10 @@ def start(run_dir: Path, **where: object) -> int:
 def decide(
     run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool = False, error: str = ""
 ) -> Verdict:
-    """What follows from an exit code.
+    """What follows from an exit code of config/errors.py, or whatever else a process ended with.
 
-    `is_ending`: Slurm itself ends the job (cancelled, preempted). `error` is looked up in the record and, for
-    people, in the logs if empty; nothing is decided by its words.
+    `is_ending`: Slurm itself ends the job (cancelled, preempted). `error` is for people, looked up in the
+    logs if empty; nothing is decided by its words.
     """
     stopped = RunDir(run_dir).stop.exists()
     if exit_code == 0:
@@ -106,9 +104,8 @@ def decide(
         if is_ending:
             return Verdict("yielded", f"the job was cancelled or preempted ({signalled})")
         return Verdict("again", f"{signalled} asked for a checkpoint and a new start")
-    refusal = refused(events.read(run_dir))
-    reason = error or (refusal.reason if refusal else "") or first_error(run_dir) or f"exit code {exit_code}"
-    if (refusal.exit_code if refusal else exit_code) == BAD_INPUT:
+    reason = error or first_error(run_dir) or f"exit code {exit_code}"
+    if exit_code == BAD_INPUT:
         return Verdict("failed", reason)
     failures = _failures_without_progress(run_dir) + 1
     if failures >= max_failures:
@@ -215,12 +212,13 @@ def _start_job(run_dir: Path, job: str) -> int:
 
 def _end_job(args: argparse.Namespace, job: str) -> int:
     is_ending = slurm.state(job) not in ("RUNNING", "")
-    verdict = decide(args.run_dir, args.exit_code, max_failures=args.max_failures, is_ending=is_ending)
+    refusal = refused(events.read(args.run_dir)) if args.exit_code else None
+    code, error = (refusal.exit_code, refusal.reason) if refusal else (args.exit_code, "")
+    verdict = decide(args.run_dir, code, max_failures=args.max_failures, is_ending=is_ending, error=error)
     end(args.run_dir, args.exit_code, verdict)
     print(f"{verdict.outcome}: {verdict.reason}", flush=True)
     if verdict.outcome == "again":  # requeued, the job ends here and waits in the queue again
         failed: list[str] = []
-        refusal = refused(events.read(args.run_dir))
         if args.exclude_failed_nodes and refusal and refusal.nodes:
             of_job = slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
             failed = exclusion.failed_nodes(refusal.nodes, of_job)

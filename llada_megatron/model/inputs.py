@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llada_megatron.attention.context import ContextShard
+from llada_megatron.attention.keys import Keys
 from llada_megatron.model.readout import CROSS_ENTROPY, Readout
 
 
@@ -34,8 +34,8 @@ class ModelInputs:
     """int64 [B, S]."""
     positions: torch.Tensor
     """int64 [B or 1, S]: place of each row in its sequence, 0..L-1; twice with a clean copy."""
-    shard: ContextShard
-    """The attention mask, and which of its rows and keys are here."""
+    keys: Keys
+    """The attention mask, and which keys exist for these rows."""
     outputs: torch.Tensor
     """int64 [N]: rows of the hidden states, flattened as s * B + b, that the head is applied to."""
     labels: torch.Tensor | None = None

@@ -8,9 +8,9 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from llada_megatron.attention.registry import Executor
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig, Recompute
-from llada_megatron.model.core_attention import Attention
 from llada_megatron.model.gpt import BlockDiffusionGPT, ExplicitRotary
 from llada_megatron.model.initialize import initialize_weights
 from llada_megatron.model.specs import block_spec, resolve_layer_spec
@@ -108,9 +108,12 @@ def build_stage(
     *,
     vp_stage: int | None = None,
     initialize: bool = True,
-    attention: Attention | None = None,
+    attention: Executor | None = None,
 ) -> BlockDiffusionGPT:
-    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights."""
+    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights.
+
+    `attention` takes the place of the executor that model.attention_backend names.
+    """
     model, layout = config.model, config.layout
     layer_spec = resolve_layer_spec(model.layer_spec)
     transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
@@ -140,17 +143,17 @@ def build_stage(
 
 
 def build_model(
-    config: Config, *, initialize: bool = True, attention: Attention | None = None
+    config: Config, *, initialize: bool = True, attention: Executor | None = None
 ) -> list[torch.nn.Module]:
-    """Every virtual stage of this rank, wrapped for bf16 where the precision asks for it.
-
-    `attention`: an executor in the place of the one that model.attention_backend names.
-    """
+    """Every virtual stage of this rank, wrapped for bf16 where the precision asks for it."""
     stages: list[torch.nn.Module] = []
     for vp_stage in range(config.layout.vpp):
         interleaved = config.layout.vpp > 1
         stage: torch.nn.Module = build_stage(
-            config, vp_stage=vp_stage if interleaved else None, initialize=initialize, attention=attention
+            config,
+            vp_stage=vp_stage if interleaved else None,
+            initialize=initialize,
+            attention=attention,
         )
         stage.to(device.device())
         if config.precision.dtype == "bf16":

@@ -40,7 +40,7 @@ def autoregressive_batch(samples: list[PackedSample]) -> MicroBatch:
     inputs = ModelInputs(
         tokens=tokens,
         positions=torch.arange(tokens.shape[1])[None],
-        shard=ContextShard(model_mask(samples, 1, BlockGrid.sequence, clean_copy=False, causal=True)),
+        keys=ContextShard(model_mask(samples, 1, BlockGrid.sequence, clean_copy=False, causal=True)),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate(labels)),
     )

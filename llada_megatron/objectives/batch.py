@@ -37,7 +37,7 @@ class MicroBatch:
         if device.type == "cpu":
             return self
         moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
-        moved.inputs.shard.to(device)
+        moved.inputs.keys.to(device)
         return moved
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
@@ -101,7 +101,7 @@ def context_part(batch: MicroBatch) -> MicroBatch:
     if ranks == 1:
         return batch
     inputs = batch.inputs
-    shard = ContextShard(inputs.shard.mask, parallel_state.get_context_parallel_rank(), ranks)
+    shard = ContextShard(inputs.keys.mask, parallel_state.get_context_parallel_rank(), ranks)
     B, L, n = shard.mask.batch, shard.mask.length, shard.tokens.shape[1]
     sample = np.arange(B)[:, None]
     position, b = np.divmod(inputs.outputs.numpy(), B)  # of each of the N outputs, in the whole sequence
@@ -118,7 +118,7 @@ def context_part(batch: MicroBatch) -> MicroBatch:
         inputs,
         tokens=inputs.tokens[sample, rows],
         positions=inputs.positions.expand(B, -1).gather(1, rows),
-        shard=shard,
+        keys=shard,
         outputs=torch.from_numpy(row * B + b)[here],
         labels=None if inputs.labels is None else inputs.labels[here],
         readout=inputs.readout,

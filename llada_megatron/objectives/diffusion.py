@@ -10,6 +10,7 @@ import torch
 
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.attention.mask import block_starts
+from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.data.packed import PackedSample, PackedSequences
@@ -19,6 +20,10 @@ from llada_megatron.objectives.corruption import Corruption, corrupt, data_index
 from llada_megatron.objectives.objective import Loss, Objective
 from llada_megatron.objectives.weights import embedding_noise_sigma, position_weights
 from llada_megatron.parallel.random import Purpose, torch_seed
+
+RATE_BINS, POSITION_BINS = (
+    OBJECTIVES["diffusion"].figures[name].bins for name in ("loss_by_t", "loss_by_block_position")
+)
 
 
 class Diffusion(Objective):
@@ -68,9 +73,8 @@ class Diffusion(Objective):
             counts.append(count)
             rates.append(corruption.rate[corruption.masked])
             places.append(place[corruption.masked])
-        rate_bins = self.geometry.figures["loss_by_t"].bins
-        rate_bin = np.minimum((np.concatenate(rates) * rate_bins).astype(np.int64), rate_bins - 1)
-        bins = self._position_bins(stage)
+        rate_bin = np.minimum((np.concatenate(rates) * RATE_BINS).astype(np.int64), RATE_BINS - 1)
+        bins = min(stage.block_size, POSITION_BINS)
         return MicroBatch(
             inputs=inputs,
             rows={
@@ -97,11 +101,8 @@ class Diffusion(Objective):
 
     def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:
         """A block has no more places than tokens."""
-        by_position = means["loss_by_block_position"][: self._position_bins(stage)]
+        by_position = means["loss_by_block_position"][: min(stage.block_size, POSITION_BINS)]
         return {**means, "loss_by_block_position": by_position}
-
-    def _position_bins(self, stage: Stage) -> int:
-        return min(stage.block_size, self.geometry.figures["loss_by_block_position"].bins)
 
 
 def diffusion_inputs(
@@ -121,7 +122,7 @@ def diffusion_inputs(
     return ModelInputs(
         tokens=torch.from_numpy(np.concatenate([noisy, clean], axis=1) if clean_copy else noisy),
         positions=torch.cat([positions, positions], dim=1) if clean_copy else positions,
-        shard=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
+        keys=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate([c[row] for c, row in zip(clean, rows, strict=True)])),
     )

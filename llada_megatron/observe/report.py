@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import importlib.metadata
-import json
 import platform
 import re
 from collections.abc import Callable
@@ -16,11 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from llada_megatron.config.compose import read_yaml
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import plots
+from llada_megatron.record.json_files import write_json
 from llada_megatron.record.metrics import Record, by_stage, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
@@ -83,8 +84,7 @@ class Run:
                 f"{run_dir} has no {files.metrics.name} with a step in it; wait for the first step to end"
             )
         last_of_stage = {record["stage"]: record for record in read_jsonl(files.evaluations)}
-        config = OmegaConf.load(files.config)
-        assert isinstance(config, DictConfig)
+        config = read_yaml(files.config)
         return cls(config, steps, list(last_of_stage.values()), read_jsonl(files.samples))
 
     def latest(self, key: str) -> Any:
@@ -105,7 +105,7 @@ def write_report(run_dir: Path) -> Path:
     parts = _parts(run, files.report)
     (files.report / "report.md").write_text(to_markdown(parts), encoding="utf-8")
     files.report_page.write_text(to_html(parts), encoding="utf-8")
-    files.report_json.write_text(json.dumps(summary(run), indent=2) + "\n", encoding="utf-8")
+    write_json(files.report_json, summary(run))
     return files.report_page
 
 

@@ -6,8 +6,8 @@ library only, since a batch script calls it with whatever Python a node has.
 `submitted` (job), `started` (job, restart, nodes, devices, step), `first_step` (step, replayed), `saved`
 (step, seconds), `evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when
 all are well again), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome,
-reason), `excluded` (nodes, problem: why they could not be), `refused` (exit_code of config/errors.py, reason,
-nodes at fault).
+reason), `excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py,
+reason, nodes at fault).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 
@@ -38,7 +38,7 @@ def append(run_dir: Path, event: str, **fields: Any) -> None:
 def read(run_dir: Path) -> list[Event]:
     """The events of a run, oldest first; a torn line is left out."""
     try:
-        lines = RunDir(run_dir).events.read_text(encoding="utf-8").splitlines()
+        lines = RunDir(run_dir).events.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     found = []

@@ -131,12 +131,29 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """The commit of this source, with `-dirty` after it when files differ; empty outside a clone."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return _of_our_clone("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
+
+
+def git_diff() -> str:
+    """How this source differs from its commit, as a patch; empty outside a clone."""
+    return _of_our_clone("diff", "HEAD", "--", ":/")
+
+
+def _of_our_clone(*arguments: str) -> str:
+    """What git says of the clone that this source belongs to; empty where it belongs to none.
+
+    A package that is installed inside another project's clone lies there without being part of it.
+    """
+    here = Path(__file__)
+    is_ours = _git("ls-files", "--error-unmatch", here.name, cwd=here.parent) is not None
+    return (_git(*arguments, cwd=here.parent) or "") if is_ours else ""
+
+
+def _git(*arguments: str, cwd: Path) -> str | None:
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=20
-        )
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout if done.returncode == 0 else None

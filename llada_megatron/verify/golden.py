@@ -8,7 +8,6 @@ Legend: S positions, L tokens per sequence, B sequences, H hidden size, E expert
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from llada_megatron.config.schema import (
     ModelConfig,
     Weight,
 )
-from llada_megatron.convert.config_json import architecture_of, model_config, read_json
+from llada_megatron.convert.config_json import architecture_of, model_config
 from llada_megatron.convert.conversion import hf_to_mcore
 from llada_megatron.convert.families import ExpertLayout, family_of
 from llada_megatron.convert.loaded import gradients, load_model
@@ -44,6 +44,7 @@ from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.corruption import Corruption
 from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.objectives.weights import position_weights
+from llada_megatron.record.json_files import read_json, require
 from llada_megatron.runtime import device
 
 TOLERANCES = {
@@ -66,6 +67,7 @@ DENOMINATORS = {
     "sequence": Denominator.sequence,
     "batch": Denominator.batch,
 }
+REMEDY = "give a directory of golden cases"
 IGNORED = -100
 UNSUPERVISED_PROMPT = 7
 """Labels that the next-token loss of case `causal` ignores; cases.json says so in words."""
@@ -130,10 +132,8 @@ def check(directory: Path) -> GoldenReport:
 
     Raises BadInput when the directory lacks a file or its checkpoint cannot be read.
     """
-    for name in ("cases.json", "cases.safetensors"):
-        if not (directory / name).is_file():
-            raise BadInput(f"{directory} holds no {name}: give a directory of golden cases.")
-    described = json.loads((directory / "cases.json").read_text(encoding="utf-8"))
+    described = read_json(directory / "cases.json", REMEDY)
+    require(described, directory / "cases.json", "mask_token_id", "cases", remedy=REMEDY)
     golden = load(directory, described["mask_token_id"])
     report = GoldenReport()
     report.cases += [mask_case(name, allowed) for name, allowed in golden.tensors("maskfn").items()]
@@ -154,9 +154,12 @@ def check(directory: Path) -> GoldenReport:
 
 def load(directory: Path, mask_token_id: int) -> Golden:
     """Convert the directory's checkpoint, load the result in fp32, and read the cases."""
-    stored = load_file(directory / "cases.safetensors")
+    try:
+        stored = load_file(directory / "cases.safetensors")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise BadInput(f"{directory}/cases.safetensors cannot be read ({error}): {REMEDY}.") from None
     longest = max(tensor.shape[-1] for name, tensor in stored.items() if name.endswith("input_ids"))
-    described = read_json(directory / "config.json")
+    described = read_json(directory / "config.json", REMEDY)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         hf_to_mcore(directory, checkpoint, mask_token_id=mask_token_id).require()
@@ -237,7 +240,7 @@ def forward_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
     inputs = ModelInputs(
         tokens=stored["input_ids"][None].to(at),
         positions=stored["position_ids"][None].to(at),
-        shard=ContextShard(mask),
+        keys=ContextShard(mask),
         outputs=torch.arange(*case["logits_rows"], device=at),
         readout=LOGITS,
     )

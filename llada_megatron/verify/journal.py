@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.schema import Config, LayoutConfig
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Journal:
             return
         known = self.batches.setdefault(entry["sample"], entry["batch_sha256"])
         if known != entry["batch_sha256"]:
-            raise BadInput(f"Sample {entry['sample']} came in two ways.")
+            raise RunFailed(f"Sample {entry['sample']} came in two ways.")
 
     def samples_sha256(self) -> str:
         """Of the indices of all samples, in order."""

@@ -6,7 +6,6 @@ a save, stopped by SIGUSR1, and resumed each time, at last under another layout 
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
@@ -76,8 +76,8 @@ class Certificate:
         within = self.bitwise if self.layout_a == self.layout_b else self.max_rel <= TOLERANCE
         return within and self.same_samples and self.same_noise and len(self.losses_a) == self.steps
 
-    def as_json(self) -> str:
-        return json.dumps({**asdict(self), "tolerance": TOLERANCE, "passed": self.passed}, indent=2) + "\n"
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tolerance": TOLERANCE, "passed": self.passed}
 
 
 def check(overrides: list[str], other_layout: list[str], *, seed: int = 0) -> Certificate:

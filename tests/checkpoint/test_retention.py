@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llada_megatron.checkpoint import publish, retention
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import CheckpointConfig
 from llada_megatron.record.manifest import Checkpoint, Manifest, find, readable
 from llada_megatron.record.run_dir import RunDir, step_of
@@ -59,13 +60,13 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path, change):
     checkpoint = publish_one(tmp_path, 3)
     content = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps(content | change))
-    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+    with pytest.raises(BadInput, match="is not a whole checkpoint"):
         Checkpoint.read(checkpoint)
 
 
 def test_a_published_checkpoint_is_never_written_over(tmp_path):
     checkpoint = publish_one(tmp_path, 3)
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(BadInput, match="exists already"):
         publish.begin(checkpoint)
     assert find(str(tmp_path)).path == checkpoint
 

@@ -9,6 +9,7 @@ from threading import Timer
 
 import pytest
 
+from llada_megatron.config.errors import RunHeld
 from llada_megatron.guard.exclusive import only_training_of
 from llada_megatron.record.run_dir import RunDir
 
@@ -39,7 +40,7 @@ def test_a_job_waits_for_what_lingers_of_the_last_one(tmp_path: Path, holder) ->
 
 
 def test_a_second_training_is_refused_and_the_holder_s_death_frees_the_run(tmp_path: Path, holder) -> None:
-    held = pytest.raises(ValueError, match=f"is being trained by process {holder.pid} on")
+    held = pytest.raises(RunHeld, match=f"is being trained by process {holder.pid} on")
     with held, only_training_of(tmp_path):
         pass
     holder.kill()

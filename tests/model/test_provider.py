@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 from llada_megatron.model import initialize, specs
 from llada_megatron.model.gpt import BlockDiffusionGPT
@@ -57,7 +58,7 @@ def model_inputs(tokens_BS: torch.Tensor, mask: BlockDiffusionMask, **chosen: An
     return ModelInputs(
         tokens=tokens_BS,
         positions=torch.cat([positions, positions], dim=1) if mask.clean_copy else positions,
-        shard=ContextShard(mask),
+        keys=ContextShard(mask),
         **({"outputs": torch.arange(tokens_BS.numel()), "readout": LOGITS} | chosen),
     )
 
@@ -348,8 +349,8 @@ def test_auto_takes_transformer_engine_on_cuda_alone(monkeypatch: pytest.MonkeyP
 def test_a_layer_spec_that_cannot_be_served_is_an_error_that_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ValueError, match="layer_spec=fused is unknown: choose auto, local or"):
+    with pytest.raises(BadInput, match="layer_spec=fused is unknown: choose auto, local or"):
         specs.resolve_layer_spec("fused")
     monkeypatch.setattr(specs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="layer_spec=transformer_engine needs the package"):
+    with pytest.raises(BadInput, match="layer_spec=transformer_engine needs the package"):
         specs.resolve_layer_spec("transformer_engine")
