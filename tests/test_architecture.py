@@ -32,7 +32,17 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "record", "runtime", "parallel", "model"},
     "convert": {"config", "record", "runtime", "attention", "data", "model", "checkpoint"},
     "generate": {"config", "runtime", "attention", "model"},
-    "evaluate": {"config", "runtime", "parallel", "data", "model", "objectives", "generate", "checkpoint"},
+    "evaluate": {
+        "config",
+        "runtime",
+        "parallel",
+        "attention",
+        "data",
+        "model",
+        "objectives",
+        "generate",
+        "checkpoint",
+    },
 }
 ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"jobs", "plan", "convert", "generate"}
 ROOMS_IMPORT["dryrun"] = {

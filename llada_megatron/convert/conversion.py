@@ -231,7 +231,7 @@ def _type(part: Part, stored: torch.dtype, asked: torch.dtype | None) -> torch.d
 
 
 def _architecture(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any]) -> str:
-    if not model.experts:
+    if not model.has_experts:
         return config_json.DENSE
     stages = {stage["name"]: stage for stage in manifest.config.get("schedule", {}).get("stages", [])}
     objective = stages.get(manifest.stage, {}).get("objective")

@@ -26,7 +26,7 @@ def transformer_config(
     outputs are kept on gloo, and p2p is never batched (runtime/mcore_cpu.py).
     """
     dtype = device.DTYPES[precision.dtype]
-    moe = model.experts > 0
+    moe = model.has_experts
     fused = layer_spec == "transformer_engine"
     grouped = moe and model.expert_groups > 1
     return TransformerConfig(
@@ -47,7 +47,7 @@ def transformer_config(
         attention_dropout=0.0,
         perform_initialization=False,  # model/initialize.py fills the weights
         # experts
-        num_moe_experts=model.experts or None,
+        num_moe_experts=model.experts if moe else None,
         moe_layer_freq=[int(layer >= model.dense_layers) for layer in range(model.layers)] if moe else 1,
         moe_router_topk=max(model.experts_per_token, 1),
         moe_router_score_function="sigmoid",

@@ -19,9 +19,10 @@ from omegaconf import DictConfig
 
 from llada_megatron.config.compose import read_yaml
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import plots
 from llada_megatron.record.json_files import write_json
-from llada_megatron.record.metrics import Record, by_stage, read_jsonl, short_count
+from llada_megatron.record.metrics import Record, by_stage, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
 NOT_YET = "not yet"
@@ -205,7 +206,7 @@ def _overview(run: Run, facts: dict[str, Any]) -> list[Part]:
         ["last step", str(last["step"])],
         ["tokens", f"{short_count(last['consumed_tokens'])} of {short_count(planned)}"],
         ["median speed", f"{short_count(median(speed))} tokens/s" if speed else NOT_YET],
-        ["median MFU", f"{median(mfu):.1%}" if mfu else "unknown: cluster.peak_tflops is 0"],
+        ["median MFU", f"{median(mfu):.1%}" if mfu else "unknown: `cluster` has no peak for this precision"],
         ["skipped steps", str(last["skipped_steps"])],
         ["wall time", NOT_YET if facts["wall_sec"] is None else f"{facts['wall_sec'] / 60:.1f} minutes"],
     ]

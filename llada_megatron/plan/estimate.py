@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from llada_megatron.config.flops import DocumentLengths, training_flops_per_sequence
+from llada_megatron.config.flops import (
+    DocumentLengths,
+    mfu,
+    pairs_per_sequence,
+    supervised_per_sequence,
+    training_flops_per_sequence,
+)
 from llada_megatron.config.layout import micro_batches_per_step
 from llada_megatron.config.parameters import Parameters, attention_weights, expert_weights
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, LayoutConfig
-from llada_megatron.plan import timing, traffic
+from llada_megatron.plan import traffic
 from llada_megatron.plan.activations import recomputed_modules
 from llada_megatron.plan.planner import Placement, Planner, Step
-from llada_megatron.plan.shapes import pairs_per_sequence, supervised_per_sequence
 from llada_megatron.plan.topology import gpus
 
 
@@ -196,7 +201,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
         model_flops_per_token=needed,
         performed_flops_per_token=performed,
         tokens_per_sec=tokens_per_sec,
-        mfu=needed * tokens_per_sec / timing.peak_flops(planner.cluster, config.precision.dtype) / devices,
+        mfu=mfu(config, stage, tokens_per_sec, devices=devices, documents=planner.documents),
         hours=hours,
         gpu_hours=hours * devices,
         traffic=_traffic(planner, layout, placement, stage),
