@@ -135,8 +135,8 @@ def test_attention_in_a_precision_without_a_peak_is_one_sentence(folder: Path) -
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "holds no benchmark"),
-        ("[]", "holds no benchmark"),
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
         ('{"cases": []}', "holds no benchmark"),
         ('{"results": [], "machine": {"dtype": "int8"}}', "holds no benchmark"),
         ('{"results": [], "machine": {"dtype": "float32"}}', "no steps to fit"),
