@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import BadInput, NodeFault
 from llada_megatron.runtime.launch import WorkerError, already_started, threads_per_process
 from tests.distributed import run_ranks
 
