@@ -21,7 +21,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "record": {"config"},
     "runtime": {"config"},
     "jobs": {"config", "record"},
-    "plan": {"config"},
+    "plan": {"config", "record"},
     "observe": {"config", "record", "jobs"},
     "parallel": {"config", "runtime"},
     "attention": {"config", "runtime", "parallel"},
@@ -57,7 +57,7 @@ ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "e
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "checkpoint", "convert",
-    "evaluate", "training", "dryrun", "bench", "verify", "demo",
+    "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
 }  # fmt: skip
 ROOMS_IMPORT["__main__"] = {"cli"}
 ROOMS_IMPORT["__init__"] = set()

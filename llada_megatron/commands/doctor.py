@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -25,6 +24,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
+from llada_megatron.record.json_files import write_json
 from llada_megatron.record.manifest import git_commit
 
 EXAMPLE = "llada doctor --runs runs"
@@ -74,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"\nllada train needs: {', '.join(missing)}" if missing else f"\nllada train can run here, {where}."
     )
-    if args.json is not None:
-        content = {"can_train": not missing, "findings": [asdict(finding) for finding in findings]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    described = [asdict(finding) for finding in findings]
+    write_json(args.json, {"can_train": not missing, "findings": described})
     return 1 if missing else 0
 
 

@@ -42,13 +42,6 @@ class BlockGrid(StrEnum):
     document = "document"
 
 
-class Objective(StrEnum):
-    """What a stage of the schedule trains."""
-
-    diffusion = "diffusion"
-    autoregressive = "autoregressive"
-
-
 class LearningRateAtStart(StrEnum):
     """What the learning rate does when a stage begins."""
 
@@ -207,7 +200,8 @@ class StageConfig:
     """A number of tokens that divides L, or `full`: one block, the clean half dropped (MDLM)."""
     tokens: int = MISSING
     """Budget in data tokens; the stage ends on the whole step that reaches it."""
-    objective: Objective = Objective.diffusion
+    objective: str = "diffusion"
+    """What the stage trains: a name of OBJECTIVES in config/objectives.py."""
     learning_rate: LearningRateAtStart = LearningRateAtStart.keep
     moments: MomentsAtStart = MomentsAtStart.keep
     micro_batch: int = 0

@@ -6,8 +6,6 @@ absent; FIXED holds what megatron-core is built to compute in one way only.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llada_megatron.config.errors import BadInput
@@ -88,18 +86,9 @@ WRITTEN: dict[str, dict[str, Any]] = {
     DENSE: {"model_type": "llama"},
 }
 """Beside `architectures`; the .py files that auto_map names belong to the public repositories."""
+REMEDY = "give the directory of a Hugging Face checkpoint"
 DROPOUTS = {"attention_dropout": 0.0, "embedding_dropout": 0.0, "output_dropout": 0.0}
 NO_PREDICTION = {PREDICTION_LAYERS: 0, "mtp_loss_scaling_factor": 0}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises BadInput where there is no such file or it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist: give the directory of a Hugging Face checkpoint.") from None
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON: {error}.") from None
 
 
 def architecture_of(described: dict[str, Any]) -> str:
@@ -128,6 +117,8 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
     for row in table:
         if values[row.ours] is REQUIRED:
             raise BadInput(f"{where} has no '{row.theirs}'.")
+        if not isinstance(values[row.ours], int | float):  # a truth value is an int
+            raise BadInput(f"{where} sets {row.theirs}={values[row.ours]!r}: it must be a number.")
     if moe:
         values["shared_expert_hidden_size"] = values["expert_hidden_size"] * (
             described.get("num_shared_experts") or 0

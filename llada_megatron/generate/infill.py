@@ -19,6 +19,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.generate.rules import RULES
 from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.readout import LOGITS
 from llada_megatron.runtime import device
 
 
@@ -91,8 +92,9 @@ def _predict(
     inputs = ModelInputs(
         tokens=torch.from_numpy(window)[None].to(device.device()),
         positions=torch.arange(len(window), device=device.device())[None],
-        shard=ContextShard(mask),
+        keys=ContextShard(mask),
         outputs=torch.from_numpy(candidates).to(device.device()),
+        readout=LOGITS,
     )
     probability, choice = model(inputs).float().softmax(dim=-1).max(dim=-1)  # logits [N, V]
     return probability.cpu().numpy(), choice.cpu().numpy()

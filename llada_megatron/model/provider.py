@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from llada_megatron.attention.registry import Executor
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig, Recompute
 from llada_megatron.model.gpt import BlockDiffusionGPT, ExplicitRotary
@@ -102,15 +103,27 @@ def pipeline_layout(layers: int, layout: LayoutConfig) -> list[list[str]] | None
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def build_stage(config: Config, *, vp_stage: int | None = None, initialize: bool = True) -> BlockDiffusionGPT:
-    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights."""
+def build_stage(
+    config: Config,
+    *,
+    vp_stage: int | None = None,
+    initialize: bool = True,
+    attention: Executor | None = None,
+) -> BlockDiffusionGPT:
+    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights.
+
+    `attention` takes the place of the executor that model.attention_backend names.
+    """
     model, layout = config.model, config.layout
     layer_spec = resolve_layer_spec(model.layer_spec)
     transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
     stage = BlockDiffusionGPT(
         transformer,
         block_spec(
-            transformer, layer_spec=layer_spec, attention_backend=model.attention_backend, vp_stage=vp_stage
+            transformer,
+            layer_spec=layer_spec,
+            attention=attention or model.attention_backend,
+            vp_stage=vp_stage,
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=2 * config.data.sequence_length,
@@ -129,13 +142,18 @@ def build_stage(config: Config, *, vp_stage: int | None = None, initialize: bool
     return stage
 
 
-def build_model(config: Config, *, initialize: bool = True) -> list[torch.nn.Module]:
+def build_model(
+    config: Config, *, initialize: bool = True, attention: Executor | None = None
+) -> list[torch.nn.Module]:
     """Every virtual stage of this rank, wrapped for bf16 where the precision asks for it."""
     stages: list[torch.nn.Module] = []
     for vp_stage in range(config.layout.vpp):
         interleaved = config.layout.vpp > 1
         stage: torch.nn.Module = build_stage(
-            config, vp_stage=vp_stage if interleaved else None, initialize=initialize
+            config,
+            vp_stage=vp_stage if interleaved else None,
+            initialize=initialize,
+            attention=attention,
         )
         stage.to(device.device())
         if config.precision.dtype == "bf16":

@@ -96,7 +96,7 @@ def plot_loss_by_noise_level(steps: list[Record], path: Path) -> None:
     """
     from matplotlib import colormaps
 
-    parts = by_stage(record for record in steps if record["loss_by_t"] is not None)
+    parts = by_stage(record for record in steps if record.get("loss_by_t") is not None)
     if len(parts) == 1:
         thirds = np.array_split(np.array(parts[0][1], dtype=object), 3)
         names = ("first third", "middle third", "last third")

@@ -187,7 +187,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
     return StageTime(
         name=stage.name,
         block_size=stage.block_size,
-        rows=config.data.sequence_length * (2 if stage.clean_copy else 1),
+        rows=config.data.sequence_length * stage.rows_per_token,
         steps=stage.steps,
         tokens=stage.tokens,
         micro_batches=micro_batches_per_step(layout, stage.micro_batch),
@@ -212,7 +212,7 @@ def flops_per_token(
     supervised rows fill more than one chunk.
     """
     model, length = config.model, config.data.sequence_length
-    positions = length * (2 if stage.clean_copy else 1)
+    positions = length * stage.rows_per_token
     pairs = pairs_per_sequence(config, stage, documents)
     supervised = supervised_per_sequence(config, stage)
     chunked = supervised * stage.micro_batch / layout.cp > model.head_chunk_tokens

@@ -231,8 +231,8 @@ class Search:
         length, cp = self.config.data.sequence_length, layout.cp
         shapes = {
             (
-                stage.clean_copy,
-                stage.is_diffusion,
+                stage.rows_per_token,
+                stage.objective,
                 stage.micro_batch,
                 keeps_blocks_whole(stage, cp, length),
             ): stage

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,9 +27,6 @@ class ContextReport:
     bytes_counted: int
     bytes_naive: int
     """The same when noisy and clean keys are all gathered, also measured."""
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def check(
@@ -73,7 +69,7 @@ def _received_bytes(
     import torch
 
     from llada_megatron.attention import BlockDiffusionMask
-    from llada_megatron.attention.context import ContextShard, exchange
+    from llada_megatron.attention.context import ContextShard
     from llada_megatron.config.schema import LayoutConfig
     from llada_megatron.parallel import groups
     from llada_megatron.verify.traffic import ReceivedBytes
@@ -89,7 +85,7 @@ def _received_bytes(
         shape = shard.rows.shape[1], 1, kv_heads, head_dim
         key, value = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
         with ReceivedBytes() as ours:
-            keys, values = exchange(key, value, shard, group)
+            keys, values = shard.of(key, value, 1, group)
             torch.autograd.backward([keys, values], [keys.detach(), values.detach()])
         with ReceivedBytes() as naive:
             both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=2), group=group)

@@ -11,6 +11,7 @@ import pytest
 
 from llada_megatron.commands import train
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime.launch import WorkerDied
 from llada_megatron.verify.layouts import write_corpus
 
@@ -64,6 +65,6 @@ def test_a_supervised_run_that_always_dies_stops_at_the_cap(corpus, tmp_path):
 
 def test_bad_input_is_not_tried_again(corpus, tmp_path):
     config = configure(f"{corpus}_absent", tmp_path)
-    with pytest.raises(ValueError, match="absent"):
+    with pytest.raises(BadInput, match="absent"):
         train.supervise(config)
     assert [event["outcome"] for event in ended(tmp_path)] == ["failed"]

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import Objective, ScheduleConfig, StageConfig
 
@@ -64,5 +65,5 @@ def test_a_stage_may_have_a_micro_batch_of_its_own():
     ],
 )
 def test_a_stage_that_cannot_be_trained_is_refused_by_its_setting(stages, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadInput, match=message):
         schedule(*stages)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from llada_megatron.config.compose import compose
-from llada_megatron.record.manifest import Manifest
+from llada_megatron.record.manifest import Checkpoint
 from tests.convert import checkpoints
 from tests.convert.test_round_trip import certificate, to_hf, to_mcore
 from tests.distributed import run_ranks
@@ -26,7 +26,7 @@ def one_step(config) -> int:
 def trained(source: Path, folder: Path, corpus: str, stage: str, *overrides: str, **layout: int) -> Path:
     """A run of one step from a converted checkpoint, in a layout, at a learning rate of zero."""
     assert to_mcore(source, folder / "ours") == 0
-    model = Manifest.read(folder / "ours").config["model"]
+    model = Checkpoint.read(folder / "ours").manifest.config["model"]
     config = compose(
         [
             "experiment=parity",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llada_megatron.cli import main
+from llada_megatron.commands.demo import run_step
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.data.packed import build_sequences
@@ -50,9 +51,9 @@ def test_both_checkpoints_have_the_nll_that_plain_pytorch_computes_from_the_file
             "evaluation.sequences=3",
         ]
     )
-    pretrained.convert(config)
     write_python_text(tmp_path / "text.jsonl")
-    pretrained.prepare_text(config, tmp_path / "text.jsonl")
+    for step in [*pretrained.conversion(config), pretrained.preparation(config, tmp_path / "text.jsonl")]:
+        run_step(step)
     groups.initialize(LayoutConfig(), threads=2)
     try:
         dense, moe = (pretrained.autoregressive_nll(config, tmp_path / name) for name in ("dense", "moe"))

@@ -44,11 +44,11 @@ def log_probabilities(evaluator, tokens, positions, mask):
 
     from llada_megatron.attention.context import ContextShard
     from llada_megatron.model.inputs import ModelInputs
+    from llada_megatron.model.readout import LOGITS
 
     rows = torch.arange(len(tokens))
-    inputs = ModelInputs(
-        torch.from_numpy(tokens)[None], torch.from_numpy(positions)[None], ContextShard(mask), rows
-    )
+    at = torch.from_numpy(tokens)[None], torch.from_numpy(positions)[None], ContextShard(mask), rows
+    inputs = ModelInputs(*at, readout=LOGITS)
     with torch.no_grad():
         return evaluator.model[0](inputs).double().log_softmax(dim=-1).numpy()
 

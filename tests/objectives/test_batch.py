@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
 from llada_megatron.data.packed import PackedSample
@@ -83,8 +84,8 @@ def test_the_noisy_half_is_masked_where_outputs_are_and_the_clean_half_is_clean(
     positions = torch.arange(L).repeat(tokens.shape[1] // L)
     assert torch.equal(batch.inputs.positions, positions[None])
     assert (
-        batch.inputs.shard.mask.total == tokens.shape[1]
-        and batch.inputs.shard.mask.block_size == stage.block_size
+        batch.inputs.keys.mask.total == tokens.shape[1]
+        and batch.inputs.keys.mask.block_size == stage.block_size
     )
 
 
@@ -123,7 +124,7 @@ def test_autoregressive_labels_are_the_next_tokens_of_the_same_document():
     made = zip(batch.inputs.outputs.tolist(), batch.inputs.labels.tolist(), strict=True)
     assert {(output // 4, output % 4, label) for output, label in made} == pairs
     assert batch.count == len(batch.weights) == len(pairs)
-    assert batch.inputs.shard.mask.causal and batch.inputs.shard.mask.block_size == 1
+    assert batch.inputs.keys.mask.causal and batch.inputs.keys.mask.block_size == 1
 
 
 def test_rows_of_samples_become_rows_of_flattened_hidden_states():
@@ -135,5 +136,5 @@ def test_rows_of_samples_become_rows_of_flattened_hidden_states():
 def test_a_token_outside_the_vocabulary_is_refused_by_its_setting():
     check_vocabulary(SAMPLES, 256)
     largest = max(int(sample.tokens.max()) for sample in SAMPLES)
-    with pytest.raises(ValueError, match=f"token {largest}, outside model.vocab_size={largest}"):
+    with pytest.raises(BadInput, match=f"token {largest}, outside model.vocab_size={largest}"):
         check_vocabulary(SAMPLES, largest)

@@ -55,7 +55,7 @@ def hidden(config: Config) -> torch.Tensor:
 @pytest.mark.parametrize("supervised", [CHUNK - 3, CHUNK, 2 * CHUNK + 5])
 def test_the_head_saves_what_the_formula_says(config: Config, stage, supervised: int) -> None:
     states, rows = hidden(config), torch.arange(supervised)
-    inputs = ModelInputs(tokens=rows, positions=rows, shard=None, outputs=rows, labels=rows.clone())
+    inputs = ModelInputs(tokens=rows, positions=rows, keys=None, outputs=rows, labels=rows.clone())
 
     def run() -> torch.Tensor:
         return head_output(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput, RunFailed
 from llada_megatron.runtime.launch import WorkerDied
 from tests.distributed import run_ranks
 
@@ -213,7 +214,7 @@ def refusals(configs) -> list[str]:
         try:
             loop.run(config)
             found.append("went on")
-        except ValueError as error:
+        except BadInput as error:
             found.append(str(error))
     return found
 
@@ -243,7 +244,7 @@ def test_a_resume_on_changed_data_is_refused_unless_it_is_allowed(corpus, straig
     tokens[5] = 65 if tokens[5] != 65 else 66
     tokens.flush()
     with pytest.raises(
-        ValueError, match=r"The data changed since the checkpoint: .*run\.allow_change=\[data\]"
+        BadInput, match=r"The data changed since the checkpoint: .*run\.allow_change=\[data\]"
     ):
         train(configure(mine, tmp_path / "run"))
     allowed = configure(mine, tmp_path / "run", "run.allow_change=[data]", "training.steps=5")
@@ -264,7 +265,7 @@ def test_only_a_whole_checkpoint_of_this_run_is_picked_up(corpus, straight, tmp_
 
 def test_a_start_before_checkpoints_that_exist_is_refused(corpus, straight):
     for resume, step in (("never", 0), (str(checkpoint(straight, 2)), 2)):
-        with pytest.raises(ValueError, match=rf"later than step {step}, .*run\.dir"):
+        with pytest.raises(BadInput, match=rf"later than step {step}, .*run\.dir"):
             train(configure(corpus, straight, f"run.resume={resume}"))
 
 
@@ -374,7 +375,7 @@ def test_a_damaged_checkpoint_is_named_and_kept_and_the_run_goes_on_from_the_one
 ):
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
     damage(checkpoint(tmp_path, STEPS))
-    with pytest.raises(ValueError, match=DAMAGES[damage]):
+    with pytest.raises(BadInput, match=DAMAGES[damage]):
         train(configure(corpus, tmp_path, f"run.resume={checkpoint(tmp_path, STEPS)}"))
     assert train(configure(corpus, tmp_path)) == [(STEPS, 0, True)]
     assert checkpoint(tmp_path, STEPS).with_name("damaged_step_00000006").is_dir()
@@ -383,7 +384,7 @@ def test_a_damaged_checkpoint_is_named_and_kept_and_the_run_goes_on_from_the_one
 
 def test_a_run_that_diverges_skips_counts_and_stops_at_its_limit_naming_the_samples(corpus, tmp_path):
     diverging = ["optimizer.lr=1e30", "optimizer.warmup_tokens=0", "training.max_skipped_steps=2"]
-    with pytest.raises(FloatingPointError, match=r"Step 3 \(samples 12 to 15\).*max_skipped_steps=2"):
+    with pytest.raises(RunFailed, match=r"Step 3 \(samples 12 to 15\).*max_skipped_steps=2"):
         train(configure(corpus, tmp_path, *diverging))
     metrics = records(tmp_path)
     assert [record["skipped_steps"] for record in metrics] == [0, 1, 2, 3]
@@ -409,12 +410,12 @@ def test_a_step_with_an_infinite_input_leaves_no_trace_and_the_run_goes_on(corpu
 @pytest.mark.parametrize("layout", [[], pytest.param([TWO, "layout.tp=2"], marks=pytest.mark.slow)])
 def test_tokens_outside_the_model_s_vocabulary_are_refused(corpus, tmp_path, layout):
     small = ["model.vocab_size=256", "model.mask_token_id=255"]
-    with pytest.raises(ValueError, match=r"data\.tokenizer has 258 ids, more than model\.vocab_size=256"):
+    with pytest.raises(BadInput, match=r"data\.tokenizer has 258 ids, more than model\.vocab_size=256"):
         train(configure(corpus, tmp_path / "run", *small, *layout))
     mine = copy_corpus(corpus, tmp_path)
     os.remove(f"{mine}.json")  # a corpus from elsewhere, of unknown tokenizer
     np.memmap(f"{mine}.bin", np.uint16, "r+")[:] = 600
-    with pytest.raises(ValueError, match=r"token 600, outside model\.vocab_size=512"):
+    with pytest.raises(BadInput, match=r"token 600, outside model\.vocab_size=512"):
         train(configure(mine, tmp_path / "run", *layout))
 
 
@@ -432,7 +433,7 @@ def test_the_weights_of_another_run_start_a_conversion_at_step_zero(corpus, tmp_
     manifest = json.loads((checkpoint(tmp_path / "bd", 2) / "manifest.json").read_text())
     assert manifest["autoregressive_tokens"] == 512
     other = configure(corpus, tmp_path / "other", *init, "model.rotary_base=1000", "model.mask_token_id=300")
-    with pytest.raises(ValueError, match=r"another model: model\.mask_token_id: .*model\.rotary_base: "):
+    with pytest.raises(BadInput, match=r"another model: model\.mask_token_id: .*model\.rotary_base: "):
         train(other)
     last, converted = run_ranks(arrays_in, [checkpoint(tmp_path / "ar", 2), checkpoint(tmp_path / "bd", 2)])[
         0

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.verify import layouts
 from llada_megatron.verify.comparison import TOLERANCES, LayoutReport, LayoutResult, compare
 from tests.distributed import run_ranks
@@ -231,10 +232,10 @@ def test_the_report_names_what_failed_and_is_written_as_json(capsys):
     _print_layouts(report, TOLERANCES)
     shown = capsys.readouterr().out
     assert "1 of 2 layouts differ" in shown and "FAILED" in shown and "1.0e-04" in shown
-    written = json.loads(report.as_json())
+    written = json.loads(json.dumps(report.as_json()))
     assert [entry["passed"] for entry in written["layouts"]] == [True, False] and not written["passed"]
 
 
 def test_an_unknown_layout_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"no layouts of the matrix: \['CP3'\]. Choose from DP2, DP4"):
+    with pytest.raises(BadInput, match=r"no layouts of the matrix: \['CP3'\]. Choose from DP2, DP4"):
         layouts.check(["CP3"])
