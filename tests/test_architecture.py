@@ -32,22 +32,21 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "record", "runtime", "parallel", "model"},
     "convert": {"config", "record", "runtime", "attention", "data", "model", "checkpoint"},
     "generate": {"config", "runtime", "attention", "model"},
-    "evaluate": {"config", "runtime", "parallel", "data", "objectives", "generate", "checkpoint"},
+    "evaluate": {"config", "runtime", "parallel", "data", "model", "objectives", "generate", "checkpoint"},
 }
 ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"jobs", "plan", "convert", "generate"}
 ROOMS_IMPORT["dryrun"] = {
     "config",
     "runtime",
     "parallel",
-    "attention",
     "data",
     "model",
     "objectives",
     "training",
 }
 ROOMS_IMPORT["bench"] = {
-    "config", "record", "runtime", "parallel", "attention", "data", "model", "checkpoint", "convert",
-    "observe", "training",
+    "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "checkpoint",
+    "convert", "observe", "training",
 }  # fmt: skip
 ROOMS_IMPORT["verify"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",

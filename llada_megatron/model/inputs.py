@@ -27,7 +27,8 @@ class EmbeddingNoise:
 class ModelInputs:
     """S = 2L with a clean copy (noisy half first), else L; B samples; N rows that the head is applied to.
 
-    Under context parallelism S, N and everything else is this rank's part: see `training.batch.context_part`.
+    Under context parallelism S, N and everything else is this rank's part: see `objectives/batch.py`. With
+    kept keys the rows are those at hand.
     """
 
     tokens: torch.Tensor

@@ -3,7 +3,7 @@ import pytest
 from llada_megatron.config import rules
 from llada_megatron.config.compose import CONFIG_DIR, compose, differences, load, resolve, save
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import Denominator, Objective
+from llada_megatron.config.schema import Denominator
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
@@ -49,7 +49,7 @@ def test_a_value_that_an_experiment_must_set_is_named():
 def test_strings_become_members_and_interpolations_are_resolved():
     config = compose([*PARITY, "diffusion.denominator=masked", "run.name=x"])
     assert config.diffusion.denominator is Denominator.masked
-    assert config.schedule.stages[0].objective is Objective.diffusion
+    assert config.schedule.stages[0].objective == "diffusion"
     assert config.run.dir == "runs/x"
 
 

@@ -196,7 +196,7 @@ def places_that_change() -> tuple[list, list, list]:
 
     from llada_megatron.attention import registry
     from llada_megatron.dryrun.rank import run_rank
-    from llada_megatron.objectives import batch
+    from llada_megatron.objectives.diffusion import Diffusion
     from llada_megatron.runtime import fake_world
     from llada_megatron.training import step
 
@@ -207,7 +207,7 @@ def places_that_change() -> tuple[list, list, list]:
             *(MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__),
             MoEAllGatherTokenDispatcher.dispatch_postprocess,
             *(fused_bias_swiglu.weighted_swiglu, schedules.forward_step, schedules.backward_step),
-            *(registry.select_backend, batch.corrupt, step.micro_batches),
+            *(registry.select_backend, Diffusion.corrupt, step.micro_batches),
         ]
 
     before = places()

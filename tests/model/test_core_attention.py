@@ -17,6 +17,8 @@ from llada_megatron.model.readout import LOGITS
 from llada_megatron.parallel import groups
 
 L, B = 24, 2
+SAME = 1e-5
+"""Products of other sizes add up in another order, and bold weights amplify it."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_blocks_read_one_after_another_with_kept_keys_equal_a_full_forward(
         stop = min(start + block_size, L)
         keys = Keeping(causal(stop, block_size), start, kept)
         rows = stage(inputs(tokens[:, :stop], start, keys)).view(stop - start, B, -1)
-        assert (rows - full[start:stop]).norm() <= 1e-6 * full[start:stop].norm()
+        assert (rows - full[start:stop]).norm() <= SAME * full[start:stop].norm()
         kept = keys.seen
     assert sorted(kept) == list(range(1, config.model.layers + 1))
 

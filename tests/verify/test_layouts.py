@@ -108,10 +108,10 @@ def expert_load_not_reduced():
 def noise_seeds_of_the_rank():
     import torch.distributed as dist
 
-    from llada_megatron.objectives import batch
+    from llada_megatron.objectives import diffusion
 
-    seed_of = batch.torch_seed
-    with mock.patch.object(batch, "torch_seed", lambda *names: seed_of(*names) + dist.get_rank()):
+    seed_of = diffusion.torch_seed
+    with mock.patch.object(diffusion, "torch_seed", lambda *names: seed_of(*names) + dist.get_rank()):
         yield
 
 

@@ -42,13 +42,13 @@ def test_one_layout_needs_equal_bits_and_another_one_rounding():
 
 
 def test_a_journal_forgives_a_torn_line_and_not_a_sample_that_changed(tmp_path):
-    lines = [{"samples": [1, 0]}, {"sample": 0, "noise_sha256": "a"}, {"sample": 1, "noise_sha256": "b"}]
+    lines = [{"sample": 0, "batch_sha256": "a"}, {"sample": 1, "batch_sha256": "b"}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "0_1.jsonl").write_text(text + '{"sample": 2, "noi')
+    (tmp_path / "0_1.jsonl").write_text(text + '{"sample": 2, "bat')
     whole = journal.Journal(tmp_path)
-    assert whole.samples == {0, 1} and whole.noise == {0: "a", 1: "b"}
-    (tmp_path / "1_2.jsonl").write_text(json.dumps({"sample": 1, "noise_sha256": "c"}) + "\n")
-    with pytest.raises(RunFailed, match="Sample 1 was corrupted in two ways"):
+    assert whole.batches == {0: "a", 1: "b"}
+    (tmp_path / "1_2.jsonl").write_text(json.dumps({"sample": 1, "batch_sha256": "c"}) + "\n")
+    with pytest.raises(RunFailed, match="Sample 1 came in two ways"):
         journal.Journal(tmp_path)
 
 
@@ -101,12 +101,13 @@ def without_expert_bias(config, folder):
 
 
 def one_sample_late(config, folder):
-    from llada_megatron.training import step
+    from llada_megatron.parallel.dealing import sample_indices
 
-    if folder.exists():  # an earlier attempt wrote its journal there
-        deal = step.sample_indices
-        step.sample_indices = lambda *arguments: [[i + 1 for i in part] for part in deal(*arguments)]
-    return journal.train_and_record(config, folder)
+    def late(*arguments):
+        return [[index + 1 for index in part] for part in sample_indices(*arguments)]
+
+    # An earlier attempt wrote its journal there.
+    return journal.train_and_record(config, folder, deal=late if folder.exists() else None)
 
 
 @pytest.mark.slow
