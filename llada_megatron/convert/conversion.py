@@ -15,13 +15,19 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig, Objective
 from llada_megatron.convert import config_json, tokenizer_files
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
-from llada_megatron.convert.families import BAILING, ExpertLayout, drop_reason, family_of
+from llada_megatron.convert.families import FAMILIES, SERVED, ExpertLayout, Family, family_of
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
-from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
+from llada_megatron.convert.safetensors_files import (
+    SafetensorsReader,
+    SafetensorsWriter,
+    read_json,
+    write_json,
+)
 from llada_megatron.record.manifest import Manifest, find
 
 SHARDS = "shards"
@@ -49,19 +55,19 @@ def hf_to_mcore(
     BadInput for a checkpoint that cannot be read and a target that exists.
     """
     files = SafetensorsReader(source)
-    described = config_json.read_json(source / "config.json")
+    described = read_json(source / "config.json")
     token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
     model = config_json.model_config(described, token_id, f"{source}/config.json")
     architecture = config_json.architecture_of(described)
-    stacked = any(name.endswith(".mlp.experts.gate_proj") for name in files.tensors)
-    layout = ExpertLayout.stacked if stacked else ExpertLayout.separate
-    entries = list(family_of(architecture, source).table(model, layout))
+    family = family_of(architecture, source)
+    layout = family.layout_of(files.tensors)
+    entries = list(family.table(model, layout))
     certificate = Certificate("hf-to-mcore", str(source), architecture, token_id, layout.value)
     shapes = files.shapes()
     certificate.dropped = {
         name: reason
         for name in sorted(shapes.keys() - {part.name for entry in entries for part in entry.theirs})
-        if (reason := drop_reason(name, model, described))
+        if (reason := family.drop_reason(name, model, described))
     }
     used = {name: shape for name, shape in shapes.items() if name not in certificate.dropped}
     if not _fits(certificate, entries, str(source), used, model):
@@ -69,7 +75,7 @@ def hf_to_mcore(
     with written_aside(target) as aside:
         writer = ShardsWriter(aside / SHARDS)
         _convert(certificate, entries, files, writer, lambda: ShardsReader(aside / SHARDS), to_ours=True)
-        _check_logits(certificate, files, described, aside, model)
+        _check_logits(certificate, family, files, described, aside, model)
         if certificate.passed:
             tokenizer_files.carry_in(source, aside)
             certificate.write(aside)
@@ -105,7 +111,8 @@ def mcore_to_hf(
     folder = tokenizer_files.carried(checkpoint, manifest)
     came_as = _optional_json(folder, "config.json")
     architecture = architecture or _architecture(manifest, model, came_as)
-    entries = list(family_of(architecture, "--architecture").table(model, layout))
+    family = family_of(architecture, "--architecture")
+    entries = list(family.table(model, layout))
     if tokenizer is not None:
         tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
     shards = ShardsReader(checkpoint / SHARDS)
@@ -129,7 +136,7 @@ def mcore_to_hf(
         _convert(
             certificate, entries, shards, writer, lambda: SafetensorsReader(aside), to_ours=False, dtype=dtype
         )
-        _check_logits(certificate, SafetensorsReader(aside), described, checkpoint, model)
+        _check_logits(certificate, family, SafetensorsReader(aside), described, checkpoint, model)
         if certificate.passed:
             _write_configs(aside, folder, came_as, described, model.mask_token_id)
             if folder is not None:
@@ -227,18 +234,22 @@ def _type(part: Part, stored: torch.dtype, asked: torch.dtype | None) -> torch.d
 
 
 def _architecture(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any]) -> str:
-    if not model.experts:
-        return config_json.DENSE
+    """What the model came as, or the first family's that can hold it, by what its last stage trained."""
+    came = config_json.architecture_of(came_as)
+    families = (*([FAMILIES[came]] if came in FAMILIES else []), *SERVED)
+    fitting = [one for one in families if one.builds == model.family and one.experts == bool(model.experts)]
+    if not fitting:
+        raise BadInput(f"No Hugging Face architecture is served that holds a model of family {model.family}.")
     stages = {stage["name"]: stage for stage in manifest.config.get("schedule", {}).get("stages", [])}
     objective = stages.get(manifest.stage, {}).get("objective")
-    came = config_json.architecture_of(came_as)
-    if objective == Objective.diffusion.value:
-        return config_json.DIFFUSION_MOE
-    return came if came in BAILING.architectures else config_json.AUTOREGRESSIVE_MOE
+    if objective == Objective.diffusion.value and fitting[0].after_diffusion:
+        return fitting[0].after_diffusion
+    return came if came in fitting[0].architectures else next(iter(fitting[0].architectures))
 
 
 def _check_logits(
     certificate: Certificate,
+    family: Family,
     files: SafetensorsReader,
     described: dict[str, Any],
     checkpoint: Path,
@@ -253,11 +264,11 @@ def _check_logits(
     if certificate.rounded():
         certificate.logits = {"compared": False, "reason": "the numbers were rounded to another type"}
         return
-    certificate.compare_logits(compare_logits(files, described, checkpoint, model))
+    certificate.compare_logits(compare_logits(family.reference(files, described), checkpoint, model))
 
 
 def _optional_json(folder: Path | None, name: str) -> dict[str, Any]:
-    return config_json.read_json(folder / name) if folder and (folder / name).is_file() else {}
+    return read_json(folder / name) if folder and (folder / name).is_file() else {}
 
 
 def _write_configs(

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from llada_megatron.checkpoint.shards import Part
 from llada_megatron.config.errors import BadInput
-from llada_megatron.convert.config_json import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -162,6 +161,16 @@ class SafetensorsWriter:
         total = sum(math.prod(s.shape) * s.dtype.itemsize for s in self._stored.values())
         index = {"metadata": {"total_size": total}, "weight_map": files}
         write_json(self._directory / INDEX, index, sort_keys=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises BadInput where there is no such file or it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist: give the directory of a Hugging Face checkpoint.") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}.") from None
 
 
 def write_json(path: Path, content: dict[str, Any], *, sort_keys: bool = False) -> None:

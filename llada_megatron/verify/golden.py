@@ -31,10 +31,11 @@ from llada_megatron.config.schema import (
     ModelConfig,
     Weight,
 )
-from llada_megatron.convert.config_json import architecture_of, model_config, read_json
+from llada_megatron.convert.config_json import architecture_of, model_config
 from llada_megatron.convert.conversion import hf_to_mcore
 from llada_megatron.convert.families import ExpertLayout, family_of
 from llada_megatron.convert.loaded import gradients, load_model
+from llada_megatron.convert.safetensors_files import read_json
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.inputs import ModelInputs
