@@ -17,7 +17,7 @@ from llada_megatron.plan.planner import Planner
 
 
 def of_family(name: str) -> Config:
-    config = compose(["experiment=llada2_mini_cpt"])
+    config = compose(["experiment=llada2_mini_cpt", "cluster=h100_64"])
     return replace(config, model=replace(config.model, family=name))
 
 
@@ -54,7 +54,7 @@ def test_a_family_is_counted_by_its_own_formulas(monkeypatch) -> None:
 def test_a_family_without_formulas_of_its_memory_and_time_is_not_planned(monkeypatch) -> None:
     monkeypatch.setitem(families.FAMILIES, "doubled", Doubled())
     rules.check(of_family("doubled"))  # it can be trained
-    with pytest.raises(BadInput, match="no formula for what model.family=doubled keeps"):
+    with pytest.raises(BadInput, match=r"no formula for what model\.family=doubled keeps"):
         Planner(of_family("doubled"))
 
 
