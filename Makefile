@@ -5,12 +5,13 @@ TRANSFORMER_ENGINE := .venv/transformer-engine
 CUDNN := .venv/cudnn
 SMOLLM2 := .venv/smollm2
 
-.PHONY: help setup test test-slow test-gpu gpu-compile demo demo-smollm2 check lock
+.PHONY: help setup test test-slow test-full test-gpu gpu-compile demo demo-smollm2 check lock
 
 help:
 	@echo "make setup        environment in .venv, with .venv/bin/llada"
-	@echo "make test         the tests that are not slow"
-	@echo "make test-slow    the slow tests"
+	@echo "make test         the quick tests; WORKERS=1 for one process, here and below"
+	@echo "make test-slow    each kind of slow proof on its smallest case; CI runs it too"
+	@echo "make test-full    what both leave out: every layout, pair and fault, Slurm at length"
 	@echo "make test-gpu     the tests for a machine with a CUDA device"
 	@echo "make gpu-compile  cuDNN's attention kernels, compiled without a CUDA device"
 	@echo "make demo         the whole pipeline, small, on this machine"
@@ -24,13 +25,21 @@ $(STAMP): requirements.txt pyproject.toml launch/setup.sh launch/uv-requirements
 	@bash launch/setup.sh
 
 # Multi-process tests start several ranks per core; more threads each would only make them wait.
-test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow test-full: export OMP_NUM_THREADS ?= 1
+
+# Files side by side: most tests are one process on one core.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist loadgroup
 
 test: $(STAMP) $(TRANSFORMER_ENGINE)/.setup-done
-	$(BIN)/pytest -q -m "not slow"
+	$(PYTEST) -m "not slow and not full"
 
 test-slow: $(STAMP) $(SMOLLM2)/.setup-done
-	$(BIN)/pytest -q -m slow
+	$(PYTEST) -m "slow and not full"
+
+# Before a change to what it covers counts as done.
+test-full: $(STAMP) $(SMOLLM2)/.setup-done
+	$(PYTEST) -m full
 
 # For a machine with a CUDA device, after `pip install '.[cuda]'` there; elsewhere everything is skipped.
 test-gpu: $(STAMP)

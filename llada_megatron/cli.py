@@ -35,6 +35,7 @@ VERBS = {
     "cost": ("llada_megatron.commands.cost", "where a run's time went, attempt by attempt, and what it cost"),
     "verify": ("llada_megatron.commands.verify", "golden cases, layouts, resumed runs, context parallelism"),
     "bench": ("llada_megatron.commands.bench", "measure attention executors, training steps, checkpoints"),
+    "evaluate": ("llada_megatron.commands.evaluate", "bound and NLL of a checkpoint on held-out text"),
     "report": ("llada_megatron.commands.report", "render a run's report with pictures"),
     "sync": ("llada_megatron.commands.sync", "upload a run's offline wandb records from a login node"),
     "demo": ("llada_megatron.commands.demo", "run the whole pipeline, small, on this machine"),
@@ -59,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `llada` with `argv` (default: the process's arguments) and return its exit code.
 
-    Raises SystemExit (2 on a usage error, 0 after --help) and any exception that is not bad input.
+    Raises SystemExit (2 on a usage error, 0 after --help) and any exception that is a bug.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Only the verb, of one word or two, is the front door's: what follows belongs to it, --help included.

@@ -21,7 +21,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "record": {"config"},
     "runtime": {"config"},
     "jobs": {"config", "record"},
-    "plan": {"config"},
+    "plan": {"config", "record"},
     "observe": {"config", "record", "jobs"},
     "parallel": {"config", "runtime"},
     "attention": {"config", "runtime", "parallel"},
@@ -32,22 +32,31 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "record", "runtime", "parallel", "model"},
     "convert": {"config", "record", "runtime", "attention", "data", "model", "checkpoint"},
     "generate": {"config", "runtime", "attention", "model"},
-    "evaluate": {"config", "runtime", "parallel", "data", "objectives", "generate", "checkpoint"},
+    "evaluate": {
+        "config",
+        "runtime",
+        "parallel",
+        "attention",
+        "data",
+        "model",
+        "objectives",
+        "generate",
+        "checkpoint",
+    },
 }
 ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"jobs", "plan", "convert", "generate"}
 ROOMS_IMPORT["dryrun"] = {
     "config",
     "runtime",
     "parallel",
-    "attention",
     "data",
     "model",
     "objectives",
     "training",
 }
 ROOMS_IMPORT["bench"] = {
-    "config", "record", "runtime", "parallel", "attention", "data", "model", "checkpoint", "convert",
-    "observe", "training",
+    "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "checkpoint",
+    "convert", "observe", "training",
 }  # fmt: skip
 ROOMS_IMPORT["verify"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",
@@ -57,7 +66,7 @@ ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "e
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "checkpoint", "convert",
-    "evaluate", "training", "dryrun", "bench", "verify", "demo",
+    "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
 }  # fmt: skip
 ROOMS_IMPORT["__main__"] = {"cli"}
 ROOMS_IMPORT["__init__"] = set()

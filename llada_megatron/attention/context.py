@@ -6,7 +6,7 @@ backward, half of what gathering `[x_t ; x_0]` moves. Blocks that span ranks add
 Masks with one half (MDLM, autoregressive) gather all of it.
 
 Legend: L data tokens per sequence, R ranks, n = L/R tokens of a rank, B batch, K keys of a call, T halo keys
-that each rank sends, padded to the largest count; Hkv key and value heads, D head dim.
+that each rank sends, padded to the largest count; Hkv key and value heads, D key width, Dv value width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llada_megatron.parallel.context import deal_tokens
 
 
 class ContextShard:
-    """What one rank of a context-parallel group holds of a micro-batch, and how it gets its keys.
+    """What one rank of a context-parallel group holds of a micro-batch, and how it gets its `Keys`.
 
     Every rank works out the same deal from the mask alone. Raises BadInput when L is not a multiple of
     `ranks`. With one rank the shard is the whole mask and nothing travels.
@@ -65,7 +65,7 @@ class ContextShard:
 
     @cached_property
     def rectangle(self) -> Rectangle:
-        """This rank's queries against the keys it holds after `exchange`."""
+        """This rank's queries against the keys that `of` returns."""
         if self.ranks == 1:
             return self.mask.whole()
         return Rectangle(self.mask, self.tokens, self._noisy_keys)
@@ -99,6 +99,26 @@ class ContextShard:
         """The same shard with its index tensors on `device`."""
         self.device = device
         return self
+
+    def of(self, key: Tensor, value: Tensor, layer: int, group: Any) -> tuple[Tensor, Tensor]:
+        """Keys [K, B, Hkv, D] and values [K, B, Hkv, Dv] from this rank's [S/R, B, Hkv, *].
+
+        One all-gather in forward and one reduce-scatter of the gradients in backward, keys and values
+        together. `group` is the context-parallel process group; unused with one rank.
+        """
+        if self.ranks == 1:
+            return key, value
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        rows = torch.cat([key, value], dim=-1).flatten(0, 1)  # [S/R * B, Hkv, D + Dv]
+        own, travelling = rows[: self.own_rows], rows[self.own_rows :]
+        if len(self.halo_rows):
+            travelling = torch.cat([travelling, own.index_select(0, self.halo_rows)])
+        received = gather_from_sequence_parallel_region(travelling, group=group)
+        pool = torch.cat([own, received]) if len(own) else received
+        chosen = pool.index_select(0, self.key_order).unflatten(0, (-1, self.mask.batch))
+        keys, values = chosen.split([key.size(-1), value.size(-1)], dim=-1)
+        return keys, values
 
     @cached_property
     def _tokens_BRn(self) -> np.ndarray:
@@ -153,23 +173,3 @@ class ContextShard:
             mine = self.spans_ranks & (self.owner == rank)
             slot[mine] = np.searchsorted(sent, self._flat_row[mine])
         return slot
-
-
-def exchange(key: Tensor, value: Tensor, shard: ContextShard, group: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of the shard's rectangle, [K, B, Hkv, D] each, from this rank's [S/R, B, Hkv, D].
-
-    One all-gather in forward and one reduce-scatter of the gradients in backward, keys and values together.
-    `group` is the context-parallel process group; unused with one rank.
-    """
-    if shard.ranks == 1:
-        return key, value
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
-    rows = torch.stack([key, value], dim=2).flatten(0, 1)  # [S/R * B, 2, Hkv, D]
-    own, travelling = rows[: shard.own_rows], rows[shard.own_rows :]
-    if len(shard.halo_rows):
-        travelling = torch.cat([travelling, own.index_select(0, shard.halo_rows)])
-    received = gather_from_sequence_parallel_region(travelling, group=group)
-    pool = torch.cat([own, received]) if len(own) else received
-    chosen = pool.index_select(0, shard.key_order).unflatten(0, (-1, shard.mask.batch))  # [K, B, 2, Hkv, D]
-    return chosen[:, :, 0], chosen[:, :, 1]

@@ -1,7 +1,7 @@
 """Block-diffusion attention through `cudnn.flex_attention` of nvidia-cudnn-frontend, on Hopper and Blackwell.
 
 Its kernels skip the tiles without a visible pair; the mask is O(S) endpoints. The package calls the interface
-experimental. Nothing here has run on a GPU yet; `make gpu-compile` compiles it without one.
+experimental. `make gpu-compile` compiles it without a GPU (docs/gpu.md).
 
 Legend: Q queries, K keys, B batch, H heads, D head dim, Hkv key and value heads, S either of Q and K.
 """

@@ -5,7 +5,7 @@ ragged sequences. cuDNN's graphs take at most two loaded vectors per row in back
 interval is and the whole mask is not. Every pair of a row and a clean key is computed, hidden or not: of one
 document about twice the visible pairs, of packed documents many times as many.
 
-Nothing here has run on a GPU yet; `make gpu-compile` has cuDNN accept the operation graphs without one.
+`make gpu-compile` has cuDNN accept the operation graphs without a GPU (docs/gpu.md).
 
 Legend: Q queries, B batch, H heads, Hkv key and value heads, D head dim, L clean keys, N blocks, T rows and U
 keys of the own-block call.

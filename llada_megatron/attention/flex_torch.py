@@ -1,7 +1,5 @@
 """Block-diffusion attention through torch's FlexAttention: Triton kernels on CUDA, inference only on a CPU.
 
-Nothing here has run on a GPU yet.
-
 Legend: Q queries, K keys, B batch, H heads, D head dim, Hkv key and value heads, F endpoints.
 """
 

@@ -1,11 +1,12 @@
 """Attention of a batch of tiles, with the log-sum-exp that lets results over parts of the keys be merged.
 
-Legend: T tiles, H heads, q queries and k keys of a tile, D head dim.
+Legend: T tiles, H heads, q queries and k keys of a tile, D key width, Dv value width.
 """
 
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Scores that the plain kernel holds at a time: 64 MiB of float32.
@@ -17,8 +18,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class Kernel(Protocol):
     """Both directions of softmax(scale * Q K^T + bias) V.
 
-    query, out, grad_out [T, H, q, D]; key, value [T, H, k, D]; bias [T or 1, 1, q or 1, k] of the query's
-    dtype or None; lse [T, H, q], float32 or wider.
+    query [T, H, q, D]; key [T, H, k, D]; value [T, H, k, Dv]; out, grad_out [T, H, q, Dv]; bias
+    [T or 1, 1, q or 1, k] of the query's dtype or None; lse [T, H, q], float32 or wider.
     """
 
     def forward(
@@ -45,14 +46,20 @@ class Kernel(Protocol):
 
 
 class CpuKernel:
-    """PyTorch's fused CPU kernel: float64, float32, bfloat16, float16."""
+    """PyTorch's fused CPU kernel: float64, float32, bfloat16, float16.
+
+    It has one width for keys and values: the narrower of them is filled up with zeros.
+    """
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        width = value.size(-1)
+        query, key, value = _equally_wide(query, key, value)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=bias, scale=scale
         )
+        return out[..., :width], lse
 
     def backward(
         self,
@@ -65,9 +72,14 @@ class CpuKernel:
         bias: Tensor | None,
         scale: float,
     ) -> Gradients:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale
+        key_width, value_width = key.size(-1), value.size(-1)
+        grad_out, query, key, value, out = _equally_wide(grad_out, query, key, value, out)
+        grad_query, grad_key, grad_value = (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale
+            )
         )
+        return grad_query[..., :key_width], grad_key[..., :key_width], grad_value[..., :value_width]
 
 
 class PlainKernel:
@@ -114,6 +126,11 @@ class PlainKernel:
 def kernel_for(device: torch.device) -> Kernel:
     """Return the kernel of a device."""
     return CpuKernel() if device.type == "cpu" else PlainKernel()
+
+
+def _equally_wide(*tensors: Tensor) -> list[Tensor]:
+    width = max(tensor.size(-1) for tensor in tensors)
+    return [t if t.size(-1) == width else F.pad(t, (0, width - t.size(-1))) for t in tensors]
 
 
 def _wide(tensor: Tensor) -> Tensor:

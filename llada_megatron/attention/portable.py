@@ -27,9 +27,10 @@ from llada_megatron.attention.tiles import Booleans, Integers, Stage, TileCall, 
 def portable_attention(
     query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle, softmax_scale: float
 ) -> Tensor:
-    """Return the attention output [Q, B, H, D].
+    """Return the attention output [Q, B, H, Dv].
 
-    query [Q, B, H, D]; key, value [K, B, Hkv, D]. Results and gradients are added up in float32 or wider.
+    query [Q, B, H, D]; key [K, B, Hkv, D]; value [K, B, Hkv, Dv]. Results and gradients are added up in
+    float32 or wider.
     """
     plan = _plan_of(rectangle, query, group=query.size(2) // key.size(2))
     return _TiledAttention.apply(query, key, value, plan, softmax_scale)
@@ -230,7 +231,7 @@ class _TiledAttention(torch.autograd.Function):
                 else:
                     _merge(output, lse, call.rows, tile_output, tile_lse)
 
-        output = torch.empty_like(rows, dtype=wide)
+        output = rows.new_empty(*rows.shape[:3], value.size(3), dtype=wide)
         lse = output.new_empty(rows.shape[:3])
         for part in plan.parts:
             if part.order is None:
@@ -240,7 +241,7 @@ class _TiledAttention(torch.autograd.Function):
                 compute(part, rows.index_select(0, part.order), *results)
                 output.index_copy_(0, part.order, results[0])
                 lse.index_copy_(0, part.order, results[1])
-        output = plan.from_rows(output.to(query.dtype), query.shape)
+        output = plan.from_rows(output.to(query.dtype), torch.Size([*query.shape[:3], value.size(3)]))
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.plan, ctx.softmax_scale = plan, softmax_scale
         return output
@@ -253,7 +254,7 @@ class _TiledAttention(torch.autograd.Function):
         kernel = kernel_for(query.device)
         keys, values = plan.keys(key), plan.keys(value)
         # Dozens of tiles share a key: too many terms to add up in bfloat16.
-        grad_keys, grad_values = (torch.zeros_like(keys, dtype=lse.dtype) for _ in range(2))
+        grad_keys, grad_values = (torch.zeros_like(each, dtype=lse.dtype) for each in (keys, values))
 
         def compute(part: Part, grad_rows: Tensor, *inputs: Tensor) -> None:
             if not part.covered:
@@ -279,7 +280,8 @@ class _TiledAttention(torch.autograd.Function):
                 grad_rows.index_copy_(0, part.order, result)
         grad_query = plan.from_rows(grad_rows.to(query.dtype), query.shape)
         grad_key, grad_value = (
-            plan.from_keys(grad.to(key.dtype), key.shape) for grad in (grad_keys, grad_values)
+            plan.from_keys(grad.to(tensor.dtype), tensor.shape)
+            for grad, tensor in ((grad_keys, key), (grad_values, value))
         )
         return grad_query, grad_key, grad_value, None, None
 

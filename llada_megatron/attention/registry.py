@@ -1,6 +1,6 @@
 """The one entry to block-diffusion attention: checks the shapes and picks an executor.
 
-Legend: S sequence, Q queries, K keys, B batch, H heads, D head dim, Hkv key and value heads.
+Legend: S sequence, Q queries, K keys, B batch, H heads, D head dim, Hkv key and value heads, Dv value width.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,8 @@ _MISSING_REQUIREMENT: dict[str, MissingRequirement] = {  # the others serve ever
     "cudnn_graph": cudnn_graph.missing_requirement,
     "cudnn_flex": cudnn_flex.missing_requirement,
 }
-# By the pairs that each computes and how; not measured on a GPU yet.
+_ANY_VALUE_WIDTH = ("reference", "portable")
+# By the pairs that each computes and how, not by measured times.
 _FASTEST_FIRST = ("cudnn_flex", "flex_torch", "cudnn_graph", "portable")
 
 
@@ -41,29 +42,37 @@ def executor_names(device: torch.device, dtype: torch.dtype, head_dim: int) -> l
 
 @cache
 def select_backend(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_backward: bool = True
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_backward: bool = True,
+    value_dim: int | None = None,
 ) -> tuple[Executor, str]:
     """Return the executor for a `model.attention_backend` setting and one line that says why.
 
     "auto" takes the fastest one that can also train, so that training and evaluation use the same; the line
     then gives the reason against each faster one. Raises BadInput for a name that is neither "auto" nor an
-    executor, and for an executor that cannot serve such tensors: nothing falls back to another one.
+    executor, and for an executor that cannot serve such tensors: nothing falls back to another one. Values
+    are `value_dim` wide, by default as wide as keys.
     """
     if name == "auto":
-        return _fastest(device, dtype, head_dim)
+        return _fastest(device, dtype, head_dim, value_dim)
     if name not in _EXECUTORS:
         choices = ", ".join(["auto", *_EXECUTORS])
         raise BadInput(f"model.attention_backend must be one of {choices}, got {name!r}")
-    missing = _missing(name, device, dtype, head_dim, needs_backward)
+    missing = _missing(name, device, dtype, head_dim, needs_backward, value_dim)
     if missing:
         raise BadInput(f"model.attention_backend={name} {missing}; auto takes one that can serve")
     return _EXECUTORS[name], f"{name}: set by model.attention_backend"
 
 
-def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Executor, str]:
+def _fastest(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None
+) -> tuple[Executor, str]:
     passed_over: list[str] = []
     for name in _FASTEST_FIRST:
-        missing = _missing(name, device, dtype, head_dim, needs_backward=True)
+        missing = _missing(name, device, dtype, head_dim, True, value_dim)
         if missing is None:
             reasons = "".join(f"; {reason}" for reason in passed_over)
             return _EXECUTORS[name], f"{name}: the fastest that can serve here{reasons}"
@@ -72,8 +81,15 @@ def _fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[E
 
 
 def _missing(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_backward: bool
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_backward: bool,
+    value_dim: int | None = None,
 ) -> str | None:
+    if value_dim not in (None, head_dim) and name not in _ANY_VALUE_WIDTH:
+        return f"serves values as wide as keys, not {value_dim} wide for keys of {head_dim}"
     requirement = _MISSING_REQUIREMENT.get(name)
     return requirement(device, dtype, head_dim, needs_backward) if requirement else None
 
@@ -83,37 +99,42 @@ def block_diffusion_attention(
     key: Tensor,
     value: Tensor,
     mask: BlockDiffusionMask | Rectangle,
-    backend: str = "auto",
+    backend: str | Executor = "auto",
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Return attention under `mask` as [Q, B, H, D] in the query's dtype.
+    """Return attention under `mask` as [Q, B, H, Dv] in the query's dtype.
 
-    query [Q, B, H, D]; key, value [K, B, Hkv, D], noisy half first where the mask has a clean copy; Q = K = S
-    for a whole mask. Groups of H / Hkv neighbouring query heads share a key and value head. `softmax_scale`
-    defaults to 1 / sqrt(D). Raises BadInput for shapes that do not fit the mask or each other, for an
-    unknown backend, and for one that cannot serve this device, dtype or head_dim.
+    query [Q, B, H, D]; key [K, B, Hkv, D]; value [K, B, Hkv, Dv], noisy half first where the mask has a clean
+    copy; Q = K = S for a whole mask. Groups of H / Hkv neighbouring query heads share a key and value head.
+    `backend` is a setting or the executor itself. `softmax_scale` defaults to 1 / sqrt(D). Raises ValueError
+    for shapes that do not fit the mask or each other, and BadInput for an unknown backend or one that cannot
+    serve this device, dtype or these widths.
     """
     rectangle = mask.whole() if isinstance(mask, BlockDiffusionMask) else mask
     _check_shapes(query, key, value, rectangle)
-    needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    executor, _ = select_backend(backend, query.device, query.dtype, query.size(3), needs_backward)
     scale = query.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
+    if callable(backend):
+        return backend(query, key, value, rectangle, scale)
+    needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    tensors = query.device, query.dtype, query.size(3), needs_backward, value.size(3)
+    executor, _ = select_backend(backend, *tensors)
     return executor(query, key, value, rectangle, scale)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle) -> None:
     queries, keys, batch = rectangle.queries, rectangle.keys, rectangle.batch
     if query.dim() != 4 or query.shape[:2] != (queries, batch):
-        raise BadInput(
+        raise ValueError(
             f"query must be [{queries}, {batch}, heads, head_dim] for this mask, got {tuple(query.shape)}"
         )
     if key.dim() != 4 or key.shape[:2] != (keys, batch) or key.size(3) != query.size(3):
-        raise BadInput(
+        raise ValueError(
             f"key must be [{keys}, {batch}, kv_heads, {query.size(3)}] for this mask and query, "
             f"got {tuple(key.shape)}"
         )
-    if value.shape != key.shape:
-        raise BadInput(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
+        expected = ", ".join(map(str, key.shape[:3]))
+        raise ValueError(f"value must be [{expected}, value_dim] for this key, got {tuple(value.shape)}")
     heads, kv_heads = query.size(2), key.size(2)
     if kv_heads == 0 or heads % kv_heads:
-        raise BadInput(f"the {heads} query heads must be a multiple of the {kv_heads} key and value heads")
+        raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key and value heads")

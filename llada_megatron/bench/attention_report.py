@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,8 +80,7 @@ def write(results: list[Result], machine: dict[str, Any], directory: Path) -> No
     """Write attention.json, attention.csv and one PNG per kind of documents and head shape."""
     directory.mkdir(parents=True, exist_ok=True)
     records = [result.as_dict() for result in results]
-    text = json.dumps({"machine": machine, "results": records}, indent=1)
-    (directory / "attention.json").write_text(text + "\n", encoding="utf-8")
+    write_json(directory / "attention.json", {"machine": machine, "results": records})
     with open(directory / "attention.csv", "w", newline="", encoding="utf-8") as file:
         scalars = [name for name, value in records[0].items() if not isinstance(value, list)]
         writer = csv.DictWriter(file, scalars, extrasaction="ignore")
@@ -156,10 +155,10 @@ def _panel(axes: Axes, results: list[Result], styles: dict[str, tuple[str, str]]
 
 def read_times(file: Path) -> Times:
     """Return the times of an earlier attention.json; raises BadInput or OSError where it is none."""
+    content = read_json(file, "--compare takes the attention.json of an earlier run")
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))["results"]
-        return {(record["case"], record["executor"]): record["seconds"] for record in records}
-    except (ValueError, TypeError, KeyError):
+        return {(record["case"], record["executor"]): record["seconds"] for record in content["results"]}
+    except (TypeError, KeyError):
         raise BadInput(f"--compare {file}: this is no attention.json of an earlier run") from None
 
 

@@ -6,7 +6,6 @@ its own: the growth of the process over what it held before.
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import tempfile
@@ -19,7 +18,9 @@ from typing import Any
 
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import Config
-from llada_megatron.record.manifest import Manifest
+from llada_megatron.record.json_files import write_json
+from llada_megatron.record.manifest import Checkpoint, Manifest
+from llada_megatron.record.run_dir import SHARDS
 from llada_megatron.runtime.launch import launch
 
 WIDTHS = {"20M": 256, "70M": 512, "260M": 1024}
@@ -40,15 +41,14 @@ class Size:
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
-def run(sizes: list[str], *, directory: Path | None, json_file: str | None) -> int:
+def run(sizes: list[str], *, directory: Path | None, json_file: Path | None) -> int:
     """Measure, print and return 0; `directory` chooses the disk."""
     results = []
     for name in sizes:
         with tempfile.TemporaryDirectory(prefix="llada_bench_", dir=directory) as folder:
             results.append(_measure(name, Path(folder)))
     _print(results)
-    if json_file:
-        Path(json_file).write_text(json.dumps([asdict(result) for result in results], indent=1))
+    write_json(json_file, [asdict(result) for result in results])
     return 0
 
 
@@ -66,7 +66,7 @@ def _measure(name: str, folder: Path) -> Size:
         result.seconds |= found["seconds"]
         result.peak_bytes[task] = found["peak_bytes"]
         result.parameters = found.get("parameters", result.parameters)
-    result.checkpoint_bytes = _bytes_below(folder / "saved" / "shards")
+    result.checkpoint_bytes = _bytes_below(folder / "saved" / SHARDS)
     result.weight_bytes = _bytes_below(folder / "hf")
     return result
 
@@ -113,7 +113,7 @@ def _load(config: Config, folder: Path) -> dict[str, Any]:
 
     model, optimizer = _build(config)
     peak = _Peak()
-    verify = [_timed(lambda: store.verified(folder / "saved")) for _ in range(ROUNDS)]
+    verify = [_timed(lambda: store.verified(Checkpoint.read(folder / "saved"))) for _ in range(ROUNDS)]
     load = [_timed(lambda: store.load(folder / "saved", model, optimizer)) for _ in range(ROUNDS)]
     return {"seconds": {"verify": median(verify), "load": median(load)}, "peak_bytes": peak.grown()}
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,84 +133,9 @@ def _peak_bytes(config: Config, name: str) -> int:
 
 def _step(trainer: Any, stage: Stage, turn: int, full_logits: bool) -> tuple[float, float]:
     """Seconds of one step, and of its part outside megatron-core."""
-    from llada_megatron.runtime import device
-    from llada_megatron.training import step as step_module
+    from llada_megatron.bench.timed import timed_step
 
-    inside = _Stopwatch()
-    ours = _Stopwatch()
-    optimizer = trainer.optimizer
-    with (
-        _timed(step_module, "get_forward_backward_func", lambda get: lambda: inside.around(get())),
-        _timed(step_module, "diffusion_batch", ours.around),
-        _timed(step_module, "autoregressive_batch", ours.around),
-        _timed(step_module, "loss_sum", ours.around),
-        _timed(optimizer, "step", inside.around),
-        _full_logits(trainer, full_logits),
-    ):
-        began = device.seconds()
-        step_module.train_step(trainer, stage.first_step + turn)
-        seconds = device.seconds() - began
-    return seconds, seconds - (inside.seconds - ours.seconds)
-
-
-class _Stopwatch:
-    """Adds up the seconds spent in the functions that it is put around."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - began
-
-        return timed
-
-
-@contextmanager
-def _timed(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, wrap(original))
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextmanager
-def _full_logits(trainer: Any, active: bool) -> Iterator[None]:
-    """The head as stock models use it: logits of all 2L positions in one piece, the loss on some of them."""
-    if not active:
-        yield
-        return
-    import torch
-
-    from llada_megatron.training import step as step_module
-
-    def on_every_row(build: Callable[..., Any]) -> Callable[..., Any]:
-        def batch(*args: Any, **kwargs: Any) -> Any:
-            made = build(*args, **kwargs)
-            inputs = made.inputs
-            rows = inputs.tokens.numel()
-            for name in ("weights", "rate_bin", "position_bin"):
-                value = getattr(made, name)
-                setattr(made, name, value.new_zeros(rows).index_copy_(0, inputs.outputs, value))
-            inputs.labels = inputs.tokens.new_zeros(rows).index_copy_(0, inputs.outputs, inputs.labels)
-            inputs.outputs = torch.arange(rows)
-            return made
-
-        return batch
-
-    stage = trainer.model[0].module
-    chunk_tokens, stage.head_chunk_tokens = stage.head_chunk_tokens, 1 << 30
-    try:
-        with _timed(step_module, "diffusion_batch", on_every_row):
-            yield
-    finally:
-        stage.head_chunk_tokens = chunk_tokens
+    return timed_step(trainer, stage.first_step + turn, full_logits=full_logits)
 
 
 def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]:
@@ -221,10 +143,10 @@ def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]
     from llada_megatron.attention.tiles import performed_pairs
     from llada_megatron.training.step import micro_batches
 
-    config = trainer.config
+    config, objective = trainer.config, trainer.objectives[stage.objective]
     model = config.model
     performed = visible = 0.0
-    for batch in micro_batches(trainer, stage, stage.first_step, 0.0):
+    for batch in micro_batches(trainer, objective, stage, stage.first_step, 0.0):
         inputs = batch.inputs
         samples, positions = inputs.tokens.shape
         rows = inputs.tokens.numel() if full_logits else len(inputs.outputs)
@@ -233,8 +155,8 @@ def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]
             supervised=rows,
             head_recomputed=not full_logits and rows > model.head_chunk_tokens,
         )
-        performed += training_flops_per_sequence(model, pairs=performed_pairs(inputs.shard.mask), **common)
-        visible += training_flops_per_sequence(model, pairs=inputs.shard.mask.visible_pairs(), **common)
+        performed += training_flops_per_sequence(model, pairs=performed_pairs(inputs.keys.mask), **common)
+        visible += training_flops_per_sequence(model, pairs=inputs.keys.mask.visible_pairs(), **common)
     return performed, visible
 
 

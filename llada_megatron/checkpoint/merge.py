@@ -11,6 +11,7 @@ import torch
 
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter, whole
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record.run_dir import SHARDS
 
 
 def write_mean(sources: list[Path], weights: list[float], shards: Path) -> None:
@@ -19,7 +20,7 @@ def write_mean(sources: list[Path], weights: list[float], shards: Path) -> None:
     Expert biases are averaged like every tensor; optimizer state is left out. At most one part of a tensor of
     each source is in memory. Raises BadInput when the sources are not of one architecture.
     """
-    readers = [ShardsReader(source / "shards") for source in sources]
+    readers = [ShardsReader(source / SHARDS) for source in sources]
     shapes = readers[0].shapes()
     for source, reader in zip(sources, readers, strict=True):
         if reader.shapes() != shapes:
@@ -45,7 +46,7 @@ class TensorDifference:
 
 def differences(a: Path, b: Path) -> tuple[list[TensorDifference], list[str]]:
     """Tensors of two checkpoints that differ, the farthest first, and what only one of them has, in words."""
-    readers = [ShardsReader(path / "shards") for path in (a, b)]
+    readers = [ShardsReader(path / SHARDS) for path in (a, b)]
     shapes_a, shapes_b = (reader.shapes() for reader in readers)
     alone = [f"{name} is in {a} alone" for name in sorted(shapes_a.keys() - shapes_b.keys())]
     alone += [f"{name} is in {b} alone" for name in sorted(shapes_b.keys() - shapes_a.keys())]

@@ -13,12 +13,20 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.parallel.ranks import barrier, from_first_rank, gathered, rank, ranks
-from llada_megatron.record.manifest import MANIFEST, Manifest, file_damage, file_record, git_commit, versions
+from llada_megatron.record.manifest import (
+    Checkpoint,
+    Manifest,
+    file_damage,
+    file_record,
+    git_commit,
+    versions,
+)
+from llada_megatron.record.run_dir import MANIFEST, damaged, partial
 
 
 def begin(final: Path) -> Path:
     """Make the directory to write into; BadInput when `final` is there already."""
-    aside = final.with_name(f".{final.name}.partial")
+    aside = partial(final)
     if from_first_rank(final.exists):
         raise BadInput(f"{final} exists already: remove it, or choose another place.")
     if rank() == 0:
@@ -57,9 +65,9 @@ def _files(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def damage(checkpoint: Path, manifest: Manifest) -> list[str]:
+def damage(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with the files of a checkpoint, one phrase each; every rank hashes a share of them."""
-    found = gathered(file_damage(checkpoint, manifest, _share(sorted(manifest.files))))
+    found = gathered(file_damage(checkpoint, _share(sorted(checkpoint.manifest.files))))
     return [phrase for part in found for phrase in part]
 
 
@@ -67,7 +75,7 @@ def set_aside_damaged(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, so that it is kept and never looked for; returns the new path."""
 
     def rename() -> Path:
-        target = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        target = damaged(checkpoint)
         while target.exists():
             target = target.with_name(f"{target.name}_again")
         os.replace(checkpoint, target)

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from llada_megatron.checkpoint import publish
 from llada_megatron.config.errors import BadInput
 from llada_megatron.model.initialize import SHARDING_METADATA
-from llada_megatron.parallel.ranks import from_first_rank
-from llada_megatron.record.manifest import Manifest, file_record
+from llada_megatron.record.manifest import Checkpoint, Manifest, file_record
+from llada_megatron.record.run_dir import SHARDS
 from llada_megatron.runtime import device, writer_queue
 
 OPTIMIZER_METADATA = {
@@ -56,7 +56,7 @@ class Save:
         sharded = _sharded(model, optimizer)
         _require_space(final.parent, sharded)
         self._aside = publish.begin(final)
-        shards = self._aside / "shards"
+        shards = self._aside / SHARDS
         if dist.get_rank() == 0:
             shards.mkdir()
         dist.barrier()
@@ -78,8 +78,8 @@ class Save:
         if not buckets:
             return
         self._request.async_fn(rank, buckets, results)  # puts an error into `results`, for the finalization
-        for path in sorted((self._aside / "shards").glob(f"__{rank}_*")):
-            self._hashed[f"shards/{path.name}"] = file_record(path)
+        for path in sorted((self._aside / SHARDS).glob(f"__{rank}_*")):
+            self._hashed[f"{SHARDS}/{path.name}"] = file_record(path)
 
     def is_written(self) -> bool:
         """Whether every rank has written its part, so that `publish` will not wait."""
@@ -106,31 +106,22 @@ def _as_os_error(final: Path) -> Iterator[None]:
         raise OSError(errno.EIO, reason, str(final)) from error
 
 
-def verified(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are what it says; BadInput naming what is damaged."""
-    manifest = from_first_rank(_manifest_or_error, checkpoint)
-    if isinstance(manifest, str):
-        raise BadInput(manifest)
-    if damage := publish.damage(checkpoint, manifest):
-        raise BadInput(f"{checkpoint} is damaged: {', '.join(damage)}.")
-    return manifest
-
-
-def _manifest_or_error(checkpoint: Path) -> Manifest | str:
-    try:
-        return Manifest.read(checkpoint)
-    except BadInput as error:
-        return str(error)
+def verified(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, whose files are what its manifest says; BadInput naming what is damaged."""
+    if damage := publish.damage(checkpoint):
+        raise BadInput(f"{checkpoint.path} is damaged: {', '.join(damage)}.")
+    return checkpoint
 
 
 def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
     """Load weights, and the optimizer's state where one is given, of a checkpoint that was `verified`.
 
-    Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit the model.
+    Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit
+    the model.
     """
     sharded = _sharded(model, optimizer, is_loading=True)
     try:
-        loaded = dist_checkpointing.load(sharded, str(checkpoint / "shards"))
+        loaded = dist_checkpointing.load(sharded, str(checkpoint / SHARDS))
     except (Exception, CheckpointException) as error:
         raise BadInput(f"{checkpoint} cannot be loaded: {_reason(error)}") from error
     for index, chunk in enumerate(model):

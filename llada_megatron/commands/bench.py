@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint.add_argument(
         "--directory", type=Path, metavar="DIR", help="the disk to measure; default: /tmp"
     )
-    checkpoint.add_argument("--json", metavar="FILE", help="write the figures")
+    checkpoint.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
 
 
 def run(args: argparse.Namespace) -> int:

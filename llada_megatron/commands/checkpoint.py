@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.record.manifest import Manifest, file_damage, find, readable, whole_checkpoints
-
-if TYPE_CHECKING:
-    from llada_megatron.config.schema import Config
+from llada_megatron.record.manifest import Checkpoint, Manifest, file_damage, find, readable
+from llada_megatron.record.run_dir import SHARDS, RunDir
 
 EXAMPLE = "llada checkpoint list runs/demo"
 DIFFERENCES_SHOWN = 12
@@ -20,6 +17,9 @@ UNSQUEEZED = 1000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands of `llada checkpoint`."""
+    from llada_megatron.config.schema import CheckpointConfig
+
+    metric = CheckpointConfig.best_metric
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="the checkpoints of a run")
     listing.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge = commands.add_parser("merge", help="the mean of a run's best checkpoints, in fp32, evaluated")
     merge.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
     merge.add_argument("--top-k", type=int, required=True, metavar="K")
-    merge.add_argument("--metric", default="nll_block32", metavar="NAME", help="default nll_block32")
+    merge.add_argument("--metric", default=metric, metavar="NAME", help=f"default {metric}")
     merge.add_argument("--weights", metavar="W,W,...", help="of the best first; default: equal")
     merge.add_argument("--to", type=Path, metavar="DIR", help="default RUN/merged/top_K_METRIC")
     merge.add_argument(
@@ -49,10 +49,10 @@ def _list(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    paths = whole_checkpoints(args.run)
+    paths = RunDir(args.run).whole_checkpoints()
     if not paths:
         raise BadInput(f"{args.run} has no checkpoints: give the directory of a run.")
-    manifests = readable(args.run)
+    manifests = {each.path: each.manifest for each in readable(args.run)}
     metrics = sorted({name for manifest in manifests.values() for name in manifest.metrics})
     table = Table(box=None, pad_edge=False)
     for name in ("checkpoint", "stage"):
@@ -75,20 +75,20 @@ def _list(args: argparse.Namespace) -> int:
         )
     console = Console(highlight=False, width=UNSQUEEZED)
     console.print(table)
-    for damaged in sorted((args.run / "checkpoints").glob("damaged_*")):
+    for damaged in RunDir(args.run).damaged_checkpoints():
         console.print(f"{damaged.name} was found damaged and set aside")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     checkpoint = find(args.path)
-    manifest = Manifest.read(checkpoint)
-    damage = file_damage(checkpoint, manifest, sorted(manifest.files))
+    manifest = checkpoint.manifest
+    damage = file_damage(checkpoint, sorted(manifest.files))
     for phrase in damage:
         print(phrase)
     size = sum(record["bytes"] for record in manifest.files.values())
     verdict = "is damaged" if damage else "is whole"
-    print(f"{checkpoint} {verdict}: {len(manifest.files)} files, {size:,} bytes, step {manifest.step}")
+    print(f"{checkpoint.path} {verdict}: {len(manifest.files)} files, {size:,} bytes, step {manifest.step}")
     return 1 if damage else 0
 
 
@@ -98,30 +98,30 @@ def _merge(args: argparse.Namespace) -> int:
 
     if args.top_k < 1:
         raise BadInput(f"--top-k {args.top_k}: give the number of checkpoints to merge.")
-    manifests = readable(args.run)
-    chosen = best(manifests, args.metric, args.top_k)
+    checkpoints = readable(args.run)
+    chosen = best(checkpoints, args.metric, args.top_k)
     if len(chosen) < args.top_k:
-        known = sorted({name for manifest in manifests.values() for name in manifest.metrics})
+        known = sorted({name for each in checkpoints for name in each.manifest.metrics})
         raise BadInput(
             f"{len(chosen)} checkpoints of {args.run} have {args.metric}, not {args.top_k}; metrics there:"
             f" {', '.join(known) or 'none, set evaluation.block_sizes'}. Keep more with checkpoint.keep_best."
         )
     weights = _weights(args.weights, len(chosen))
-    target = args.to or args.run / "merged" / f"top_{args.top_k}_{args.metric}"
+    target = args.to or RunDir(args.run).merged / f"top_{args.top_k}_{args.metric}"
     aside = publish.begin(target)
-    merge.write_mean(chosen, weights, aside / "shards")
-    newest = max((manifests[path] for path in chosen), key=lambda manifest: manifest.step)
+    merge.write_mean([each.path for each in chosen], weights, aside / SHARDS)
+    newest = max((each.manifest for each in chosen), key=lambda manifest: manifest.step)
     lineage = {
         "kind": "merge",
         "metric": args.metric,
         "sources": [
             {
-                "path": str(path),
-                "step": manifests[path].step,
+                "path": str(each.path),
+                "step": each.manifest.step,
                 "weight": weight,
-                args.metric: manifests[path].metrics[args.metric],
+                args.metric: each.manifest.metrics[args.metric],
             }
-            for path, weight in zip(chosen, weights, strict=True)
+            for each, weight in zip(chosen, weights, strict=True)
         ],
     }
     merged = Manifest(
@@ -137,7 +137,7 @@ def _merge(args: argparse.Namespace) -> int:
     if not args.no_evaluation:
         merged.metrics = _evaluate(newest, aside, sorted(newest.metrics), args.layout)
     publish.finish(aside, target, merged)
-    _print_merge(chosen, manifests, weights, merged, target)
+    _print_merge(chosen, weights, merged, target)
     return 0
 
 
@@ -157,50 +157,30 @@ def _evaluate(
     manifest: Manifest, checkpoint: Path, metrics: list[str], layout: list[str]
 ) -> dict[str, float]:
     """The metrics of a checkpoint by its run's own evaluation, in processes of this machine."""
-    from llada_megatron.runtime.launch import launch
-
-    config = _config(manifest, layout)
-    return launch(
-        _evaluate_rank,
-        config,
-        checkpoint,
-        metrics,
-        processes=config.layout.processes,
-        preload="llada_megatron.training.loop",
-    )[0]
-
-
-def _config(manifest: Manifest, layout: list[str]) -> Config:
-    from omegaconf import OmegaConf
-
+    from llada_megatron.commands.evaluate import evaluate
     from llada_megatron.config import compose, rules
+    from llada_megatron.evaluate.likelihood import checkpoint_metrics
 
-    trained = manifest.config["layout"]
-    one_process = {name: trained[name] for name in ("global_batch", "micro_batch")}  # the rest by default
-    tree = OmegaConf.create({**manifest.config, "layout": {**one_process, "processes": 0}})
-    config = compose.resolve(OmegaConf.merge(tree, OmegaConf.from_dotlist(layout)))
+    config = compose.elsewhere(manifest.config, layout)
     rules.check(config)
-    return config
+    sizes = [name.removeprefix("nll_block") for name in metrics if name != "nll_ar"]
+    config.evaluation.block_sizes = sizes
+    found = evaluate(config, checkpoint, autoregressive="nll_ar" in metrics)
+    return checkpoint_metrics(found["bound"], found["ar"])
 
 
-def _evaluate_rank(config: Config, checkpoint: Path, metrics: list[str]) -> dict[str, float]:
-    from llada_megatron.evaluate.likelihood import evaluate_checkpoint
-
-    return evaluate_checkpoint(config, checkpoint, metrics)
-
-
-def _print_merge(
-    chosen: list[Path], manifests: dict[Path, Manifest], weights: list[float], merged: Manifest, target: Path
-) -> None:
+def _print_merge(chosen: list[Checkpoint], weights: list[float], merged: Manifest, target: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    metrics = sorted({name for path in chosen for name in manifests[path].metrics})
+    metrics = sorted({name for each in chosen for name in each.manifest.metrics})
     table = Table(box=None, pad_edge=False)
     table.add_column("checkpoint", no_wrap=True)
     for name in ("weight", *metrics):
         table.add_column(name, justify="right", no_wrap=True)
-    rows = [(path.name, f"{w:g}", manifests[path].metrics) for path, w in zip(chosen, weights, strict=True)]
+    rows = [
+        (each.path.name, f"{w:g}", each.manifest.metrics) for each, w in zip(chosen, weights, strict=True)
+    ]
     for name, weight, figures in [*rows, ("their mean", "", merged.metrics)]:
         table.add_row(name, weight, *(f"{figures[m]:.4f}" if m in figures else "-" for m in metrics))
     console = Console(highlight=False)
@@ -213,7 +193,7 @@ def _diff(args: argparse.Namespace) -> int:
     from llada_megatron.config.compose import leaf_differences
 
     a, b = find(args.a), find(args.b)
-    before, after = Manifest.read(a), Manifest.read(b)
+    before, after = a.manifest, b.manifest
     said = leaf_differences(before.config, after.config)
     said += [
         f"{name}: {getattr(before, name)} -> {getattr(after, name)}"
@@ -221,7 +201,7 @@ def _diff(args: argparse.Namespace) -> int:
         if getattr(before, name) != getattr(after, name)
     ]
     said += leaf_differences({"versions": before.versions}, {"versions": after.versions})
-    moved, alone = merge.differences(a, b)
+    moved, alone = merge.differences(a.path, b.path)
     said += alone
     for each in moved[:DIFFERENCES_SHOWN]:
         said.append(f"{each.name}: {each.relative_l2:.2e} relative L2, at most {each.largest:.2e}")

@@ -10,6 +10,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.jobs.account import account
 from llada_megatron.jobs.cost_report import markdown
 from llada_megatron.record import events
+from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada cost runs/llada2_flash --price 2.5"
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     record = events.read(args.run)
     if not any(event["event"] == "started" for event in record):
         raise BadInput(f"{args.run} has no record of attempts: it was neither submitted nor supervised.")
-    config = load(args.run / "config.yaml")
+    config = load(RunDir(args.run).config)
     result = account(args.run, record)
     price = config.cluster.price_per_gpu_hour if args.price is None else args.price
     text = markdown(result, price)

@@ -76,12 +76,12 @@ def _report(prefix: Path, summary: dict[str, Any]) -> None:
 def _index(args: argparse.Namespace) -> int:
     from llada_megatron.config.compose import compose
     from llada_megatron.config.rules import schedule_of
-    from llada_megatron.data.packed import build_sequences
+    from llada_megatron.data.packed import build_sequences, held_out_sequences
 
     config = compose(args.overrides)
     wanted = {"train": schedule_of(config).total_tokens // config.data.sequence_length}
     if config.evaluation.block_sizes:
-        wanted["validation"] = config.evaluation.sequences
+        wanted["validation"] = held_out_sequences(config.evaluation)
     for split, sequences_wanted in wanted.items():
         sequences = build_sequences(
             config.data,

@@ -6,11 +6,14 @@ The MoE is trained here, or comes from a pretrained model (demo/pretrained.py).
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 
+from llada_megatron import cli
 from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.schema import Config
 from llada_megatron.demo import pretrained
 
@@ -86,10 +89,11 @@ def _pretrained(args: argparse.Namespace, overrides: list[str]) -> Config:
         ]
     conversion = _compose(args, args.experiment, [*overrides, *args.overrides])
     _say("1/4  a pretrained model: SmolLM2-135M-Instruct from its GGUF file, then a Mixture of Experts")
-    pretrained.convert(conversion, layers=layers)
+    for step in pretrained.conversion(conversion, layers=layers):
+        run_step(step)
     _say("2/4  text: documentation and docstrings that this Python carries, in the model's tokens")
     _write_text()
-    pretrained.prepare_text(conversion, TEXT)
+    run_step(pretrained.preparation(conversion, TEXT))
     pretrained.print_autoregressive_nll(conversion)
     return conversion
 
@@ -99,6 +103,18 @@ def _compose(args: argparse.Namespace, experiment: str, overrides: list[str]) ->
     if args.short:
         _shorten(config)
     return config
+
+
+def run_step(step: pretrained.Step) -> None:
+    """Print and run a command whose result is not there yet; RunFailed when it fails."""
+    if step.result.exists():
+        print(f"{step.result} is there already")
+        return
+    print(f"$ {shlex.join(['llada', *step.command])}", flush=True)
+    verb, *arguments = step.command
+    module, parsed = cli.parse(verb, arguments)
+    if module.run(parsed):
+        raise RunFailed(f"llada {verb} {arguments[0]} failed: its output above says why.")
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -25,11 +24,12 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
+from llada_megatron.record.json_files import write_json
 from llada_megatron.record.manifest import git_commit
 
 EXAMPLE = "llada doctor --runs runs"
 PYTHONS = ((3, 12), (3, 13))
-WRITTEN_BYTES = 64 << 20
+DISK_TEST_BYTES = 64 << 20
 COMMAND_TIMEOUT_SEC = 20.0
 SLURM_PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sacct")
 
@@ -74,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"\nllada train needs: {', '.join(missing)}" if missing else f"\nllada train can run here, {where}."
     )
-    if args.json is not None:
-        content = {"can_train": not missing, "findings": [asdict(finding) for finding in findings]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    described = [asdict(finding) for finding in findings]
+    write_json(args.json, {"can_train": not missing, "findings": described})
     return 1 if missing else 0
 
 
@@ -280,14 +279,14 @@ def disk(runs: Path) -> Finding:
         free = shutil.disk_usage(existing).free
         with tempfile.TemporaryFile(dir=existing) as file:
             began = time.perf_counter()
-            file.write(os.urandom(1 << 20) * (WRITTEN_BYTES >> 20))
+            file.write(os.urandom(1 << 20) * (DISK_TEST_BYTES >> 20))
             file.flush()
             os.fsync(file.fileno())
             seconds = time.perf_counter() - began
     except OSError as error:
         text = f"{where} cannot be written ({error.strerror}): set run.dir to another place"
         return Finding("disk", State.missing, text)
-    speed = WRITTEN_BYTES / seconds / 1e6
+    speed = DISK_TEST_BYTES / seconds / 1e6
     return Finding(
         "disk", State.ok, f"{where}: {free / 1e9:.0f} GB free, {speed:.0f} MB/s written and synced"
     )

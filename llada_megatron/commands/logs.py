@@ -8,6 +8,7 @@ from pathlib import Path
 from llada_megatron.config.errors import BadInput
 from llada_megatron.jobs import attempts
 from llada_megatron.record import events
+from llada_megatron.record.run_dir import RunDir, rank_log, rank_logs
 
 EXAMPLE = "llada logs runs/llada2_flash --rank 3"
 CONTEXT_LINES = 30
@@ -23,16 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print logs: 0; BadInput when there are none."""
     attempt = attempts.count(events.read(args.run)) - 1 if args.attempt is None else args.attempt
-    folder = attempts.log_dir(args.run, attempt)
-    logs = sorted(folder.glob("rank_*.log"))
+    folder = RunDir(args.run).attempt_logs(attempt)
+    logs = rank_logs(folder)
     if args.rank is not None:
-        logs = [folder / f"rank_{args.rank:05d}.log"]
+        logs = [rank_log(folder, args.rank)]
     if not logs or not logs[0].is_file():
         raise BadInput(f"{folder} has no such log: `llada status {args.run}` shows what the run has done.")
     if args.rank is not None:
         print(logs[0].read_text(errors="replace"), end="")
         return 0
-    print(merged(logs, sorted((args.run / "stacks").glob("rank_*.txt"))), end="")
+    print(merged(logs, RunDir(args.run).all_stacks()), end="")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.config import compose, rules
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import DocumentLengths
+from llada_megatron.record.json_files import write_json
 
 if TYPE_CHECKING:
     from llada_megatron.plan.planner import Planner
@@ -101,7 +101,7 @@ def _plan(args: argparse.Namespace, config: compose.Config) -> int:
     planner = _planner(args, config)
     check_processes(config)
     result = plan(planner, config.layout, schedule)
-    _write(args.json, asdict(result) | _summary(result))
+    write_json(args.json, asdict(result) | _summary(result))
     if args.plot:
         from llada_megatron.plan.plots import draw
 
@@ -137,12 +137,12 @@ def _exact(args: argparse.Namespace, config: compose.Config) -> int:
     )
     if args.all_coordinates:
         counted, expected = exact.counted_parameters(config, reports)
-        _write(args.json, {"parameters": counted, "expected": expected, "ranks": reports})
+        write_json(args.json, {"parameters": counted, "expected": expected, "ranks": reports})
         exact_report.print_count(config, counted, expected, len(ranks))
         return 0 if counted == expected else 1
     placement = planner.place(layout)
     found = [exact.compare(planner, placement, stage, report, micro_batches) for report in reports]
-    _write(args.json, exact_report.figures(planner, stage, micro_batches, found))
+    write_json(args.json, exact_report.figures(planner, stage, micro_batches, found))
     if args.plot:
         from llada_megatron.plan.plots import draw_exact
 
@@ -161,12 +161,6 @@ def _search(args: argparse.Namespace, config: compose.Config) -> int:
     from llada_megatron.plan.search import Search
 
     result = Search(_planner(args, config)).run()
-    _write(args.json, asdict(result))
+    write_json(args.json, asdict(result))
     report.print_search(result, top=args.top or TOP)
     return 0 if result.candidates else 1
-
-
-def _write(file: Path | None, content: dict[str, Any]) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
+from llada_megatron.config.quantities import short_count
 from llada_megatron.observe.report import NOT_YET, missing, write_report
-from llada_megatron.record.metrics import short_count
+from llada_megatron.record.json_files import read_json
+from llada_megatron.record.run_dir import RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     print_summary(args.run)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(args.run / "report.json", args.json)
+        shutil.copyfile(RunDir(args.run).report_json, args.json)
     return 0
 
 
@@ -33,7 +34,8 @@ def print_summary(run_dir: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    files = RunDir(run_dir)
+    report = read_json(files.report_json, f"call `llada report {run_dir}` again")
     sizes = sorted({size for stage in report["stages"] for size in stage["bound"]}, key=int)
     table = Table(box=None, pad_edge=False)
     table.add_column("stage", overflow="ellipsis", no_wrap=True)
@@ -69,9 +71,7 @@ def print_summary(run_dir: Path) -> None:
     ]
     if errors:
         console.print(f"\nStandard errors of the bounds are at most {max(errors):.4f}.", highlight=False)
-    console.print(
-        f"\nReport: {run_dir / 'report' / 'index.html'}", markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(f"\nReport: {files.report_page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _decimal(value: float | None, absent: str = NOT_YET) -> str:

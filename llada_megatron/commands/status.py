@@ -12,9 +12,11 @@ from typing import Any
 from llada_megatron.config import rules
 from llada_megatron.config.compose import load
 from llada_megatron.config.errors import BadInput, Refusal
+from llada_megatron.config.quantities import short_count
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
-from llada_megatron.record.metrics import read_jsonl, short_count
+from llada_megatron.record.metrics import read_jsonl
+from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada status runs/llada2_flash"
 FINAL = ("finished", "stopped", "failed")
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the status of runs: 0; BadInput for a directory without a run."""
-    runs = args.runs or sorted(path.parent for path in Path("runs").glob("**/config.yaml"))
+    runs = args.runs or sorted(path.parent for path in Path("runs").glob(f"**/{RunDir('').config}"))
     if not runs:
         raise BadInput("There are no runs in runs/: name a run's directory.")
     found = [status(path) if args.runs else _status_or_why_not(path) for path in runs]
@@ -62,15 +64,16 @@ def run(args: argparse.Namespace) -> int:
 
 def status(run_dir: Path) -> Status:
     """The status of one run, from its record and, where it was submitted, from Slurm."""
-    if not (run_dir / "config.yaml").is_file():
-        raise BadInput(f"{run_dir} holds no run: there is no config.yaml.")
-    config = load(run_dir / "config.yaml")
+    path = RunDir(run_dir).config
+    if not path.is_file():
+        raise BadInput(f"{run_dir} holds no run: there is no {path.name}.")
+    config = load(path)
     schedule = rules.schedule_of(config)
     steps = min(schedule.total_steps, config.training.steps or schedule.total_steps)
     record, last_step = events.read(run_dir), _last_record(run_dir)
     done = last_step["step"] + 1 if last_step else 0
     stage = schedule.stage_at(min(done, schedule.total_steps - 1))
-    saved = attempts.newest_step(run_dir)
+    saved = RunDir(run_dir).newest_step()
     state, why = ("finished", "") if saved >= steps else _state(run_dir, record)
     if state == "running":
         why = "; ".join(filter(None, [_stragglers(record), why]))
@@ -104,7 +107,7 @@ def _state(run_dir: Path, record: list[dict[str, Any]]) -> tuple[str, str]:
     ended = events.last(record, "ended")
     why = ended["reason"] + _excluded(record) if ended else ""
     if newest is None:
-        metrics = run_dir / "metrics.jsonl"
+        metrics = RunDir(run_dir).metrics
         recent = metrics.exists() and time.time() - metrics.stat().st_mtime < FRESH_SEC
         return ("running" if recent else "not running"), ""
     if newest["event"] == "ended" and newest["outcome"] in FINAL:
@@ -138,7 +141,7 @@ def _stragglers(record: list[events.Event]) -> str:
 
 
 def _last_record(run_dir: Path) -> dict[str, Any] | None:
-    records = read_jsonl(run_dir / "metrics.jsonl")
+    records = read_jsonl(RunDir(run_dir).metrics)
     return records[-1] if records else None
 
 

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.jobs import attempts, slurm
+from llada_megatron.jobs import slurm
 from llada_megatron.record import events
+from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada stop runs/llada2_flash"
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     state = slurm.state(submitted["job"]) if submitted else ""
     if submitted is None or state not in slurm.ACTIVE:
         raise BadInput(f"{args.run} has no job that waits or runs: there is nothing to stop.")
-    (args.run / attempts.STOP_FILE).touch()
+    RunDir(args.run).stop.touch()
     events.append(args.run, "stop_asked")
     if state == "RUNNING":
         slurm.signal(submitted["job"], "USR1")
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             args.run,
             "ended",
             exit_code=None,
-            step=attempts.newest_step(args.run),
+            step=RunDir(args.run).newest_step(),
             outcome="stopped",
             reason=f"`llada stop` was called while the job was {state.lower()}; `llada resume` goes on",
         )

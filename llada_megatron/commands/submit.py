@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,10 +18,12 @@ from llada_megatron.commands.sweep import sweep
 from llada_megatron.config import compose, rules
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, Container
-from llada_megatron.jobs import attempts, slurm
+from llada_megatron.jobs import slurm
 from llada_megatron.record import events
-from llada_megatron.record.manifest import git_commit, versions
+from llada_megatron.record.json_files import read_json, write_json
+from llada_megatron.record.manifest import git_commit, git_diff, versions
 from llada_megatron.record.metrics import read_jsonl, step_seconds
+from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada submit experiment=llada2_flash_cpt cluster=my_site --dry-run"
 SOURCE = Path(__file__).resolve().parents[2]
@@ -93,16 +94,18 @@ def submit(overrides: list[str], args: argparse.Namespace, jobs: list[str]) -> b
 
 def resubmit(run_dir: Path) -> str:
     """Submit a run again as it was submitted last; returns the job's id."""
-    script = run_dir / "submission" / "job.sbatch"
-    if not script.is_file():
+    files = RunDir(run_dir)
+    if not files.job_script.is_file():
         raise BadInput(
             f"{run_dir} was never submitted: use `llada submit`, or `llada train` on this machine."
         )
     with _only_one(run_dir):
-        (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
+        files.stop.unlink(missing_ok=True)
         events.append(run_dir, "resumed")
-        described = json.loads((run_dir / "submission" / "submission.json").read_text())
-        return _sbatch(run_dir, script, described["name"], described["python"], described["directory"], [])
+        described = read_json(files.submission_json, "use `llada submit` again")
+        return _sbatch(
+            run_dir, files.job_script, described["name"], described["python"], described["directory"], []
+        )
 
 
 def plan_verdict(config: Config) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def plan_verdict(config: Config) -> dict[str, Any]:
 
 def lead_sec(run_dir: Path, at_least: int) -> int:
     """Warning before the time limit: two steps and two saves by this run's own record, or the setting."""
-    step_sec = max(map(step_seconds, read_jsonl(run_dir / "metrics.jsonl")[-STEPS_LOOKED_AT:]), default=0.0)
+    step_sec = max(map(step_seconds, read_jsonl(RunDir(run_dir).metrics)[-STEPS_LOOKED_AT:]), default=0.0)
     saves = [event["seconds"] for event in events.read(run_dir) if event["event"] == "saved"]
     return max(at_least, int(2 * step_sec + 2 * max(saves, default=0.0) + LEAD_MARGIN_SEC))
 
@@ -142,14 +145,13 @@ def render(config: Config, *, lead_sec: int) -> str:
         "qos": site.qos,
         "constraint": site.constraint,
         "time": str(site.time_limit_min or ""),
-        "gpus-per-node": str(cluster.gpus_per_node) if cluster.peak_tflops else "",
+        "gpus-per-node": str(cluster.gpus_per_node) if cluster.has_gpus else "",
     }
     lines = [f"--{name}={value}" for name, value in directives.items() if value] + list(site.options)
     for line in lines:
         if not SAFE_OPTION.fullmatch(line):
             raise BadInput(f"slurm: the option {line!r} holds characters that no option of sbatch needs.")
-    has_gpus = bool(cluster.peak_tflops)
-    environment = site.environment or ("nccl" if has_gpus else "gloo")
+    environment = site.environment or ("nccl" if cluster.has_gpus else "gloo")
     end_options = f"--max-failures {config.run.max_failures}"
     values = {
         "NODES": str(cluster.nodes),
@@ -196,12 +198,12 @@ def _submit(
     overrides: list[str],
     conditions: list[str],
 ) -> str:
-    folder = run_dir / "submission"
-    folder.mkdir(parents=True, exist_ok=True)
+    files = RunDir(run_dir)
+    files.submission.mkdir(parents=True, exist_ok=True)
     with _only_one(run_dir):
-        compose.save(config, run_dir / "config.yaml")
-        (folder / "job.sbatch").write_text(script)
-        (folder / "source.diff").write_text(_source_diff())
+        compose.save(config, files.config)
+        files.job_script.write_text(script)
+        files.source_diff.write_text(git_diff())
         described = {
             "name": config.run.name,
             "directory": os.getcwd(),
@@ -213,16 +215,16 @@ def _submit(
             "data": {path: _described(path) for path in config.data.path},
             "submitted_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        (folder / "submission.json").write_text(json.dumps(described, indent=1) + "\n")
-        (run_dir / attempts.STOP_FILE).unlink(missing_ok=True)
+        write_json(files.submission_json, described)
+        files.stop.unlink(missing_ok=True)
         options = [f"--dependency={','.join(conditions)}"] if conditions else []
-        return _sbatch(run_dir, folder / "job.sbatch", config.run.name, sys.executable, os.getcwd(), options)
+        return _sbatch(run_dir, files.job_script, config.run.name, sys.executable, os.getcwd(), options)
 
 
 def _sbatch(run_dir: Path, script: Path, name: str, python: str, directory: str, options: list[str]) -> str:
-    (run_dir / "logs").mkdir(exist_ok=True)
-    absolute = run_dir.resolve()
-    output = f"{absolute}/logs/slurm-".replace("%", "%%") + "%j.out"
+    files = RunDir(run_dir.resolve())
+    files.logs.mkdir(exist_ok=True)
+    output = f"{files.logs}/slurm-".replace("%", "%%") + "%j.out"
     readable = re.sub(r"[^\w.=+-]+", "-", name)[:64]
     job = slurm.sbatch(
         [
@@ -230,7 +232,7 @@ def _sbatch(run_dir: Path, script: Path, name: str, python: str, directory: str,
             f"--output={output}",
             *options,
             str(script),
-            str(absolute),
+            str(files.path),
             python,
             directory,
             str(SOURCE),
@@ -249,7 +251,7 @@ def _only_one(run_dir: Path) -> Iterator[None]:
             f"{run_dir} is already submitted as job {submitted['job']}: `llada stop` it first, or choose"
             " another run.name."
         )
-    lock = run_dir / "submission" / "lock"
+    lock = RunDir(run_dir).submission_lock
     try:
         os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -269,13 +271,8 @@ def _job_of(after: str) -> str:
     return submitted["job"]
 
 
-def _source_diff() -> str:
-    done = subprocess.run(["git", "diff", "HEAD"], cwd=SOURCE, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else ""
-
-
 def _described(path: str) -> Any:
     try:
         return json.loads(Path(f"{path}.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada sync runs/llada2_flash"
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Upload each attempt's record under the run's one id: wandb's exit code; BadInput without any."""
-    recorded = sorted((args.run / "wandb").glob("offline-run-*"))
+    recorded = sorted(RunDir(args.run).wandb.glob("offline-run-*"))
     if not recorded:
         raise BadInput(f"{args.run} has no offline records: it was not run with logging.wandb=offline.")
     command = [sys.executable, "-m", "wandb", "sync", "--append", *map(str, recorded)]

@@ -24,10 +24,10 @@ from llada_megatron.config.errors import (
     in_words,
 )
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size, pipeline_stages
-from llada_megatron.config.layout_rules import has_experts
 from llada_megatron.config.schema import Config, Recompute
 from llada_megatron.jobs import attempts
 from llada_megatron.record import events
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import launch
 
 if TYPE_CHECKING:
@@ -97,14 +97,17 @@ def train(config: Config) -> Outcome:
 
 
 def _record(config: Config, refusal: Refusal) -> None:
-    if int(
-        os.environ.get("LOCAL_RANK", "0")
-    ):  # one rank per node: any of them may be the only one that knows
+    if int(os.environ.get("LOCAL_RANK", "0")):  # one rank per node; any may be the only one that knows
         return
-    nodes = list(refusal.nodes) if isinstance(refusal, NodeFault) else []
     with contextlib.suppress(OSError):  # the run's directory may be what is at fault
-        run_dir = Path(config.run.dir)
-        events.append(run_dir, "refused", exit_code=refusal.exit_code, reason=str(refusal), nodes=nodes)
+        events.append(
+            Path(config.run.dir),
+            "refused",
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            exit_code=refusal.exit_code,
+            reason=str(refusal),
+            nodes=list(refusal.nodes) if isinstance(refusal, NodeFault) else [],
+        )
 
 
 def supervise(config: Config) -> Outcome:
@@ -136,12 +139,13 @@ def supervise(config: Config) -> Outcome:
 
 def _stacks_left_since(began: float, config: Config) -> str:
     """What to add when the watchdog (guard/watchdog.py) ended a process."""
-    stacks, training = Path(config.run.dir) / "stacks", config.training
-    if not any(file.stat().st_size and file.stat().st_mtime >= began for file in stacks.glob("rank_*.txt")):
+    run, training = RunDir(config.run.dir), config.training
+    if not any(file.stat().st_size and file.stat().st_mtime >= began for file in run.all_stacks()):
         return ""
     return (
         f": no progress for training.hang_timeout_sec={training.hang_timeout_sec:g}, or a stop that took"
-        f" training.stop_deadline_sec={training.stop_deadline_sec:g}; every process's stacks are in {stacks}"
+        f" training.stop_deadline_sec={training.stop_deadline_sec:g}; every process's stacks are in"
+        f" {run.stacks}"
     )
 
 
@@ -169,7 +173,7 @@ def description(config: Config) -> str:
     ]
     for stage in schedule.stages:
         lines.append(
-            f"{stage.name:<14} {stage.objective.value:<15} {stage.block_size:>6} {stage.steps:>9}"
+            f"{stage.name:<14} {stage.objective:<15} {stage.block_size:>6} {stage.steps:>9}"
             f" {stage.tokens:>17,} {stage.micro_batch:>12}"
         )
     lines.append(f"{'total':<14} {'':<15} {'':>6} {schedule.total_steps:>9} {schedule.total_tokens:>17,}")
@@ -182,7 +186,7 @@ def _layout_options(config: Config) -> list[str]:
         options.append(
             f"layers per stage {', '.join(map(str, pipeline_stages(config.model.layers, layout)))}"
         )
-    if has_experts(config.model):
+    if config.model.has_experts:
         options.append(f"expert dp {expert_data_parallel_size(layout)}, {layout.dispatcher.value} dispatcher")
     modules = f" ({', '.join(layout.recompute_modules)})" if layout.recompute is Recompute.selective else ""
     options.append(f"recompute {layout.recompute.value}{modules}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record.json_files import write_json
 
 if TYPE_CHECKING:
     from llada_megatron.verify.comparison import LayoutReport
@@ -63,7 +64,7 @@ def _resume(args: argparse.Namespace) -> int:
         print(f"{name:<18} {getattr(certificate, name)}")
     verdict = "trains the same model." if certificate.passed else "trains ANOTHER model."
     print(f"\nThe interrupted run {verdict}")
-    _write(args.json, certificate.as_json())
+    write_json(args.json, certificate.as_json())
     return 0 if certificate.passed else 1
 
 
@@ -78,6 +79,11 @@ def _context(args: argparse.Namespace) -> int:
         if args.length is None:
             raise BadInput("--lognormal needs --length: say how many tokens the sequence has.")
         mu, sigma, seed = _numbers("--lognormal", args.lognormal, float, count=3)
+        if args.length < 1 or not (sigma >= 0 and seed >= 0 and math.isfinite(mu + sigma + seed)):
+            raise BadInput(
+                f"--lognormal {args.lognormal}: no number of these may be infinite, SIGMA, SEED and"
+                " --length must not be negative."
+            )
         cu_seqlens = log_normal_documents(mu, sigma, int(seed), args.length)
     report = context.check(
         cu_seqlens,
@@ -87,9 +93,10 @@ def _context(args: argparse.Namespace) -> int:
         kv_heads=args.kv_heads,
         head_dim=args.head_dim,
     )
-    for name, value in asdict(report).items():
+    figures = asdict(report)
+    for name, value in figures.items():
         print(f"{name:<20} {value:.4f}" if isinstance(value, float) else f"{name:<20} {value}")
-    _write(args.json, report.as_json())
+    write_json(args.json, figures)
     return 0
 
 
@@ -109,14 +116,8 @@ def _layouts(args: argparse.Namespace) -> int:
 
     report = layouts.check(args.names or list(layouts.MATRIX))
     _print_layouts(report, TOLERANCES)
-    _write(args.json, report.as_json())
+    write_json(args.json, report.as_json())
     return 0 if report.passed else 1
-
-
-def _write(file: Path | None, text: str) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
 
 
 def _print_layouts(report: LayoutReport, tolerances: dict[str, float]) -> None:
@@ -159,7 +160,7 @@ def _golden(args: argparse.Namespace) -> int:
     finally:
         groups.destroy()
     _print(report, golden.TOLERANCES)
-    _write(args.json, json.dumps(_as_json(report, golden.TOLERANCES), indent=2) + "\n")
+    write_json(args.json, _as_json(report, golden.TOLERANCES))
     return 0 if report.passed else 1
 
 

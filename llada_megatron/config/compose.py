@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -35,15 +36,29 @@ def compose(overrides: list[str]) -> Config:
             composed = hydra_compose("config", overrides=[*_own_configs(), *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise BadInput(_first_line(error)) from error
+    except (YAMLError, UnicodeDecodeError) as error:  # in a file of the user's own
+        raise BadInput(f"A file in {OWN_CONFIG_DIR}/ is not YAML: {_one_line(error)}.") from error
     return resolve(composed)
 
 
 def load(path: str | os.PathLike[str]) -> Config:
     """Read a resolved configuration that `save` wrote; BadInput for an unknown key or what is no YAML."""
+    return resolve(read_yaml(path))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
+    """The mapping that a YAML file holds, whatever its keys; BadInput for anything else."""
     try:
-        return resolve(OmegaConf.load(os.fspath(path)))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        content = OmegaConf.load(os.fspath(path))
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise BadInput(f"{path} is not YAML: {_one_line(error)}.") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        content = None  # omegaconf's word for a file that holds a number
+    if not isinstance(content, DictConfig):
+        raise BadInput(f"{path} holds no `key: value` lines: give the config.yaml of a run.")
+    return content
 
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
@@ -79,10 +94,26 @@ def leaf_differences(saved: object, now: object) -> list[str]:
     ]
 
 
-def resolve(node: object) -> Config:
-    """A Config from a tree that may lack values with defaults; BadInput for unknown keys, wrong types."""
+def elsewhere(saved: dict[str, object], overrides: Sequence[str]) -> Config:
+    """The configuration of a checkpoint for another use of it: on one process, unless overrides say more.
+
+    overrides: `key=value`, the value in YAML. Raises BadInput for what is no setting.
+    """
+    trained = cast(dict[str, object], saved.get("layout", {}))
+    names = ("global_batch", "micro_batch")
+    layout: dict[str, object] = {name: trained[name] for name in names if name in trained}
+    layout["processes"] = 0
+    return resolve({**saved, "layout": layout}, overrides)
+
+
+def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:
+    """A Config from a tree that may lack values with defaults, and `key=value` overrides of it.
+
+    Raises BadInput for unknown keys and wrong types.
+    """
     try:
-        node = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), node))
+        dotlist = OmegaConf.from_dotlist(list(overrides))
+        node = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), tree, dotlist))
         if node.layout.processes == 0:
             node.layout.processes = smallest_world(cast(LayoutConfig, OmegaConf.to_object(node.layout)))
         OmegaConf.resolve(node)
@@ -90,14 +121,27 @@ def resolve(node: object) -> Config:
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a value"
         raise BadInput(f"{key} is not set: choose an experiment, for example `experiment=demo`.") from None
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise BadInput(_first_line(error)) from error
 
 
 def _own_configs() -> list[str]:
-    """What makes hydra look into the user's folder after the package's; nothing without a folder."""
+    """What makes hydra look into the user's folder after the package's; nothing without a folder.
+
+    BadInput for a file with the name of one of the package's, which hydra would not read.
+    """
     own = Path(OWN_CONFIG_DIR).resolve()
-    return [f"hydra.searchpath=['file://{own}']"] if own.is_dir() and own != CONFIG_DIR else []
+    if not own.is_dir() or own == CONFIG_DIR:
+        return []
+    for path in sorted(own.glob("*/**/*.yaml")):
+        name = path.relative_to(own)
+        if (CONFIG_DIR / name).is_file():
+            raise BadInput(f"{path} has the name of a file of llada_megatron's own: rename it.")
+    return [f"hydra.searchpath=['file://{own}']"]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Errors that end a verb with one sentence, and every exit code of `llada`. Standard library only.
 
-What a class says decides what happens next: nobody reads the sentence but people. Any other exception, a
-BadInput of torch or numpy among them, is a bug: it keeps its traceback and is retried as a crash is.
+A class decides what happens next; the sentence is for people alone. Any other exception, a ValueError of
+torch or numpy among them, is a bug: it keeps its traceback and is retried as a crash is.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class NodeFault(Refusal):
     exit_code = NODE_FAULT
 
     def __init__(self, sentence: str, nodes: Iterable[str] = ()) -> None:
-        """nodes: names of those that are at fault; empty where it cannot be told."""
-        super().__init__(sentence, tuple(nodes))
+        """nodes: names of those that are at fault, once each; empty where it cannot be told."""
+        super().__init__(sentence, tuple(dict.fromkeys(nodes)))
 
     @property
     def nodes(self) -> tuple[str, ...]:

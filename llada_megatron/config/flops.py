@@ -1,4 +1,7 @@
-"""Closed-form FLOPs of a training step; counts multiply and add, without torch."""
+"""Closed-form FLOPs of a training step, and their share of what the devices can do; without torch.
+
+The loop's MFU and the plan's are this one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from functools import lru_cache
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
-from llada_megatron.config.schema import ModelConfig
+from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schema import ClusterConfig, Config, ModelConfig
+
+PEAK_SETTING = {"bf16": "peak_tflops", "fp32": "peak_tflops_fp32"}
+"""The key of `cluster` with the peak of a dtype."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,52 @@ def expected_pairs(
     if clean_copy:
         return inside + in_blocks
     return (inside + in_blocks) / 2 if causal else inside
+
+
+def supervised_per_sequence(config: Config, stage: Stage) -> float:
+    """Positions of a sequence that have a loss, on average."""
+    return stage.geometry.supervised(config.diffusion, config.data.sequence_length)
+
+
+def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:
+    """Visible query-key pairs of a layer in one sequence, per head; without `documents` of one document."""
+    return expected_pairs(
+        config.data.sequence_length,
+        stage.block_size,
+        clean_copy=stage.clean_copy,
+        causal=stage.geometry.causal,
+        documents=documents,
+    )
+
+
+def model_flops_per_token(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:
+    """FLOPs of training per data token; attention counts visible pairs, and nothing is recomputed."""
+    length = config.data.sequence_length
+    flops = training_flops_per_sequence(
+        config.model,
+        positions=length * stage.rows_per_token,
+        pairs=pairs_per_sequence(config, stage, documents),
+        supervised=supervised_per_sequence(config, stage),
+    )
+    return flops / length
+
+
+def peak_flops(cluster: ClusterConfig, dtype: str) -> float:
+    """FLOP/s of one device in matrix products of a dtype; 0 where the cluster does not say."""
+    return 1e12 * getattr(cluster, PEAK_SETTING[dtype])
+
+
+def mfu(
+    config: Config,
+    stage: Stage,
+    tokens_per_sec: float,
+    *,
+    devices: int,
+    documents: DocumentLengths | None = None,
+) -> float:
+    """Model FLOPs over the peak of all devices, 0 to 1, at so many data tokens per second in a stage."""
+    needed = model_flops_per_token(config, stage, documents) * tokens_per_sec
+    return needed / (peak_flops(config.cluster, config.precision.dtype) * devices)
 
 
 @lru_cache(maxsize=256)

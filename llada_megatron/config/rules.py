@@ -5,7 +5,7 @@ from __future__ import annotations
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Schedule, block_size_of
-from llada_megatron.config.schema import Config, Objective
+from llada_megatron.config.schema import Config
 
 LEARNING_RATE_STYLES = ("WSD", "cosine", "linear", "constant")
 
@@ -92,9 +92,9 @@ def _check_objective(config: Config) -> None:
         config.precision.dtype in ("fp32", "bf16"),
         f"precision.dtype={config.precision.dtype} is unknown: choose fp32 or bf16.",
     )
-    first_diffusion = [stage.objective is Objective.diffusion for stage in config.schedule.stages]
+    converted = [not stage.geometry.causal for stage in schedule_of(config).stages]
     require(
-        first_diffusion == sorted(first_diffusion),
+        converted == sorted(converted),
         "schedule.stages returns to an autoregressive stage after a diffusion one: put autoregressive stages"
         " first.",
     )

@@ -6,12 +6,8 @@ import bisect
 from dataclasses import dataclass
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import (
-    LearningRateAtStart,
-    MomentsAtStart,
-    Objective,
-    ScheduleConfig,
-)
+from llada_megatron.config.objectives import OBJECTIVES, Geometry
+from llada_megatron.config.schema import LearningRateAtStart, MomentsAtStart, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -20,9 +16,10 @@ class Stage:
 
     index: int
     name: str
-    objective: Objective
+    objective: str
+    """A name of OBJECTIVES."""
     block_size: int
-    """Tokens of a block; L for MDLM, 1 for autoregressive stages."""
+    """Tokens of a block; L for MDLM, 1 where the objective is causal."""
     clean_copy: bool
     """True where the model reads `[x_t ; x_0]` (2L tokens), False where it reads L tokens."""
     first_step: int
@@ -38,8 +35,14 @@ class Stage:
         return self.end_step - self.first_step
 
     @property
-    def is_diffusion(self) -> bool:
-        return self.objective is Objective.diffusion
+    def geometry(self) -> Geometry:
+        """What its objective makes of a sequence."""
+        return OBJECTIVES[self.objective]
+
+    @property
+    def rows_per_token(self) -> int:
+        """Rows of the model for each data token: noisy ones, and clean ones beside them."""
+        return 2 if self.clean_copy else 1
 
 
 def block_size_of(text: str, sequence_length: int, setting: str) -> int:
@@ -77,11 +80,15 @@ class Schedule:
                     f"{setting}.tokens is {stage.tokens}: an empty stage trains nothing, drop it from the"
                     " list."
                 )
-            is_diffusion = stage.objective is Objective.diffusion
-            block_size = block_size_of(stage.block_size, sequence_length, f"{setting}.block_size")
-            if not is_diffusion and block_size != 1:
+            geometry = OBJECTIVES.get(stage.objective)
+            if geometry is None:
                 raise BadInput(
-                    f"{setting}.block_size is {block_size}: an autoregressive stage has blocks of 1."
+                    f"{setting}.objective is {stage.objective}: choose from {', '.join(OBJECTIVES)}."
+                )
+            block_size = block_size_of(stage.block_size, sequence_length, f"{setting}.block_size")
+            if geometry.causal and block_size != 1:
+                raise BadInput(
+                    f"{setting}.block_size is {block_size}: an {stage.objective} stage has blocks of 1."
                 )
             steps = -(-stage.tokens // self.tokens_per_step)
             self.stages.append(
@@ -90,7 +97,7 @@ class Schedule:
                     name=stage.name,
                     objective=stage.objective,
                     block_size=block_size,
-                    clean_copy=is_diffusion and block_size < sequence_length,
+                    clean_copy=geometry.reads_clean_half and block_size < sequence_length,
                     first_step=first_step,
                     end_step=first_step + steps,
                     tokens=steps * self.tokens_per_step,
@@ -113,4 +120,4 @@ class Schedule:
 
     def first_diffusion_step(self) -> int:
         """Where the embedding noise starts to fade; the total number of steps if nothing is diffusion."""
-        return next((s.first_step for s in self.stages if s.is_diffusion), self.total_steps)
+        return next((s.first_step for s in self.stages if not s.geometry.causal), self.total_steps)

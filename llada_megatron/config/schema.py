@@ -42,13 +42,6 @@ class BlockGrid(StrEnum):
     document = "document"
 
 
-class Objective(StrEnum):
-    """What a stage of the schedule trains."""
-
-    diffusion = "diffusion"
-    autoregressive = "autoregressive"
-
-
 class LearningRateAtStart(StrEnum):
     """What the learning rate does when a stage begins."""
 
@@ -153,6 +146,11 @@ class ModelConfig:
     head_chunk_tokens: int = 1024
     """Supervised positions per call of the output head; bounds the memory of the logits."""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return self.dense_layers < self.layers
+
 
 @dataclass
 class DataConfig:
@@ -209,7 +207,8 @@ class StageConfig:
     """A number of tokens that divides L, or `full`: one block, the clean half dropped (MDLM)."""
     tokens: int = MISSING
     """Budget in data tokens; the stage ends on the whole step that reaches it."""
-    objective: Objective = Objective.diffusion
+    objective: str = "diffusion"
+    """What the stage trains: a name of OBJECTIVES in config/objectives.py."""
     learning_rate: LearningRateAtStart = LearningRateAtStart.keep
     moments: MomentsAtStart = MomentsAtStart.keep
     micro_batch: int = 0
@@ -372,7 +371,9 @@ class ClusterConfig:
     peak_tflops: float = 0.0
     """Dense bf16 peak per device in TFLOP/s, for MFU."""
     peak_tflops_fp32: float = 0.0
-    """The same for fp32 matrix products as torch runs them by default (no TF32)."""
+    """Peak per device in TFLOP/s of fp32 matrix products as torch runs them by default (no TF32)."""
+    has_gpus: bool = True
+    """False: each of gpus_per_node is a process of the node's CPUs."""
     nodes: int = 0
     gpus_per_node: int = 0
     memory_gb: float = 0.0
@@ -390,10 +391,10 @@ class ClusterConfig:
     gemm_efficiency: float = 0.0
     """Share of the peak that plain matrix products reach."""
     grouped_gemm_efficiency: float = 0.0
-    """The same for the experts' products."""
+    """Share of the peak that the experts' products reach."""
     attention_efficiency: float = 0.0
-    """The same for attention, counted on visible pairs: hidden pairs of tiles and the scores that backward
-    computes again lower it."""
+    """Share of the peak that attention reaches, counted on visible pairs: hidden pairs of tiles and the
+    scores that backward computes again lower it."""
     memory_efficiency: float = 0.0
     """Share of memory_gb_per_sec that operations without matrix products reach."""
     link_efficiency: float = 0.0

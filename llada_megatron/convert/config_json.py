@@ -27,10 +27,11 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
             raise BadInput(f"{where} sets {key}={described[key]}: only {served} is served.")
     values: dict[str, Any] = {"family": family.builds}
     for row in family.rows:
-        said = described.get(row.theirs)
-        values[row.ours] = row.missing(described) if said is None else said
+        values[row.ours] = row.read(described)
         if values[row.ours] is REQUIRED:
             raise BadInput(f"{where} has no '{row.theirs}'.")
+        if not isinstance(values[row.ours], int | float):  # a truth value is an int
+            raise BadInput(f"{where} sets {row.theirs}={values[row.ours]!r}: it must be a number.")
     values |= family.fields(described, values)
     values["rotary_base"] = float(values["rotary_base"])
     model = ModelConfig(mask_token_id=mask_token_id, **values)
@@ -98,7 +99,7 @@ def _require_expressible(model: ModelConfig, architecture: str, family: Family) 
             f"The model is of model.family={model.family}: {architecture} holds models of {family.builds},"
             " choose another --architecture."
         )
-    if family.experts != (model.experts > 0):
+    if family.experts != model.has_experts:
         kind = "no experts" if family.experts else f"{model.experts} experts"
         raise BadInput(f"The model has {kind}: {architecture} cannot hold it, choose another --architecture.")
     family.require(model, architecture)

@@ -16,21 +16,23 @@ from torch import Tensor
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import ModelConfig, Objective
+from llada_megatron.config.objectives import OBJECTIVES
+from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert import config_json, tokenizer_files
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
 from llada_megatron.convert.families import FAMILIES, SERVED, ExpertLayout, Family, family_of
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.safetensors_files import (
+    REMEDY,
     SafetensorsReader,
     SafetensorsWriter,
-    read_json,
     write_json,
 )
+from llada_megatron.record.json_files import read_json
 from llada_megatron.record.manifest import Manifest, find
+from llada_megatron.record.run_dir import SHARDS
 
-SHARDS = "shards"
 EMBEDDING = "embedding.word_embeddings.weight"
 KEPT_IN_FP32 = "expert_bias"
 """Whatever dtype is asked for: the public code and SGLang hold it in fp32."""
@@ -55,7 +57,7 @@ def hf_to_mcore(
     BadInput for a checkpoint that cannot be read and a target that exists.
     """
     files = SafetensorsReader(source)
-    described = read_json(source / "config.json")
+    described = read_json(source / "config.json", REMEDY)
     token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
     model = config_json.model_config(described, token_id, f"{source}/config.json")
     architecture = config_json.architecture_of(described)
@@ -105,17 +107,17 @@ def mcore_to_hf(
     Tensors keep their type unless `dtype` is given. Without `architecture` a MoE that was trained with
     diffusion is LLaDA2MoeModelLM. Otherwise as `hf_to_mcore`.
     """
-    checkpoint = find(source)
-    manifest = store.verified(checkpoint)
+    checkpoint = store.verified(find(source))
+    manifest = checkpoint.manifest
     model = ModelConfig(**manifest.config["model"])
-    folder = tokenizer_files.carried(checkpoint, manifest)
+    folder = tokenizer_files.carried(checkpoint)
     came_as = _optional_json(folder, "config.json")
     architecture = architecture or _architecture(manifest, model, came_as)
     family = family_of(architecture, "--architecture")
     entries = list(family.table(model, layout))
     if tokenizer is not None:
         tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
-    shards = ShardsReader(checkpoint / SHARDS)
+    shards = ShardsReader(checkpoint.path / SHARDS)
     described = config_json.describe(
         model,
         architecture,
@@ -123,8 +125,10 @@ def mcore_to_hf(
         dtype=str(dtype or shards.dtype(EMBEDDING)).removeprefix("torch."),
         positions=manifest.config.get("data", {}).get("sequence_length"),
     )
-    certificate = Certificate("mcore-to-hf", str(checkpoint), architecture, model.mask_token_id, layout.value)
-    if not _fits(certificate, entries, str(checkpoint), shards.shapes(), model):
+    certificate = Certificate(
+        "mcore-to-hf", str(checkpoint.path), architecture, model.mask_token_id, layout.value
+    )
+    if not _fits(certificate, entries, str(checkpoint.path), shards.shapes(), model):
         return certificate
     types = {
         part.name: (_type(part, shards.dtype(entry.ours.name), dtype), part.shape)
@@ -136,7 +140,7 @@ def mcore_to_hf(
         _convert(
             certificate, entries, shards, writer, lambda: SafetensorsReader(aside), to_ours=False, dtype=dtype
         )
-        _check_logits(certificate, family, SafetensorsReader(aside), described, checkpoint, model)
+        _check_logits(certificate, family, SafetensorsReader(aside), described, checkpoint.path, model)
         if certificate.passed:
             _write_configs(aside, folder, came_as, described, model.mask_token_id)
             if folder is not None:
@@ -237,12 +241,12 @@ def _architecture(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any
     """What the model came as, or the first family's that can hold it, by what its last stage trained."""
     came = config_json.architecture_of(came_as)
     families = (*([FAMILIES[came]] if came in FAMILIES else []), *SERVED)
-    fitting = [one for one in families if one.builds == model.family and one.experts == bool(model.experts)]
+    fitting = [one for one in families if one.builds == model.family and one.experts == model.has_experts]
     if not fitting:
         raise BadInput(f"No Hugging Face architecture is served that holds a model of family {model.family}.")
     stages = {stage["name"]: stage for stage in manifest.config.get("schedule", {}).get("stages", [])}
     objective = stages.get(manifest.stage, {}).get("objective")
-    if objective == Objective.diffusion.value and fitting[0].after_diffusion:
+    if objective and not OBJECTIVES[objective].causal and fitting[0].after_diffusion:
         return fitting[0].after_diffusion
     return came if came in fitting[0].architectures else next(iter(fitting[0].architectures))
 
@@ -268,7 +272,7 @@ def _check_logits(
 
 
 def _optional_json(folder: Path | None, name: str) -> dict[str, Any]:
-    return read_json(folder / name) if folder and (folder / name).is_file() else {}
+    return read_json(folder / name, REMEDY) if folder and (folder / name).is_file() else {}
 
 
 def _write_configs(

@@ -24,6 +24,7 @@ from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_stage
+from llada_megatron.model.readout import LOGITS
 from llada_megatron.runtime import device
 
 MAX_PARAMETERS = 200_000_000
@@ -93,7 +94,7 @@ def causal_logits(stage: BlockDiffusionGPT, tokens: Tensor) -> Tensor:
     S, at = len(tokens), device.device()
     mask = BlockDiffusionMask([torch.tensor([0, S])], 1, clean_copy=False, causal=True)
     positions = torch.arange(S, device=at)
-    inputs = ModelInputs(tokens[None].to(at), positions[None], ContextShard(mask), outputs=positions)
+    inputs = ModelInputs(tokens[None].to(at), positions[None], ContextShard(mask), positions, readout=LOGITS)
     return stage(inputs).float().cpu()
 
 

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from llada_megatron.checkpoint.shards import Part
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record.json_files import read_json, require
+
+REMEDY = "give the directory of a Hugging Face checkpoint"
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -87,7 +90,9 @@ def as_bytes(tensor: Tensor) -> Any:
 def _files(directory: Path) -> list[Path]:
     names = [SINGLE]
     if (directory / INDEX).is_file():
-        names = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+        index = read_json(directory / INDEX, REMEDY)
+        require(index, directory / INDEX, "weight_map", remedy=REMEDY)
+        names = sorted(set(index["weight_map"].values()))
     elif not (directory / SINGLE).is_file():
         pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
         if pickled:
@@ -115,13 +120,16 @@ def _read_header(path: Path) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     found, end = {}, 8 + length
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        try:
+            dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise BadInput(f"{path} has a damaged header at {name}: copy it again.") from None
+        if dtype not in DTYPES:
             raise BadInput(
-                f"{name} in {path} is of type {entry['dtype']}, and only {', '.join(DTYPES)} are served:"
+                f"{name} in {path} is of type {dtype}, and only {', '.join(DTYPES)} are served:"
                 " convert a checkpoint of one of these."
             )
-        first, last = entry["data_offsets"]
-        stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
+        stored = Stored(path, DTYPES[dtype], shape, 8 + length + first)
         if last - first != math.prod(stored.shape) * stored.dtype.itemsize:
             raise BadInput(f"{path} has a damaged header: {name} has another size than its shape says.")
         found[name] = stored
@@ -161,16 +169,6 @@ class SafetensorsWriter:
         total = sum(math.prod(s.shape) * s.dtype.itemsize for s in self._stored.values())
         index = {"metadata": {"total_size": total}, "weight_map": files}
         write_json(self._directory / INDEX, index, sort_keys=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises BadInput where there is no such file or it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist: give the directory of a Hugging Face checkpoint.") from None
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON: {error}.") from None
 
 
 def write_json(path: Path, content: dict[str, Any], *, sort_keys: bool = False) -> None:

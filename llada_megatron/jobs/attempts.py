@@ -19,9 +19,8 @@ from llada_megatron.config.errors import BAD_INPUT
 from llada_megatron.jobs import exclusion, slurm
 from llada_megatron.record import events
 from llada_megatron.record.events import Event
+from llada_megatron.record.run_dir import RunDir, rank_logs
 
-STOP_FILE = "stop"
-"""In the run's directory: `llada stop` was called, so nothing is requeued."""
 ERROR = re.compile(r"error: (.+)|^(\w+(?:Error|Exception)\b.*)|(Timeout \(.*\)!)")
 
 
@@ -52,28 +51,15 @@ def refused(record: list[Event]) -> Refused | None:
     """What the ranks of the newest attempt recorded; a fault that another start may escape outranks the rest.
 
     An exit code would not tell: srun's is that of the ranks which it ended itself, if one failed before them.
+    What another process records, which was not let in while this attempt trains, does not count.
     """
-    said = []
-    for event in reversed(record):
-        if event["event"] == "started":
-            break
-        if event["event"] == "refused":
-            said.append(event)
+    starts = [index for index, event in enumerate(record) if event["event"] == "started"]
+    since = record[starts[-1] :] if starts else []
+    said = [event for event in since if event["event"] == "refused" and event["job"] == since[0].get("job")]
     if not said:
         return None
     worst = max(said, key=lambda event: event["exit_code"])
     return Refused(worst["exit_code"], worst["reason"], [node for event in said for node in event["nodes"]])
-
-
-def newest_step(run_dir: Path) -> int:
-    """Steps in the newest whole checkpoint; 0 without one."""
-    names = [path.parent.name for path in (run_dir / "checkpoints").glob("step_*/manifest.json")]
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
-
-
-def log_dir(run_dir: Path, attempt: int) -> Path:
-    """Where the ranks of an attempt write, one file each."""
-    return run_dir / "logs" / f"attempt_{attempt:03d}"
 
 
 def count(record: list[Event]) -> int:
@@ -92,24 +78,24 @@ def start(run_dir: Path, **where: object) -> int:
             "ended",
             time=_last_sign(run_dir, record),
             exit_code=None,
-            step=newest_step(run_dir),
+            step=RunDir(run_dir).newest_step(),
             outcome="again",
             reason=reason,
         )
     number = count(record)
-    events.append(run_dir, "started", attempt=number, step=newest_step(run_dir), **where)
+    events.append(run_dir, "started", attempt=number, step=RunDir(run_dir).newest_step(), **where)
     return number
 
 
 def decide(
     run_dir: Path, exit_code: int, *, max_failures: int, is_ending: bool = False, error: str = ""
 ) -> Verdict:
-    """What follows from an exit code.
+    """What follows from an exit code of config/errors.py, or whatever else a process ended with.
 
-    `is_ending`: Slurm itself ends the job (cancelled, preempted). `error` is looked up in the record and, for
-    people, in the logs if empty; nothing is decided by its words.
+    `is_ending`: Slurm itself ends the job (cancelled, preempted). `error` is for people, looked up in the
+    logs if empty; nothing is decided by its words.
     """
-    stopped = (run_dir / STOP_FILE).exists()
+    stopped = RunDir(run_dir).stop.exists()
     if exit_code == 0:
         return Verdict("finished", "the schedule is done")
     if stopped:
@@ -118,9 +104,8 @@ def decide(
         if is_ending:
             return Verdict("yielded", f"the job was cancelled or preempted ({signalled})")
         return Verdict("again", f"{signalled} asked for a checkpoint and a new start")
-    refusal = refused(events.read(run_dir))
-    reason = error or (refusal.reason if refusal else "") or first_error(run_dir) or f"exit code {exit_code}"
-    if (refusal.exit_code if refusal else exit_code) == BAD_INPUT:
+    reason = error or first_error(run_dir) or f"exit code {exit_code}"
+    if exit_code == BAD_INPUT:
         return Verdict("failed", reason)
     failures = _failures_without_progress(run_dir) + 1
     if failures >= max_failures:
@@ -130,7 +115,7 @@ def decide(
 
 def end(run_dir: Path, exit_code: int, verdict: Verdict) -> None:
     """Record how an attempt ended."""
-    step = newest_step(run_dir)
+    step = RunDir(run_dir).newest_step()
     events.append(
         run_dir, "ended", exit_code=exit_code, step=step, outcome=verdict.outcome, reason=verdict.reason
     )
@@ -138,17 +123,18 @@ def end(run_dir: Path, exit_code: int, verdict: Verdict) -> None:
 
 def first_error(run_dir: Path) -> str:
     """The most telling line of the newest attempt's logs: an error sentence first, then an exception."""
-    folder = log_dir(run_dir, count(events.read(run_dir)) - 1)
+    run = RunDir(run_dir)
     sentences: list[str] = []
     exceptions: list[str] = []
-    for log in sorted(folder.glob("rank_*.log")):
+    for log in rank_logs(run.attempt_logs(count(events.read(run_dir)) - 1)):
         rank = log.stem.removeprefix("rank_")
         for line in _tail(log).splitlines():
             if found := ERROR.search(line):
                 (sentences if found[1] else exceptions).append(
                     f"{found[1] or found[2] or found[3]} (rank {rank})"
                 )
-    stacks = [f"no progress, stacks in {path}" for path in [run_dir / "stacks"] if _has_content(path)]
+    has_stacks = any(path.stat().st_size for path in run.all_stacks())
+    stacks = [f"no progress, stacks in {run.stacks}"] if has_stacks else []
     return next(iter([*sentences, *stacks, *exceptions]), "")
 
 
@@ -175,12 +161,13 @@ def _failures_without_progress(run_dir: Path) -> int:
         elif event["event"] == "ended":
             failed = event["exit_code"] is not None and not asked and event["step"] <= begun_at
             failures = failures + 1 if failed else 0
-    return 0 if newest_step(run_dir) > begun_at else failures
+    return 0 if RunDir(run_dir).newest_step() > begun_at else failures
 
 
 def _last_sign(run_dir: Path, record: list[Event]) -> float:
     """When the newest attempt last wrote something, in seconds since 1970; after that the run waited."""
-    files = [run_dir / "metrics.jsonl", *log_dir(run_dir, count(record) - 1).glob("rank_*.log")]
+    run = RunDir(run_dir)
+    files = [run.metrics, *rank_logs(run.attempt_logs(count(record) - 1))]
     return max([record[-1]["time"], *(file.stat().st_mtime for file in files if file.exists())])
 
 
@@ -188,10 +175,6 @@ def _tail(path: Path, size: int = 100_000) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - size))
         return file.read().decode(errors="replace")
-
-
-def _has_content(folder: Path) -> bool:
-    return any(path.stat().st_size for path in folder.glob("rank_*.txt"))
 
 
 def main(arguments: list[str]) -> int:
@@ -221,7 +204,7 @@ def _start_job(run_dir: Path, job: str) -> int:
         nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
         devices=int(os.environ.get("SLURM_NTASKS", "1")),
     )
-    folder = log_dir(run_dir, number)
+    folder = RunDir(run_dir).attempt_logs(number)
     folder.mkdir(parents=True, exist_ok=True)
     print(folder)
     return 0
@@ -229,12 +212,13 @@ def _start_job(run_dir: Path, job: str) -> int:
 
 def _end_job(args: argparse.Namespace, job: str) -> int:
     is_ending = slurm.state(job) not in ("RUNNING", "")
-    verdict = decide(args.run_dir, args.exit_code, max_failures=args.max_failures, is_ending=is_ending)
+    refusal = refused(events.read(args.run_dir)) if args.exit_code else None
+    code, error = (refusal.exit_code, refusal.reason) if refusal else (args.exit_code, "")
+    verdict = decide(args.run_dir, code, max_failures=args.max_failures, is_ending=is_ending, error=error)
     end(args.run_dir, args.exit_code, verdict)
     print(f"{verdict.outcome}: {verdict.reason}", flush=True)
     if verdict.outcome == "again":  # requeued, the job ends here and waits in the queue again
         failed: list[str] = []
-        refusal = refused(events.read(args.run_dir))
         if args.exclude_failed_nodes and refusal and refusal.nodes:
             of_job = slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
             failed = exclusion.failed_nodes(refusal.nodes, of_job)

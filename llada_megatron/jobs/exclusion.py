@@ -11,6 +11,7 @@ from pathlib import Path
 from llada_megatron.config.errors import BadInput
 from llada_megatron.jobs import slurm
 from llada_megatron.record import events
+from llada_megatron.record.run_dir import RunDir
 
 MAX_NODES = 4
 """What more nodes have at once, or all of several, is not the nodes' fault: a full disk, a missing mount."""
@@ -32,7 +33,7 @@ def requeue_without(run_dir: Path, job: str, nodes: list[str]) -> None:
     problem = ""
     try:
         excluded = ",".join(filter(None, [slurm.excluded_nodes(job), *nodes]))
-        slurm.check_start(run_dir / "submission" / "job.sbatch", excluded)
+        slurm.check_start(RunDir(run_dir).job_script, excluded)
     except BadInput as error:
         problem = f"the job could not start otherwise ({error})"
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,22 +11,26 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.attention import block_diffusion_attention
-from llada_megatron.attention.context import ContextShard, exchange
+from llada_megatron.attention.keys import Keys
+from llada_megatron.attention.registry import Executor
 
 
 @dataclass
-class ShardParams(PackedSeqParams):
-    """Carries the mask, and what this rank holds of it, through GPTModel and every layer.
+class KeysParams(PackedSeqParams):
+    """Carries the mask, and which keys exist for the rows at hand, through GPTModel and every layer.
 
     megatron-core hands `packed_seq_params` to each layer untouched as long as qkv_format is not 'thd', also
     under recompute and on every pipeline stage.
     """
 
-    shard: ContextShard | None = None
+    keys: Keys | None = None
 
 
 class BlockDiffusionCoreAttention(MegatronModule):
-    """Softmax attention under a BlockDiffusionMask, with context parallelism; has no parameters."""
+    """Softmax attention of the rows at hand to their Keys; has no parameters.
+
+    `backend` is a setting of model.attention_backend or an executor itself.
+    """
 
     def __init__(
         self,
@@ -35,13 +39,14 @@ class BlockDiffusionCoreAttention(MegatronModule):
         attn_mask_type: Any = None,
         attention_type: str = "self",
         softmax_scale: float | None = None,
-        backend: str = "auto",
+        backend: str | Executor = "auto",
         pg_collection: Any = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.backend = backend
+        self.layer_number = layer_number
         self.context_group = pg_collection.cp
 
     def forward(
@@ -52,15 +57,15 @@ class BlockDiffusionCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: ShardParams | None = None,
+        packed_seq_params: KeysParams | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """query [S/cp, B, heads, D]; key, value [S/cp, B, kv_heads, D]; returns [S/cp, B, heads * D]."""
-        assert packed_seq_params is not None and packed_seq_params.shard is not None
-        shard = packed_seq_params.shard
-        key, value = exchange(key, value, shard, self.context_group)
+        """[S, B, heads Dv] of query [S, B, heads, D], key [S, B, kv_heads, D], value [S, B, kv_heads, Dv]."""
+        assert packed_seq_params is not None and packed_seq_params.keys is not None
+        keys = packed_seq_params.keys
+        key, value = keys.of(key, value, self.layer_number, self.context_group)
         out = block_diffusion_attention(
-            query, key, value, shard.rectangle, backend=self.backend, softmax_scale=self.softmax_scale
+            query, key, value, keys.rectangle, backend=self.backend, softmax_scale=self.softmax_scale
         )
         return out.flatten(2)
 

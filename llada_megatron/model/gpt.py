@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from llada_megatron.model.core_attention import ShardParams
+from llada_megatron.model.core_attention import KeysParams
 from llada_megatron.model.head import head_output, reduce_input_gradient_once
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 from llada_megatron.runtime import device
@@ -59,7 +59,7 @@ class BlockDiffusionGPT(GPTModel):
         return {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
-        """Hidden states [S, B, H] of this stage; on the last one what `head_output` returns."""
+        """Hidden states [S, B, H] of this stage; on the last one what `inputs.readout` says."""
         S = inputs.tokens.shape[1]
         self.rotary_pos_emb.positions = inputs.positions
         embedded = None
@@ -72,8 +72,8 @@ class BlockDiffusionGPT(GPTModel):
             position_ids=None,
             attention_mask=None,
             decoder_input=embedded,
-            packed_seq_params=ShardParams(
-                qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, shard=inputs.shard
+            packed_seq_params=KeysParams(
+                qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, keys=inputs.keys
             ),
             padding_mask=self._uncounted(inputs),
             output_processor=head_output,
@@ -85,7 +85,7 @@ class BlockDiffusionGPT(GPTModel):
 
         megatron-core carries it to every router as `padding_mask`; model/router.py gives it this meaning.
         """
-        if self.balance_clean_half or not inputs.shard.mask.clean_copy:
+        if self.balance_clean_half or not inputs.keys.mask.clean_copy:
             return None
         B, S = inputs.tokens.shape
         is_clean = torch.arange(S, device=inputs.tokens.device) >= S // 2

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
 )
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +31,7 @@ def head_output(
     config: Any,
     **unused: Any,
 ) -> torch.Tensor:
-    """Cross entropy fp32 [N] at the chosen positions, or their logits [N, V] when there are no labels.
+    """What `inputs.readout` says of the chosen rows, [N] or [N, columns].
 
     The `output_processor` of GPTModel.forward. hidden_states is [S/tp, B, H] under sequence parallelism
     and [S, B, H] otherwise. Each tensor-parallel rank holds V/tp columns, so the gradient of its input is
@@ -41,22 +40,23 @@ def head_output(
     one chunk never exist.
     """
     inputs, chunk_tokens = context
+    readout, labels = inputs.readout, inputs.labels
+    if readout.needs_labels and labels is None:
+        raise ValueError(f"The readout {readout.name} needs labels: set ModelInputs.labels.")
     if config.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states)
     else:
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
     chosen_NH = hidden_states.flatten(0, 1).index_select(0, inputs.outputs)
+    group = parallel_state.get_tensor_model_parallel_group()
 
-    def logits(chunk_nH: torch.Tensor) -> torch.Tensor:
-        return output_layer(chunk_nH[:, None], weight=output_weight)[0]  # [n, 1, V/tp]
-
-    if inputs.labels is None:
-        return gather_from_tensor_model_parallel_region(logits(chosen_NH))[:, 0]
-
-    def cross_entropy(chunk_nH: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
-        return tensor_parallel.vocab_parallel_cross_entropy(logits(chunk_nH).float(), labels_n[:, None])[:, 0]
+    def read(chunk_nH: torch.Tensor, labels_n: torch.Tensor | None) -> torch.Tensor:
+        logits_n1V = output_layer(chunk_nH[:, None], weight=output_weight)[0]  # V/tp columns
+        return readout(logits_n1V[:, 0], labels_n, group)
 
     if chosen_NH.shape[0] <= chunk_tokens:
-        return cross_entropy(chosen_NH, inputs.labels)
-    chunks = zip(chosen_NH.split(chunk_tokens), inputs.labels.split(chunk_tokens), strict=True)
-    return torch.cat([checkpoint(cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
+        return read(chosen_NH, labels)
+    chunks = chosen_NH.split(chunk_tokens)
+    labels_of_chunks = [None] * len(chunks) if labels is None else labels.split(chunk_tokens)
+    pairs = zip(chunks, labels_of_chunks, strict=True)
+    return torch.cat([checkpoint(read, *pair, use_reentrant=False) for pair in pairs])

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from llada_megatron.attention.registry import Executor
 from llada_megatron.config.errors import BadInput
 from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
 from llada_megatron.model.router import BalancedRouter
@@ -44,9 +45,11 @@ def resolve_layer_spec(name: str) -> str:
 
 
 def block_spec(
-    config: TransformerConfig, *, layer_spec: str, attention_backend: str, vp_stage: int | None
+    config: TransformerConfig, *, layer_spec: str, attention: str | Executor, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage with our attention and router, and in the local spec our norms.
+
+    `attention` is a setting of model.attention_backend, or an executor itself.
 
     In its local spec megatron-core 0.19.2 writes the pre-MLP norm of MoE layers under the key of a fused
     linear layer that MoE layers do not have (gpt_layer_specs.py:459); the TE spec writes
@@ -54,11 +57,11 @@ def block_spec(
     """
     transformer_engine = layer_spec == "transformer_engine"
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
-    attention = partial(BlockDiffusionCoreAttention, backend=attention_backend)
+    core_attention = partial(BlockDiffusionCoreAttention, backend=attention)
     spec.layer_specs = [copy.deepcopy(layer) for layer in spec.layer_specs]
     for layer in spec.layer_specs:
         submodules = layer.submodules
-        submodules.self_attention.submodules.core_attention = attention
+        submodules.self_attention.submodules.core_attention = core_attention
         is_moe = submodules.mlp.func is MoELayer
         if is_moe:
             experts = submodules.mlp.keywords["submodules"]

@@ -1,6 +1,6 @@
 """The pictures of a report, as PNG files.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; sequences in time use viridis.
+Colours are config/colours.py's; sequences in time use viridis.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llada_megatron.config.colours import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from llada_megatron.record.metrics import Record, by_stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 LINES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILION, "D"), (PURPLE, "v"), (SKY, "P")]
-GREY = "#666666"
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -96,7 +95,7 @@ def plot_loss_by_noise_level(steps: list[Record], path: Path) -> None:
     """
     from matplotlib import colormaps
 
-    parts = by_stage(record for record in steps if record["loss_by_t"] is not None)
+    parts = by_stage(record for record in steps if record.get("loss_by_t") is not None)
     if len(parts) == 1:
         thirds = np.array_split(np.array(parts[0][1], dtype=object), 3)
         names = ("first third", "middle third", "last third")

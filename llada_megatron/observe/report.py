@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import importlib.metadata
-import json
 import platform
 import re
 from collections.abc import Callable
@@ -16,11 +15,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from llada_megatron.config.compose import read_yaml
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import plots
-from llada_megatron.record.metrics import Record, by_stage, read_jsonl, short_count
+from llada_megatron.record.json_files import write_json
+from llada_megatron.record.metrics import Record, by_stage, read_jsonl
+from llada_megatron.record.run_dir import RunDir
 
 NOT_YET = "not yet"
 SAMPLES_PER_STAGE = 2
@@ -70,17 +73,19 @@ class Run:
     @classmethod
     def read(cls, run_dir: Path) -> Run:
         """Read a run's directory; raises BadInput where it holds no run or no step yet."""
-        if not (run_dir / "config.yaml").is_file():
-            raise BadInput(f"{run_dir} is not the directory of a run: it has no config.yaml; give a run.dir")
-        steps = read_jsonl(run_dir / "metrics.jsonl")
+        files = RunDir(run_dir)
+        if not files.config.is_file():
+            raise BadInput(
+                f"{run_dir} is not the directory of a run: it has no {files.config.name}; give a run.dir"
+            )
+        steps = read_jsonl(files.metrics)
         if not steps:
             raise BadInput(
-                f"{run_dir} has no metrics.jsonl with a step in it; wait for the first step to end"
+                f"{run_dir} has no {files.metrics.name} with a step in it; wait for the first step to end"
             )
-        last_of_stage = {record["stage"]: record for record in read_jsonl(run_dir / "evaluations.jsonl")}
-        config = OmegaConf.load(run_dir / "config.yaml")
-        assert isinstance(config, DictConfig)
-        return cls(config, steps, list(last_of_stage.values()), read_jsonl(run_dir / "samples.jsonl"))
+        last_of_stage = {record["stage"]: record for record in read_jsonl(files.evaluations)}
+        config = read_yaml(files.config)
+        return cls(config, steps, list(last_of_stage.values()), read_jsonl(files.samples))
 
     def latest(self, key: str) -> Any:
         """The newest value of `key` among the evaluations that is not null."""
@@ -95,13 +100,13 @@ def write_report(run_dir: Path) -> Path:
     Raises BadInput where the directory holds no run or no step yet.
     """
     run = Run.read(run_dir)
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    parts = _parts(run, folder)
-    (folder / "report.md").write_text(to_markdown(parts), encoding="utf-8")
-    (folder / "index.html").write_text(to_html(parts), encoding="utf-8")
-    (run_dir / "report.json").write_text(json.dumps(summary(run), indent=2) + "\n", encoding="utf-8")
-    return folder / "index.html"
+    files = RunDir(run_dir)
+    files.report.mkdir(exist_ok=True)
+    parts = _parts(run, files.report)
+    (files.report / "report.md").write_text(to_markdown(parts), encoding="utf-8")
+    files.report_page.write_text(to_html(parts), encoding="utf-8")
+    write_json(files.report_json, summary(run))
+    return files.report_page
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -201,7 +206,7 @@ def _overview(run: Run, facts: dict[str, Any]) -> list[Part]:
         ["last step", str(last["step"])],
         ["tokens", f"{short_count(last['consumed_tokens'])} of {short_count(planned)}"],
         ["median speed", f"{short_count(median(speed))} tokens/s" if speed else NOT_YET],
-        ["median MFU", f"{median(mfu):.1%}" if mfu else "unknown: cluster.peak_tflops is 0"],
+        ["median MFU", f"{median(mfu):.1%}" if mfu else "unknown: `cluster` has no peak for this precision"],
         ["skipped steps", str(last["skipped_steps"])],
         ["wall time", NOT_YET if facts["wall_sec"] is None else f"{facts['wall_sec'] / 60:.1f} minutes"],
     ]
@@ -300,7 +305,7 @@ def _training(run: Run, folder: Path) -> list[Part]:
             lambda path: plots.plot_loss(steps, path),
         ),
         _picture(
-            any(record["loss_by_t"] is not None for record in steps),
+            any(record.get("loss_by_t") is not None for record in steps),
             folder / "loss_by_noise_level.png",
             "Cross entropy of the masked tokens by mask rate t.",
             lambda path: plots.plot_loss_by_noise_level(steps, path),

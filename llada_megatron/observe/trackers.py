@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import short_count
 from llada_megatron.config.schema import LoggingConfig
-from llada_megatron.record.metrics import MetricsFile, Record, short_count
+from llada_megatron.record.metrics import MetricsFile, Record
+from llada_megatron.record.run_dir import RunDir
 
 if TYPE_CHECKING:
     import wandb
@@ -32,17 +34,18 @@ class Trackers:
     def __init__(self, run_dir: Path, logging_config: LoggingConfig, run_name: str, first_step: int) -> None:
         if logging_config.wandb not in ("disabled", "offline", "online"):
             raise BadInput(f"logging.wandb is {logging_config.wandb!r}; set disabled, offline or online")
-        self._metrics = MetricsFile(run_dir / "metrics.jsonl", first_step)
+        files = RunDir(run_dir)
+        self._metrics = MetricsFile(files.metrics, first_step)
         # An evaluation at step n was made before the checkpoint of step n, so a resume there keeps it.
         first_evaluation = first_step + 1 if first_step else 0
-        self._evaluations = MetricsFile(run_dir / "evaluations.jsonl", first_evaluation)
-        self._samples = MetricsFile(run_dir / "samples.jsonl", first_evaluation)
+        self._evaluations = MetricsFile(files.evaluations, first_evaluation)
+        self._samples = MetricsFile(files.samples, first_evaluation)
         self._every_steps = max(1, logging_config.every_steps)
-        self._prometheus = run_dir / "metrics.prom" if logging_config.prometheus else None
+        self._prometheus = files.prometheus if logging_config.prometheus else None
         self._run_name = run_name
         self._terminal = _Terminal()
         self._wandb = (
-            None if logging_config.wandb == "disabled" else _start_wandb(run_dir, logging_config, run_name)
+            None if logging_config.wandb == "disabled" else _start_wandb(files, logging_config, run_name)
         )
 
     def log(self, record: Record) -> None:
@@ -52,7 +55,7 @@ class Trackers:
             self._terminal.show(record)
         self._send_to_wandb("", record)
         if self._prometheus is not None:
-            aside = self._prometheus.with_name("metrics.prom.tmp")
+            aside = self._prometheus.with_name(f"{self._prometheus.name}.tmp")
             aside.write_text(prometheus_text(record, self._run_name), encoding="utf-8")
             aside.replace(self._prometheus)  # a collector never reads half of it
 
@@ -174,10 +177,10 @@ def _number(value: float | None, spec: str) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{spec}}"
 
 
-def _start_wandb(run_dir: Path, logging_config: LoggingConfig, run_name: str) -> wandb.Run:
+def _start_wandb(files: RunDir, logging_config: LoggingConfig, run_name: str) -> wandb.Run:
     import wandb
 
-    id_file = run_dir / "wandb_id"
+    id_file = files.wandb_id
     if not id_file.exists():
         # Readable, and unique although wandb's ids exclude characters that names may have.
         digest = hashlib.sha256(run_name.encode()).hexdigest()[:8]
@@ -189,6 +192,6 @@ def _start_wandb(run_dir: Path, logging_config: LoggingConfig, run_name: str) ->
         id=id_file.read_text().strip(),
         resume="allow" if mode == "online" else None,  # wandb ignores it offline, with a warning
         mode=mode,
-        dir=run_dir,
+        dir=files.path,
         settings=wandb.Settings(console="off"),
     )

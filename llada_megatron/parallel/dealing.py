@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron.core import parallel_state
+
+Deal = Callable[[int, int, int], list[list[int]]]
+"""(step, micro-batch, global batch) -> global sample indices of each of this rank's micro-batches."""
 
 
 def data_parallel() -> tuple[int, int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from llada_megatron.config.errors import Refusal
+
 
 def rank() -> int:
     """This process's rank among all."""
@@ -35,10 +37,20 @@ def gathered(mine: Any) -> list[Any]:
 
 
 def from_first_rank[T](function: Callable[..., T], *arguments: Any) -> T:
-    """What rank 0 finds in the file system, on every rank: the others may see it later than rank 0."""
-    found: list[Any] = [function(*arguments) if rank() == 0 else None]
+    """What rank 0 finds in the file system, on every rank: the others may see it later than rank 0.
+
+    What rank 0 refuses is raised on every rank.
+    """
+    found: list[Any] = [None]
+    if rank() == 0:
+        try:
+            found = [function(*arguments)]
+        except Refusal as refusal:
+            found = [refusal]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
+    if isinstance(found[0], Refusal):
+        raise found[0]
     return found[0]
 
 

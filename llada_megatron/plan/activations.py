@@ -145,23 +145,20 @@ def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: 
     experts gather go through the same one, b TH.
     """
     rows = shape.rows if layout.tp > 1 else 0
-    if model.experts and layout.dispatcher is Dispatcher.allgather and layout.ep * layout.etp > 1:
+    if model.has_experts and layout.dispatcher is Dispatcher.allgather and layout.ep * layout.etp > 1:
         rows = max(rows, gathered_tokens(shape, layout))
     return b * rows * model.hidden_size
-
-
-METRICS = 8 * (2 + 2 * 10 + 2 * 32)
-"""fp64 loss, count, and sums by mask rate and place in the block, of every micro-batch (training/step.py)."""
 
 
 def head_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
     """What the final norm, the head and the loss keep.
 
-    b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights, the metrics.
+    b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights, the
+    objective's sums in fp64.
     Several chunks are recomputed in backward and keep 8n of labels but no logits; a single one keeps fp32
     probabilities [n, V/tp] and 9n of local labels and their map.
     """
     n = shape.supervised
     chunk = n * (4 * model.vocab_size // layout.tp + 9) if n <= model.head_chunk_tokens else 8 * n
     hidden = b * (shape.tokens + n) * model.hidden_size
-    return hidden + 4 * shape.tokens + 12 * n + METRICS + chunk
+    return hidden + 4 * shape.tokens + 12 * n + 8 * shape.sums + chunk

@@ -8,7 +8,6 @@ links after runs of one process, stays as the cluster describes it: that is what
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +19,12 @@ from rich.console import Console
 
 from llada_megatron.config import compose, rules
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.flops import DocumentLengths
+from llada_megatron.config.flops import DocumentLengths, peak_flops
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import ClusterConfig, Config
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.report import table_of
-from llada_megatron.plan.timing import peak_flops
+from llada_megatron.record.json_files import read_json
 
 FITTED = (
     "gemm_efficiency",
@@ -36,6 +35,7 @@ FITTED = (
     "node_latency_us",
     "network_latency_us",
 )
+REMEDY = "give files of `llada bench step --json FILE` and `llada bench attention --out DIR`"
 PRIOR = 0.01
 """A share may move by ten times the steps' scatter before the description holds it back as much."""
 ROUNDS = 50
@@ -88,18 +88,15 @@ def read(files: Sequence[Path]) -> Benchmarks:
     attention: list[float] = []
     dtype = ""
     for file in files:
+        content = read_json(file, REMEDY)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
             if "results" in content:
                 attention += fastest(content["results"])
                 dtype = DTYPES[content["machine"]["dtype"]]
             else:
                 steps += _steps(file.stem, content)
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInput(
-                f"{file} holds no benchmark ({error!r}): give files of `llada bench step --json FILE` and"
-                " `llada bench attention --out DIR`."
-            ) from None
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"{file} holds no benchmark ({error!r}): {REMEDY}.") from None
     return Benchmarks(steps, attention, dtype)
 
 

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 from llada_megatron.config.contents import Parameters
 from llada_megatron.config.families import formulas_of
-from llada_megatron.config.flops import DocumentLengths, training_flops_per_sequence
+from llada_megatron.config.flops import (
+    DocumentLengths,
+    mfu,
+    pairs_per_sequence,
+    supervised_per_sequence,
+    training_flops_per_sequence,
+)
 from llada_megatron.config.layout import micro_batches_per_step
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, LayoutConfig
-from llada_megatron.plan import timing
 from llada_megatron.plan.activations import recomputed_modules
 from llada_megatron.plan.planner import Placement, Planner, Step
-from llada_megatron.plan.shapes import pairs_per_sequence, supervised_per_sequence
 from llada_megatron.plan.topology import gpus
 
 
@@ -188,7 +192,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
     return StageTime(
         name=stage.name,
         block_size=stage.block_size,
-        rows=config.data.sequence_length * (2 if stage.clean_copy else 1),
+        rows=config.data.sequence_length * stage.rows_per_token,
         steps=stage.steps,
         tokens=stage.tokens,
         micro_batches=micro_batches_per_step(layout, stage.micro_batch),
@@ -197,7 +201,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
         model_flops_per_token=needed,
         performed_flops_per_token=performed,
         tokens_per_sec=tokens_per_sec,
-        mfu=needed * tokens_per_sec / timing.peak_flops(planner.cluster, config.precision.dtype) / devices,
+        mfu=mfu(config, stage, tokens_per_sec, devices=devices, documents=planner.documents),
         hours=hours,
         gpu_hours=hours * devices,
         traffic=_traffic(planner, layout, placement, stage),
@@ -213,7 +217,7 @@ def flops_per_token(
     supervised rows fill more than one chunk.
     """
     model, length = config.model, config.data.sequence_length
-    positions = length * (2 if stage.clean_copy else 1)
+    positions = length * stage.rows_per_token
     pairs = pairs_per_sequence(config, stage, documents)
     supervised = supervised_per_sequence(config, stage)
     chunked = supervised * stage.micro_batch / layout.cp > model.head_chunk_tokens

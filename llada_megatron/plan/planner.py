@@ -10,12 +10,13 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.flops import DocumentLengths
 from llada_megatron.config.layout import micro_batches_per_step
+from llada_megatron.config.quantities import GB
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan import memory, timing, traffic, transient
 from llada_megatron.plan.families import plan_formulas_of
 from llada_megatron.plan.shapes import BYTES, Shape, shape_of
-from llada_megatron.plan.topology import GB, Group, check_cluster, groups
+from llada_megatron.plan.topology import Group, check_cluster, groups
 
 EXPERT_IMBALANCE = 1.2
 """Tokens at the busiest process's experts over the mean, unless the user says otherwise."""

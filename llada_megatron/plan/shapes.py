@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llada_megatron.config.flops import DocumentLengths, expected_pairs
+from llada_megatron.config.flops import DocumentLengths, pairs_per_sequence, supervised_per_sequence
 from llada_megatron.config.schedule import Stage
-from llada_megatron.config.schema import Config, DiffusionConfig, LayoutConfig
+from llada_megatron.config.schema import Config, LayoutConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
 
@@ -34,30 +34,10 @@ class Shape:
     """Noisy rows of this process that travel."""
     rotary_rows: int
     """Rows of the rotary angles."""
+    sums: int
+    """Numbers that the objective adds up over the global batch."""
     pairs: float
     """Visible query-key pairs of one layer, per head."""
-
-
-def mask_rate(diffusion: DiffusionConfig) -> float:
-    """Mean share of the positions that are masked; a complementary pair masks every position once."""
-    return 0.5 if diffusion.complementary else (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
-
-
-def supervised_per_sequence(config: Config, stage: Stage) -> float:
-    """Positions of a sequence that have a loss, on average; in autoregressive stages all but the first."""
-    length = config.data.sequence_length
-    return length * mask_rate(config.diffusion) if stage.is_diffusion else length - 1
-
-
-def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths | None) -> float:
-    """Visible query-key pairs of a layer in one sequence, per head."""
-    return expected_pairs(
-        config.data.sequence_length,
-        stage.block_size,
-        clean_copy=stage.clean_copy,
-        causal=not stage.is_diffusion,
-        documents=documents,
-    )
 
 
 def shape_of(
@@ -75,8 +55,7 @@ def shape_of(
     documents: of packed sequences; without them each is one document.
     """
     length, model, cp = config.data.sequence_length, config.model, layout.cp
-    halves = 2 if stage.clean_copy else 1
-    rows = halves * length * stage.micro_batch // cp
+    rows = stage.rows_per_token * length * stage.micro_batch // cp
     tokens = rows // layout.tp
     sent = tokens * model.experts_per_token
     routed = sent * layout.etp * (expert_imbalance if layout.ep > 1 else 1.0)
@@ -93,6 +72,7 @@ def shape_of(
         gathered=data + travelling if cp > 1 else 0,
         halo=travelling // cp,
         rotary_rows=rows if cp > 1 else rows // stage.micro_batch,
+        sums=stage.geometry.sums,
         pairs=pairs * stage.micro_batch / cp,
     )
 

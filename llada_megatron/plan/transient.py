@@ -9,7 +9,7 @@ operation and confirmed by the dry run (docs/planning.md), to within a few scala
 from __future__ import annotations
 
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
-from llada_megatron.plan.activations import METRICS, Parts, gathered_tokens, recomputed_modules
+from llada_megatron.plan.activations import Parts, gathered_tokens, recomputed_modules
 from llada_megatron.plan.shapes import Shape
 
 
@@ -42,10 +42,10 @@ def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b
 
 
 def _gathered_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
-    """= The same with gathered tokens T: b tH, tE of the map and 4TE of all probabilities, with the larger of
+    """Of a MoE layer's forward where the tokens T of all processes are gathered.
 
-    the experts' outputs, 2b NH (or once), and their sums before and after the exchange, in fp32 as well,
-    (b + 4) TH and 4tH.
+    b tH, tE of the map and 4TE of all probabilities, with the larger of the experts' outputs, 2b NH (or
+    once), and their sums before and after the exchange, in fp32 as well, (b + 4) TH and 4tH.
     """
     hidden, experts = model.hidden_size, model.experts
     moment = shape.tokens * experts
@@ -111,7 +111,7 @@ def head_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: i
     n, chunk = shape.supervised, min(shape.supervised, model.head_chunk_tokens)
     hidden = shape.tokens + (shape.rows if layout.tp > 1 else 0)
     wide = b if n <= model.head_chunk_tokens else b + 4
-    later = 12 * n + METRICS + (9 * n if n <= model.head_chunk_tokens else 8 * n)
+    later = 12 * n + 8 * shape.sums + (9 * n if n <= model.head_chunk_tokens else 8 * n)
     return b * hidden * model.hidden_size + wide * chunk * model.vocab_size // layout.tp - later
 
 

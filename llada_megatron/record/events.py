@@ -6,8 +6,8 @@ library only, since a batch script calls it with whatever Python a node has.
 `submitted` (job), `started` (job, restart, nodes, devices, step), `first_step` (step, replayed), `saved`
 (step, seconds), `evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when
 all are well again), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome,
-reason), `excluded` (nodes, problem: why they could not be), `refused` (exit_code of config/errors.py, reason,
-nodes at fault).
+reason), `excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py,
+reason, nodes at fault).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 
@@ -19,15 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.record.run_dir import RunDir
+
 Event = dict[str, Any]
-FILE = "events.jsonl"
 
 
 def append(run_dir: Path, event: str, **fields: Any) -> None:
     """Add an event to a run's record."""
     run_dir.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
-    handle = os.open(run_dir / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = os.open(RunDir(run_dir).events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(handle, line.encode())  # one write: lines of several writers do not mix
     finally:
@@ -37,7 +38,7 @@ def append(run_dir: Path, event: str, **fields: Any) -> None:
 def read(run_dir: Path) -> list[Event]:
     """The events of a run, oldest first; a torn line is left out."""
     try:
-        lines = (run_dir / FILE).read_text(encoding="utf-8").splitlines()
+        lines = RunDir(run_dir).events.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     found = []

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record.run_dir import MANIFEST, RunDir
 
-MANIFEST = "manifest.json"
 PACKAGES = ("torch", "megatron-core", "numpy", "llada-megatron")
 CHUNK_BYTES = 1 << 22
 
@@ -58,16 +57,24 @@ class Manifest:
         content = asdict(self)
         (checkpoint / MANIFEST).write_text(json.dumps({"sha256": _digest(content), **content}, indent=1))
 
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint and what its manifest says: read once, and passed on."""
+
+    path: Path
+    manifest: Manifest
+
     @staticmethod
-    def read(checkpoint: Path) -> Manifest:
+    def read(path: Path) -> Checkpoint:
         """Raises BadInput for a directory that is not a whole checkpoint, or whose manifest is damaged."""
         try:
-            content = json.loads((checkpoint / MANIFEST).read_text())
+            content = json.loads((path / MANIFEST).read_text())
             if content.pop("sha256") != _digest(content):
                 raise BadInput("it was changed after it was written")
-            return Manifest(**content)
+            return Checkpoint(path, Manifest(**content))
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{checkpoint} is not a whole checkpoint ({MANIFEST}: {error}).") from None
+            raise BadInput(f"{path} is not a whole checkpoint ({MANIFEST}: {error}).") from None
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -83,11 +90,11 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def file_damage(checkpoint: Path, manifest: Manifest, names: list[str]) -> list[str]:
-    """What is wrong with the named files of a checkpoint, one phrase each, by the manifest."""
+def file_damage(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    """What is wrong with the named files of a checkpoint, one phrase each, by its manifest."""
     found = []
     for name in names:
-        path, expected = checkpoint / name, manifest.files[name]
+        path, expected = checkpoint.path / name, checkpoint.manifest.files[name]
         if not path.is_file():
             found.append(f"{name} is missing")
         elif (size := path.stat().st_size) != expected["bytes"]:
@@ -97,30 +104,24 @@ def file_damage(checkpoint: Path, manifest: Manifest, names: list[str]) -> list[
     return found
 
 
-def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run that were published, oldest first."""
-    found = sorted((run_dir / "checkpoints").glob("step_*"))
-    return [path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).is_file()]
-
-
-def readable(run_dir: Path) -> dict[Path, Manifest]:
-    """Checkpoints of a run and their manifests, oldest first, without those whose manifest is damaged."""
-    found = {}
-    for path in whole_checkpoints(run_dir):
+def readable(run_dir: Path) -> list[Checkpoint]:
+    """Checkpoints of a run, oldest first, without those whose manifest is damaged."""
+    found = []
+    for path in RunDir(run_dir).whole_checkpoints():
         with suppress(BadInput):
-            found[path] = Manifest.read(path)
+            found.append(Checkpoint.read(path))
     return found
 
 
-def find(where: str) -> Path:
-    """The checkpoint at a path, or the newest of the run at that path; BadInput if there is none."""
+def find(where: str) -> Checkpoint:
+    """The checkpoint at a path, or the newest of the run at that path; BadInput if none, or a damaged one."""
     path = Path(where)
     if (path / MANIFEST).is_file():
-        return path
-    checkpoints = whole_checkpoints(path)
+        return Checkpoint.read(path)
+    checkpoints = RunDir(path).whole_checkpoints()
     if not checkpoints:
         raise BadInput(f"{where} is neither a checkpoint nor a run with one.")
-    return checkpoints[-1]
+    return Checkpoint.read(checkpoints[-1])
 
 
 def versions() -> dict[str, str]:
@@ -130,12 +131,29 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """The commit of this source, with `-dirty` after it when files differ; empty outside a clone."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return _of_our_clone("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
+
+
+def git_diff() -> str:
+    """How this source differs from its commit, as a patch; empty outside a clone."""
+    return _of_our_clone("diff", "HEAD", "--", ":/")
+
+
+def _of_our_clone(*arguments: str) -> str:
+    """What git says of the clone that this source belongs to; empty where it belongs to none.
+
+    A package that is installed inside another project's clone lies there without being part of it.
+    """
+    here = Path(__file__)
+    is_ours = _git("ls-files", "--error-unmatch", here.name, cwd=here.parent) is not None
+    return (_git(*arguments, cwd=here.parent) or "") if is_ours else ""
+
+
+def _git(*arguments: str, cwd: Path) -> str | None:
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=20
-        )
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout if done.returncode == 0 else None

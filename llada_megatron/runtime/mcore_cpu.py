@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
 
-from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime import quiet
 
 SUPPORTED_VERSION = "0.19."
@@ -77,7 +76,7 @@ class FusedAdamCPU(torch.optim.Optimizer):
         **unused: Any,
     ) -> None:
         if not adam_w_mode:
-            raise BadInput("FusedAdamCPU decouples weight decay: keep adam_w_mode=True.")
+            raise ValueError("FusedAdamCPU decouples weight decay: keep adam_w_mode=True.")
         super().__init__(
             params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,28 @@ from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
 from llada_megatron.config.compose import save
 from llada_megatron.config.errors import BadInput, RunFailed
-from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
-from llada_megatron.config.schedule import Stage
+from llada_megatron.config.flops import mfu, peak_flops
+from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
+from llada_megatron.evaluate.samples import infilled
 from llada_megatron.guard.agreement import check_agreement
 from llada_megatron.guard.exclusive import LINGER_SEC, only_training_of
 from llada_megatron.guard.preflight import check_nodes
 from llada_megatron.guard.signals import StopRequest
 from llada_megatron.guard.stragglers import Stragglers
 from llada_megatron.guard.watchdog import Watchdog
+from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
+from llada_megatron.parallel.dealing import Deal, sample_indices
+from llada_megatron.parallel.ranks import from_first_rank
 from llada_megatron.record import events
-from llada_megatron.record import manifest as manifests
+from llada_megatron.record.manifest import find
 from llada_megatron.record.metrics import read_jsonl
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
 from llada_megatron.training.position import (
@@ -58,9 +64,15 @@ class Outcome:
     finished: bool
 
 
-def run(config: Config) -> Outcome:
+def run(
+    config: Config,
+    *,
+    deal: Deal = sample_indices,
+    on_batch: Callable[[list[int], MicroBatch], None] | None = None,
+) -> Outcome:
     """Train this rank's part of a run to its end, or to a signal.
 
+    deal, on_batch: of Trainer, for whoever keeps a journal of a run (verify/journal.py).
     Raises BadInput for settings, data or checkpoints that do not fit, and RunFailed when too many
     steps were skipped for non-finite losses or gradients.
     """
@@ -87,7 +99,9 @@ def run(config: Config) -> Outcome:
         _announce_attention(config)
         lingering_sec = LINGER_SEC if in_slurm_job() else 0.0
         with only_training_of(Path(config.run.dir), wait_sec=lingering_sec):
-            outcome = _Run(config, schedule, data_fingerprint, watchdog).train(stop)
+            training_run = _Run(config, schedule, data_fingerprint, watchdog)
+            training_run.trainer.deal, training_run.trainer.on_batch = deal, on_batch
+            outcome = training_run.train(stop)
         if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
             dist.barrier()
         return outcome
@@ -109,7 +123,7 @@ def _announce_attention(config: Config) -> None:
         print(f"attention {line}", flush=True)
 
 
-def build_trainer(config: Config, schedule: Any) -> Trainer:
+def build_trainer(config: Config, schedule: Schedule) -> Trainer:
     """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
     vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
     if vocabulary > config.model.vocab_size:
@@ -129,10 +143,11 @@ def build_trainer(config: Config, schedule: Any) -> Trainer:
 
 class _Run:
     def __init__(
-        self, config: Config, schedule: Any, data_fingerprint: dict[str, Any], watchdog: Watchdog
+        self, config: Config, schedule: Schedule, data_fingerprint: dict[str, Any], watchdog: Watchdog
     ) -> None:
         self.config, self.schedule, self.watchdog = config, schedule, watchdog
-        self.dir = Path(config.run.dir)
+        self.files = RunDir(config.run.dir)
+        self.dir = self.files.path
         self.is_writer = dist.get_rank() == 0
         self.fingerprint = data_fingerprint
         self.trainer = build_trainer(config, schedule)
@@ -147,9 +162,9 @@ class _Run:
         self.trackers = None
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
-            recorded = read_jsonl(self.dir / "metrics.jsonl")
+            recorded = read_jsonl(self.files.metrics)
             self.replayed = max(0, recorded[-1]["step"] + 1 - self.position.step) if recorded else 0
-            save(config, self.dir / "config.yaml")  # a start that is refused has left the old one
+            save(config, self.files.config)  # a start that is refused has left the old one
             self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
         self.started = time.monotonic()
 
@@ -203,22 +218,21 @@ class _Run:
         return Outcome(step=step, signal=signal_number, finished=step >= last_step)
 
     def _load(self) -> Position:
-        if found := resume_checkpoint(self.config):
-            checkpoint, manifest = found
+        if checkpoint := resume_checkpoint(self.config):
+            manifest = checkpoint.manifest
             check_same_run(self.config, manifest, self.fingerprint)
-            store.load(checkpoint, self.trainer.model, self.trainer.optimizer)
+            store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
             check_nothing_later(self.dir, manifest.step)
             return Position(
                 manifest.step, manifest.skipped_steps, manifest.wall_sec, manifest.autoregressive_tokens
             )
         check_nothing_later(self.dir, 0)
         if self.config.checkpoint.init_from:
-            checkpoint = manifests.find(self.config.checkpoint.init_from)
-            manifest = store.verified(checkpoint)
-            check_same_model(self.config, checkpoint, manifest)
-            store.load(checkpoint, self.trainer.model, None)
+            checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
+            check_same_model(self.config, checkpoint)
+            store.load(checkpoint.path, self.trainer.model, None)
             self.trainer.optimizer.reload_model_params()
-            return Position(autoregressive_tokens=manifest.consumed_tokens)
+            return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
         return Position()
 
     def _record(self, event: str, **fields: Any) -> None:
@@ -247,13 +261,14 @@ class _Run:
         tokens_per_sec = self.schedule.tokens_per_step / seconds
         record = asdict(result)
         record.pop("skipped")
+        record |= record.pop("figures")
         self.trackers.log(
             {
                 "step": step,
                 "consumed_samples": (step + 1) * self.config.layout.global_batch,
                 "consumed_tokens": (step + 1) * self.schedule.tokens_per_step,
                 "stage": stage.name,
-                "objective": stage.objective.value,
+                "objective": stage.objective,
                 "block_size": stage.block_size,
                 **record,
                 "tokens_per_sec": tokens_per_sec,
@@ -263,30 +278,17 @@ class _Run:
         )
 
     def _mfu(self, stage: Stage, tokens_per_sec: float) -> float | None:
-        """Model FLOPs, attention counted on visible pairs of one document, over the devices' peak."""
-        config = self.config
-        if not config.cluster.peak_tflops:
+        if not peak_flops(self.config.cluster, self.config.precision.dtype):
             return None
-        length, diffusion = config.data.sequence_length, config.diffusion
-        rate = (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
-        flops = training_flops_per_sequence(
-            config.model,
-            positions=length * (2 if stage.clean_copy else 1),
-            pairs=expected_pairs(
-                length, stage.block_size, clean_copy=stage.clean_copy, causal=not stage.is_diffusion
-            ),
-            supervised=length * (rate if stage.is_diffusion else 1),
-        )
-        return flops * tokens_per_sec / length / (config.cluster.peak_tflops * 1e12 * config.layout.processes)
+        return mfu(self.config, stage, tokens_per_sec, devices=self.config.layout.processes)
 
     def _evaluate(self, step: int, stage: Stage | None) -> None:
         """Evaluate after a stage, or (stage None) the weights that a conversion starts from."""
         if self.evaluator is None:
             return
-        is_diffusion = stage is not None and stage.is_diffusion
-        is_autoregressive = stage is None or not stage.is_diffusion
+        is_diffusion = stage is not None and not stage.geometry.causal
         autoregressive = None
-        if is_autoregressive:
+        if not is_diffusion:
             tokens = self.position.autoregressive_tokens + step * self.schedule.tokens_per_step
             estimate = self.evaluator.autoregressive()
             autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
@@ -296,7 +298,7 @@ class _Run:
             "step": step,
             "consumed_tokens": step * self.schedule.tokens_per_step,
             "stage": stage.name if stage else "init",
-            "objective": stage.objective.value if stage else "autoregressive",
+            "objective": stage.objective if stage else "autoregressive",
             "block_size": stage.block_size if stage else 1,
             "stage_tokens": stage.tokens if stage else 0,
             "train_loss": self._train_loss(stage),
@@ -314,7 +316,9 @@ class _Run:
 
     def _infill(self, step: int, stage: Stage) -> None:
         assert self.evaluator is not None
-        for original, masked, filled in self.evaluator.infilled(stage.block_size):
+        chosen = self.evaluator.samples[: self.config.evaluation.infill_sequences]
+        model = self.trainer.model[0]
+        for original, masked, filled in infilled(self.config, model, chosen, stage.block_size):
             if self.trackers is not None:
                 texts = {"original": original, "masked": masked, "filled": filled}
                 self.trackers.sample(
@@ -326,7 +330,7 @@ class _Run:
             return None
         losses = [
             record["loss"]
-            for record in read_jsonl(self.dir / "metrics.jsonl")
+            for record in read_jsonl(self.files.metrics)
             if record["stage"] == stage.name and record["loss"] is not None
         ][-TRAIN_LOSS_STEPS:]
         return sum(losses) / len(losses) if losses else None

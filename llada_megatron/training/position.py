@@ -15,8 +15,8 @@ from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import Config, ModelConfig
 from llada_megatron.data.packed import fingerprint_difference
 from llada_megatron.parallel.ranks import from_first_rank, warn
-from llada_megatron.record import manifest as manifests
-from llada_megatron.record.manifest import Manifest, readable
+from llada_megatron.record.manifest import Checkpoint, Manifest, find, readable
+from llada_megatron.record.run_dir import RunDir
 
 MAY_CHANGE = (
     "run.resume",
@@ -76,7 +76,7 @@ class Position:
     """Data tokens of the model that the weights came from, when they came from another run."""
 
 
-def resume_checkpoint(config: Config) -> tuple[Path, Manifest] | None:
+def resume_checkpoint(config: Config) -> Checkpoint | None:
     """The checkpoint that run.resume selects, its files verified; every rank calls it.
 
     `auto` takes the newest good one and renames damaged newer ones, with a warning. BadInput when a path
@@ -85,13 +85,12 @@ def resume_checkpoint(config: Config) -> tuple[Path, Manifest] | None:
     if config.run.resume == "never":
         return None
     if config.run.resume != "auto":
-        checkpoint = manifests.find(config.run.resume)
-        return checkpoint, store.verified(checkpoint)
-    for checkpoint in reversed(from_first_rank(manifests.whole_checkpoints, Path(config.run.dir))):
+        return store.verified(from_first_rank(find, config.run.resume))
+    for path in reversed(from_first_rank(RunDir(config.run.dir).whole_checkpoints)):
         try:
-            return checkpoint, store.verified(checkpoint)
+            return store.verified(from_first_rank(Checkpoint.read, path))
         except BadInput as damage:
-            kept_as = publish.set_aside_damaged(checkpoint)
+            kept_as = publish.set_aside_damaged(path)
             warn(f"{damage} It is kept as {kept_as.name}; the run goes on from the one before it.")
     return None
 
@@ -118,19 +117,19 @@ def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[st
         )
 
 
-def check_same_model(config: Config, checkpoint: Path, manifest: Manifest) -> None:
+def check_same_model(config: Config, checkpoint: Checkpoint) -> None:
     """Raise BadInput when weights to start from are of a model that computes otherwise.
 
     Shapes alone would not tell: another rotary base, norm or mask token loads without an error.
     """
     # A key that came after the checkpoint has the value that its weights were made with, the default.
-    saved = {"model": dataclasses.asdict(ModelConfig(**manifest.config["model"]))}
+    saved = {"model": dataclasses.asdict(ModelConfig(**checkpoint.manifest.config["model"]))}
     now = {"model": OmegaConf.to_container(OmegaConf.structured(config.model), enum_to_str=True)}
     allowed = (*TRAINING_OF_MODEL, *config.run.allow_change)
     if changed := [line for line in leaf_differences(saved, now) if not line.startswith(allowed)]:
         raise BadInput(
-            f"checkpoint.init_from={checkpoint} holds another model: {'; '.join(changed)}. Choose its model,"
-            " or name the keys in run.allow_change."
+            f"checkpoint.init_from={checkpoint.path} holds another model: {'; '.join(changed)}. Choose its"
+            " model, or name the keys in run.allow_change."
         )
 
 
@@ -140,11 +139,11 @@ def check_nothing_later(run_dir: Path, step: int) -> None:
     They belong to a history that this start abandons: the next resume would pick one of them, and they
     would count as newer than what is saved from now on.
     """
-    for checkpoint, manifest in readable(run_dir).items():
-        if manifest.step > step:
+    for checkpoint in readable(run_dir):
+        if checkpoint.manifest.step > step:
             raise BadInput(
-                f"{checkpoint} is later than step {step}, where run.resume starts: remove it and those after"
-                " it, or choose another run.dir."
+                f"{checkpoint.path} is later than step {step}, where run.resume starts: remove it and those"
+                " after it, or choose another run.dir."
             )
 
 

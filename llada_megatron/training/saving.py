@@ -15,6 +15,7 @@ from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.record import events
 from llada_megatron.record.manifest import Manifest
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.training.position import Position
 from llada_megatron.training.step import Trainer
 
@@ -56,7 +57,7 @@ class Saving:
             data_fingerprint=self.fingerprint,
         )
         self._pending = Save(
-            Path(self.config.run.dir) / "checkpoints" / f"step_{step:08d}",
+            RunDir(self.config.run.dir).checkpoint(step),
             manifest,
             self.trainer.model,
             self.trainer.optimizer,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -15,19 +19,11 @@ from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, MomentsAtStart
 from llada_megatron.data.packed import PackedSequences
 from llada_megatron.model.provider import build_model
-from llada_megatron.objectives.batch import (
-    POSITION_BINS,
-    RATE_BINS,
-    MicroBatch,
-    autoregressive_batch,
-    check_vocabulary,
-    context_part,
-    diffusion_batch,
-)
-from llada_megatron.objectives.corruption import data_index
-from llada_megatron.objectives.passes import forward_step, global_sums, means
-from llada_megatron.objectives.weights import embedding_noise_sigma
-from llada_megatron.parallel.dealing import data_parallel, sample_indices
+from llada_megatron.objectives import passes
+from llada_megatron.objectives.batch import MicroBatch, context_part
+from llada_megatron.objectives.objective import Objective
+from llada_megatron.objectives.registry import objective_of
+from llada_megatron.parallel.dealing import Deal, data_parallel, sample_indices
 from llada_megatron.runtime import device
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.embedding import embedding_statistics
@@ -45,18 +41,37 @@ class Trainer:
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
     balance: ExpertBalance
+    objectives: Mapping[str, Objective]
+    """By the name that stages give."""
+    deal: Deal = sample_indices
+    on_batch: Callable[[list[int], MicroBatch], None] | None = None
+    """Sees every micro-batch that is built, whole, with its sample indices: a run's journal."""
+    micro_batches: Callable[..., Iterator[MicroBatch]] | None = None
+    """In the place of the function of that name: the dry run's."""
+    section: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+    """Surrounds a part of the step, `passes` or `optimizer`: a benchmark's stopwatch."""
 
 
 def assemble(
-    config: Config, schedule: Schedule, data: PackedSequences, *, initialize: bool = True
+    config: Config,
+    schedule: Schedule,
+    data: PackedSequences,
+    *,
+    initialize: bool = True,
+    attention: Callable[..., torch.Tensor] | None = None,
 ) -> Trainer:
-    """Model, optimizer and schedules of this rank; without `initialize` weights have no values."""
-    model = wrap(config, build_model(config, initialize=initialize))
+    """Model, optimizer and schedules of this rank.
+
+    Without `initialize` weights have no values; `attention` takes the place of the configured executor.
+    """
+    model = wrap(config, build_model(config, initialize=initialize, attention=attention))
     optimizer = build_optimizer(config, model)
     balance = ExpertBalance(list(model), config.model)
     get_model_config(model[0]).finalize_model_grads_func = balance.finalize
     rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
-    return Trainer(config, schedule, data, model, optimizer, rate, balance)
+    names = dict.fromkeys(stage.objective for stage in schedule.stages)
+    objectives = {name: objective_of(name, config, schedule) for name in names}
+    return Trainer(config, schedule, data, model, optimizer, rate, balance, objectives)
 
 
 @dataclass
@@ -68,11 +83,11 @@ class StepResult:
     lr: float
     skipped: bool
     load_max_over_mean: float | None
-    loss_by_t: list[float | None] | None
-    """None in autoregressive stages, which have no mask rate."""
-    loss_by_block_position: list[float | None]
     mask_row_norm: float
+    """Of the mask token's embedding."""
     embedding_noise_sigma: float
+    figures: dict[str, Any]
+    """By the names that the stage's objective gives them."""
 
 
 def train_step(trainer: Trainer, step: int) -> StepResult:
@@ -81,77 +96,113 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     A non-finite loss or gradient norm leaves weights, moments and expert biases as they were.
     """
     stage = trainer.schedule.stage_at(step)
+    objective = trainer.objectives[stage.objective]
     if step == stage.first_step and stage.moments is MomentsAtStart.reset:
         reset_moments(trainer.optimizer)
     lr = trainer.learning_rate.apply(step)
-    statistics = embedding_statistics(trainer.model[0], trainer.config.model.mask_token_id)
-    sigma = noise_sigma(trainer, step, statistics.rms)
+    embedding = embedding_statistics(trainer.model[0], trainer.config.model.mask_token_id)
+    sigma = objective.noise_sigma(step, embedding.rms)
 
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    reduced = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[micro_batches(trainer, stage, step, sigma) for _ in trainer.model],
-        model=trainer.model,
-        num_microbatches=trainer.config.layout.global_batch // stage.micro_batch // data_parallel()[1],
-        seq_length=trainer.config.data.sequence_length * (2 if stage.clean_copy else 1),
-        micro_batch_size=stage.micro_batch,
-        forward_only=False,
-    )
-    sums = global_sums(reduced)
-    loss = float(sums[0] / sums[1].clamp(min=1))
+    sizes = pass_sizes(trainer.config, stage)
+    build = partial(trainer.micro_batches or micro_batches, trainer, objective, stage, step, sigma)
+    if objective.draft_readout is not None:
+        build = partial(build, drafts=_drafts(trainer, objective, stage, step, sigma))
+    ratios = _ratios(trainer, objective, build, sizes)
+    with trainer.section("passes"):
+        reduced = get_forward_backward_func()(
+            forward_step_func=partial(passes.forward_step, objective, ratios),
+            data_iterator=[build() for _ in trainer.model],
+            model=trainer.model,
+            forward_only=False,
+            **sizes,
+        )
+    total = passes.global_sums(reduced, objective.geometry.sums)
+    loss, _, means = passes.read_record(objective, total)
 
     trainer.optimizer.prepare_grads()
     grad_norm = float(trainer.optimizer.get_grad_norm())
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
     if not skipped:
-        trainer.optimizer.step()
+        with trainer.section("optimizer"):
+            trainer.optimizer.step()
         trainer.balance.update()
-    by_t, by_position = sums[2:].split([2 * RATE_BINS, 2 * POSITION_BINS])
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
         lr=lr,
         skipped=skipped,
         load_max_over_mean=trainer.balance.load_max_over_mean(),
-        loss_by_t=means(by_t, RATE_BINS) if stage.is_diffusion else None,
-        loss_by_block_position=means(by_position, min(stage.block_size, POSITION_BINS)),
-        mask_row_norm=statistics.mask_row_norm,
+        mask_row_norm=embedding.mask_row_norm,
         embedding_noise_sigma=sigma,
+        figures=objective.shown(stage, means),
     )
 
 
-def micro_batches(trainer: Trainer, stage: Stage, step: int, sigma: float) -> Iterator[MicroBatch]:
+def pass_sizes(config: Config, stage: Stage) -> dict[str, int]:
+    """What megatron-core's schedules ask of a pass over a step's global batch."""
+    return {
+        "num_microbatches": config.layout.global_batch // stage.micro_batch // data_parallel()[1],
+        "seq_length": config.data.sequence_length * stage.rows_per_token,
+        "micro_batch_size": stage.micro_batch,
+    }
+
+
+def micro_batches(
+    trainer: Trainer,
+    objective: Objective,
+    stage: Stage,
+    step: int,
+    sigma: float,
+    drafts: list[torch.Tensor] | None = None,
+) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a step, on its device; none is held here while the model has it."""
-    for indices in sample_indices(step, stage.micro_batch, trainer.config.layout.global_batch):
-        yield context_part(whole_batch(trainer, stage, indices, sigma)).to(device.device())
+    dealt = trainer.deal(step, stage.micro_batch, trainer.config.layout.global_batch)
+    for index, indices in enumerate(dealt):
+        draft = {} if drafts is None else {"draft": drafts[index]}
+        batch = objective.batch(trainer.data, indices, stage, noise_sigma=sigma, **draft)
+        if trainer.on_batch is not None:
+            trainer.on_batch(indices, batch)
+        batch.inputs.readout = objective.readout
+        yield context_part(batch).to(device.device())
 
 
-def whole_batch(trainer: Trainer, stage: Stage, indices: list[int], sigma: float) -> MicroBatch:
-    """The micro-batch of these global sample indices, on the host and before context parallelism cuts it."""
-    config = trainer.config
-    sequences = [data_index(index, config.diffusion) if stage.is_diffusion else index for index in indices]
-    samples = [trainer.data[sequence] for sequence in sequences]
-    check_vocabulary(samples, config.model.vocab_size)
-    if not stage.is_diffusion:
-        return autoregressive_batch(samples)
-    return diffusion_batch(
-        samples,
-        indices,
-        stage,
-        config.diffusion,
-        seed=config.run.seed,
-        mask_token_id=config.model.mask_token_id,
-        noise_sigma=sigma,
+def _drafts(
+    trainer: Trainer, objective: Objective, stage: Stage, step: int, sigma: float
+) -> list[torch.Tensor]:
+    """What the model makes of each draft batch of the step, fp64 [N, columns] on the host."""
+    readout = objective.draft_readout
+    assert readout is not None
+    parts = []
+    for indices in trainer.deal(step, stage.micro_batch, trainer.config.layout.global_batch):
+        whole = objective.draft_batch(trainer.data, indices, stage, noise_sigma=sigma)
+        whole.inputs.readout = readout
+        parts.append((len(whole.inputs.outputs), context_part(whole)))
+    outputs = passes.forward_only(
+        trainer.model,
+        [(part.to(device.device()) for _, part in parts) for _ in trainer.model],
+        lambda _, output: output.detach(),
+        **pass_sizes(trainer.config, stage),
     )
+    return passes.on_every_rank(outputs, parts, readout.columns)
 
 
-def noise_sigma(trainer: Trainer, step: int, rms: float) -> float:
-    """Standard deviation of the embedding noise at a step; zero in autoregressive stages."""
-    noise = trainer.config.diffusion.embedding_noise
-    first = trainer.schedule.first_diffusion_step()
-    if step < first:
-        return 0.0
-    tokens = (step - first) * trainer.schedule.tokens_per_step
-    return rms * embedding_noise_sigma(noise.sigma_over_rms, noise.fade_tokens, tokens)
+def _ratios(
+    trainer: Trainer, objective: Objective, build: Callable[[], Iterator[MicroBatch]], sizes: dict[str, int]
+) -> list[float]:
+    """What brings an objective's several denominators to one (objectives/passes.py)."""
+    terms = objective.geometry.denominators
+    if terms == 1:
+        return [1.0]
+    if objective.counts_known:
+        return passes.ratios_of(passes.known_counts(list(build())))
+    counted = passes.forward_only(
+        trainer.model,
+        [build() for _ in trainer.model],
+        lambda batch, output: passes.reduced(objective, [1.0] * terms, batch, output)[2],
+        **sizes,
+    )
+    _, counts, _ = passes.read_record(objective, passes.global_sums(counted, objective.geometry.sums))
+    return passes.ratios_of(counts)

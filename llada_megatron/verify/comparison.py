@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import RunFailed
 
 TOLERANCES = {
     "loss": 2e-6,
@@ -63,15 +63,14 @@ class LayoutReport:
     def passed(self) -> bool:
         return all(result.passed for result in self.results)
 
-    def as_json(self) -> str:
+    def as_json(self) -> dict[str, Any]:
         results = [asdict(result) | {"passed": result.passed} for result in self.results]
-        report = {
+        return {
             "layouts": results,
             "tolerances": TOLERANCES,
             "routing_margin": self.routing_margin,
             "passed": self.passed,
         }
-        return json.dumps(report, indent=2) + "\n"
 
 
 def compare(name: str, processes: int, measured: Measurement, reference: Measurement) -> LayoutResult:
@@ -79,7 +78,7 @@ def compare(name: str, processes: int, measured: Measurement, reference: Measure
     biases = {k: v for k, v in measured.weight_differences.items() if k.endswith("expert_bias")}
     weights = {k: v for k, v in measured.weight_differences.items() if k not in biases}
     if set(measured.weight_differences) != set(reference.weights):
-        raise BadInput(f"{name} has other parameters than one process: this is an error of the layout.")
+        raise RunFailed(f"{name} has other parameters than one process: this is an error of the layout.")
     layers = reference.load
     moved = sum(float(np.abs(np.subtract(measured.load[layer], layers[layer])).sum() / 2) for layer in layers)
     worst_weight = max(weights, key=lambda key: weights[key])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import BlockGrid
 from llada_megatron.runtime.launch import launch
 
 
@@ -27,10 +27,7 @@ class ContextReport:
     """Noisy keys that travel since their block has tokens of several ranks."""
     bytes_counted: int
     bytes_naive: int
-    """The same when noisy and clean keys are all gathered, also measured."""
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+    """Bytes when noisy and clean keys are all gathered, also measured."""
 
 
 def check(
@@ -47,7 +44,7 @@ def check(
 
     if min(cp, kv_heads, head_dim) < 1:
         raise BadInput(f"--cp {cp}, --kv-heads {kv_heads} and --head-dim {head_dim} must be at least 1.")
-    mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, block_grid)  # type: ignore[arg-type]
+    mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, BlockGrid(block_grid))
     shard = ContextShard(mask, 0, cp)
     owner = shard.owner[0]
     work = np.bincount(owner, weights=mask.pairs_per_token[0], minlength=cp)
@@ -73,7 +70,7 @@ def _received_bytes(
     import torch
 
     from llada_megatron.attention import BlockDiffusionMask
-    from llada_megatron.attention.context import ContextShard, exchange
+    from llada_megatron.attention.context import ContextShard
     from llada_megatron.config.schema import LayoutConfig
     from llada_megatron.parallel import groups
     from llada_megatron.verify.traffic import ReceivedBytes
@@ -84,12 +81,12 @@ def _received_bytes(
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
         group = parallel_state.get_context_parallel_group()
-        mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, block_grid)  # type: ignore[arg-type]
+        mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, BlockGrid(block_grid))
         shard = ContextShard(mask, group.rank(), cp)
         shape = shard.rows.shape[1], 1, kv_heads, head_dim
         key, value = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
         with ReceivedBytes() as ours:
-            keys, values = exchange(key, value, shard, group)
+            keys, values = shard.of(key, value, 1, group)
             torch.autograd.backward([keys, values], [keys.detach(), values.detach()])
         with ReceivedBytes() as naive:
             both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=2), group=group)

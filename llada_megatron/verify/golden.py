@@ -8,7 +8,6 @@ Legend: S positions, L tokens per sequence, B sequences, H hidden size, E expert
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,14 +35,16 @@ from llada_megatron.convert.config_json import architecture_of, model_config
 from llada_megatron.convert.conversion import hf_to_mcore
 from llada_megatron.convert.families import ExpertLayout, family_of
 from llada_megatron.convert.loaded import gradients, load_model
-from llada_megatron.convert.safetensors_files import read_json
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.inputs import ModelInputs
-from llada_megatron.objectives.batch import MicroBatch, autoregressive_batch, diffusion_inputs
+from llada_megatron.model.readout import LOGITS
+from llada_megatron.objectives.autoregressive import autoregressive_batch
+from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.corruption import Corruption
-from llada_megatron.objectives.passes import loss_sum
+from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.objectives.weights import position_weights
+from llada_megatron.record.json_files import read_json, require
 from llada_megatron.runtime import device
 
 TOLERANCES = {
@@ -65,6 +67,7 @@ DENOMINATORS = {
     "sequence": Denominator.sequence,
     "batch": Denominator.batch,
 }
+REMEDY = "give a directory of golden cases"
 IGNORED = -100
 UNSUPERVISED_PROMPT = 7
 """Labels that the next-token loss of case `causal` ignores; cases.json says so in words."""
@@ -129,10 +132,8 @@ def check(directory: Path) -> GoldenReport:
 
     Raises BadInput when the directory lacks a file or its checkpoint cannot be read.
     """
-    for name in ("cases.json", "cases.safetensors"):
-        if not (directory / name).is_file():
-            raise BadInput(f"{directory} holds no {name}: give a directory of golden cases.")
-    described = json.loads((directory / "cases.json").read_text(encoding="utf-8"))
+    described = read_json(directory / "cases.json", REMEDY)
+    require(described, directory / "cases.json", "mask_token_id", "cases", remedy=REMEDY)
     golden = load(directory, described["mask_token_id"])
     report = GoldenReport()
     report.cases += [mask_case(name, allowed) for name, allowed in golden.tensors("maskfn").items()]
@@ -153,9 +154,12 @@ def check(directory: Path) -> GoldenReport:
 
 def load(directory: Path, mask_token_id: int) -> Golden:
     """Convert the directory's checkpoint, load the result in fp32, and read the cases."""
-    stored = load_file(directory / "cases.safetensors")
+    try:
+        stored = load_file(directory / "cases.safetensors")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise BadInput(f"{directory}/cases.safetensors cannot be read ({error}): {REMEDY}.") from None
     longest = max(tensor.shape[-1] for name, tensor in stored.items() if name.endswith("input_ids"))
-    described = read_json(directory / "config.json")
+    described = read_json(directory / "config.json", REMEDY)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         hf_to_mcore(directory, checkpoint, mask_token_id=mask_token_id).require()
@@ -190,7 +194,9 @@ def case_mask(case: dict[str, Any], positions: int) -> BlockDiffusionMask:
     return BlockDiffusionMask(
         [torch.tensor([0, *np.cumsum(lengths)])],
         case.get("block_size", 1 if kind == "causal" else length),
-        block_grid="document" if case.get("block_grid", "").startswith("document-local") else "sequence",
+        block_grid=BlockGrid.document
+        if case.get("block_grid", "").startswith("document-local")
+        else BlockGrid.sequence,
         clean_copy=kind == "bdlm",
         causal=kind in ("causal", "block_causal"),
     )
@@ -234,8 +240,9 @@ def forward_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
     inputs = ModelInputs(
         tokens=stored["input_ids"][None].to(at),
         positions=stored["position_ids"][None].to(at),
-        shard=ContextShard(mask),
+        keys=ContextShard(mask),
         outputs=torch.arange(*case["logits_rows"], device=at),
+        readout=LOGITS,
     )
     with torch.no_grad(), recorded(golden.stage) as seen:
         logits = golden.stage(inputs)
@@ -263,11 +270,9 @@ def greedy_case(golden: Golden, name: str) -> CaseResult:
         mask = case_mask({"kind": "causal"}, length)
         last = torch.tensor([length - 1], device=at)
         with torch.no_grad():
-            logits = golden.stage(
-                ModelInputs(
-                    tokens[None], torch.arange(length, device=at)[None], ContextShard(mask), outputs=last
-                )
-            )
+            positions = torch.arange(length, device=at)
+            inputs = ModelInputs(tokens[None], positions[None], ContextShard(mask), last, readout=LOGITS)
+            logits = golden.stage(inputs)
         tokens = torch.cat([tokens, logits.argmax(-1)])
     return CaseResult(name, {"tokens": float((tokens[len(prompt) :].cpu() != expected).sum())})
 
@@ -276,8 +281,8 @@ def next_token_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResu
     """The next-token loss of autoregressive training, and its gradient's norm."""
     tokens = golden.stored[f"{name}.input_ids"].numpy()
     batch = autoregressive_batch([PackedSample(tokens, np.array([0, len(tokens)], dtype=np.int32))])
-    batch.weights[: UNSUPERVISED_PROMPT - 1] = 0  # row i predicts token i + 1
-    batch.count = int(batch.weights.sum())
+    batch.rows["weights"][: UNSUPERVISED_PROMPT - 1] = 0  # row i predicts token i + 1
+    batch.counts = (int(batch.rows["weights"].sum()),)
     loss, _ = backward(golden.stage, [batch])
     norm = global_grad_norm(golden.stage)
     differences = {
@@ -345,10 +350,8 @@ def micro_batch(golden: Golden, stored: dict[str, Tensor], part: str, loss: dict
     )
     return MicroBatch(
         inputs=inputs,
-        weights=torch.from_numpy(np.stack(weights)[masked]).float(),
-        count=sum(counts),
-        rate_bin=torch.zeros(int(masked.sum()), dtype=torch.int64),
-        position_bin=torch.zeros(int(masked.sum()), dtype=torch.int64),
+        rows={"weights": torch.from_numpy(np.stack(weights)[masked]).float()},
+        counts=(sum(counts),),
     )
 
 
@@ -359,7 +362,7 @@ def backward(stage: BlockDiffusionGPT, batches: list[MicroBatch]) -> tuple[float
     for batch in batches:
         batch = batch.to(device.device())
         cross_entropy = stage(batch.inputs)
-        loss = loss_sum(batch, cross_entropy)[0] / batch.count / len(batches)
+        loss = (cross_entropy * batch.rows["weights"]).sum() / batch.counts[0] / len(batches)
         loss.backward()
         total += loss.item()
         cross_entropies.append(cross_entropy.detach())

@@ -1,4 +1,4 @@
-"""What a run trained on, written down while it trains: sample indices, mask rates and masks."""
+"""What a run trained on, written down while it trains: sample indices, and what was made of each sample."""
 
 from __future__ import annotations
 
@@ -6,49 +6,40 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.schema import Config, LayoutConfig
 
+if TYPE_CHECKING:
+    from llada_megatron.objectives.batch import MicroBatch
+    from llada_megatron.parallel.dealing import Deal
 
-def train_and_record(config: Config, folder: Path) -> int:
-    """Train this rank's part of a run, with a file of its own; returns the signal that stopped it."""
-    from llada_megatron.objectives import batch
-    from llada_megatron.training import loop, step
+
+def train_and_record(config: Config, folder: Path, *, deal: Deal | None = None) -> int:
+    """Train this rank's part of a run, with a file of its own; returns the signal that stopped it.
+
+    `deal`: another dealing of samples than training's, which a certificate must notice.
+    """
+    from llada_megatron.parallel.dealing import sample_indices
+    from llada_megatron.training import loop
 
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / f"{os.environ['RANK']}_{os.getpid()}.jsonl").open("w")
+    with (folder / f"{os.environ['RANK']}_{os.getpid()}.jsonl").open("w") as file:
 
-    def record(entry: dict[str, Any]) -> None:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
+        def record(indices: list[int], batch: MicroBatch) -> None:
+            for place, index in enumerate(indices):
+                file.write(json.dumps({"sample": index, "batch_sha256": batch.digest(place)}) + "\n")
+            file.flush()
 
-    deal, corrupt = step.sample_indices, batch.corrupt
-
-    def recorded_deal(*arguments: Any) -> list[list[int]]:
-        dealt = deal(*arguments)
-        record({"samples": sorted(index for indices in dealt for index in indices)})
-        return dealt
-
-    def recorded_corrupt(seed: int, index: int, *arguments: Any) -> Any:
-        corruption = corrupt(seed, index, *arguments)
-        digest = hashlib.sha256(corruption.rate.tobytes() + corruption.masked.tobytes())
-        record({"sample": index, "noise_sha256": digest.hexdigest()})
-        return corruption
-
-    step.sample_indices = recorded_deal  # type: ignore[assignment]
-    batch.corrupt = recorded_corrupt  # type: ignore[assignment]
-    with file:
-        return loop.run(config).signal
+        return loop.run(config, on_batch=record, deal=deal or sample_indices).signal
 
 
 class Journal:
     """The union of what every process of a run's attempts wrote; a sample trained again must be the same."""
 
     def __init__(self, folder: Path) -> None:
-        self.samples: set[int] = set()
-        self.noise: dict[int, str] = {}
+        self.batches: dict[int, str] = {}
         for file in sorted(folder.glob("*.jsonl")):
             for line in file.read_text().splitlines():
                 self._add(line)
@@ -58,19 +49,17 @@ class Journal:
             entry = json.loads(line)
         except json.JSONDecodeError:  # torn by a kill
             return
-        self.samples.update(entry.get("samples", []))
-        if "sample" in entry:
-            known = self.noise.setdefault(entry["sample"], entry["noise_sha256"])
-            if known != entry["noise_sha256"]:
-                raise BadInput(f"Sample {entry['sample']} was corrupted in two ways.")
+        known = self.batches.setdefault(entry["sample"], entry["batch_sha256"])
+        if known != entry["batch_sha256"]:
+            raise RunFailed(f"Sample {entry['sample']} came in two ways.")
 
     def samples_sha256(self) -> str:
         """Of the indices of all samples, in order."""
-        return _digest(sorted(self.samples))
+        return _digest(sorted(self.batches))
 
-    def noise_sha256(self) -> str:
-        """Of t and the masks of all samples, in sample order."""
-        return _digest([[index, self.noise[index]] for index in sorted(self.noise)])
+    def batches_sha256(self) -> str:
+        """Of what the objective made of all samples, masks and weights among it, in sample order."""
+        return _digest([[index, self.batches[index]] for index in sorted(self.batches)])
 
 
 def _digest(value: Any) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llada_megatron.config import rules
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.schema import Config
 from llada_megatron.evaluate.likelihood import Evaluator
 from llada_megatron.model.initialize import SHARDING_METADATA
@@ -90,7 +90,7 @@ def _whole_weights(trainer: Trainer) -> dict[str, np.ndarray]:
         place = _place(piece)
         tensor[place] = piece.data.detach().double().cpu().numpy().reshape(tensor[place].shape)
     if holes := [key for key, tensor in whole.items() if np.isnan(tensor).any()]:
-        raise BadInput(f"These tensors are not whole after training, or hold NaN: {holes}")
+        raise RunFailed(f"These tensors are not whole after training, or hold NaN: {holes}")
     return whole
 
 

@@ -6,7 +6,6 @@ a save, stopped by SIGUSR1, and resumed each time, at last under another layout 
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -18,12 +17,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
-from llada_megatron.record.manifest import find, git_commit, versions, whole_checkpoints
+from llada_megatron.record.manifest import find, git_commit, versions
 from llada_megatron.record.metrics import read_jsonl, step_seconds
+from llada_megatron.record.run_dir import SHARDS, RunDir
 from llada_megatron.runtime.launch import WorkerDied, launch
 from llada_megatron.verify import journal
 from llada_megatron.verify.layouts import write_corpus
@@ -75,8 +76,8 @@ class Certificate:
         within = self.bitwise if self.layout_a == self.layout_b else self.max_rel <= TOLERANCE
         return within and self.same_samples and self.same_noise and len(self.losses_a) == self.steps
 
-    def as_json(self) -> str:
-        return json.dumps({**asdict(self), "tolerance": TOLERANCE, "passed": self.passed}, indent=2) + "\n"
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tolerance": TOLERANCE, "passed": self.passed}
 
 
 def check(overrides: list[str], other_layout: list[str], *, seed: int = 0) -> Certificate:
@@ -107,7 +108,7 @@ class _Check:
     def certificate(self) -> Certificate:
         straight, broken = self.folder / "straight", self.folder / "interrupted"
         self._train(self._config(straight))
-        self.step_sec = step_seconds(read_jsonl(straight / "metrics.jsonl")[-1])
+        self.step_sec = step_seconds(read_jsonl(RunDir(straight).metrics)[-1])
         often = [*self.overrides, "checkpoint.every_steps=1"]
         interruptions = [
             self._interrupt(often, broken, "kill -9 in a step", self._kill_in_a_step),
@@ -116,7 +117,7 @@ class _Check:
         ]
         self._train(self._config(broken, *self.other_layout))
         losses_a, losses_b = (
-            [r["loss"] for r in read_jsonl(run / "metrics.jsonl")] for run in (straight, broken)
+            [r["loss"] for r in read_jsonl(RunDir(run).metrics)] for run in (straight, broken)
         )
         state_a, state_b = (self._state_sha256(run) for run in (straight, broken))
         journal_a, journal_b = (journal.Journal(self._journal(run)) for run in (straight, broken))
@@ -128,12 +129,12 @@ class _Check:
             losses_a=losses_a,
             losses_b=losses_b,
             sample_ids_sha256=journal_b.samples_sha256(),
-            noise_sha256=journal_b.noise_sha256(),
+            noise_sha256=journal_b.batches_sha256(),
             weights_sha256=state_b,
             bitwise=losses_a == losses_b and state_a == state_b,
             max_rel=max((abs(b - a) / abs(a) for a, b in pairs), default=math.nan),
-            same_samples=journal_a.samples == journal_b.samples,
-            same_noise=journal_a.noise == journal_b.noise,
+            same_samples=journal_a.batches.keys() == journal_b.batches.keys(),
+            same_noise=journal_a.batches == journal_b.batches,
             interruptions=interruptions,
             versions=versions(),
             git_commit=git_commit(),
@@ -159,7 +160,7 @@ class _Check:
     ) -> Interruption:
         """Train with a thread beside it that strikes once; BadInput when the run was over before that."""
         config = self._config(run_dir, *overrides[len(self.overrides) :])
-        before = len(read_jsonl(run_dir / "metrics.jsonl"))
+        before = len(read_jsonl(RunDir(run_dir).metrics))
         striker = threading.Thread(target=strike, args=(run_dir, before), daemon=True)
         striker.start()
         try:
@@ -171,12 +172,11 @@ class _Check:
             if kind != "SIGUSR1":
                 raise BadInput(f"The run was over before `{kind}` could happen: give it more steps.")
         striker.join()
-        done = whole_checkpoints(run_dir)
-        step = len(read_jsonl(run_dir / "metrics.jsonl"))
-        return Interruption(kind, step, int(done[-1].name.removeprefix("step_")) if done else 0)
+        step = len(read_jsonl(RunDir(run_dir).metrics))
+        return Interruption(kind, step, RunDir(run_dir).newest_step())
 
     def _kill_in_a_step(self, run_dir: Path, before: int) -> None:
-        saved = run_dir / "checkpoints" / f"step_{before + 1:08d}"
+        saved = RunDir(run_dir).checkpoint(before + 1)
         while not saved.exists():
             time.sleep(POLL_SEC)
         time.sleep(self.moments.random() * self.step_sec)
@@ -184,7 +184,9 @@ class _Check:
 
     def _kill_in_a_save(self, run_dir: Path, before: int) -> None:
         _wait_for_steps(run_dir, before + 1)
-        while not any((run_dir / "checkpoints").glob(".step_*.partial/shards/*.distcp")):
+        while not any(
+            any((aside / SHARDS).glob("*.distcp")) for aside in RunDir(run_dir).partial_checkpoints()
+        ):
             time.sleep(POLL_SEC)
         self._kill_a_rank()
 
@@ -198,9 +200,9 @@ class _Check:
         )
 
     def _state_sha256(self, run_dir: Path) -> str:
-        return launch(journal.state_sha256, find(str(run_dir)), processes=1, preload=PRELOAD)[0]
+        return launch(journal.state_sha256, find(str(run_dir)).path, processes=1, preload=PRELOAD)[0]
 
 
 def _wait_for_steps(run_dir: Path, steps: int) -> None:
-    while len(read_jsonl(run_dir / "metrics.jsonl")) < steps:
+    while len(read_jsonl(RunDir(run_dir).metrics)) < steps:
         time.sleep(POLL_SEC)

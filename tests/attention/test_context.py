@@ -32,7 +32,7 @@ def largest_differences(seeds):
     from megatron.core import parallel_state
 
     from llada_megatron.attention import block_diffusion_attention
-    from llada_megatron.attention.context import ContextShard, exchange
+    from llada_megatron.attention.context import ContextShard
     from llada_megatron.config.schema import LayoutConfig
     from llada_megatron.parallel import groups
 
@@ -44,8 +44,10 @@ def largest_differences(seeds):
             mask = random_mask(seed)
             torch.manual_seed(seed)
             shape = mask.total, mask.batch
-            whole = [torch.randn(*shape, heads, 8).double().requires_grad_() for heads in (4, 2, 2)]
-            weight = torch.randn(*shape, 4, 8).double()
+            value_dim = (8, 5)[seed // len(VIEWS) % 2]
+            sizes = (4, 8), (2, 8), (2, value_dim)
+            whole = [torch.randn(*shape, *size).double().requires_grad_() for size in sizes]
+            weight = torch.randn(*shape, 4, value_dim).double()
             expected = block_diffusion_attention(*whole, mask, "reference")
             expected_gradients = torch.autograd.grad(expected, whole, weight)
 
@@ -56,7 +58,7 @@ def largest_differences(seeds):
                 return tensor.detach()[rows, sample]
 
             query, key, value = part = [mine(tensor).requires_grad_() for tensor in whole]
-            keys, values = exchange(key, value, shard, group)
+            keys, values = shard.of(key, value, 1, group)
             for backend in ("reference", "auto"):
                 output = block_diffusion_attention(query, keys, values, shard.rectangle, backend)
                 gradients = torch.autograd.grad(output, part, mine(weight), retain_graph=True)

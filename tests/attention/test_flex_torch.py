@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch.nn.attention.flex_attention import create_block_mask
 
 from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, flex_torch
+from llada_megatron.config.errors import BadInput
 from tests.attention.test_intervals import rectangles
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -71,7 +72,7 @@ def test_training_on_a_cpu_is_refused_and_inference_is_not():
     rectangle = BlockDiffusionMask([torch.tensor([0, 12])], 4).whole()
     query, key, value = draw_qkv(rectangle)
     needs_gradient = query * torch.ones((), dtype=query.dtype, requires_grad=True)
-    with pytest.raises(ValueError, match=r"flex_torch has no backward on a CPU.*inference only"):
+    with pytest.raises(BadInput, match=r"flex_torch has no backward on a CPU.*inference only"):
         block_diffusion_attention(needs_gradient, key, value, rectangle, "flex_torch")
     with torch.no_grad():
         block_diffusion_attention(query, key, value, rectangle, "flex_torch")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.config.errors import BadInput
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VIEWS = [(True, False), (False, False), (False, True)]  # clean_copy, causal
@@ -153,5 +154,5 @@ def test_dense_equals_the_golden_mask_functions():
     ],
 )
 def test_a_mask_without_a_meaning_is_refused_by_value(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadInput, match=message):
         BlockDiffusionMask(**{"cu_seqlens": [torch.tensor([0, 12])], "block_size": 4, **arguments})

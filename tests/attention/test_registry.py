@@ -13,6 +13,7 @@ from llada_megatron.attention.cudnn_flex import cudnn_flex_attention
 from llada_megatron.attention.cudnn_graph import cudnn_graph_attention
 from llada_megatron.attention.flex_torch import flex_torch_attention
 from llada_megatron.attention.portable import portable_attention
+from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime import device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -72,10 +73,10 @@ def test_auto_names_the_requirement_that_a_faster_executor_misses(
 
 
 def test_a_configured_executor_that_cannot_serve_is_refused_with_what_is_missing(pretend):
-    with pytest.raises(ValueError, match=r"model\.attention_backend=cudnn_flex needs .*this is a CPU"):
+    with pytest.raises(BadInput, match=r"model\.attention_backend=cudnn_flex needs .*this is a CPU"):
         select_backend("cudnn_flex", CPU, torch.bfloat16, 128)
     pretend()
-    with pytest.raises(ValueError, match=r"attention_backend=cudnn_flex serves a head_dim .*not 100"):
+    with pytest.raises(BadInput, match=r"attention_backend=cudnn_flex serves a head_dim .*not 100"):
         select_backend("cudnn_flex", CUDA, torch.bfloat16, 100)
     assert select_backend("cudnn_flex", CUDA, torch.bfloat16, 128)[0] is cudnn_flex_attention
 
@@ -94,13 +95,13 @@ def test_a_configured_executor_that_cannot_serve_is_refused_with_what_is_missing
 )
 def test_cudnn_graph_names_the_requirement_that_it_misses(pretend, machine, dtype, head_dim, reason):
     pretend(*machine)
-    with pytest.raises(ValueError, match=f"model.attention_backend=cudnn_graph {reason}"):
+    with pytest.raises(BadInput, match=f"model.attention_backend=cudnn_graph {reason}"):
         select_backend("cudnn_graph", CUDA, dtype, head_dim)
 
 
 def test_cudnn_graph_serves_where_the_frontend_has_no_flex_attention(pretend):
     pretend("sm_90", "1.28.0")
-    with pytest.raises(ValueError, match=r"needs nvidia-cudnn-frontend 1\.32 or later"):
+    with pytest.raises(BadInput, match=r"needs nvidia-cudnn-frontend 1\.32 or later"):
         select_backend("cudnn_flex", CUDA, torch.bfloat16, 128)
     assert select_backend("cudnn_graph", CUDA, torch.bfloat16, 128)[0] is cudnn_graph_attention
 
@@ -114,7 +115,7 @@ def test_a_deterministic_backward_of_cudnn_graph_exists_on_hopper_alone(pretend,
         if serves:
             select_backend("cudnn_graph", CUDA, torch.bfloat16, 128)
         else:
-            with pytest.raises(ValueError, match=r"sm_100: set precision.deterministic=false"):
+            with pytest.raises(BadInput, match=r"sm_100: set precision.deterministic=false"):
                 select_backend("cudnn_graph", CUDA, torch.bfloat16, 128)
         select_backend("cudnn_graph", CUDA, torch.bfloat16, 128, needs_backward=False)
     finally:
@@ -124,14 +125,12 @@ def test_a_deterministic_backward_of_cudnn_graph_exists_on_hopper_alone(pretend,
 def test_a_call_that_the_executor_cannot_serve_is_refused_by_value():
     mask = BlockDiffusionMask([torch.tensor([0, 12])], 4)
     qkv = [torch.zeros(24, 1, 2, 8)] * 3
-    with pytest.raises(
-        ValueError, match=r"cudnn_flex needs an sm_90, sm_100 or sm_103 device, this is a CPU"
-    ):
+    with pytest.raises(BadInput, match=r"cudnn_flex needs an sm_90, sm_100 or sm_103 device, this is a CPU"):
         block_diffusion_attention(*qkv, mask, "cudnn_flex")
 
 
 def test_an_unknown_backend_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"model\.attention_backend.*auto, reference, portable.*'flash'"):
+    with pytest.raises(BadInput, match=r"model\.attention_backend.*auto, reference, portable.*'flash'"):
         select_backend("flash", CPU, torch.float32, 64)
 
 

@@ -1,4 +1,4 @@
-"""The attention benchmark times only what is right; its figures are for docs/attention.md, not for tests."""
+"""The attention benchmark times only what is right; figures go to docs/results/attention.md."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The step benchmark measures what it says; its figures are for docs/benchmarks.md, not for tests."""
+"""The step benchmark measures what it says; its figures are for docs/results/benchmarks.md, not for tests."""
 
 import json
 

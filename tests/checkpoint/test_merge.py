@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llada_megatron.config.errors import BadInput
 from tests.distributed import run_ranks
 
 SHAPES = {"embedding": (7, 4), "experts": (3, 2, 4), "router.expert_bias": (3,)}
@@ -51,7 +52,7 @@ def means(folder: Path) -> None:
     merge.write_mean(rounded, [1.0, 1.0], folder / "fp32" / "shards")
     assert all(value.dtype == torch.float32 for value in read(folder / "fp32").values())
     write(folder / "other", {"embedding": torch.zeros(7, 5)})
-    with pytest.raises(ValueError, match="holds other tensors"):
+    with pytest.raises(BadInput, match="holds other tensors"):
         merge.write_mean([sources[0], folder / "other"], [1.0, 1.0], folder / "refused" / "shards")
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from llada_megatron.checkpoint import publish, retention
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import CheckpointConfig
-from llada_megatron.record.manifest import Manifest, find, readable, whole_checkpoints
+from llada_megatron.record.manifest import Checkpoint, Manifest, find, readable
+from llada_megatron.record.run_dir import RunDir, step_of
 
 
 def publish_one(run_dir: Path, step: int, **known) -> Path:
-    final = run_dir / "checkpoints" / f"step_{step:08d}"
+    final = RunDir(run_dir).checkpoint(step)
     aside = publish.begin(final)
     (aside / "shards").mkdir()
     (aside / "shards" / "weights").write_bytes(bytes([step]) * 1000)
@@ -20,7 +22,7 @@ def publish_one(run_dir: Path, step: int, **known) -> Path:
 
 
 def steps(run_dir: Path) -> list[int]:
-    return [int(path.name.removeprefix("step_")) for path in whole_checkpoints(run_dir)]
+    return [step_of(path) for path in RunDir(run_dir).whole_checkpoints()]
 
 
 def test_the_last_every_mth_the_best_and_the_ends_of_stages_stay(tmp_path):
@@ -37,23 +39,20 @@ def test_the_last_every_mth_the_best_and_the_ends_of_stages_stay(tmp_path):
 def test_checkpoints_without_the_metric_are_not_the_best(tmp_path):
     for step in (1, 2, 3):
         publish_one(tmp_path, step, metrics={"nll_ar": float(step)} if step < 3 else {})
-    manifests = readable(tmp_path)
-    assert [path.name for path in retention.best(manifests, "nll_ar", 5)] == [
-        "step_00000001",
-        "step_00000002",
-    ]
-    assert retention.best(manifests, "nll_block4", 5) == []
+    checkpoints = readable(tmp_path)
+    assert [step_of(each.path) for each in retention.best(checkpoints, "nll_ar", 5)] == [1, 2]
+    assert retention.best(checkpoints, "nll_block4", 5) == []
 
 
 def test_a_manifest_holds_every_file_and_tells_when_one_changed(tmp_path):
-    checkpoint = publish_one(tmp_path, 3)
-    manifest = Manifest.read(checkpoint)
+    checkpoint = Checkpoint.read(publish_one(tmp_path, 3))
+    manifest, weights = checkpoint.manifest, checkpoint.path / "shards" / "weights"
     assert manifest.files["shards/weights"]["bytes"] == 1000 and len(manifest.files) == 1
-    assert manifest.versions["megatron-core"] and publish.damage(checkpoint, manifest) == []
-    (checkpoint / "shards" / "weights").write_bytes(bytes([4]) * 1000)
-    assert publish.damage(checkpoint, manifest) == ["shards/weights has another SHA-256"]
-    (checkpoint / "shards" / "weights").unlink()
-    assert publish.damage(checkpoint, manifest) == ["shards/weights is missing"]
+    assert manifest.versions["megatron-core"] and publish.damage(checkpoint) == []
+    weights.write_bytes(bytes([4]) * 1000)
+    assert publish.damage(checkpoint) == ["shards/weights has another SHA-256"]
+    weights.unlink()
+    assert publish.damage(checkpoint) == ["shards/weights is missing"]
 
 
 @pytest.mark.parametrize("change", [{"step": 4}, {"unknown": 1}], ids=str)
@@ -61,15 +60,15 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path, change):
     checkpoint = publish_one(tmp_path, 3)
     content = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps(content | change))
-    with pytest.raises(ValueError, match="is not a whole checkpoint"):
-        Manifest.read(checkpoint)
+    with pytest.raises(BadInput, match="is not a whole checkpoint"):
+        Checkpoint.read(checkpoint)
 
 
 def test_a_published_checkpoint_is_never_written_over(tmp_path):
     checkpoint = publish_one(tmp_path, 3)
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(BadInput, match="exists already"):
         publish.begin(checkpoint)
-    assert find(str(tmp_path)) == checkpoint
+    assert find(str(tmp_path)).path == checkpoint
 
 
 def test_a_damaged_checkpoint_set_aside_twice_keeps_both(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from llada_megatron.commands.submit import lead_sec, render
 from llada_megatron.commands.sweep import sweep
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.record import events
 
 SITE = ["experiment=llada2_mini_cpt", "cluster=site_example", "data.path=[text]"]
@@ -33,7 +34,7 @@ def test_a_site_s_options_are_directives_and_every_placeholder_is_filled():
 def test_an_option_that_could_end_its_line_is_refused():
     config = compose(SITE)
     config.slurm.account = "me\n#SBATCH --uid=0"
-    with pytest.raises(ValueError, match=r"no option of sbatch needs"):
+    with pytest.raises(BadInput, match=r"no option of sbatch needs"):
         render(config, lead_sec=60)
 
 
@@ -42,7 +43,7 @@ def test_an_option_that_could_end_its_line_is_refused():
 )
 def test_containers_wrap_the_ranks_and_need_an_image(container, where):
     chosen = [*SITE, f"slurm.container={container}"]
-    with pytest.raises(ValueError, match=r"needs slurm\.image"):
+    with pytest.raises(BadInput, match=r"needs slurm\.image"):
         render(compose(chosen), lead_sec=60)
     text = render(
         compose([*chosen, "slurm.image='my image.sif'", "slurm.mounts=['/data:/data']"]), lead_sec=60

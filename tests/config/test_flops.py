@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import DocumentLengths, expected_pairs, training_flops_per_sequence
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.data.synthetic import log_normal_documents
@@ -81,5 +82,5 @@ def test_long_documents_count_as_one():
 
 @pytest.mark.parametrize("text", ["", "x", "665,1,2", "0", "665,0", "-3,1", "nan"])
 def test_document_lengths_that_make_no_sense_are_refused(text):
-    with pytest.raises(ValueError, match="give MEDIAN,SIGMA"):
+    with pytest.raises(BadInput, match="give MEDIAN,SIGMA"):
         DocumentLengths.parse(text)

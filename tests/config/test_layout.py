@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from llada_megatron.config import rules
 from llada_megatron.config.compose import CONFIG_DIR, compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import training_flops_per_sequence
 from llada_megatron.config.layout import (
     DENSE_AXES,
@@ -85,7 +86,7 @@ def test_every_rank_has_coordinates_of_its_own_in_both_grids(tp, cp, dp, pp, etp
 
 
 def test_coordinates_of_no_grid_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"\['ep', 'tp'\] are the axes of no grid"):
+    with pytest.raises(BadInput, match=r"\['ep', 'tp'\] are the axes of no grid"):
         rank_at(LayoutConfig(), tp=0, ep=0)
 
 
@@ -263,7 +264,7 @@ BROKEN = [  # overrides, what the message says, and one of its proposals, which 
 def test_a_layout_that_cannot_work_is_refused_and_what_it_proposes_works(
     overrides, message, proposal
 ) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(BadInput, match=re.escape(message)) as caught:
         rules.check(parity_with(overrides))
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
     rules.check(parity_with([*overrides, *proposal]))
@@ -360,7 +361,7 @@ def test_whatever_is_accepted_divides_evenly(config: Config) -> None:
     layout, model, L = config.layout, config.model, config.data.sequence_length
     try:
         schedule = rules.check(config)
-    except ValueError as refusal:
+    except BadInput as refusal:
         assert re.search(r"layout\.\w+|model\.\w+|data\.\w+|schedule\.", str(refusal))
         return
     assert layout.tp * layout.cp * layout.pp * data_parallel_size(layout) == layout.processes

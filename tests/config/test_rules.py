@@ -2,6 +2,7 @@ import pytest
 
 from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 
 AR = "{name: a, objective: autoregressive, block_size: '1', tokens: 4096}"
 BD = "{name: b, block_size: '4', tokens: 4096}"
@@ -37,7 +38,7 @@ BROKEN = [
     ("overrides", "setting"), BROKEN, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
 def test_what_cannot_work_is_refused_and_the_setting_named(overrides, setting):
-    with pytest.raises(ValueError, match=setting) as caught:
+    with pytest.raises(BadInput, match=setting) as caught:
         rules.check(compose(["experiment=parity", *overrides]))
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 

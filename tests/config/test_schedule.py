@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schedule import Schedule
-from llada_megatron.config.schema import Objective, ScheduleConfig, StageConfig
+from llada_megatron.config.schema import ScheduleConfig, StageConfig
 
 L, GLOBAL_BATCH = 64, 4
 TOKENS_PER_STEP = L * GLOBAL_BATCH
@@ -34,7 +35,7 @@ def test_stages_tile_the_steps_and_round_their_tokens_up_to_whole_steps(budgets)
 
 def test_a_clean_copy_is_kept_exactly_while_a_block_is_shorter_than_the_sequence():
     made = schedule(
-        stage("ar", "1", objective=Objective.autoregressive),
+        stage("ar", "1", objective="autoregressive"),
         stage("one", "1"),
         stage("half", "32"),
         stage("full", "full"),
@@ -42,7 +43,7 @@ def test_a_clean_copy_is_kept_exactly_while_a_block_is_shorter_than_the_sequence
     )
     assert [each.clean_copy for each in made.stages] == [False, True, True, False, False]
     assert [each.block_size for each in made.stages] == [1, 1, 32, L, L]
-    assert [each.is_diffusion for each in made.stages] == [False, True, True, True, True]
+    assert [not each.geometry.causal for each in made.stages] == [False, True, True, True, True]
     assert made.first_diffusion_step() == 1
 
 
@@ -59,10 +60,11 @@ def test_a_stage_may_have_a_micro_batch_of_its_own():
         ([stage(block_size="0")], r"schedule\.stages\[0\]\.block_size is 0"),
         ([stage(block_size="all")], r"schedule\.stages\[0\]\.block_size is 'all'"),
         ([stage(tokens=0)], r"schedule\.stages\[0\]\.tokens is 0"),
-        ([stage(objective=Objective.autoregressive)], r"schedule\.stages\[0\]\.block_size is 4"),
+        ([stage(objective="autoregressive")], r"schedule\.stages\[0\]\.block_size is 4"),
+        ([stage(objective="difusion")], r"schedule\.stages\[0\]\.objective is difusion: choose from"),
         ([stage("a"), stage("b"), stage("a")], r"schedule\.stages has a name twice"),
     ],
 )
 def test_a_stage_that_cannot_be_trained_is_refused_by_its_setting(stages, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadInput, match=message):
         schedule(*stages)

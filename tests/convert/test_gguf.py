@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llada_megatron.checkpoint.shards import whole
+from llada_megatron.config.errors import BadInput
 from llada_megatron.convert.gguf import GgufEntry, describe
 from llada_megatron.convert.gguf_tokenizer import write_tokenizer
 
@@ -71,14 +72,14 @@ def test_the_configuration_says_what_the_metadata_say() -> None:
     ],
 )
 def test_what_is_not_served_is_refused(changed: dict, layers: int | None, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(BadInput, match=sentence):
         describe(FIELDS | changed, set(), layers)
 
 
 @pytest.mark.parametrize("kind", [("gpt2", "llama-bpe"), ("llama", "default"), ("gpt2", None)])
 def test_another_tokenizer_is_refused(kind: tuple[str, str | None], tmp_path: Path) -> None:
     fields = {"tokenizer.ggml.model": kind[0], "tokenizer.ggml.pre": kind[1]}
-    with pytest.raises(ValueError, match="only gpt2 with smollm is served"):
+    with pytest.raises(BadInput, match="only gpt2 with smollm is served"):
         write_tokenizer(fields, tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from llada_megatron.config.compose import compose
-from llada_megatron.record.manifest import Manifest
+from llada_megatron.record.manifest import Checkpoint
 from tests.convert import checkpoints
 from tests.convert.test_round_trip import certificate, to_hf, to_mcore
 from tests.distributed import run_ranks
@@ -26,7 +26,7 @@ def one_step(config) -> int:
 def trained(source: Path, folder: Path, corpus: str, stage: str, *overrides: str, **layout: int) -> Path:
     """A run of one step from a converted checkpoint, in a layout, at a learning rate of zero."""
     assert to_mcore(source, folder / "ours") == 0
-    model = Manifest.read(folder / "ours").config["model"]
+    model = Checkpoint.read(folder / "ours").manifest.config["model"]
     config = compose(
         [
             "experiment=parity",
@@ -51,18 +51,20 @@ def trained(source: Path, folder: Path, corpus: str, stage: str, *overrides: str
 
 DIFFUSION = STAGE % ("bdlm", "diffusion", "16")
 FAST = [("bailing", dict(processes=2, tp=2, ep=2))]
-LAYOUTS = [
+SLOW = [
+    ("bailing", dict(processes=4, pp=2, ep=2, vpp=2, pipeline="[1,1,1,0]")),
+    ("bailing", dict(processes=2, tp=2, etp=2)),
+    ("llama_untied", dict(processes=4, tp=2, pp=2, pipeline="[2,1]")),
+]
+FULL = [
     ("bailing", dict(processes=1)),
     ("bailing", dict(processes=2, pp=2)),
     ("bailing", dict(processes=3, pp=3)),
     ("bailing", dict(processes=2, ep=2)),
     ("bailing", dict(processes=2, tp=2)),
-    ("bailing", dict(processes=2, tp=2, etp=2)),
-    ("bailing", dict(processes=4, pp=2, ep=2, vpp=2, pipeline="[1,1,1,0]")),
     ("bailing", dict(processes=4, tp=2, pp=2, pipeline="[1,2]")),
     ("llama", dict(processes=2, tp=2)),
     ("llama", dict(processes=2, pp=2, pipeline="[2,1]")),
-    ("llama_untied", dict(processes=4, tp=2, pp=2, pipeline="[2,1]")),
 ]
 
 
@@ -90,8 +92,14 @@ def test_in_and_out_of_tensor_and_expert_parallelism(kind, layout, corpus, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, layout", LAYOUTS, ids=str)
-def test_in_and_out_of_every_layout(kind, layout, corpus, tmp_path) -> None:
+@pytest.mark.parametrize("kind, layout", SLOW, ids=str)
+def test_in_and_out_of_virtual_stages_expert_tensors_and_two_axes(kind, layout, corpus, tmp_path) -> None:
+    check_layout(kind, layout, corpus, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind, layout", FULL, ids=str)
+def test_in_and_out_of_every_other_layout(kind, layout, corpus, tmp_path) -> None:
     check_layout(kind, layout, corpus, tmp_path)
 
 

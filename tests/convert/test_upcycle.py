@@ -15,7 +15,7 @@ from llada_megatron.convert import upcycle as upcycling
 from llada_megatron.convert.loaded import causal_logits, load_model
 from llada_megatron.data.tokenizer import ByteTokenizer
 from llada_megatron.parallel import groups
-from llada_megatron.record.manifest import Manifest
+from llada_megatron.record.manifest import Checkpoint
 from tests.convert import checkpoints
 from tests.convert.test_round_trip import to_mcore
 
@@ -43,7 +43,7 @@ def autoregressive_nll(checkpoint: Path) -> tuple[float, list[torch.Tensor]]:
     tokens = torch.tensor(ByteTokenizer().encode(TEXT)[:256])
     groups.initialize(LayoutConfig())
     try:
-        model = ModelConfig(**Manifest.read(checkpoint).config["model"])
+        model = ModelConfig(**Checkpoint.read(checkpoint).manifest.config["model"])
         stage = load_model(checkpoint, model, sequence_length=len(tokens))
         logits = causal_logits(stage, tokens)
         counts = [m.local_tokens_per_expert for m in stage.modules() if hasattr(m, "local_tokens_per_expert")]
@@ -83,7 +83,7 @@ def test_experts_are_copies_and_the_routers_differ_by_layer_and_seed(folder: Pat
 
 
 def test_the_manifest_names_the_source_and_the_tokenizer_travels(folder: Path) -> None:
-    manifest = store.verified(folder / "moe")
+    manifest = store.verified(Checkpoint.read(folder / "moe")).manifest
     assert manifest.lineage["kind"] == "upcycle"
     assert manifest.lineage["source"] == str((folder / "dense").resolve())
     certificate = json.loads((folder / "moe" / "certificate.json").read_text())

@@ -13,6 +13,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from llada_megatron.commands.data import add_arguments, run
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, DataConfig, EvaluationConfig, StageConfig
 from llada_megatron.data.packed import build_sequences, fingerprint, fingerprint_difference
 
@@ -162,7 +163,7 @@ def test_a_sequence_with_the_mask_token_is_refused_by_prefix_and_document(data):
     for index in range(sequences.sequences_per_epoch):
         try:
             sequences[index]
-        except ValueError as error:
+        except BadInput as error:
             hits.append(str(error))
     assert len(hits) == 1
     assert hits[0].startswith(f"{data.path[0]}: document 7 (counted from 0) contains the mask token 7000")
@@ -189,7 +190,7 @@ def test_a_build_that_was_cut_off_is_not_trusted(data, tmp_path, monkeypatch):
         real_save(path, *args, **kwargs)
 
     monkeypatch.setattr(numpy, "save", failing_save)
-    with pytest.raises(ValueError, match=r"No space left on device\): set data.cache_dir"):
+    with pytest.raises(BadInput, match=r"No space left on device\): set data.cache_dir"):
         build(data)
     monkeypatch.undo()
     assert not list((tmp_path / "corpus.cache").iterdir())
@@ -257,14 +258,14 @@ def test_every_process_of_a_group_reads_the_same_sequences(blend, tmp_path):
 def test_settings_that_cannot_work_are_refused(data, change, message):
     for name, value in change.items():
         setattr(data, name, value)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadInput, match=message):
         build(data)
     assert not Path(f"{data.path[0]}.cache").exists() if data.path else True
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(data):
     Path(f"{data.path[0]}.json").write_text('{"tokenizer_sha256": "0", "tokenizer": "t.json"}')
-    with pytest.raises(ValueError, match=r"prepared with another tokenizer: set data.tokenizer to t\.json"):
+    with pytest.raises(BadInput, match=r"prepared with another tokenizer: set data.tokenizer to t\.json"):
         build(data)
 
 

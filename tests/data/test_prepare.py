@@ -8,7 +8,9 @@ import numpy
 import pytest
 
 from llada_megatron.commands.data import add_arguments, run
+from llada_megatron.config.errors import BadInput
 from llada_megatron.data import prepare
+from llada_megatron.data.formats import json_lines
 from llada_megatron.data.prepare import prepare_corpus, read_index, read_sidecar
 from llada_megatron.data.python_text import MIN_DOCUMENT_BYTES, write_python_text
 
@@ -72,7 +74,15 @@ def test_chunks_of_any_size_hold_every_line_once(tmp_path, step, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     path.write_text(path.read_text().rstrip("\n"))
     chunks = prepare._chunks([path], set())
-    assert [text for chunk in chunks for _, text in prepare._documents(chunk, "text")] == texts
+    ranges = [(chunk.path, chunk.start, chunk.stop) for chunk in chunks]
+    assert [text for each in ranges for _, text in json_lines(*each, "text")] == texts
+
+
+def test_a_file_longer_than_a_chunk_is_still_one_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 5)
+    (tmp_path / "a.txt").write_text("longer than a chunk")
+    prepare_corpus([tmp_path / "a.txt"], tmp_path / "corpus", workers=1)
+    assert documents_of(tmp_path / "corpus") == [[*b"longer than a chunk", END]]
 
 
 def test_a_document_with_the_mask_token_is_refused_by_file_and_number(tmp_path):
@@ -82,9 +92,7 @@ def test_a_document_with_the_mask_token_is_refused_by_file_and_number(tmp_path):
     tokenizer.add_special_tokens(["</s>", "[MASK]"])
     tokenizer.save(str(tmp_path / "t.json"))
     assert encode(tmp_path, ["a", "a"], str(tmp_path / "t.json")).tokens.tolist() == [1, 2, 1, 2]
-    with pytest.raises(
-        ValueError, match=r"in\.jsonl, document 3 \(line 3\) contains the mask token \(id 3\)"
-    ):
+    with pytest.raises(BadInput, match=r"in\.jsonl, document 3 \(line 3\) contains the mask token \(id 3\)"):
         encode(tmp_path, ["a", "", "a[MASK]a"], str(tmp_path / "t.json"))
 
 
@@ -98,7 +106,7 @@ def test_a_document_with_the_mask_token_is_refused_by_file_and_number(tmp_path):
     ],
 )
 def test_bad_lines_are_refused_by_file_and_line(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadInput, match=message):
         encode(tmp_path, content)
 
 
@@ -111,7 +119,7 @@ def test_a_failure_leaves_the_old_corpus_and_nothing_else(tmp_path):
     prepare_corpus([lines], tmp_path / "corpus", workers=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != lines}
     lines.write_text("not json\n")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(BadInput, match="is not JSON"):
         prepare_corpus([lines], tmp_path / "corpus", workers=1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != lines} == before
 
@@ -127,7 +135,7 @@ def test_unusable_inputs_are_refused_in_one_sentence(tmp_path):
         ([tmp_path / "latin.txt"], "is not UTF-8 at byte 3"),
         ([tmp_path / "own.json"], "would be overwritten"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(BadInput, match=message):
             prepare_corpus(inputs, tmp_path / "own", workers=1)
     assert not list(tmp_path.glob("own*.partial*"))
 
@@ -146,12 +154,12 @@ def test_damaged_corpora_are_refused_by_path(tmp_path):
         ("idx", header, r"corpus\.idx holds no documents"),
     ]:
         (tmp_path / f"corpus.{suffix}").write_bytes(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(BadInput, match=message):
             read_index(str(prefix))
         (tmp_path / f"corpus.{suffix}").write_bytes(whole[suffix])
     assert read_index(str(prefix)).tokens == 9
     (tmp_path / "corpus.idx").unlink()
-    with pytest.raises(ValueError, match=r"corpus\.idx does not exist"):
+    with pytest.raises(BadInput, match=r"corpus\.idx does not exist"):
         read_index(str(prefix))
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.data.tokenizer import ByteTokenizer, load_tokenizer
 
 
@@ -56,10 +57,10 @@ def test_identity_differs_between_vocabularies(tmp_path):
 
 
 def test_unusable_files_are_refused_with_their_path(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.json does not exist"):
+    with pytest.raises(BadInput, match=r"absent\.json does not exist"):
         load_tokenizer(str(tmp_path / "absent.json"))
     (tmp_path / "bad.json").write_text(json.dumps({"version": "1.0"}))
-    with pytest.raises(ValueError, match=r"bad\.json is not a tokenizer\.json"):
+    with pytest.raises(BadInput, match=r"bad\.json is not a tokenizer\.json"):
         load_tokenizer(str(tmp_path / "bad.json"))
-    with pytest.raises(ValueError, match="names no end-of-document token"):
+    with pytest.raises(BadInput, match="names no end-of-document token"):
         load_tokenizer(write_tokenizer(tmp_path / "t.json", ["<|mask|>"]))

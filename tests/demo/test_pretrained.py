@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llada_megatron.cli import main
+from llada_megatron.commands.demo import run_step
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.data.packed import build_sequences
@@ -50,9 +51,9 @@ def test_both_checkpoints_have_the_nll_that_plain_pytorch_computes_from_the_file
             "evaluation.sequences=3",
         ]
     )
-    pretrained.convert(config)
     write_python_text(tmp_path / "text.jsonl")
-    pretrained.prepare_text(config, tmp_path / "text.jsonl")
+    for step in [*pretrained.conversion(config), pretrained.preparation(config, tmp_path / "text.jsonl")]:
+        run_step(step)
     groups.initialize(LayoutConfig(), threads=2)
     try:
         dense, moe = (pretrained.autoregressive_nll(config, tmp_path / name) for name in ("dense", "moe"))
@@ -77,7 +78,7 @@ def test_both_checkpoints_have_the_nll_that_plain_pytorch_computes_from_the_file
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("packages")
 def test_the_short_demo_runs_every_stage_and_learns(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{FOLDER}{os.pathsep}{ROOT}"}

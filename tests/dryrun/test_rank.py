@@ -30,6 +30,15 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "full_recompute": (BDLM, ["layout.recompute=full"]),
     "dense": (MDLM, [*DENSE, "layout.processes=2", "layout.tp=2"]),
 }
+SLOW_CASES = (
+    "large_vocabulary",
+    "vpp",
+    "all_axes",
+    "overlap",
+    "recompute_others",
+    "allgather_tp_etp",
+    "tied",
+)
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
     "chunked_head": (BDLM, ["model.head_chunk_tokens=8"]),
@@ -124,8 +133,13 @@ def found() -> dict[str, list[exact.RankComparison]]:
 
 
 @pytest.fixture(scope="module")
-def more_found() -> dict[str, list[exact.RankComparison]]:
-    return run_ranks(all_comparisons, MORE_CASES)[0]
+def found_in_slow_cases() -> dict[str, list[exact.RankComparison]]:
+    return run_ranks(all_comparisons, {name: MORE_CASES[name] for name in SLOW_CASES})[0]
+
+
+@pytest.fixture(scope="module")
+def found_in_the_rest() -> dict[str, list[exact.RankComparison]]:
+    return run_ranks(all_comparisons, {n: c for n, c in MORE_CASES.items() if n not in SLOW_CASES})[0]
 
 
 def assert_same(one: exact.RankComparison) -> None:
@@ -150,9 +164,18 @@ def test_the_closed_form_is_the_dry_run_to_the_byte_and_its_peak_within_5_percen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE_CASES)
-def test_the_closed_form_is_the_dry_run_to_the_byte_under_every_other_layout(more_found, name: str) -> None:
-    for one in more_found[name]:
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_the_closed_form_is_the_dry_run_to_the_byte_with_several_axes(found_in_slow_cases, name: str) -> None:
+    for one in found_in_slow_cases[name]:
+        assert_same(one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in MORE_CASES if name not in SLOW_CASES])
+def test_the_closed_form_is_the_dry_run_to_the_byte_under_every_other_layout(
+    found_in_the_rest, name: str
+) -> None:
+    for one in found_in_the_rest[name]:
         assert_same(one)
 
 
@@ -196,7 +219,7 @@ def places_that_change() -> tuple[list, list, list]:
 
     from llada_megatron.attention import registry
     from llada_megatron.dryrun.rank import run_rank
-    from llada_megatron.objectives import batch
+    from llada_megatron.objectives.diffusion import Diffusion
     from llada_megatron.runtime import fake_world
     from llada_megatron.training import step
 
@@ -207,7 +230,7 @@ def places_that_change() -> tuple[list, list, list]:
             *(MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__),
             MoEAllGatherTokenDispatcher.dispatch_postprocess,
             *(fused_bias_swiglu.weighted_swiglu, schedules.forward_step, schedules.backward_step),
-            *(registry.select_backend, batch.corrupt, step.micro_batches),
+            *(registry.select_backend, Diffusion.corrupt, step.micro_batches),
         ]
 
     before = places()

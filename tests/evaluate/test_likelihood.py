@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import run_ranks
-from tests.training.test_run import TWO, configure, copy_corpus
+from tests.training.runs import TWO, configure, copy_corpus
 
 SEQUENCES = 5  # odd: the last micro-batch of two is padded
 
@@ -44,11 +44,11 @@ def log_probabilities(evaluator, tokens, positions, mask):
 
     from llada_megatron.attention.context import ContextShard
     from llada_megatron.model.inputs import ModelInputs
+    from llada_megatron.model.readout import LOGITS
 
     rows = torch.arange(len(tokens))
-    inputs = ModelInputs(
-        torch.from_numpy(tokens)[None], torch.from_numpy(positions)[None], ContextShard(mask), rows
-    )
+    at = torch.from_numpy(tokens)[None], torch.from_numpy(positions)[None], ContextShard(mask), rows
+    inputs = ModelInputs(*at, readout=LOGITS)
     with torch.no_grad():
         return evaluator.model[0](inputs).double().log_softmax(dim=-1).numpy()
 
@@ -58,9 +58,9 @@ def sums_by_hand(config, evaluator):
     import torch
 
     from llada_megatron.attention import BlockDiffusionMask
+    from llada_megatron.attention.mask import block_starts
     from llada_megatron.config.schema import BlockGrid
     from llada_megatron.objectives.bound import exact_count_mask
-    from llada_megatron.objectives.corruption import block_starts
 
     length, mask_id, draws = config.data.sequence_length, config.model.mask_token_id, config.evaluation.draws
     once, twice = np.arange(length), np.tile(np.arange(length), 2)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
-from llada_megatron.config.schema import LayoutConfig
+from llada_megatron.config.schema import BlockGrid, LayoutConfig
 from llada_megatron.generate.infill import infill
 from llada_megatron.parallel import groups
 from llada_megatron.verify import golden
@@ -44,3 +45,51 @@ def test_tokens_and_forward_count_equal_the_reference(model, name):
     np.testing.assert_array_equal(filled[len(prompt) :][: len(expected)], expected)
     assert forwards == case["n_forward"]
     assert not (filled == CASES["mask_token_id"]).any()
+
+
+def masked_twice():
+    """Documents of 5 and 7 tokens, off any grid of 4 that counts from the sequence's start; 8 masked."""
+    tokens = np.arange(12, dtype=np.int64) + 20
+    tokens[[1, 3, 4, 6, 7, 8, 9, 11]] = CASES["mask_token_id"]
+    return tokens, np.array([0, 5, 12])
+
+
+def decode(model, tokens, **options):
+    options = {"block_size": 4, "grid": BlockGrid.document, "threshold": 0.0} | options
+    return infill(model, tokens, mask_token_id=CASES["mask_token_id"], **options)
+
+
+def test_on_the_documents_grid_packed_documents_are_filled_as_each_alone(model):
+    tokens, boundaries = masked_twice()
+    packed, forwards = decode(model, tokens, cu_seqlens=boundaries)
+    alone = [decode(model, part) for part in np.split(tokens, boundaries[1:-1])]
+    np.testing.assert_array_equal(packed, np.concatenate([filled for filled, _ in alone]))
+    assert forwards == sum(count for _, count in alone) == 4  # blocks of 4, 1, 4 and 3
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("grid", BlockGrid)
+def test_no_forward_cuts_a_block_of_its_mask_or_changes_the_models_mode(grid):
+    class Recorder(torch.nn.Module):
+        def forward(self, inputs):
+            seen.append((inputs.keys.mask, inputs.outputs, self.training))
+            return torch.zeros(len(inputs.outputs), 64)
+
+    seen = []
+    tokens, boundaries = masked_twice()
+    whole_end = {
+        BlockGrid.document: [4, 4, 4, 4, 5, 9, 9, 9, 9, 12, 12, 12],
+        BlockGrid.sequence: [4] * 4 + [8] * 4 + [12] * 4,
+    }
+    for training in (True, False):
+        recorder = Recorder().train(training)
+        decode(recorder, tokens, cu_seqlens=boundaries, grid=grid)
+        assert recorder.training is training and {mode for *_, mode in seen} == {training}
+        for mask, outputs, _ in seen:
+            assert {whole_end[grid][position] for position in outputs.tolist()} == {mask.length}
+        seen.clear()
+
+
+def test_an_unknown_rule_is_refused_with_the_choices(model):
+    with pytest.raises(ValueError, match="rule must be one of threshold, got 'best'"):
+        decode(model, masked_twice()[0], rule="best")

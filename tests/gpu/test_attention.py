@@ -1,6 +1,6 @@
 """Every executor of block-diffusion attention on a CUDA device against the dense reference in float64.
 
-`make test-gpu` ends with a table for docs/attention.md. Nothing in this file has run on a GPU yet.
+`make test-gpu` ends with a table for docs/results/attention.md.
 """
 
 from collections import defaultdict
@@ -16,6 +16,7 @@ from llada_megatron.attention import (
     select_backend,
 )
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.config.errors import BadInput
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +38,7 @@ TOLERANCE = 0.02
 def executor(request):
     try:
         select_backend(request.param, torch.device(DEVICE), DTYPE, HEAD_DIM)
-    except ValueError as refusal:
+    except BadInput as refusal:
         pytest.skip(str(refusal))
     torch.compiler.reset()  # FlexAttention counts recompilations, and these are many shapes
     return request.param

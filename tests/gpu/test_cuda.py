@@ -1,7 +1,4 @@
-"""What a machine with a CUDA device should show; skipped elsewhere. `make test-gpu` runs it.
-
-Nothing in this file has run on a GPU yet.
-"""
+"""What a machine with a CUDA device should show; skipped elsewhere. `make test-gpu` runs it."""
 
 import importlib.util
 import json

@@ -1,7 +1,4 @@
-"""The comparison of layouts on CUDA devices: `make test-gpu` runs it with as many as the machine has.
-
-Nothing in this file has run on a GPU yet.
-"""
+"""The comparison of layouts on CUDA devices: `make test-gpu` runs it with as many as the machine has."""
 
 import os
 import subprocess

@@ -6,9 +6,10 @@ import time
 
 import pytest
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime.launch import WorkerError
 from tests.distributed import run_ranks
-from tests.training.test_run import LONG, TWO, configure, copy_corpus, records
+from tests.training.runs import LONG, TWO, configure, copy_corpus, records
 
 
 def train_own_config(configs):
@@ -25,7 +26,7 @@ def test_ranks_of_different_configurations_are_told_apart_and_nothing_is_trained
     corpus, tmp_path, override, difference
 ):
     configs = [configure(corpus, tmp_path, TWO), configure(corpus, tmp_path, TWO, override)]
-    with pytest.raises(ValueError, match=f"Rank 1 was started for another run than rank 0: {difference}"):
+    with pytest.raises(BadInput, match=f"Rank 1 was started for another run than rank 0: {difference}"):
         run_ranks(train_own_config, configs, processes=2)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -35,7 +36,7 @@ def test_a_rank_that_reads_other_data_is_told_apart(corpus, tmp_path):
     with open(f"{other}.bin", "r+b") as file:
         file.write(bytes([65, 0, 66, 0]))
     mine = configure(corpus, tmp_path / "run", TWO)
-    with pytest.raises(ValueError, match=r"Rank 1 .*\.bin of data\.path\[0\] has the same size and other"):
+    with pytest.raises(BadInput, match=r"Rank 1 .*\.bin of data\.path\[0\] has the same size and other"):
         run_ranks(train_with_own_fingerprint, mine, other, processes=2)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

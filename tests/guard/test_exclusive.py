@@ -9,7 +9,9 @@ from threading import Timer
 
 import pytest
 
-from llada_megatron.guard.exclusive import LOCK, only_training_of
+from llada_megatron.config.errors import RunHeld
+from llada_megatron.guard.exclusive import only_training_of
+from llada_megatron.record.run_dir import RunDir
 
 
 def hold(run_dir: Path) -> None:
@@ -34,15 +36,15 @@ def holder(tmp_path: Path) -> Iterator[multiprocessing.process.BaseProcess]:
 def test_a_job_waits_for_what_lingers_of_the_last_one(tmp_path: Path, holder) -> None:
     Timer(0.5, holder.kill).start()
     with only_training_of(tmp_path, wait_sec=30):
-        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+        assert RunDir(tmp_path).lock.read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_second_training_is_refused_and_the_holder_s_death_frees_the_run(tmp_path: Path, holder) -> None:
-    held = pytest.raises(ValueError, match=f"is being trained by process {holder.pid} on")
+    held = pytest.raises(RunHeld, match=f"is being trained by process {holder.pid} on")
     with held, only_training_of(tmp_path):
         pass
     holder.kill()
     holder.join()
     for _ in range(2):  # and its own end frees it
         with only_training_of(tmp_path):
-            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+            assert RunDir(tmp_path).lock.read_text().startswith(f"process {os.getpid()} on ")

@@ -11,10 +11,11 @@ from unittest import mock
 import pytest
 
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import NodeFault
 from llada_megatron.config.parameters import checkpoint_bytes
 from llada_megatron.runtime.launch import node
 from tests.distributed import run_ranks
-from tests.training.test_run import STEPS, TWO, checkpoint, configure, train
+from tests.training.runs import STEPS, TWO, checkpoint, configure, train
 
 FAR_AHEAD = time.time() + 3600
 FAULTS = {  # what is another thing on the last rank
@@ -30,7 +31,7 @@ FAULTS = {  # what is another thing on the last rank
 
 
 def check_on_nodes(config, run_dirs, fault):
-    """What each rank raises and prints, each being a node of its own with its own view of run.dir."""
+    """Each rank's refusal, its nodes and what it prints: a node of its own with its own view of run.dir."""
     from llada_megatron.guard import preflight
     from llada_megatron.parallel import groups
 
@@ -44,22 +45,24 @@ def check_on_nodes(config, run_dirs, fault):
         if rank == ranks - 1:
             patches.enter_context(mock.patch(f"{preflight.__name__}.{name}", replacement))
         printed = patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        raised = ""
+        raised, nodes = "", ()
         try:
             preflight.check_nodes(replace(config, run=replace(config.run, dir=str(run_dirs[rank]))))
-        except ValueError as error:
-            raised = re.sub("|".join(map(str, run_dirs[::-1])), "RUN_DIR", str(error))
+        except NodeFault as fault_found:
+            raised = re.sub("|".join(map(str, run_dirs[::-1])), "RUN_DIR", str(fault_found))
+            nodes = fault_found.nodes
         finally:
             groups.destroy()
-    return raised, printed.getvalue()
+    return raised, nodes, printed.getvalue()
 
 
 def say_three_nodes(run_dirs, fault="none", *overrides):
-    """What they raised, which must be the same, and what rank 0 printed."""
+    """What they raised and the nodes at fault, which must be the same, and what rank 0 printed."""
     config = compose(["experiment=parity", *overrides])
-    raised, printed = zip(*run_ranks(check_on_nodes, config, run_dirs, fault, processes=3), strict=True)
-    assert len(set(raised)) == 1 and not any(printed[1:])
-    return raised[0], printed[0]
+    ranks = run_ranks(check_on_nodes, config, run_dirs, fault, processes=3)
+    raised, nodes, printed = zip(*ranks, strict=True)
+    assert len(set(raised)) == len(set(nodes)) == 1 and not any(printed[1:])
+    return raised[0], nodes[0], printed[0]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +76,9 @@ def say_three_nodes(run_dirs, fault="none", *overrides):
     ],
 )
 def test_the_node_with_the_fault_is_named_and_no_other(tmp_path, fault, clause):
-    raised, _ = say_three_nodes([tmp_path / "run"] * 3, fault)
+    raised, nodes, _ = say_three_nodes([tmp_path / "run"] * 3, fault)
     assert re.search(rf"Node node2 \(host \S+, rank 2\): {clause}", raised), raised
-    assert raised.count("Node node") == 1
+    assert raised.count("Node node") == 1 and nodes == ("node2",)
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -91,33 +94,36 @@ def test_the_node_with_the_fault_is_named_and_no_other(tmp_path, fault, clause):
     ],
 )
 def test_a_node_that_hangs_is_named_to_those_who_wait(tmp_path, fault, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(NodeFault, match=sentence):
         run_ranks(check_until_silence, compose(["experiment=parity"]), [tmp_path] * 3, fault, processes=3)
 
 
 def check_until_silence(config, run_dirs, fault):
-    raised, _ = check_on_nodes(config, run_dirs, fault)
-    raise ValueError(raised)
+    raised, nodes, _ = check_on_nodes(config, run_dirs, fault)
+    raise NodeFault(raised, nodes)
 
 
 def test_a_place_that_one_node_cannot_write_or_does_not_share_is_named(tmp_path):
     (tmp_path / "file").touch()
     shared = tmp_path / "run"
-    raised, _ = say_three_nodes([shared, shared, tmp_path / "file" / "run"])
+    raised, _, _ = say_three_nodes([shared, shared, tmp_path / "file" / "run"])
     assert re.search(r"Node node2 .*run\.dir=RUN_DIR cannot be written \(Not a directory\)", raised), raised
-    raised, _ = say_three_nodes([shared, shared, tmp_path / "local"])
+    raised, nodes, _ = say_three_nodes([shared, shared, tmp_path / "local"])
     assert re.search(r"Node node2 .*does not see in run\.dir=RUN_DIR what node node0", raised), raised
-    assert raised.count("Node node") == 1
+    assert raised.count("Node node") == 1 and nodes == ("node2",)
 
 
 def test_a_disk_without_room_for_the_models_checkpoints_is_named(tmp_path):
-    raised, _ = say_three_nodes([tmp_path] * 3, "none", "model=llada2_flash", "checkpoint.keep_last=999")
+    raised, nodes, _ = say_three_nodes(
+        [tmp_path] * 3, "none", "model=llada2_flash", "checkpoint.keep_last=999"
+    )
     assert "1000 more checkpoints take 1646235.3 GB" in raised  # 16 bytes for each of 102,889,705,216
     assert all(f"Node node{rank} " in raised for rank in range(3))
+    assert nodes == ("node0", "node1", "node2")
 
 
 def test_healthy_nodes_are_told_in_one_line_and_slow_ones_only_warned_of(tmp_path):
-    raised, printed = say_three_nodes([tmp_path / "run"] * 3)
+    raised, _, printed = say_three_nodes([tmp_path / "run"] * 3)
     assert not raised and printed.startswith("preflight: 3 nodes, 3 ranks; clocks within 0.")
     assert not list((tmp_path / "run").iterdir())
 
@@ -149,7 +155,5 @@ def test_a_run_with_preflight_trains_and_its_checkpoints_are_as_large_as_estimat
 def test_a_run_dir_that_cannot_be_written_is_told_with_its_node_before_anything_else(corpus, tmp_path):
     (tmp_path / "file").touch()
     config = configure(corpus, tmp_path / "file" / "run", TWO, "training.preflight=true")
-    with pytest.raises(
-        ValueError, match=rf"Preflight failed.*Node {re.escape(node())} \(rank 0\): run\.dir="
-    ):
+    with pytest.raises(NodeFault, match=rf"Preflight failed.*Node {re.escape(node())} \(rank 0\): run\.dir="):
         train(config)

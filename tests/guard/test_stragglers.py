@@ -11,7 +11,7 @@ from llada_megatron.commands.status import _stragglers, status
 from llada_megatron.guard.stragglers import Times, slow_ranks
 from llada_megatron.record import events
 from tests.distributed import run_ranks
-from tests.training.test_run import TWO, configure
+from tests.training.runs import TWO, configure
 
 
 def times(*measured):

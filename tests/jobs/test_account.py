@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.jobs import account as cost
 from llada_megatron.jobs import cost_report, slurm
+from llada_megatron.observe import cost_plot
 
 RECORD = [
     {"event": "submitted", "time": 0.0, "job": "7"},
@@ -43,7 +45,7 @@ def sacct(monkeypatch):
 
     def run(*command, **variables):
         if answers["text"] is None:
-            raise ValueError("sacct refused: Slurm accounting storage is disabled")
+            raise BadInput("sacct refused: Slurm accounting storage is disabled")
         return answers["text"]
 
     monkeypatch.setattr(slurm, "_run", run)
@@ -77,7 +79,7 @@ def test_a_table_shows_every_attempt_stage_and_loss_and_a_picture_is_drawn(run_d
     assert "Goodput 7.5%" in text and "Cost 0.18 at 2 per device-hour" in text
     assert "0: 0.0022, 1: 0.0022 |" in next(line for line in text.splitlines() if " bdlm " in line)
     assert len({len(line) for line in text.splitlines() if line.startswith("| ")}) == 2  # two even tables
-    cost_report.draw(found, tmp_path / "cost.png")
+    cost_plot.draw(found, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 1000
 
 

@@ -3,10 +3,17 @@
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
-from llada_megatron.commands import logs
-from llada_megatron.jobs import attempts
+import pytest
+
+from llada_megatron.commands import logs, train
+from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import FAILED, BadInput, NodeFault, Refusal, RunFailed, RunHeld
+from llada_megatron.jobs import attempts, exclusion, slurm
 from llada_megatron.record import events
+from llada_megatron.record.run_dir import RunDir, rank_log
+from llada_megatron.runtime.launch import WorkerError
 
 
 def save(run_dir: Path, step: int) -> None:
@@ -46,27 +53,109 @@ def test_ranks_that_srun_ended_with_sigterm_failed_unless_they_say_that_they_lef
     assert attempt(tmp_path, 143, signal="SIGTERM", is_ending=True).outcome == "yielded"
 
 
-def test_a_failed_preflight_is_tried_again_since_other_nodes_may_come(tmp_path):
-    error = "Preflight failed on 1 of 4 ranks: Node node2 (rank 3): its clock is 60 s off"
-    assert attempt(tmp_path, 2, error=error).outcome == "again"
+SENTENCES = [
+    "",
+    "error: Preflight failed on n1",
+    "runs/a is being trained by process 7",
+    "Node n2 (rank 1): no",
+]
+"""Said by whichever class: what follows must not depend on it."""
+KINDS = {
+    "bad input": (BadInput, "failed"),
+    "node fault": (lambda sentence: NodeFault(sentence, ["n1"]), "again"),
+    "held": (RunHeld, "again"),
+    "failed": (RunFailed, "again"),
+    "bug": (ValueError, "again"),
+}
+"""What a rank raises, and what follows at its first failure."""
 
 
-def test_a_run_that_ranks_of_a_lost_node_still_hold_is_tried_again(tmp_path):
-    error = "runs/a is being trained by process 7 on node2: wait for it, stop it, or choose another run.dir."
-    assert attempt(tmp_path, 2, error=error).outcome == "again"
+@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_supervised_attempt_is_judged_by_the_class_alone(tmp_path, monkeypatch, kind, sentence):
+    error, outcome = KINDS[kind]
+    raised = WorkerError(sentence) if kind == "bug" else error(sentence)
+
+    def fail(*_worker, **_options):
+        raise raised
+
+    monkeypatch.setattr(train.launch, "launch", fail)
+    config = compose(["experiment=parity", f"run.dir={tmp_path}", "run.max_failures=2"])
+    with pytest.raises(type(raised)):
+        train.supervise(config)
+    ended = [event for event in events.read(tmp_path) if event["event"] == "ended"]
+    assert [event["outcome"] for event in ended] == ["failed"] if outcome == "failed" else ["again", "failed"]
+    assert {event["exit_code"] for event in ended} == {getattr(raised, "exit_code", FAILED)}
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """This process as the batch script of job 7 on n1 and n2; what it asks of Slurm."""
+    asked = []
+
+    def answer(*command, **_variables):
+        asked.append(" ".join(command))
+        return {"squeue": "RUNNING", "scontrol": "n1 n2"}.get(command[0], "") if "%x" not in asked[-1] else ""
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm, "available", lambda: True)
+    monkeypatch.setattr(slurm, "_run", answer)
+    monkeypatch.setattr(exclusion.signal, "signal", lambda *_: None)
+    return asked
+
+
+def end_job(run_dir: Path, code: int) -> str:
+    """What the record says after the batch script's last word."""
+    options = ["--max-failures", "3", "--exclude-failed-nodes"]
+    assert attempts.main(["end", str(run_dir), str(code), *options]) == code
+    return events.last(events.read(run_dir), "ended")["outcome"]
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_is_requeued_and_loses_nodes_by_the_class_alone(tmp_path, monkeypatch, job, kind, sentence):
+    error, outcome = KINDS[kind]
+    attempts.start(tmp_path, job="7")
+    monkeypatch.setenv("RANK", "0")  # as under srun, whose exit code may be that of a rank it ended
+    monkeypatch.setattr(train, "_worker", mock.Mock(side_effect=error(sentence)))
+    config = compose(["experiment=parity", f"run.dir={tmp_path}"])
+    with pytest.raises((Refusal, ValueError)) as raised:
+        train.train(config)
+    assert str(raised.value) == sentence
+    assert end_job(tmp_path, 143) == outcome
+    assert ("scontrol requeue 7" in job) == (outcome == "again")
+    excluded = [event["nodes"] for event in events.read(tmp_path) if event["event"] == "excluded"]
+    assert excluded == ([["n1"]] if kind == "node fault" else [])
+    assert any("ExcNodeList=n1" in command for command in job) == bool(excluded)
+
+
+@pytest.mark.parametrize(
+    "code, outcome", [(1, "again"), (2, "failed"), (3, "again"), (4, "again"), (137, "again")]
+)
+def test_without_a_record_of_the_refusal_the_exit_code_tells(tmp_path, job, code, outcome):
+    attempts.start(tmp_path, job="7")
+    assert end_job(tmp_path, code) == outcome
+
+
+def test_what_another_process_refused_is_no_reason_of_this_attempt(tmp_path, job):
+    refused = {"exit_code": 2, "reason": "bad", "nodes": []}
+    events.append(tmp_path, "refused", job="7", **refused)  # by an attempt that has ended
+    attempts.start(tmp_path, job="7")
+    events.append(tmp_path, "refused", job="", **refused)  # by somebody who tried the same run by hand
+    assert end_job(tmp_path, 1) == "again"
 
 
 def test_bad_input_is_not_tried_again_and_a_stop_is_not_overruled(tmp_path):
     assert attempt(tmp_path / "bad", 2).outcome == "failed"
     assert attempt(tmp_path / "done", 0).outcome == "finished"
     attempts.start(tmp_path / "stopped")
-    (tmp_path / "stopped" / attempts.STOP_FILE).touch()
+    RunDir(tmp_path / "stopped").stop.touch()
     assert attempts.decide(tmp_path / "stopped", 138, max_failures=3).outcome == "stopped"
 
 
 def test_an_attempt_that_recorded_no_end_ended_with_its_last_sign_of_life(tmp_path):
     attempts.start(tmp_path, job="1")
-    log = attempts.log_dir(tmp_path, 0) / "rank_00000.log"
+    log = rank_log(RunDir(tmp_path).attempt_logs(0), 0)
     log.parent.mkdir(parents=True)
     log.touch()
     last_sign = int(time.time()) + 10
@@ -78,10 +167,10 @@ def test_an_attempt_that_recorded_no_end_ended_with_its_last_sign_of_life(tmp_pa
 
 def test_errors_come_first_in_the_merged_log_and_name_their_rank(tmp_path):
     attempts.start(tmp_path)
-    folder = attempts.log_dir(tmp_path, 0)
+    folder = RunDir(tmp_path).attempt_logs(0)
     folder.mkdir(parents=True)
-    (folder / "rank_00000.log").write_text("step 1\nstep 2\n")
-    (folder / "rank_00003.log").write_text("step 1\nllada train: error: no space\n")
+    rank_log(folder, 0).write_text("step 1\nstep 2\n")
+    rank_log(folder, 3).write_text("step 1\nllada train: error: no space\n")
     assert attempts.first_error(tmp_path) == "no space (rank 00003)"
     text = logs.merged(sorted(folder.iterdir()), [])
     assert text.index("no space") < text.index("step 2")
@@ -89,7 +178,7 @@ def test_errors_come_first_in_the_merged_log_and_name_their_rank(tmp_path):
 
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
     from llada_megatron.cli import main
-    from llada_megatron.config.compose import compose, save
+    from llada_megatron.config.compose import save
 
     for name in ("old", "new"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -101,3 +190,18 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[1:]] == ["not", "unreadable"]
     assert main(["status", "runs/old"]) == 2
+
+
+def test_the_record_of_a_run_from_before_refusals_were_recorded_is_understood(tmp_path, job, capsys):
+    from llada_megatron.cli import main
+    from llada_megatron.config.compose import save
+
+    save(compose(["experiment=parity", f"run.dir={tmp_path}"]), tmp_path / "config.yaml")
+    ended = {"exit_code": 2, "step": 0, "outcome": "failed", "reason": "Preflight failed on n1"}
+    events.append(tmp_path, "submitted", job="7")
+    events.append(tmp_path, "started", attempt=0, step=0, job="7", nodes="n1", devices=1)
+    assert attempts.refused(events.read(tmp_path)) is None
+    events.append(tmp_path, "ended", **ended)
+    assert main(["status", str(tmp_path)]) == 0
+    assert "Preflight failed on n1" in capsys.readouterr().out
+    assert main(["cost", str(tmp_path)]) == 0

@@ -13,12 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 from llada_megatron.model import initialize, specs
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import counter_normal
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_model, build_stage
+from llada_megatron.model.readout import CROSS_ENTROPY, LOGITS
 from llada_megatron.parallel import groups
 
 # isort: split
@@ -56,8 +58,8 @@ def model_inputs(tokens_BS: torch.Tensor, mask: BlockDiffusionMask, **chosen: An
     return ModelInputs(
         tokens=tokens_BS,
         positions=torch.cat([positions, positions], dim=1) if mask.clean_copy else positions,
-        shard=ContextShard(mask),
-        **({"outputs": torch.arange(tokens_BS.numel())} | chosen),
+        keys=ContextShard(mask),
+        **({"outputs": torch.arange(tokens_BS.numel()), "readout": LOGITS} | chosen),
     )
 
 
@@ -246,7 +248,8 @@ def test_the_head_on_chosen_rows_in_chunks_equals_full_logits_in_loss_and_gradie
     every_row = stage(model_inputs(tokens, mask)).view(2 * L * B, -1)
     full = F.cross_entropy(every_row[chosen], labels, reduction="none")
     expected = loss_and_gradients(stage, (full * weights).sum())
-    few = stage(model_inputs(tokens, mask, outputs=chosen, labels=labels))
+    inputs = model_inputs(tokens, mask, outputs=chosen, labels=labels, readout=CROSS_ENTROPY)
+    few = stage(inputs)
     assert_same(loss_and_gradients(stage, (few * weights).sum()), expected)
 
 
@@ -264,7 +267,8 @@ def test_without_any_chosen_row_the_loss_is_zero_and_has_gradients(
     config: Config, stage: BlockDiffusionGPT
 ) -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    inputs = model_inputs(random_tokens(config, 2 * L)[None], one_document(8), outputs=none, labels=none)
+    chosen = {"outputs": none, "labels": none, "readout": CROSS_ENTROPY}
+    inputs = model_inputs(random_tokens(config, 2 * L)[None], one_document(8), **chosen)
     loss, gradients = loss_and_gradients(stage, stage(inputs).sum())
     assert loss == 0
     assert all(gradient is not None and (gradient == 0).all() for gradient in gradients.values())
@@ -345,8 +349,8 @@ def test_auto_takes_transformer_engine_on_cuda_alone(monkeypatch: pytest.MonkeyP
 def test_a_layer_spec_that_cannot_be_served_is_an_error_that_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ValueError, match="layer_spec=fused is unknown: choose auto, local or"):
+    with pytest.raises(BadInput, match="layer_spec=fused is unknown: choose auto, local or"):
         specs.resolve_layer_spec("fused")
     monkeypatch.setattr(specs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="layer_spec=transformer_engine needs the package"):
+    with pytest.raises(BadInput, match="layer_spec=transformer_engine needs the package"):
         specs.resolve_layer_spec("transformer_engine")

@@ -4,19 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
 from llada_megatron.data.packed import PackedSample
-from llada_megatron.objectives.batch import (
-    POSITION_BINS,
-    RATE_BINS,
-    autoregressive_batch,
-    check_vocabulary,
-    diffusion_batch,
-    flat_outputs,
-)
-from llada_megatron.objectives.corruption import block_starts, corrupt
+from llada_megatron.objectives.autoregressive import autoregressive_batch
+from llada_megatron.objectives.batch import check_vocabulary, flat_outputs
+from llada_megatron.objectives.corruption import corrupt
+from llada_megatron.objectives.diffusion import POSITION_BINS, RATE_BINS, Diffusion
 
 L, MASK, SEED = 128, 257, 3
 STAGES = {stage.name: stage for stage in schedule_of(compose(["experiment=parity"])).stages}
@@ -30,15 +27,11 @@ BOTH_STAGES = pytest.mark.parametrize("stage", [STAGES["bdlm_4"], STAGES["mdlm"]
 
 
 def batch_of(chosen, stage, diffusion=None, noise_sigma=0.0):
-    return diffusion_batch(
-        [SAMPLES[index] for index in chosen],
-        [INDICES[index] for index in chosen],
-        stage,
-        diffusion or DiffusionConfig(t_per=RatePer.block),
-        seed=SEED,
-        mask_token_id=MASK,
-        noise_sigma=noise_sigma,
-    )
+    config = compose(["experiment=parity", f"run.seed={SEED}", f"model.mask_token_id={MASK}"])
+    config.diffusion = diffusion or DiffusionConfig(t_per=RatePer.block)
+    objective = Diffusion("diffusion", config, schedule_of(config))
+    data = {INDICES[index]: SAMPLES[index] for index in range(4)}
+    return objective.batch(data, [INDICES[index] for index in chosen], stage, noise_sigma=noise_sigma)
 
 
 @BOTH_STAGES
@@ -50,9 +43,9 @@ def test_a_sample_is_corrupted_alike_in_any_micro_batch_and_order(stage):
         assert torch.equal(together.inputs.tokens[row], alone.inputs.tokens[0])
         assert torch.equal(together.inputs.outputs[mine] // 4, alone.inputs.outputs)
         assert torch.equal(together.inputs.labels[mine], alone.inputs.labels)
-        assert torch.equal(together.weights[mine], alone.weights)
-        assert torch.equal(together.rate_bin[mine], alone.rate_bin)
-        assert torch.equal(together.position_bin[mine], alone.position_bin)
+        assert together.rows.keys() == alone.rows.keys()
+        assert all(torch.equal(rows[mine], alone.rows[name]) for name, rows in together.rows.items())
+        assert together.digest(row) == alone.digest(0)
         assert together.inputs.noise.seeds[row] == alone.inputs.noise.seeds[0]
         assert torch.equal(together.inputs.noise.rows[row], alone.inputs.noise.rows[0])
 
@@ -77,14 +70,14 @@ def test_the_noisy_half_is_masked_where_outputs_are_and_the_clean_half_is_clean(
     padded = torch.zeros_like(tokens)
     padded[:, :L] = clean
     assert torch.equal(padded.T.flatten()[batch.inputs.outputs], batch.inputs.labels)
-    assert len(batch.inputs.outputs) == int(masked.sum()) == len(batch.weights)
+    assert len(batch.inputs.outputs) == int(masked.sum()) == len(batch.rows["weights"])
     for rows, of_sample in zip(batch.inputs.noise.rows, masked, strict=True):
         assert torch.equal(rows, of_sample.nonzero()[:, 0])
     positions = torch.arange(L).repeat(tokens.shape[1] // L)
     assert torch.equal(batch.inputs.positions, positions[None])
     assert (
-        batch.inputs.shard.mask.total == tokens.shape[1]
-        and batch.inputs.shard.mask.block_size == stage.block_size
+        batch.inputs.keys.mask.total == tokens.shape[1]
+        and batch.inputs.keys.mask.block_size == stage.block_size
     )
 
 
@@ -92,7 +85,7 @@ def test_the_noisy_half_is_masked_where_outputs_are_and_the_clean_half_is_clean(
 def test_weights_bins_and_count_belong_to_the_masked_positions(stage):
     diffusion = DiffusionConfig(t_per=RatePer.block)
     batch = batch_of(range(4), stage, diffusion)
-    assert batch.count == 4 * L
+    assert batch.counts == (4 * L,)
     weights, rate_bins, position_bins = [], [], []
     for index, sample in zip(INDICES, SAMPLES, strict=True):
         drawn = corrupt(SEED, index, sample.cu_seqlens, stage.block_size, diffusion)
@@ -102,9 +95,9 @@ def test_weights_bins_and_count_belong_to_the_masked_positions(stage):
             rate_bins.append(min(int(drawn.rate[position] * RATE_BINS), RATE_BINS - 1))
             place = position - starts[position]
             position_bins.append(place * min(stage.block_size, POSITION_BINS) // stage.block_size)
-    torch.testing.assert_close(batch.weights, torch.tensor(weights, dtype=torch.float32))
-    assert batch.rate_bin.tolist() == rate_bins
-    assert batch.position_bin.tolist() == position_bins
+    torch.testing.assert_close(batch.rows["weights"], torch.tensor(weights, dtype=torch.float32))
+    assert batch.rows["loss_by_t"].tolist() == rate_bins
+    assert batch.rows["loss_by_block_position"].tolist() == position_bins
     assert max(position_bins) < min(stage.block_size, POSITION_BINS)
 
 
@@ -122,8 +115,8 @@ def test_autoregressive_labels_are_the_next_tokens_of_the_same_document():
     }
     made = zip(batch.inputs.outputs.tolist(), batch.inputs.labels.tolist(), strict=True)
     assert {(output // 4, output % 4, label) for output, label in made} == pairs
-    assert batch.count == len(batch.weights) == len(pairs)
-    assert batch.inputs.shard.mask.causal and batch.inputs.shard.mask.block_size == 1
+    assert batch.counts[0] == len(batch.rows["weights"]) == len(pairs)
+    assert batch.inputs.keys.mask.causal and batch.inputs.keys.mask.block_size == 1
 
 
 def test_rows_of_samples_become_rows_of_flattened_hidden_states():
@@ -135,5 +128,5 @@ def test_rows_of_samples_become_rows_of_flattened_hidden_states():
 def test_a_token_outside_the_vocabulary_is_refused_by_its_setting():
     check_vocabulary(SAMPLES, 256)
     largest = max(int(sample.tokens.max()) for sample in SAMPLES)
-    with pytest.raises(ValueError, match=f"token {largest}, outside model.vocab_size={largest}"):
+    with pytest.raises(BadInput, match=f"token {largest}, outside model.vocab_size={largest}"):
         check_vocabulary(SAMPLES, largest)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llada_megatron.commands.report import add_arguments, print_summary, run
+from llada_megatron.config.errors import BadInput
 from llada_megatron.observe.plots import _running_mean, _spread
 from llada_megatron.observe.report import (
     Heading,
@@ -224,10 +225,10 @@ def test_a_run_of_one_step_of_an_autoregressive_model_without_experts_gives_a_re
 
 
 def test_a_directory_that_is_no_run_is_refused_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.yaml; give a run\.dir"):
+    with pytest.raises(BadInput, match=r"no config\.yaml; give a run\.dir"):
         write_report(tmp_path / "missing")
     make_run(tmp_path / "new", stop_after=0, evaluated=False)
-    with pytest.raises(ValueError, match=r"no metrics\.jsonl with a step in it"):
+    with pytest.raises(BadInput, match=r"no metrics\.jsonl with a step in it"):
         write_report(tmp_path / "new")
 
 

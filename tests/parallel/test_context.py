@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.config.errors import BadInput
 from llada_megatron.data.synthetic import log_normal_documents
 from llada_megatron.parallel.context import deal_tokens
 
@@ -69,7 +70,5 @@ def test_blocks_of_the_document_grid_are_cut_only_where_a_rank_is_full():
 
 
 def test_a_length_that_ranks_cannot_share_is_refused():
-    with pytest.raises(
-        ValueError, match=r"100 tokens cannot be split evenly over 3 ranks: change layout\.cp"
-    ):
+    with pytest.raises(BadInput, match=r"100 tokens cannot be split evenly over 3 ranks: change layout\.cp"):
         deal_tokens(np.ones(100), np.arange(100), 1, 3)

@@ -33,6 +33,7 @@ def balanced_shape(*, tp: int, cp: int, rows: int, micro_batch: int = 1) -> Shap
     """Sizes of that run: experts_per_token 8, keys of both halves gathered, the head on all rows."""
     S = rows * micro_batch // cp
     return Shape(
+        sums=86,
         rows=S,
         tokens=S // tp,
         sent=S // tp * 8,

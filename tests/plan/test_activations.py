@@ -12,7 +12,6 @@ from llada_megatron.config.schema import LayoutConfig, Recompute
 from llada_megatron.parallel.context import deal_tokens
 from llada_megatron.plan import activations
 from llada_megatron.plan.activations import (
-    METRICS,
     gather_buffer,
     head_bytes,
     held_bytes,
@@ -68,7 +67,7 @@ def test_context_parallelism_keeps_clean_keys_and_its_own_noisy_ones() -> None:
 def test_the_head_keeps_rows_where_it_is_chunked_and_probabilities_where_it_is_not() -> None:
     model, layout = replace(model_of("flash"), head_chunk_tokens=1024), LayoutConfig(tp=2)
     shape = replace(balanced_shape(tp=2, cp=1, rows=8192), supervised=2048)
-    rows = 4096 * (2 * 4096 + 4) + METRICS  # the final norm's input and 1/rms
+    rows = 4096 * (2 * 4096 + 4) + 8 * 86  # the final norm's input and 1/rms
     assert head_bytes(model, shape, layout, b=2) == rows + 2048 * (2 * 4096 + 12 + 8)
     one = replace(shape, supervised=1000)
     assert head_bytes(model, one, layout, b=2) == rows + 1000 * (2 * 4096 + 12 + 4 * 78592 + 9)

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from llada_megatron import cli
 from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import DocumentLengths
 from llada_megatron.config.rules import check
 from llada_megatron.config.schema import ClusterConfig, Config
@@ -127,19 +128,19 @@ def test_the_command_shows_both_and_writes_a_cluster(
 
 def test_attention_in_a_precision_without_a_peak_is_one_sentence(folder: Path) -> None:
     found = calibrate.read([folder / "one.json", folder / "attention.json"])
-    with pytest.raises(ValueError, match=r"no peak for attention in bf16: set cluster\.peak_tflops"):
+    with pytest.raises(BadInput, match=r"no peak for attention in bf16: set cluster\.peak_tflops"):
         calibrate.fit(replace(found, attention_dtype="bf16"), described())
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "holds no benchmark"),
-        ("[]", "holds no benchmark"),
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
         ('{"cases": []}', "holds no benchmark"),
         ('{"results": [], "machine": {"dtype": "int8"}}', "holds no benchmark"),
         ('{"results": [], "machine": {"dtype": "float32"}}', "no steps to fit"),
-        (None, "No such file"),
+        (None, "does not exist"),
     ],
 )
 def test_bad_files_are_one_sentence_and_exit_2(

@@ -6,7 +6,8 @@ import pytest
 
 from llada_megatron.config import rules
 from llada_megatron.config.families.gpt import active_weights
-from llada_megatron.config.schema import Config, Recompute
+from llada_megatron.config.flops import mfu
+from llada_megatron.config.schema import Config, Recompute, StageConfig
 from llada_megatron.plan.estimate import Plan, flops_per_token, plan
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.timing import pipeline_seconds
@@ -47,6 +48,39 @@ def test_equal_ranks_wait_for_each_other_as_the_textbook_says() -> None:
 
 def test_the_slowest_rank_sets_the_pace() -> None:
     assert pipeline_seconds([1.0, 3.0], [3, 1], micro_batches=10, vpp=1) == (30.0, 3.0)
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize(("dtype", "peak"), [("bf16", 989e12), ("fp32", 67e12)])
+def test_mfu_counts_what_each_stage_trains_over_the_peak_of_the_dtype(
+    dtype: str, peak: float, complementary: bool
+) -> None:
+    config = on(flash(), peak_tflops=989.0, peak_tflops_fp32=67.0)
+    config = replace(
+        config,
+        precision=replace(config.precision, dtype=dtype),
+        diffusion=replace(config.diffusion, complementary=complementary, mask_rate_max=0.8),
+        schedule=replace(
+            config.schedule,
+            stages=[
+                StageConfig("ar", "1", 2**34, "autoregressive"),
+                StageConfig("bdlm", "32", 2**34),
+                StageConfig("mdlm", "full", 2**34),
+            ],
+        ),
+    )
+    model, L = config.model, config.data.sequence_length
+    weights = sum(active_weights(model).values())
+    rate = 0.5 if complementary else (1e-3 + 0.8) / 2
+    expected = {"ar": (L, L * (L + 1) / 2, L - 1), "bdlm": (2 * L, L * (L + 32), L * rate)}
+    expected["mdlm"] = (L, L * L, L * rate)
+    for timed, stage in zip(planned(config).stages, rules.schedule_of(config).stages, strict=True):
+        rows, pairs, supervised = expected[stage.name]
+        flops = 6 * weights * rows + 12 * model.heads * model.head_dim * model.layers * pairs
+        flops += 6 * model.hidden_size * model.vocab_size * supervised
+        by_hand = flops / L * timed.tokens_per_sec / (512 * peak)
+        assert timed.mfu == pytest.approx(by_hand, rel=1e-12)
+        assert timed.mfu == mfu(config, stage, timed.tokens_per_sec, devices=512)  # as the loop calls it
 
 
 def test_model_flops_are_six_per_active_weight_and_row_and_the_attention_of_visible_pairs() -> None:

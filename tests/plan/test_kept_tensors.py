@@ -12,7 +12,7 @@ from llada_megatron.model.head import head_output
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_stage
 from llada_megatron.parallel import groups
-from llada_megatron.plan.activations import METRICS, head_bytes, layer_parts
+from llada_megatron.plan.activations import head_bytes, layer_parts
 from tests.plan.flash import balanced_shape
 
 S, B, CHUNK = 32, 2, 16
@@ -55,7 +55,7 @@ def hidden(config: Config) -> torch.Tensor:
 @pytest.mark.parametrize("supervised", [CHUNK - 3, CHUNK, 2 * CHUNK + 5])
 def test_the_head_saves_what_the_formula_says(config: Config, stage, supervised: int) -> None:
     states, rows = hidden(config), torch.arange(supervised)
-    inputs = ModelInputs(tokens=rows, positions=rows, shard=None, outputs=rows, labels=rows.clone())
+    inputs = ModelInputs(tokens=rows, positions=rows, keys=None, outputs=rows, labels=rows.clone())
 
     def run() -> torch.Tensor:
         return head_output(
@@ -70,7 +70,9 @@ def test_the_head_saves_what_the_formula_says(config: Config, stage, supervised:
     shape = replace(balanced_shape(tp=1, cp=1, rows=S, micro_batch=B), supervised=supervised)
     # the final norm's input and 1/rms; weights and metrics of the loss; places and labels, known here already
     outside = (
-        S * B * (2 * config.model.hidden_size + 4) + METRICS + supervised * (12 + 8 * (supervised > CHUNK))
+        S * B * (2 * config.model.hidden_size + 4)
+        + 8 * shape.sums
+        + supervised * (12 + 8 * (supervised > CHUNK))
     )
     assert saved == head_bytes(config.model, shape, config.layout, b=2) - outside
 

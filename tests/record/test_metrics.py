@@ -8,9 +8,11 @@ import time
 import pytest
 
 from llada_megatron.cli import main
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import short_count
 from llada_megatron.config.schema import LoggingConfig
 from llada_megatron.observe.trackers import HEADER, Trackers, scalars, step_line
-from llada_megatron.record.metrics import MetricsFile, read_jsonl, short_count
+from llada_megatron.record.metrics import MetricsFile, read_jsonl
 
 
 def step_record(step: int, **changes: object) -> dict:
@@ -92,7 +94,7 @@ def test_a_complete_record_without_a_newline_is_not_glued_to_the_next(tmp_path):
 def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2 of"):
+    with pytest.raises(BadInput, match="line 2 of"):
         read_jsonl(path)
 
 
@@ -165,7 +167,7 @@ def test_a_resume_keeps_the_evaluation_at_its_step_and_drops_later_ones(tmp_path
 
 
 def test_an_unknown_wandb_mode_is_refused_by_the_name_of_the_setting(tmp_path):
-    with pytest.raises(ValueError, match=r"logging\.wandb is 'on'; set"):
+    with pytest.raises(BadInput, match=r"logging\.wandb is 'on'; set"):
         Trackers(tmp_path, LoggingConfig(wandb="on"), "a-run", 0)
 
 

@@ -8,7 +8,7 @@ from llada_megatron.jobs import account as cost
 from tests.slurm import accounting
 from tests.slurm.conftest import TWO_NODES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 SECONDS = 3
 """What sacct's whole seconds, a batch script's start and its last lines may add up to."""
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.slurm.conftest import TWO_NODES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # of those that are not marked `full`
 ONE_NODE = ["cluster.nodes=1", "cluster.gpus_per_node=2", "layout.processes=2", "layout.tp=2", *TWO_NODES[4:]]
 OPTIONS = ["training.steps=2", "slurm.exclude_failed_nodes=true"]
 
@@ -33,6 +33,7 @@ def test_a_run_on_one_node_finishes_on_another_one(make_run, full_on_node1):
     assert why.startswith("Preflight failed") and why.endswith("node1 left out since")
 
 
+@pytest.mark.full
 def test_a_run_that_needs_all_nodes_keeps_them_and_says_so(make_run, full_on_node1):
     run = make_run(*TWO_NODES, *OPTIONS, full_on_node1)
     run.submit()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 def test_with_max_parallel_one_the_next_run_of_a_sweep_waits_for_a_requeued_one(make_run, tmp_path):

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 
 from llada_megatron.config.contents import ALIGNED, Contents, Parameters, separate_experts
 from llada_megatron.config.layout import pipeline_stages
-from llada_megatron.config.layout_rules import has_experts, require
+from llada_megatron.config.layout_rules import require
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 
 
@@ -32,7 +32,7 @@ def check(model: ModelConfig) -> None:
     """Raise BadInput for settings of an architecture that cannot be built."""
     sizes = ["vocab_size", "layers", "hidden_size", "heads", "kv_heads", "head_dim", "head_chunk_tokens"]
     sizes += ["ffn_hidden_size"] if model.dense_layers else []
-    sizes += ["expert_hidden_size", "expert_groups", "expert_groups_per_token"] if has_experts(model) else []
+    sizes += ["expert_hidden_size", "expert_groups", "expert_groups_per_token"] if model.has_experts else []
     for name in sizes:
         require(getattr(model, name) >= 1, f"model.{name}={getattr(model, name)} must be at least 1.")
     require(
@@ -48,7 +48,7 @@ def check(model: ModelConfig) -> None:
         f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} must be an even"
         " number of channels.",
     )
-    if not has_experts(model):
+    if not model.has_experts:
         return
     require(model.experts > 0, "model.experts is 0 but model.dense_layers < model.layers: set model.experts.")
     require(

@@ -32,8 +32,14 @@ class Row(NamedTuple):
     """A value, or a function of the whole config.json."""
 
     def missing(self, described: dict[str, Any]) -> Any:
-        """What is taken where the key is absent from `described`, or null; REQUIRED: it may not be."""
+        """What is taken where the key is absent from `described`; REQUIRED: it may not be."""
         return self.absent(described) if callable(self.absent) else self.absent
+
+    def read(self, described: dict[str, Any]) -> Any:
+        """The value; null says nothing where it would follow from other keys."""
+        said = described.get(self.theirs)
+        follows = said is None and (callable(self.absent) or self.theirs not in described)
+        return self.missing(described) if follows else said
 
 
 class Table(Protocol):

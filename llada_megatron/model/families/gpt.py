@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from llada_megatron.attention.registry import Executor
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig, Recompute
 from llada_megatron.model.gpt import BlockDiffusionGPT, ExplicitRotary
@@ -24,7 +25,7 @@ def transformer_config(
     outputs are kept on gloo, and p2p is never batched (runtime/mcore_cpu.py).
     """
     dtype = device.DTYPES[precision.dtype]
-    moe = model.experts > 0
+    moe = model.has_experts
     fused = layer_spec == "transformer_engine"
     grouped = moe and model.expert_groups > 1
     return TransformerConfig(
@@ -45,7 +46,7 @@ def transformer_config(
         attention_dropout=0.0,
         perform_initialization=False,  # model/initialize.py fills the weights
         # experts
-        num_moe_experts=model.experts or None,
+        num_moe_experts=model.experts if moe else None,
         moe_layer_freq=[int(layer >= model.dense_layers) for layer in range(model.layers)] if moe else 1,
         moe_router_topk=max(model.experts_per_token, 1),
         moe_router_score_function="sigmoid",
@@ -101,15 +102,27 @@ def pipeline_layout(layers: int, layout: LayoutConfig) -> list[list[str]] | None
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def build_stage(config: Config, *, vp_stage: int | None = None, initialize: bool = True) -> BlockDiffusionGPT:
-    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights."""
+def build_stage(
+    config: Config,
+    *,
+    vp_stage: int | None = None,
+    initialize: bool = True,
+    attention: Executor | None = None,
+) -> BlockDiffusionGPT:
+    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights.
+
+    `attention` takes the place of the executor that model.attention_backend names.
+    """
     model, layout = config.model, config.layout
     layer_spec = resolve_layer_spec(model.layer_spec)
     transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
     stage = BlockDiffusionGPT(
         transformer,
         block_spec(
-            transformer, layer_spec=layer_spec, attention_backend=model.attention_backend, vp_stage=vp_stage
+            transformer,
+            layer_spec=layer_spec,
+            attention=attention or model.attention_backend,
+            vp_stage=vp_stage,
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=2 * config.data.sequence_length,

@@ -1,0 +1,86 @@
+"""A training step with a stopwatch: what is handed into it instead of what training uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from llada_megatron.objectives.batch import MicroBatch
+from llada_megatron.objectives.objective import Loss, Objective
+from llada_megatron.runtime import device
+from llada_megatron.training.step import Trainer, train_step
+
+
+class Stopwatch:
+    """Adds up the seconds spent in its laps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def lap(self, name: str = "") -> Iterator[None]:
+        """One lap; `name` is for whoever wants to know what runs."""
+        began = device.seconds()
+        try:
+            yield
+        finally:
+            self.seconds += device.seconds() - began
+
+
+class Timed(Objective):
+    """An objective whose own work, batches and losses, is timed."""
+
+    def __init__(self, timed: Objective, stopwatch: Stopwatch, *, full_logits: bool) -> None:
+        self.timed, self.stopwatch, self.full_logits = timed, stopwatch, full_logits
+        self.geometry, self.readout = timed.geometry, timed.readout
+        self.noise_sigma, self.shown = timed.noise_sigma, timed.shown  # type: ignore[method-assign]
+
+    def batch(self, *args: Any, **kwargs: Any) -> MicroBatch:
+        """The objective's, on every row where full logits are asked for."""
+        with self.stopwatch.lap():
+            batch = self.timed.batch(*args, **kwargs)
+            return on_every_row(batch) if self.full_logits else batch
+
+    def loss(self, batch: MicroBatch, output: torch.Tensor) -> Loss:
+        """The objective's."""
+        with self.stopwatch.lap():
+            return self.timed.loss(batch, output)
+
+
+def on_every_row(batch: MicroBatch) -> MicroBatch:
+    """The head as stock models use it: on all rows, the loss on some of them."""
+    inputs, N = batch.inputs, batch.inputs.tokens.numel()
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(N).index_copy_(0, inputs.outputs, values)
+
+    assert inputs.labels is not None
+    spread_inputs = replace(inputs, labels=spread(inputs.labels), outputs=torch.arange(N))
+    return replace(
+        batch, inputs=spread_inputs, rows={name: spread(rows) for name, rows in batch.rows.items()}
+    )
+
+
+def timed_step(trainer: Trainer, step: int, *, full_logits: bool) -> tuple[float, float]:
+    """Seconds of one step, and of its part outside megatron-core's passes and optimizer.
+
+    `full_logits`: the head is applied to every row, in one piece.
+    """
+    inside, ours = Stopwatch(), Stopwatch()
+    stage = trainer.model[0].module
+    objectives = {
+        name: Timed(objective, ours, full_logits=full_logits)
+        for name, objective in trainer.objectives.items()
+    }
+    chunk_tokens = stage.head_chunk_tokens
+    if full_logits:
+        stage.head_chunk_tokens = 1 << 30
+    began = device.seconds()
+    train_step(replace(trainer, objectives=objectives, section=inside.lap), step)
+    seconds = device.seconds() - began
+    stage.head_chunk_tokens = chunk_tokens
+    return seconds, seconds - (inside.seconds - ours.seconds)

@@ -1,0 +1,70 @@
+"""The objectives that a stage of the schedule can have, without torch: their names and their geometry.
+
+What planning, FLOPs, MFU and pictures need to know of an objective stands here; what computes it is the class
+that `module` names. To add one (docs/extending.md): a line in OBJECTIVES, that module, and its settings in
+schema.py if it has any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from llada_megatron.config.schema import DiffusionConfig
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of every step besides the loss: means over the global batch, in bins."""
+
+    bins: int
+    label: str = ""
+    """Of the axis that the bins divide evenly, from 0 to 1; empty: no picture is drawn."""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an objective lays out a sequence of L data tokens."""
+
+    module: str
+    """Of its class OBJECTIVE."""
+    causal: bool
+    """Whether it trains an autoregressive model: blocks of 1, and an exact likelihood instead of a bound."""
+    reads_clean_half: bool
+    """Whether the model reads `[x_t ; x_0]`, where a sequence has several blocks."""
+    supervised: Callable[[DiffusionConfig, int], float]
+    """Positions of a sequence of L tokens that the head is applied to, on average."""
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    denominators: int = 1
+    """The loss is a sum of so many terms, each with a denominator of its own over the global batch."""
+
+    @property
+    def sums(self) -> int:
+        """fp64 numbers that a micro-batch adds to the step's record: a sum and a count of each mean."""
+        return 2 * (self.denominators + sum(figure.bins for figure in self.figures.values()))
+
+
+def mask_rate(diffusion: DiffusionConfig) -> float:
+    """Mean share of the positions that are masked; a complementary pair masks every position once."""
+    return 0.5 if diffusion.complementary else (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
+
+
+OBJECTIVES: dict[str, Geometry] = {
+    "autoregressive": Geometry(
+        module="llada_megatron.objectives.autoregressive",
+        causal=True,
+        reads_clean_half=False,
+        supervised=lambda diffusion, length: length - 1,
+    ),
+    "diffusion": Geometry(
+        module="llada_megatron.objectives.diffusion",
+        causal=False,
+        reads_clean_half=True,
+        supervised=lambda diffusion, length: length * mask_rate(diffusion),
+        figures={
+            "loss_by_t": Figure(10, "mask rate t", "Cross entropy of the masked tokens by mask rate t."),
+            "loss_by_block_position": Figure(32),
+        },
+    ),
+}

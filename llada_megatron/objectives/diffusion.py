@@ -1,0 +1,131 @@
+"""Absorbing-mask block diffusion: the masked tokens of a block, given the clean blocks before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from llada_megatron.attention.context import ContextShard
+from llada_megatron.attention.mask import block_starts
+from llada_megatron.config.objectives import OBJECTIVES
+from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schema import BlockGrid
+from llada_megatron.data.packed import PackedSample, PackedSequences
+from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
+from llada_megatron.objectives.batch import MicroBatch, flat_outputs, model_mask
+from llada_megatron.objectives.corruption import Corruption, corrupt, data_index
+from llada_megatron.objectives.objective import Loss, Objective
+from llada_megatron.objectives.weights import embedding_noise_sigma, position_weights
+from llada_megatron.parallel.random import Purpose, torch_seed
+
+RATE_BINS, POSITION_BINS = (
+    OBJECTIVES["diffusion"].figures[name].bins for name in ("loss_by_t", "loss_by_block_position")
+)
+
+
+class Diffusion(Objective):
+    """Weighted cross entropies of the masked tokens; formulas in objectives/weights.py."""
+
+    corrupt: Callable[..., Corruption] = staticmethod(corrupt)
+    """Which tokens are masked, and at what rate."""
+
+    def batch(
+        self,
+        data: PackedSequences,
+        indices: list[int],
+        stage: Stage,
+        *,
+        noise_sigma: float = 0.0,
+        draft: torch.Tensor | None = None,
+    ) -> MicroBatch:
+        """`[x_t ; x_0]` of the samples, corrupted as the stage asks."""
+        diffusion, seed = self.config.diffusion, self.config.run.seed
+        grid = diffusion.block_grid
+        samples = self.read(data, [data_index(index, diffusion) for index in indices])
+        corruptions = [
+            self.corrupt(seed, index, sample.cu_seqlens, stage.block_size, diffusion)
+            for index, sample in zip(indices, samples, strict=True)
+        ]
+        masked = [corruption.masked for corruption in corruptions]
+        inputs = diffusion_inputs(
+            samples,
+            masked,
+            block_size=stage.block_size,
+            grid=grid,
+            mask_token_id=self.config.model.mask_token_id,
+        )
+        if noise_sigma > 0:
+            inputs.noise = EmbeddingNoise(
+                sigma=noise_sigma,
+                seeds=[torch_seed(seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
+                rows=[
+                    torch.from_numpy(np.flatnonzero(row)) for row in masked
+                ],  # the clean half gets no noise
+            )
+        weights, counts, rates, places = [], [], [], []
+        for sample, corruption in zip(samples, corruptions, strict=True):
+            weight, count = position_weights(corruption, diffusion)
+            place = np.arange(len(weight)) - block_starts(sample.cu_seqlens, stage.block_size, grid)
+            weights.append(weight[corruption.masked])
+            counts.append(count)
+            rates.append(corruption.rate[corruption.masked])
+            places.append(place[corruption.masked])
+        rate_bin = np.minimum((np.concatenate(rates) * RATE_BINS).astype(np.int64), RATE_BINS - 1)
+        bins = min(stage.block_size, POSITION_BINS)
+        return MicroBatch(
+            inputs=inputs,
+            rows={
+                "weights": torch.from_numpy(np.concatenate(weights)).float(),
+                "loss_by_t": torch.from_numpy(rate_bin),
+                "loss_by_block_position": torch.from_numpy(np.concatenate(places) * bins // stage.block_size),
+            },
+            counts=(sum(counts),),
+        )
+
+    def loss(self, batch: MicroBatch, output: torch.Tensor) -> Loss:
+        """Weighted sum of the cross entropies [N]."""
+        return Loss(
+            [(output * batch.rows["weights"]).sum()],
+            batch.counts,
+            {name: (batch.rows[name], output) for name in self.geometry.figures},
+        )
+
+    def noise_sigma(self, step: int, embedding_rms: float) -> float:
+        """Fades over the run's diffusion stages, which may be several."""
+        noise = self.config.diffusion.embedding_noise
+        tokens = (step - self.schedule.first_diffusion_step()) * self.schedule.tokens_per_step
+        return embedding_rms * embedding_noise_sigma(noise.sigma_over_rms, noise.fade_tokens, tokens)
+
+    def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:
+        """A block has no more places than tokens."""
+        by_position = means["loss_by_block_position"][: min(stage.block_size, POSITION_BINS)]
+        return {**means, "loss_by_block_position": by_position}
+
+
+def diffusion_inputs(
+    samples: list[PackedSample],
+    masked: list[np.ndarray],
+    *,
+    block_size: int,
+    grid: BlockGrid,
+    mask_token_id: int,
+) -> ModelInputs:
+    """`[x_t ; x_0]` (x_t alone when one block spans the sequence), with outputs at the masked positions."""
+    clean = np.stack([sample.tokens for sample in samples])
+    noisy = np.where(np.stack(masked), mask_token_id, clean)
+    clean_copy = block_size < clean.shape[1]
+    positions = torch.arange(clean.shape[1])[None]
+    rows = [np.flatnonzero(row) for row in masked]
+    return ModelInputs(
+        tokens=torch.from_numpy(np.concatenate([noisy, clean], axis=1) if clean_copy else noisy),
+        positions=torch.cat([positions, positions], dim=1) if clean_copy else positions,
+        keys=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
+        outputs=flat_outputs(rows),
+        labels=torch.from_numpy(np.concatenate([c[row] for c, row in zip(clean, rows, strict=True)])),
+    )
+
+
+OBJECTIVE = Diffusion

@@ -1,0 +1,94 @@
+"""What an objective is: batches from samples, the readout it asks for, and its loss.
+
+A step is one pass of micro-batches forward and backward (training/step.py); an objective decides what is in
+them and what comes out. Its geometry, which needs no torch, is in config/objectives.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llada_megatron.config.objectives import OBJECTIVES
+from llada_megatron.config.schedule import Schedule, Stage
+from llada_megatron.config.schema import Config
+from llada_megatron.data.packed import PackedSample, PackedSequences
+from llada_megatron.model.readout import CROSS_ENTROPY, Readout
+from llada_megatron.objectives.batch import MicroBatch, check_vocabulary
+
+
+@dataclass
+class Loss:
+    """What this rank's part of a micro-batch adds to the loss, sum over k of sums[k] / counts[k].
+
+    Both are summed over the global batch, the context-parallel parts included, before they are divided.
+    """
+
+    sums: Sequence[torch.Tensor]
+    """One differentiable scalar for each of the objective's denominators."""
+    counts: Sequence[int | torch.Tensor]
+    figures: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """By name the bin, int64 [N], and the value [N] of each supervised row."""
+
+
+class Objective:
+    """Base of all objectives. One object serves all stages of a run that name it."""
+
+    readout: Readout = CROSS_ENTROPY
+    draft_readout: Readout | None = None
+    """Asks for a pass without gradients before the step's own: of `draft_batch`, read out by this. Every rank
+    then gets the result of a whole micro-batch, on the host, as `draft` of `batch`."""
+    counts_known = True
+    """Whether `MicroBatch.counts` says the denominators before the model has run. An objective with several
+    denominators that it only knows afterwards costs a forward pass more, in which they are counted."""
+
+    def __init__(self, name: str, config: Config, schedule: Schedule) -> None:
+        self.config, self.schedule = config, schedule
+        self.geometry = OBJECTIVES[name]
+
+    def batch(
+        self,
+        data: PackedSequences,
+        indices: list[int],
+        stage: Stage,
+        *,
+        noise_sigma: float = 0.0,
+        draft: torch.Tensor | None = None,
+    ) -> MicroBatch:
+        """The micro-batch of these global sample indices, whole and on the host.
+
+        A function of the data, the run's seed and the indices alone, and of the draft where there is one:
+        layout, micro-batch and resume cannot change a sample.
+        """
+        raise NotImplementedError
+
+    def draft_batch(
+        self, data: PackedSequences, indices: list[int], stage: Stage, *, noise_sigma: float = 0.0
+    ) -> MicroBatch:
+        """What the pass before the step's own reads: by default what `batch` makes without a draft."""
+        return self.batch(data, indices, stage, noise_sigma=noise_sigma)
+
+    def loss(self, batch: MicroBatch, output: torch.Tensor) -> Loss:
+        """The loss of this rank's part of a micro-batch; output: what `readout` gives for its N rows.
+
+        A term that is no sum over rows adds up its parts with `sum_over_context` first, and is then itself
+        `counted_once` (objectives/passes.py): rows of a sequence may lie on several ranks.
+        """
+        raise NotImplementedError
+
+    def noise_sigma(self, step: int, embedding_rms: float) -> float:
+        """Standard deviation of the noise on the embeddings of masked tokens at a step."""
+        return 0.0
+
+    def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:
+        """A step's figures for its record, from the means in every bin; None where nothing was counted."""
+        return dict(means)
+
+    def read(self, data: PackedSequences, sequences: Sequence[int]) -> list[PackedSample]:
+        """Sequences of the data by their index; BadInput for a token that the model has no row for."""
+        samples = [data[sequence] for sequence in sequences]
+        check_vocabulary(samples, self.config.model.vocab_size)
+        return samples

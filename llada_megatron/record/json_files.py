@@ -1,0 +1,40 @@
+"""JSON files that a user hands over, and those that a verb writes. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.config.errors import BadInput
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises BadInput, which ends with the `remedy`, where there is no such file or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{path} does not exist: {remedy}.") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise BadInput(f"{path} is not JSON ({error}): {remedy}.") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds no JSON object: {remedy}.")
+    return content
+
+
+def require(content: dict[str, Any], path: Path, *keys: str, remedy: str) -> None:
+    """Raises BadInput where a file's object lacks one of these keys."""
+    for key in keys:
+        if key not in content:
+            raise BadInput(f"{path} has no '{key}': {remedy}.")
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Write a file and the folders that it needs; nothing where no file was asked for."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
