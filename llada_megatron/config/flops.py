@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.parameters import attention_weights, expert_weights
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import ClusterConfig, Config, ModelConfig
 
@@ -60,16 +60,6 @@ def _normal(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
-def active_parameters_per_layer(model: ModelConfig, layer: int) -> int:
-    """Weights of matrices that one token passes through in a layer."""
-    attention = attention_weights(model)
-    if layer < model.dense_layers:
-        return attention + 3 * model.hidden_size * model.ffn_hidden_size
-    routed = expert_weights(model) * model.experts_per_token
-    shared = 3 * model.hidden_size * model.shared_expert_hidden_size
-    return attention + routed + shared + model.hidden_size * model.experts
-
-
 def training_flops_per_sequence(
     model: ModelConfig, *, positions: int, pairs: float, supervised: float, head_recomputed: bool = False
 ) -> float:
@@ -77,11 +67,11 @@ def training_flops_per_sequence(
 
     positions: tokens that pass the layers (2L with a clean copy, else L); pairs: query-key pairs of one
     attention layer; supervised: positions that pass the head. A weight costs 2 FLOPs forward and 4
-    backward per token; a pair costs 4 head_dim FLOPs per head forward (scores and values) and 8 backward.
+    backward per token; a pair costs twice as much backward as forward.
     """
-    weights = sum(active_parameters_per_layer(model, layer) for layer in range(model.layers))
-    matrices = 6 * weights * positions
-    attention = 12 * model.heads * model.head_dim * model.layers * pairs
+    formulas = formulas_of(model)
+    matrices = 6 * sum(formulas.active_weights(model).values()) * positions
+    attention = 3 * formulas.pair_flops(model) * pairs
     head = (8 if head_recomputed else 6) * model.hidden_size * model.vocab_size * supervised
     return matrices + attention + head
 

@@ -93,6 +93,8 @@ class RunConfig:
 class ModelConfig:
     """An architecture as data: BailingMoeV2 (Ling 2.0, LLaDA2) and its relatives."""
 
+    family: str = "gpt"
+    """Whose stage builder and formulas these settings are for; see config/families/."""
     vocab_size: int = MISSING
     mask_token_id: int = MISSING
     """The id that stands for [MASK]; it is not in the public config.json of LLaDA2 (156895 there)."""

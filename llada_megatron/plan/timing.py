@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llada_megatron.config.contents import Contents, Parameters
+from llada_megatron.config.families.gpt import attention_weights, expert_weights
 from llada_megatron.config.flops import peak_flops
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
-from llada_megatron.config.parameters import Contents, Parameters, attention_weights, expert_weights
 from llada_megatron.config.quantities import GB
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 from llada_megatron.plan import activations, traffic

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from llada_megatron.config import rules
-from llada_megatron.config.flops import active_parameters_per_layer, mfu
+from llada_megatron.config.families.gpt import active_weights
+from llada_megatron.config.flops import mfu
 from llada_megatron.config.schema import Config, Recompute, StageConfig
 from llada_megatron.plan.estimate import Plan, flops_per_token, plan
 from llada_megatron.plan.planner import Planner
@@ -69,7 +70,7 @@ def test_mfu_counts_what_each_stage_trains_over_the_peak_of_the_dtype(
         ),
     )
     model, L = config.model, config.data.sequence_length
-    weights = sum(active_parameters_per_layer(model, layer) for layer in range(model.layers))
+    weights = sum(active_weights(model).values())
     rate = 0.5 if complementary else (1e-3 + 0.8) / 2
     expected = {"ar": (L, L * (L + 1) / 2, L - 1), "bdlm": (2 * L, L * (L + 32), L * rate)}
     expected["mdlm"] = (L, L * L, L * rate)
@@ -86,7 +87,7 @@ def test_model_flops_are_six_per_active_weight_and_row_and_the_attention_of_visi
     config = flash()
     model, L = config.model, 4096
     stages = {stage.name: stage for stage in rules.schedule_of(config).stages}
-    weights = sum(active_parameters_per_layer(model, layer) for layer in range(model.layers))
+    weights = sum(active_weights(model).values())
     rate = (1e-3 + 1) / 2
     head = 6 * model.hidden_size * model.vocab_size * rate
     for name, rows, pairs in (("stable", 1, L), ("decay_32", 2, L + 32)):
