@@ -11,7 +11,6 @@ import torch
 
 from llada_megatron import cli
 from llada_megatron.config import compose
-from llada_megatron.record.manifest import find
 from tests.distributed import run_ranks
 
 OLD = Path(__file__).parents[1] / "old_run"
@@ -65,19 +64,12 @@ def test_an_old_run_goes_on_as_the_code_that_wrote_it_would_have(folder):
         assert list(bound.values()) == equal([recorded[size] for size in BLOCKS])
 
 
-def evaluate(folder: Path) -> dict[str, float]:
-    from llada_megatron.evaluate.likelihood import evaluate_checkpoint
-
-    os.chdir(folder)
-    metrics = [f"nll_block{size}" for size in BLOCKS]
-    return evaluate_checkpoint(compose.load("run/config.yaml"), find("run"), metrics)
-
-
-def test_the_checkpoint_of_an_old_run_is_evaluated_alike(folder):
-    [measured] = run_ranks(evaluate, folder)
-    bound = records(folder, "evaluations")[-1]["bound"]
-    recorded = [bound[size]["mean"] for size in BLOCKS]
-    assert [measured[f"nll_block{size}"] for size in BLOCKS] == equal(recorded)
+def test_the_checkpoint_of_an_old_run_is_evaluated_alike(folder, tmp_path):
+    checkpoint, data = str(folder / "run"), f"data.path=[{folder}/corpus/text]"
+    assert cli.main(["evaluate", checkpoint, data, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["bound"]
+    recorded = records(folder, "evaluations")[-1]["bound"]
+    assert [found[size]["mean"] for size in BLOCKS] == equal([recorded[size]["mean"] for size in BLOCKS])
 
 
 def test_verbs_that_read_runs_read_an_old_one(folder, capsys):
