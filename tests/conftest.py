@@ -22,6 +22,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers (`pytest -n 2 --dist loadgroup`) get whole files, which share fixtures; one gets the Slurm."""
     for item in items:
