@@ -79,7 +79,10 @@ def parse(verb: str, arguments: Sequence[str]) -> tuple[ModuleType, argparse.Nam
     example = getattr(module, "EXAMPLE", None)
     parser = Parser(prog=f"llada {verb}", description=summary, epilog=example and f"example:\n  {example}")
     module.add_arguments(parser)
-    return module, parser.parse_args(arguments)
+    try:
+        return module, parser.parse_intermixed_args(arguments)  # KEY=VALUE before and behind options
+    except TypeError:  # a verb with sub-commands, whose own parsers take what follows
+        return module, parser.parse_args(arguments)
 
 
 def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:

@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        nargs="+",
+        action="append",
         metavar="PREFIX",
-        help="prepared text, all of it held out; default: the run's own",
+        help="prepared text, all of it held out; once for each; default: the run's own",
     )
     parser.add_argument("--sequences", type=int, metavar="N", help="held-out sequences")
     parser.add_argument("--draws", type=int, metavar="N", help="masks per sequence")
