@@ -6,6 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.corpus import corpus
+
+__all__ = ["corpus"]
+
 # A shared machine stalls now and then; a deadline would call that a failure.
 settings.register_profile("llada", deadline=None)
 settings.load_profile("llada")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import BlockGrid
 
-BlockGrid = Literal["sequence", "document"]
 PerToken = npt.NDArray[np.int64]  # [B, L]
 
 
@@ -46,7 +46,7 @@ class BlockDiffusionMask:
 
     cu_seqlens: Sequence[Tensor]
     block_size: int
-    block_grid: BlockGrid = "sequence"
+    block_grid: BlockGrid = BlockGrid.sequence
     clean_copy: bool = True
     causal: bool = False
 
@@ -61,8 +61,8 @@ class BlockDiffusionMask:
             raise BadInput(f"cu_seqlens ends at {lengths}: every sample of a micro-batch needs one length")
         if not 1 <= self.block_size <= self.length:
             raise BadInput(f"block_size must be from 1 to the {self.length} tokens, got {self.block_size}")
-        if self.block_grid not in get_args(BlockGrid):
-            raise BadInput(f"block_grid must be one of {get_args(BlockGrid)}, got {self.block_grid!r}")
+        if self.block_grid not in list(BlockGrid):
+            raise BadInput(f"block_grid must be one of {', '.join(BlockGrid)}, got {self.block_grid!r}")
         if self.clean_copy and self.causal:
             raise BadInput("causal=True needs clean_copy=False: a clean copy is already causal over blocks")
 
@@ -88,7 +88,7 @@ class BlockDiffusionMask:
     @cached_property
     def document_start(self) -> PerToken:
         """First token of each token's document, [B, L]."""
-        return np.stack([np.repeat(cu[:-1], np.diff(cu)) for cu in self._boundaries])
+        return np.stack([_document_starts(cu) for cu in self._boundaries])
 
     @cached_property
     def document_stop(self) -> PerToken:
@@ -159,13 +159,36 @@ class BlockDiffusionMask:
     @property
     def _grid_origin(self) -> PerToken:
         """Where the block grid of each token starts, [B, L]."""
-        return np.zeros_like(self.document_start) if self.block_grid == "sequence" else self.document_start
+        return _grid_origins(self.document_start, self.block_grid)
 
     @property
     def _grid_start(self) -> PerToken:
         """Start of each token's block on the grid, before a document cuts it, [B, L]."""
-        within = (np.arange(self.length) - self._grid_origin) % self.block_size
-        return np.arange(self.length) - within
+        return _cell_starts(self.document_start, self.block_size, self.block_grid)
+
+
+def block_starts(cu_seqlens: npt.NDArray[Any], block_size: int, grid: BlockGrid) -> PerToken:
+    """First position, int64 [L], of each position's block; a block never spans two documents.
+
+    cu_seqlens: int [documents + 1], the starts of a sample's documents, then L.
+    """
+    document_start = _document_starts(cu_seqlens)
+    return np.maximum(_cell_starts(document_start, block_size, grid), document_start)
+
+
+def _document_starts(cu_seqlens: npt.NDArray[Any]) -> PerToken:
+    """First token of each token's document, [L]."""
+    return np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)).astype(np.int64)
+
+
+def _grid_origins(document_start: PerToken, grid: BlockGrid) -> PerToken:
+    return np.zeros_like(document_start) if grid == BlockGrid.sequence else document_start
+
+
+def _cell_starts(document_start: PerToken, block_size: int, grid: BlockGrid) -> PerToken:
+    """Start of each token's block on the grid, before a document cuts it, [..., L]."""
+    position = np.arange(document_start.shape[-1])
+    return position - (position - _grid_origins(document_start, grid)) % block_size
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ UNSQUEEZED = 1000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands of `llada checkpoint`."""
+    from llada_megatron.config.schema import CheckpointConfig
+
+    metric = CheckpointConfig.best_metric
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="the checkpoints of a run")
     listing.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
@@ -25,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge = commands.add_parser("merge", help="the mean of a run's best checkpoints, in fp32, evaluated")
     merge.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
     merge.add_argument("--top-k", type=int, required=True, metavar="K")
-    merge.add_argument("--metric", default="nll_block32", metavar="NAME", help="default nll_block32")
+    merge.add_argument("--metric", default=metric, metavar="NAME", help=f"default {metric}")
     merge.add_argument("--weights", metavar="W,W,...", help="of the best first; default: equal")
     merge.add_argument("--to", type=Path, metavar="DIR", help="default RUN/merged/top_K_METRIC")
     merge.add_argument(

@@ -29,7 +29,7 @@ from llada_megatron.record.manifest import git_commit
 
 EXAMPLE = "llada doctor --runs runs"
 PYTHONS = ((3, 12), (3, 13))
-WRITTEN_BYTES = 64 << 20
+DISK_TEST_BYTES = 64 << 20
 COMMAND_TIMEOUT_SEC = 20.0
 SLURM_PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sacct")
 
@@ -279,14 +279,14 @@ def disk(runs: Path) -> Finding:
         free = shutil.disk_usage(existing).free
         with tempfile.TemporaryFile(dir=existing) as file:
             began = time.perf_counter()
-            file.write(os.urandom(1 << 20) * (WRITTEN_BYTES >> 20))
+            file.write(os.urandom(1 << 20) * (DISK_TEST_BYTES >> 20))
             file.flush()
             os.fsync(file.fileno())
             seconds = time.perf_counter() - began
     except OSError as error:
         text = f"{where} cannot be written ({error.strerror}): set run.dir to another place"
         return Finding("disk", State.missing, text)
-    speed = WRITTEN_BYTES / seconds / 1e6
+    speed = DISK_TEST_BYTES / seconds / 1e6
     return Finding(
         "disk", State.ok, f"{where}: {free / 1e9:.0f} GB free, {speed:.0f} MB/s written and synced"
     )

@@ -6,9 +6,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+from llada_megatron.config.quantities import short_count
 from llada_megatron.observe.report import NOT_YET, missing, write_report
 from llada_megatron.record.json_files import read_json
-from llada_megatron.record.metrics import short_count
 from llada_megatron.record.run_dir import RunDir
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from llada_megatron.config import rules
 from llada_megatron.config.compose import load
 from llada_megatron.config.errors import BadInput, Refusal
+from llada_megatron.config.quantities import short_count
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
-from llada_megatron.record.metrics import read_jsonl, short_count
+from llada_megatron.record.metrics import read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada status runs/llada2_flash"

@@ -145,14 +145,13 @@ def render(config: Config, *, lead_sec: int) -> str:
         "qos": site.qos,
         "constraint": site.constraint,
         "time": str(site.time_limit_min or ""),
-        "gpus-per-node": str(cluster.gpus_per_node) if cluster.peak_tflops else "",
+        "gpus-per-node": str(cluster.gpus_per_node) if cluster.has_gpus else "",
     }
     lines = [f"--{name}={value}" for name, value in directives.items() if value] + list(site.options)
     for line in lines:
         if not SAFE_OPTION.fullmatch(line):
             raise BadInput(f"slurm: the option {line!r} holds characters that no option of sbatch needs.")
-    has_gpus = bool(cluster.peak_tflops)
-    environment = site.environment or ("nccl" if has_gpus else "gloo")
+    environment = site.environment or ("nccl" if cluster.has_gpus else "gloo")
     end_options = f"--max-failures {config.run.max_failures}"
     values = {
         "NODES": str(cluster.nodes),

@@ -24,7 +24,6 @@ from llada_megatron.config.errors import (
     in_words,
 )
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size, pipeline_stages
-from llada_megatron.config.layout_rules import has_experts
 from llada_megatron.config.schema import Config, Recompute
 from llada_megatron.jobs import attempts
 from llada_megatron.record import events
@@ -187,7 +186,7 @@ def _layout_options(config: Config) -> list[str]:
         options.append(
             f"layers per stage {', '.join(map(str, pipeline_stages(config.model.layers, layout)))}"
         )
-    if has_experts(config.model):
+    if config.model.has_experts:
         options.append(f"expert dp {expert_data_parallel_size(layout)}, {layout.dispatcher.value} dispatcher")
     modules = f" ({', '.join(layout.recompute_modules)})" if layout.recompute is Recompute.selective else ""
     options.append(f"recompute {layout.recompute.value}{modules}")

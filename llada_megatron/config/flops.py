@@ -1,4 +1,7 @@
-"""Closed-form FLOPs of a training step; counts multiply and add, without torch."""
+"""Closed-form FLOPs of a training step, and their share of what the devices can do; without torch.
+
+The loop's MFU and the plan's are this one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import ModelConfig
+from llada_megatron.config.families import formulas_of
+from llada_megatron.config.schedule import Stage
+from llada_megatron.config.schema import ClusterConfig, Config, ModelConfig
+
+PEAK_SETTING = {"bf16": "peak_tflops", "fp32": "peak_tflops_fp32"}
+"""The key of `cluster` with the peak of a dtype."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +60,6 @@ def _normal(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
-def active_parameters_per_layer(model: ModelConfig, layer: int) -> int:
-    """Weights of matrices that one token passes through in a layer."""
-    qkv = model.hidden_size * (model.heads + 2 * model.kv_heads) * model.head_dim
-    attention = qkv + model.heads * model.head_dim * model.hidden_size
-    if layer < model.dense_layers:
-        return attention + 3 * model.hidden_size * model.ffn_hidden_size
-    routed = 3 * model.hidden_size * model.expert_hidden_size * model.experts_per_token
-    shared = 3 * model.hidden_size * model.shared_expert_hidden_size
-    return attention + routed + shared + model.hidden_size * model.experts
-
-
 def training_flops_per_sequence(
     model: ModelConfig, *, positions: int, pairs: float, supervised: float, head_recomputed: bool = False
 ) -> float:
@@ -70,11 +67,11 @@ def training_flops_per_sequence(
 
     positions: tokens that pass the layers (2L with a clean copy, else L); pairs: query-key pairs of one
     attention layer; supervised: positions that pass the head. A weight costs 2 FLOPs forward and 4
-    backward per token; a pair costs 4 head_dim FLOPs per head forward (scores and values) and 8 backward.
+    backward per token; a pair costs twice as much backward as forward.
     """
-    weights = sum(active_parameters_per_layer(model, layer) for layer in range(model.layers))
-    matrices = 6 * weights * positions
-    attention = 12 * model.heads * model.head_dim * model.layers * pairs
+    formulas = formulas_of(model)
+    matrices = 6 * sum(formulas.active_weights(model).values()) * positions
+    attention = 3 * formulas.pair_flops(model) * pairs
     head = (8 if head_recomputed else 6) * model.hidden_size * model.vocab_size * supervised
     return matrices + attention + head
 
@@ -99,6 +96,52 @@ def expected_pairs(
     if clean_copy:
         return inside + in_blocks
     return (inside + in_blocks) / 2 if causal else inside
+
+
+def supervised_per_sequence(config: Config, stage: Stage) -> float:
+    """Positions of a sequence that have a loss, on average."""
+    return stage.geometry.supervised(config.diffusion, config.data.sequence_length)
+
+
+def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:
+    """Visible query-key pairs of a layer in one sequence, per head; without `documents` of one document."""
+    return expected_pairs(
+        config.data.sequence_length,
+        stage.block_size,
+        clean_copy=stage.clean_copy,
+        causal=stage.geometry.causal,
+        documents=documents,
+    )
+
+
+def model_flops_per_token(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:
+    """FLOPs of training per data token; attention counts visible pairs, and nothing is recomputed."""
+    length = config.data.sequence_length
+    flops = training_flops_per_sequence(
+        config.model,
+        positions=length * stage.rows_per_token,
+        pairs=pairs_per_sequence(config, stage, documents),
+        supervised=supervised_per_sequence(config, stage),
+    )
+    return flops / length
+
+
+def peak_flops(cluster: ClusterConfig, dtype: str) -> float:
+    """FLOP/s of one device in matrix products of a dtype; 0 where the cluster does not say."""
+    return 1e12 * getattr(cluster, PEAK_SETTING[dtype])
+
+
+def mfu(
+    config: Config,
+    stage: Stage,
+    tokens_per_sec: float,
+    *,
+    devices: int,
+    documents: DocumentLengths | None = None,
+) -> float:
+    """Model FLOPs over the peak of all devices, 0 to 1, at so many data tokens per second in a stage."""
+    needed = model_flops_per_token(config, stage, documents) * tokens_per_sec
+    return needed / (peak_flops(config.cluster, config.precision.dtype) * devices)
 
 
 @lru_cache(maxsize=256)

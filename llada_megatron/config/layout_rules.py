@@ -86,7 +86,7 @@ def _check_tensor_parallel(layout: LayoutConfig, model: ModelConfig) -> None:
     sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "vocab_size": model.vocab_size}
     if model.dense_layers:
         sizes["ffn_hidden_size"] = model.ffn_hidden_size
-    if has_experts(model) and model.shared_expert_hidden_size:
+    if model.has_experts and model.shared_expert_hidden_size:
         sizes["shared_expert_hidden_size"] = model.shared_expert_hidden_size
     others = layout.pp * layout.cp
     for name, size in sizes.items():
@@ -106,7 +106,7 @@ def _check_experts(layout: LayoutConfig, model: ModelConfig) -> None:
     for axis, of in divided.items():
         ways, size = getattr(layout, axis), getattr(model, of)
         require(
-            ways == 1 or has_experts(model),
+            ways == 1 or model.has_experts,
             f"layout.{axis}={ways} divides experts, but no layer has any: set layout.{axis}=1.",
         )
         require(
@@ -174,11 +174,6 @@ def _check_options(layout: LayoutConfig, model: ModelConfig) -> None:
             f"layout.recompute_modules has '{name}', which needs TransformerEngine: set"
             f" model.layer_spec=transformer_engine (now {model.layer_spec}), or leave {name} out.",
         )
-
-
-def has_experts(model: ModelConfig) -> bool:
-    """Whether any layer is a mixture of experts."""
-    return model.dense_layers < model.layers
 
 
 def _next_multiple(number: int, of: int) -> int:

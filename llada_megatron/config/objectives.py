@@ -20,6 +20,7 @@ class Figure:
     bins: int
     label: str = ""
     """Of the axis that the bins divide evenly, from 0 to 1; empty: no picture is drawn."""
+    unit: str = ""
     title: str = ""
 
 
@@ -63,7 +64,12 @@ OBJECTIVES: dict[str, Geometry] = {
         reads_clean_half=True,
         supervised=lambda diffusion, length: length * mask_rate(diffusion),
         figures={
-            "loss_by_t": Figure(10, "mask rate t", "Cross entropy of the masked tokens by mask rate t."),
+            "loss_by_t": Figure(
+                10,
+                label="mask rate t",
+                unit="nats per masked token",
+                title="Cross entropy of the masked tokens by mask rate t.",
+            ),
             "loss_by_block_position": Figure(32),
         },
     ),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llada_megatron.config.layout_rules import check_batches, check_layout, has_experts, require
+from llada_megatron.config.families import formulas_of
+from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Schedule, block_size_of
-from llada_megatron.config.schema import Config, ModelConfig
+from llada_megatron.config.schema import Config
 
 LEARNING_RATE_STYLES = ("WSD", "cosine", "linear", "constant")
 
@@ -21,7 +22,7 @@ def schedule_of(config: Config) -> Schedule:
 
 def check(config: Config) -> Schedule:
     """Check every rule that needs no file; returns the schedule. Raises BadInput with one sentence."""
-    _check_model(config.model)
+    formulas_of(config.model).check(config.model)
     length = config.data.sequence_length
     require(length >= 1, f"data.sequence_length={length} must be at least 1.")
     check_layout(config)
@@ -43,46 +44,6 @@ def check(config: Config) -> Schedule:
     for index, size in enumerate(config.evaluation.block_sizes):
         block_size_of(size, length, f"evaluation.block_sizes[{index}]")
     return schedule
-
-
-def _check_model(model: ModelConfig) -> None:
-    sizes = ["vocab_size", "layers", "hidden_size", "heads", "kv_heads", "head_dim", "head_chunk_tokens"]
-    sizes += ["ffn_hidden_size"] if model.dense_layers else []
-    sizes += ["expert_hidden_size", "expert_groups", "expert_groups_per_token"] if has_experts(model) else []
-    for name in sizes:
-        require(getattr(model, name) >= 1, f"model.{name}={getattr(model, name)} must be at least 1.")
-    require(
-        model.heads % model.kv_heads == 0,
-        f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}.",
-    )
-    require(
-        0 <= model.mask_token_id < model.vocab_size,
-        f"model.mask_token_id={model.mask_token_id} is outside model.vocab_size={model.vocab_size}.",
-    )
-    require(
-        model.rotary_fraction <= 1 and int(model.rotary_fraction * model.head_dim) in range(2, 2**31, 2),
-        f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} must be an even"
-        " number of channels.",
-    )
-    if not has_experts(model):
-        return
-    require(model.experts > 0, "model.experts is 0 but model.dense_layers < model.layers: set model.experts.")
-    require(
-        model.experts % model.expert_groups == 0,
-        f"model.experts={model.experts} is not a multiple of model.expert_groups={model.expert_groups}.",
-    )
-    reachable = model.experts // model.expert_groups * model.expert_groups_per_token
-    require(
-        0 < model.experts_per_token <= reachable,
-        f"model.experts_per_token={model.experts_per_token} must be between 1 and the {reachable} experts of"
-        " model.expert_groups_per_token groups.",
-    )
-    require(
-        model.expert_groups == 1 or model.experts_per_token % model.expert_groups_per_token == 0,
-        f"model.experts_per_token={model.experts_per_token} is not a multiple of"
-        f" model.expert_groups_per_token={model.expert_groups_per_token}: megatron-core scores a group by its"
-        " experts_per_token/expert_groups_per_token best experts.",
-    )
 
 
 def _check_objective(config: Config) -> None:

@@ -93,6 +93,8 @@ class RunConfig:
 class ModelConfig:
     """An architecture as data: BailingMoeV2 (Ling 2.0, LLaDA2) and its relatives."""
 
+    family: str = "gpt"
+    """Whose stage builder and formulas these settings are for; see config/families/."""
     vocab_size: int = MISSING
     mask_token_id: int = MISSING
     """The id that stands for [MASK]; it is not in the public config.json of LLaDA2 (156895 there)."""
@@ -143,6 +145,11 @@ class ModelConfig:
     """`local`, `transformer_engine`, or `auto` (transformer_engine on CUDA when it is installed)."""
     head_chunk_tokens: int = 1024
     """Supervised positions per call of the output head; bounds the memory of the logits."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return self.dense_layers < self.layers
 
 
 @dataclass
@@ -364,7 +371,9 @@ class ClusterConfig:
     peak_tflops: float = 0.0
     """Dense bf16 peak per device in TFLOP/s, for MFU."""
     peak_tflops_fp32: float = 0.0
-    """The same for fp32 matrix products as torch runs them by default (no TF32)."""
+    """Peak per device in TFLOP/s of fp32 matrix products as torch runs them by default (no TF32)."""
+    has_gpus: bool = True
+    """False: each of gpus_per_node is a process of the node's CPUs."""
     nodes: int = 0
     gpus_per_node: int = 0
     memory_gb: float = 0.0
@@ -382,10 +391,10 @@ class ClusterConfig:
     gemm_efficiency: float = 0.0
     """Share of the peak that plain matrix products reach."""
     grouped_gemm_efficiency: float = 0.0
-    """The same for the experts' products."""
+    """Share of the peak that the experts' products reach."""
     attention_efficiency: float = 0.0
-    """The same for attention, counted on visible pairs: hidden pairs of tiles and the scores that backward
-    computes again lower it."""
+    """Share of the peak that attention reaches, counted on visible pairs: hidden pairs of tiles and the
+    scores that backward computes again lower it."""
     memory_efficiency: float = 0.0
     """Share of memory_gb_per_sec that operations without matrix products reach."""
     link_efficiency: float = 0.0

@@ -15,14 +15,20 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert import config_json, tokenizer_files
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
-from llada_megatron.convert.families import BAILING, ExpertLayout, drop_reason, family_of
+from llada_megatron.convert.families import FAMILIES, SERVED, ExpertLayout, Family, family_of
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
-from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
+from llada_megatron.convert.safetensors_files import (
+    REMEDY,
+    SafetensorsReader,
+    SafetensorsWriter,
+    write_json,
+)
 from llada_megatron.record.json_files import read_json
 from llada_megatron.record.manifest import Manifest, find
 from llada_megatron.record.run_dir import SHARDS
@@ -51,19 +57,19 @@ def hf_to_mcore(
     BadInput for a checkpoint that cannot be read and a target that exists.
     """
     files = SafetensorsReader(source)
-    described = read_json(source / "config.json", config_json.REMEDY)
+    described = read_json(source / "config.json", REMEDY)
     token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
     model = config_json.model_config(described, token_id, f"{source}/config.json")
     architecture = config_json.architecture_of(described)
-    stacked = any(name.endswith(".mlp.experts.gate_proj") for name in files.tensors)
-    layout = ExpertLayout.stacked if stacked else ExpertLayout.separate
-    entries = list(family_of(architecture, source).table(model, layout))
+    family = family_of(architecture, source)
+    layout = family.layout_of(files.tensors)
+    entries = list(family.table(model, layout))
     certificate = Certificate("hf-to-mcore", str(source), architecture, token_id, layout.value)
     shapes = files.shapes()
     certificate.dropped = {
         name: reason
         for name in sorted(shapes.keys() - {part.name for entry in entries for part in entry.theirs})
-        if (reason := drop_reason(name, model, described))
+        if (reason := family.drop_reason(name, model, described))
     }
     used = {name: shape for name, shape in shapes.items() if name not in certificate.dropped}
     if not _fits(certificate, entries, str(source), used, model):
@@ -71,7 +77,7 @@ def hf_to_mcore(
     with written_aside(target) as aside:
         writer = ShardsWriter(aside / SHARDS)
         _convert(certificate, entries, files, writer, lambda: ShardsReader(aside / SHARDS), to_ours=True)
-        _check_logits(certificate, files, described, aside, model)
+        _check_logits(certificate, family, files, described, aside, model)
         if certificate.passed:
             tokenizer_files.carry_in(source, aside)
             certificate.write(aside)
@@ -107,7 +113,8 @@ def mcore_to_hf(
     folder = tokenizer_files.carried(checkpoint)
     came_as = _optional_json(folder, "config.json")
     architecture = architecture or _architecture(manifest, model, came_as)
-    entries = list(family_of(architecture, "--architecture").table(model, layout))
+    family = family_of(architecture, "--architecture")
+    entries = list(family.table(model, layout))
     if tokenizer is not None:
         tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
     shards = ShardsReader(checkpoint.path / SHARDS)
@@ -133,7 +140,7 @@ def mcore_to_hf(
         _convert(
             certificate, entries, shards, writer, lambda: SafetensorsReader(aside), to_ours=False, dtype=dtype
         )
-        _check_logits(certificate, SafetensorsReader(aside), described, checkpoint.path, model)
+        _check_logits(certificate, family, SafetensorsReader(aside), described, checkpoint.path, model)
         if certificate.passed:
             _write_configs(aside, folder, came_as, described, model.mask_token_id)
             if folder is not None:
@@ -231,18 +238,22 @@ def _type(part: Part, stored: torch.dtype, asked: torch.dtype | None) -> torch.d
 
 
 def _architecture(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any]) -> str:
-    if not model.experts:
-        return config_json.DENSE
+    """What the model came as, or the first family's that can hold it, by what its last stage trained."""
+    came = config_json.architecture_of(came_as)
+    families = (*([FAMILIES[came]] if came in FAMILIES else []), *SERVED)
+    fitting = [one for one in families if one.builds == model.family and one.experts == model.has_experts]
+    if not fitting:
+        raise BadInput(f"No Hugging Face architecture is served that holds a model of family {model.family}.")
     stages = {stage["name"]: stage for stage in manifest.config.get("schedule", {}).get("stages", [])}
     objective = stages.get(manifest.stage, {}).get("objective")
-    came = config_json.architecture_of(came_as)
-    if objective and not OBJECTIVES[objective].causal:
-        return config_json.DIFFUSION_MOE
-    return came if came in BAILING.architectures else config_json.AUTOREGRESSIVE_MOE
+    if objective and not OBJECTIVES[objective].causal and fitting[0].after_diffusion:
+        return fitting[0].after_diffusion
+    return came if came in fitting[0].architectures else next(iter(fitting[0].architectures))
 
 
 def _check_logits(
     certificate: Certificate,
+    family: Family,
     files: SafetensorsReader,
     described: dict[str, Any],
     checkpoint: Path,
@@ -257,11 +268,11 @@ def _check_logits(
     if certificate.rounded():
         certificate.logits = {"compared": False, "reason": "the numbers were rounded to another type"}
         return
-    certificate.compare_logits(compare_logits(files, described, checkpoint, model))
+    certificate.compare_logits(compare_logits(family.reference(files, described), checkpoint, model))
 
 
 def _optional_json(folder: Path | None, name: str) -> dict[str, Any]:
-    return read_json(folder / name, config_json.REMEDY) if folder and (folder / name).is_file() else {}
+    return read_json(folder / name, REMEDY) if folder and (folder / name).is_file() else {}
 
 
 def _write_configs(

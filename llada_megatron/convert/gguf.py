@@ -22,11 +22,13 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.convert import config_json
 from llada_megatron.convert.certificate import Certificate, Ledger
 from llada_megatron.convert.conversion import written_aside
+from llada_megatron.convert.families import llama
 from llada_megatron.convert.gguf_tokenizer import write_tokenizer
 from llada_megatron.convert.loaded import model_tensors
 from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
 
 ARCHITECTURE = "llama"
+(BECOMES,) = llama.FAMILY.architectures
 MAX_FILE_BYTES = 5_000_000_000
 
 
@@ -66,7 +68,7 @@ def gguf_to_hf(
     described["torch_dtype"] = str(dtype).removeprefix("torch.")
     entries = list(llama_entries(described))
     held = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in file.tensors}
-    certificate = Certificate("gguf-to-hf", str(source), config_json.DENSE)
+    certificate = Certificate("gguf-to-hf", str(source), BECOMES)
     certificate.dropped = {name: f"after the first {layers} layers" for name in held if _is_cut(name, layers)}
     model = config_json.model_config(described, 0, str(source))
     certificate.parameters["architecture"] = model_tensors(model)[1]
@@ -114,9 +116,9 @@ def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> d
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
     return {
-        "architectures": [config_json.DENSE],
-        **config_json.WRITTEN[config_json.DENSE],
-        **config_json.LLAMA_FIXED,
+        "architectures": [BECOMES],
+        **llama.FAMILY.architectures[BECOMES],
+        **llama.FAMILY.fixed,
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),

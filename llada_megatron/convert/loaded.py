@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from llada_megatron.attention.context import ContextShard
 from llada_megatron.checkpoint import store
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, DataConfig, ModelConfig
-from llada_megatron.convert.reference import Reference
+from llada_megatron.convert.families.family import Logits
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.model.inputs import ModelInputs
@@ -66,19 +65,13 @@ def gradients(stage: BlockDiffusionGPT) -> dict[str, Tensor]:
     return found
 
 
-def compare_logits(
-    files: Any, described: dict[str, Any], checkpoint: Path, model: ModelConfig
-) -> dict[str, Any]:
-    """Largest difference between the reference on `files` and the model that loads `checkpoint`."""
+def compare_logits(expected: Logits, checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
+    """Largest difference between a family's reference and the model that loads `checkpoint`."""
     stage = load_model(checkpoint, model, sequence_length=PROMPT_TOKENS)
-    return logits_difference(
-        Reference(files, described).logits, partial(causal_logits, stage), model.vocab_size
-    )
+    return logits_difference(expected, partial(causal_logits, stage), model.vocab_size)
 
 
-def logits_difference(
-    expected: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor], vocab_size: int
-) -> dict[str, Any]:
+def logits_difference(expected: Logits, ours: Logits, vocab_size: int) -> dict[str, Any]:
     """Largest difference of two functions' logits on fixed prompts, beside the largest logit."""
     difference = largest = 0.0
     for prompt in range(PROMPTS):

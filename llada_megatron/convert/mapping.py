@@ -5,13 +5,13 @@ Legend: H hidden size, D head dim, G key-value heads, Q query heads of one key-v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llada_megatron.checkpoint.shards import Part
+from llada_megatron.checkpoint.shards import Part, whole
 
 
 def rows(name: str, shape: tuple[int, ...], first: int, count: int) -> Part:
@@ -69,3 +69,16 @@ class Entry:
         if len(self.theirs) == 1:
             return [joined.reshape(self.theirs[0].size)]
         return list(joined.split([part.size[0] for part in self.theirs]))
+
+
+def same(ours: str, theirs: str, *shape: int) -> Entry:
+    """A tensor that both sides hold alike."""
+    return Entry(whole(ours, *shape), (whole(theirs, *shape),))
+
+
+def feed_forward(ours: str, theirs: str, hidden: int, width: int) -> Iterator[Entry]:
+    """SwiGLU's three matrices: fc1 holds the gate's rows, then those of `up`."""
+    for first, projection in ((0, "gate_proj"), (width, "up_proj")):
+        source = whole(f"{theirs}.{projection}.weight", width, hidden)
+        yield Entry(rows(f"{ours}.linear_fc1.weight", (2 * width, hidden), first, width), (source,))
+    yield same(f"{ours}.linear_fc2.weight", f"{theirs}.down_proj.weight", hidden, width)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from llada_megatron.checkpoint.shards import Part
 from llada_megatron.config.errors import BadInput
-from llada_megatron.convert.config_json import REMEDY
 from llada_megatron.record.json_files import read_json, require
+
+REMEDY = "give the directory of a Hugging Face checkpoint"
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

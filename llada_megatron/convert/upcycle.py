@@ -103,7 +103,7 @@ def upcycled_config(
     dense: ModelConfig, experts: int, experts_per_token: int, dense_layers: int
 ) -> ModelConfig:
     """The architecture of the MoE; BadInput for numbers that make none, or outputs that would differ."""
-    if dense.experts:
+    if dense.has_experts:
         raise BadInput(
             f"The source has {dense.experts} experts already: only dense checkpoints are upcycled."
         )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from llada_megatron.attention.mask import block_starts
 from llada_megatron.checkpoint.load import load_model
 from llada_megatron.config.schedule import block_size_of
 from llada_megatron.config.schema import Config
@@ -23,7 +24,6 @@ from llada_megatron.objectives import passes
 from llada_megatron.objectives.autoregressive import autoregressive_batch
 from llada_megatron.objectives.batch import MicroBatch, check_vocabulary, context_part
 from llada_megatron.objectives.bound import exact_count_mask
-from llada_megatron.objectives.corruption import block_starts
 from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import data_parallel

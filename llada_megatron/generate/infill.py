@@ -60,7 +60,7 @@ def infill(
             mask = BlockDiffusionMask(
                 [torch.tensor(documents)],
                 min(block_size, end),
-                block_grid=grid.value,
+                block_grid=grid,
                 clean_copy=False,
                 causal=True,
             )

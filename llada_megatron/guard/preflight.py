@@ -41,11 +41,11 @@ WRITTEN_BYTES = 1 << 22
 ROUNDS = 5
 """The fastest of so many counts: what else the machine does can only make a round slower."""
 SLOW = 1.5
-"""A product so many times slower than the median is reported; healthy devices of a kind differ by a tenth."""
+"""What is so many times slower than the median is reported; healthy devices of a kind differ by a tenth."""
 MUCH_SLOWER = 4.0
 """Such a device (throttled, shared with another job) would hold up all others: the run does not start."""
 SLOW_MESSAGES = 3.0
-"""The same report for messages, whose times vary more: the network is shared with other jobs."""
+"""A message so many times slower than the median is reported: its times vary more, the network is shared."""
 
 
 @dataclass

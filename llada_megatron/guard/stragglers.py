@@ -17,14 +17,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from llada_megatron.config.schema import Config
-from llada_megatron.guard.preflight import product
+from llada_megatron.guard.preflight import SLOW, product
 from llada_megatron.parallel.ranks import gathered, warn
 from llada_megatron.record import events
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import node
-
-SLOW = 1.5
-"""Report a rank that takes so many times the median of its peers: devices of a kind differ by a tenth."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llada_megatron.config.quantities import short_hours, short_time
 from llada_megatron.jobs.account import HOUR_SEC, LOSSES, Cost
 
 WORDS = ("spent on", "in attempt", "ended")
@@ -19,15 +20,15 @@ def markdown(cost: Cost, price: float) -> str:
             sum(each.useful_sec.values()),
             *(each.lost_sec.get(n, 0.0) for n in LOSSES),
         ]
-        device_hours = hours_text(each.allocated_sec * each.devices / HOUR_SEC)
+        device_hours = short_hours(each.allocated_sec * each.devices / HOUR_SEC)
         attempts.append(
-            (str(each.number), str(each.devices), *map(_time, seconds), device_hours, each.outcome)
+            (str(each.number), str(each.devices), *map(short_time, seconds), device_hours, each.outcome)
         )
     uses: list[tuple[str, ...]] = [("spent on", "device-hours", "share", "in attempt")]
     for name, hours in by_use(cost).items():
         share = f"{hours / cost.device_hours:.1%}" if cost.device_hours else "-"
-        uses.append((name, hours_text(hours), share, _by_attempt(cost, name)))
-    uses.append(("all", hours_text(cost.device_hours), "", ""))
+        uses.append((name, short_hours(hours), share, _by_attempt(cost, name)))
+    uses.append(("all", short_hours(cost.device_hours), "", ""))
     lines = [*_table(attempts), "", *_table(uses), ""]
     lines.append(f"Goodput {cost.goodput:.1%}: steps that are part of the run, of all device-hours")
     if cost.device_hours:
@@ -45,7 +46,7 @@ def by_use(cost: Cost) -> dict[str, float]:
 def _by_attempt(cost: Cost, stage: str) -> str:
     """Device-hours of a stage by attempt; nothing for a loss, which the table of attempts has."""
     return ", ".join(
-        f"{each.number}: {hours_text(each.useful_sec[stage] * each.devices / HOUR_SEC)}"
+        f"{each.number}: {short_hours(each.useful_sec[stage] * each.devices / HOUR_SEC)}"
         for each in cost.attempts
         if stage in each.useful_sec
     )
@@ -62,14 +63,3 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     rules = ["-" * (width + 1) + ("-" if s == "<" else ":") for s, width in zip(signs, widths, strict=True)]
     lines.insert(1, f"|{'|'.join(rules)}|")
     return lines
-
-
-def _time(seconds: float) -> str:
-    if seconds < 600:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 36_000 else f"{seconds / HOUR_SEC:.1f} h"
-
-
-def hours_text(hours: float) -> str:
-    """Whole from 100 on; small ones to a third of a second."""
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}" if hours >= 1 else f"{hours:.4f}"

@@ -80,7 +80,7 @@ def model_mask(
     return BlockDiffusionMask(
         [torch.from_numpy(sample.cu_seqlens) for sample in samples],
         block_size,
-        block_grid=grid.value,
+        block_grid=grid,
         clean_copy=clean_copy,
         causal=causal,
     )

@@ -19,7 +19,7 @@ def exact_count_mask(
 ) -> tuple[np.ndarray, np.ndarray]:
     """masked bool [L] and weights float64 [L] (m/k where masked) of one draw for one sequence.
 
-    starts: int64 [L], the first position of each position's block (diffusion.corruption.block_starts). k is
+    starts: int64 [L], the first position of each position's block (attention/mask.py: block_starts). k is
     stratified: over a block's draws it steps evenly through 1..m, over blocks and sequences it follows a
     Weyl sequence with one random shift, which leaves every single k uniform.
     """

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
+from llada_megatron.attention.mask import block_starts
+from llada_megatron.config.schema import DiffusionConfig, RatePer
 from llada_megatron.parallel.random import Purpose, generator
 
 
@@ -20,16 +21,6 @@ class Corruption:
 
     masked: np.ndarray
     rate: np.ndarray
-
-
-def block_starts(cu_seqlens: np.ndarray, block_size: int, grid: BlockGrid) -> np.ndarray:
-    """First position, int64 [L], of each position's block; a block never spans two documents."""
-    length = int(cu_seqlens[-1])
-    position = np.arange(length)
-    document_start = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)).astype(np.int64)
-    if grid is BlockGrid.document:
-        return document_start + (position - document_start) // block_size * block_size
-    return np.maximum(document_start, position // block_size * block_size)
 
 
 def corrupt(

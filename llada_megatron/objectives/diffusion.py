@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.data.packed import PackedSample, PackedSequences
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 from llada_megatron.objectives.batch import MicroBatch, flat_outputs, model_mask
-from llada_megatron.objectives.corruption import Corruption, block_starts, corrupt, data_index
+from llada_megatron.objectives.corruption import Corruption, corrupt, data_index
 from llada_megatron.objectives.objective import Loss, Objective
 from llada_megatron.objectives.weights import embedding_noise_sigma, position_weights
 from llada_megatron.parallel.random import Purpose, torch_seed

@@ -7,31 +7,31 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from llada_megatron.config.colours import BLUE, VERMILION
+from llada_megatron.config.quantities import short_hours
 from llada_megatron.jobs.account import Cost
-from llada_megatron.jobs.cost_report import by_use, hours_text
+from llada_megatron.jobs.cost_report import by_use
 from llada_megatron.observe.plots import STYLE
-
-USEFUL, LOST = "#0072B2", "#D55E00"  # Okabe and Ito, which colour-blind readers can tell apart
 
 
 def draw(cost: Cost, path: Path) -> None:
     """Write a PNG: device-hours by stage and by loss."""
     uses = by_use(cost)
-    colours = [USEFUL if name in cost.useful_hours else LOST for name in uses]
+    colours = [BLUE if name in cost.useful_hours else VERMILION for name in uses]
     with rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(9, 1.4 + 0.36 * len(uses)), layout="constrained")
         axes = figure.subplots()
         bars = axes.barh(list(uses), list(uses.values()), color=colours, height=0.7)
         axes.bar_label(
             bars,
-            [f"{hours_text(hours)} ({hours / cost.device_hours:.1%})" for hours in uses.values()],
+            [f"{short_hours(hours)} ({hours / cost.device_hours:.1%})" for hours in uses.values()],
             padding=4,
         )
         axes.margins(x=0.22)  # room for the labels
         axes.invert_yaxis()
         axes.set_xlabel("device-hours")
         axes.set_title(
-            f"{hours_text(cost.device_hours)} device-hours, goodput {cost.goodput:.1%}"
+            f"{short_hours(cost.device_hours)} device-hours, goodput {cost.goodput:.1%}"
             f" in {len(cost.attempts)} attempt{'s' * (len(cost.attempts) > 1)}",
             loc="left",
         )

@@ -1,6 +1,6 @@
 """The pictures of a report, as PNG files.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; sequences in time use viridis.
+Colours are config/colours.py's; sequences in time use viridis.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llada_megatron.config.colours import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from llada_megatron.config.objectives import Figure as ObjectiveFigure
 from llada_megatron.record.metrics import Record, by_stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 LINES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (VERMILION, "D"), (PURPLE, "v"), (SKY, "P")]
-GREY = "#666666"
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -35,8 +35,6 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.1,
 }
-NOISE_BINS = (np.arange(10) + 0.5) / 10
-"""Centres of the bins of t that `loss_by_t` is given in."""
 
 
 def plot_loss(steps: list[Record], path: Path) -> None:
@@ -89,32 +87,33 @@ def plot_bound(evaluations: list[Record], ar_nll: float | None, baselines: Recor
         axes.set_xlabel("stage, evaluated at its end")
 
 
-def plot_loss_by_noise_level(steps: list[Record], path: Path) -> None:
-    """Draw the cross entropy of masked tokens by mask rate t, over the last quarter of each diffusion stage.
+def plot_figure(steps: list[Record], name: str, figure_of: ObjectiveFigure, path: Path) -> None:
+    """Draw an objective's figure over its bins, from the last quarter of each stage that has it.
 
     A run with one such stage shows its first, middle and last third instead.
     """
     from matplotlib import colormaps
 
-    parts = by_stage(record for record in steps if record.get("loss_by_t") is not None)
+    parts = by_stage(record for record in steps if record.get(name) is not None)
     if len(parts) == 1:
         thirds = np.array_split(np.array(parts[0][1], dtype=object), 3)
         names = ("first third", "middle third", "last third")
-        parts = [(name, list(third)) for name, third in zip(names, thirds, strict=True) if len(third)]
+        parts = [(third, list(steps)) for third, steps in zip(names, thirds, strict=True) if len(steps)]
     else:
         parts = [
-            (f"{name} (block {part[-1]['block_size']})", part[-(len(part) // 4 + 1) :])
-            for name, part in parts
+            (f"{stage} (block {part[-1]['block_size']})", part[-(len(part) // 4 + 1) :])
+            for stage, part in parts
         ]
     with _picture(path, height=4.2) as figure:
         axes = figure.subplots()
         colors = colormaps["viridis"](np.linspace(0, 0.9, len(parts)))
-        for (name, part), color in zip(parts, colors, strict=True):
-            loss = _mean_of_finite(np.array([record["loss_by_t"] for record in part], dtype=float))
-            axes.plot(NOISE_BINS, loss, color=color, marker="o", markersize=4, label=name)
+        for (label, part), color in zip(parts, colors, strict=True):
+            means = _mean_of_finite(np.array([record[name] for record in part], dtype=float))
+            centres = (np.arange(len(means)) + 0.5) / len(means)
+            axes.plot(centres, means, color=color, marker="o", markersize=4, label=label)
         axes.set_xlim(0, 1)
-        axes.set_xlabel("mask rate t")
-        axes.set_ylabel("nats per masked token")
+        axes.set_xlabel(figure_of.label)
+        axes.set_ylabel(figure_of.unit)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9.5, title="early to late")
 
 

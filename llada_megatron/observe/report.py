@@ -11,6 +11,7 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,9 +20,11 @@ from omegaconf import DictConfig
 
 from llada_megatron.config.compose import read_yaml
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.objectives import OBJECTIVES
+from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import plots
 from llada_megatron.record.json_files import write_json
-from llada_megatron.record.metrics import Record, by_stage, read_jsonl, short_count
+from llada_megatron.record.metrics import Record, by_stage, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
 NOT_YET = "not yet"
@@ -205,7 +208,7 @@ def _overview(run: Run, facts: dict[str, Any]) -> list[Part]:
         ["last step", str(last["step"])],
         ["tokens", f"{short_count(last['consumed_tokens'])} of {short_count(planned)}"],
         ["median speed", f"{short_count(median(speed))} tokens/s" if speed else NOT_YET],
-        ["median MFU", f"{median(mfu):.1%}" if mfu else "unknown: cluster.peak_tflops is 0"],
+        ["median MFU", f"{median(mfu):.1%}" if mfu else "unknown: `cluster` has no peak for this precision"],
         ["skipped steps", str(last["skipped_steps"])],
         ["wall time", NOT_YET if facts["wall_sec"] is None else f"{facts['wall_sec'] / 60:.1f} minutes"],
     ]
@@ -303,12 +306,7 @@ def _training(run: Run, folder: Path) -> list[Part]:
             "Training loss (thin: each step, thick: running mean of the stage) and learning rate.",
             lambda path: plots.plot_loss(steps, path),
         ),
-        _picture(
-            any(record.get("loss_by_t") is not None for record in steps),
-            folder / "loss_by_noise_level.png",
-            "Cross entropy of the masked tokens by mask rate t.",
-            lambda path: plots.plot_loss_by_noise_level(steps, path),
-        ),
+        *_figures(run, folder),
         _picture(
             any(record["load_max_over_mean"] is not None for record in steps),
             folder / "expert_load.png",
@@ -317,6 +315,27 @@ def _training(run: Run, folder: Path) -> list[Part]:
         )
         if run.config.model.experts
         else Paragraph("Expert load: the model has no experts."),
+    ]
+
+
+def _figures(run: Run, folder: Path) -> list[Part]:
+    """A picture of each figure that an objective of the run's stages names, once there are values."""
+    objectives = dict.fromkeys(stage.get("objective", "diffusion") for stage in run.config.schedule.stages)
+    drawn = {
+        name: figure
+        for objective in objectives
+        if objective in OBJECTIVES
+        for name, figure in OBJECTIVES[objective].figures.items()
+        if figure.label
+    }
+    return [
+        _picture(
+            any(record.get(name) is not None for record in run.steps),
+            folder / f"{name}.png",
+            figure.title,
+            partial(plots.plot_figure, run.steps, name, figure),
+        )
+        for name, figure in drawn.items()
     ]
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import short_count
 from llada_megatron.config.schema import LoggingConfig
-from llada_megatron.record.metrics import MetricsFile, Record, short_count
+from llada_megatron.record.metrics import MetricsFile, Record
 from llada_megatron.record.run_dir import RunDir
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: 
     experts gather go through the same one, b TH.
     """
     rows = shape.rows if layout.tp > 1 else 0
-    if model.experts and layout.dispatcher is Dispatcher.allgather and layout.ep * layout.etp > 1:
+    if model.has_experts and layout.dispatcher is Dispatcher.allgather and layout.ep * layout.etp > 1:
         rows = max(rows, gathered_tokens(shape, layout))
     return b * rows * model.hidden_size
 

@@ -19,12 +19,11 @@ from rich.console import Console
 
 from llada_megatron.config import compose, rules
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.flops import DocumentLengths
+from llada_megatron.config.flops import DocumentLengths, peak_flops
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import ClusterConfig, Config
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.report import table_of
-from llada_megatron.plan.timing import peak_flops
 from llada_megatron.record.json_files import read_json
 
 FITTED = (

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from llada_megatron.config.flops import DocumentLengths, training_flops_per_sequence
+from llada_megatron.config.contents import Parameters
+from llada_megatron.config.families import formulas_of
+from llada_megatron.config.flops import (
+    DocumentLengths,
+    mfu,
+    pairs_per_sequence,
+    supervised_per_sequence,
+    training_flops_per_sequence,
+)
 from llada_megatron.config.layout import micro_batches_per_step
-from llada_megatron.config.parameters import Parameters, attention_weights, expert_weights
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, LayoutConfig
-from llada_megatron.plan import timing, traffic
 from llada_megatron.plan.activations import recomputed_modules
 from llada_megatron.plan.planner import Placement, Planner, Step
-from llada_megatron.plan.shapes import pairs_per_sequence, supervised_per_sequence
 from llada_megatron.plan.topology import gpus
 
 
@@ -196,7 +201,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
         model_flops_per_token=needed,
         performed_flops_per_token=performed,
         tokens_per_sec=tokens_per_sec,
-        mfu=needed * tokens_per_sec / timing.peak_flops(planner.cluster, config.precision.dtype) / devices,
+        mfu=mfu(config, stage, tokens_per_sec, devices=devices, documents=planner.documents),
         hours=hours,
         gpu_hours=hours * devices,
         traffic=_traffic(planner, layout, placement, stage),
@@ -222,17 +227,11 @@ def flops_per_token(
         )
         for recomputed in (False, chunked)
     )
-    hidden, moe_layers = model.hidden_size, model.layers - model.dense_layers
-    weights = {
-        "attention": model.layers * attention_weights(model),
-        "mlp": model.dense_layers * 3 * hidden * model.ffn_hidden_size,
-        "shared_experts": moe_layers * 3 * hidden * model.shared_expert_hidden_size,
-        "moe": moe_layers * (model.experts_per_token * expert_weights(model) + hidden * model.experts),
-    }
-    again = recomputed_modules(layout)
+    formulas, again = formulas_of(model), recomputed_modules(layout)
+    weights = formulas.active_weights(model)
     performed += 2 * positions * sum(size for module, size in weights.items() if module in again)
     if "core_attn" in again:
-        performed += 4 * model.head_dim * model.heads * model.layers * pairs
+        performed += formulas.pair_flops(model) * pairs
     return needed / length, performed / length
 
 
@@ -261,7 +260,9 @@ def _traffic(
         held = placement.held[kind.rank]
         payload: dict[str, float] = defaultdict(float)
         seconds: dict[str, float] = defaultdict(float)
-        sent = traffic.of_rank(planner.model, shape, layout, held, stages, micro_batches, b=planner.b)
+        sent = planner.formulas.of_rank(
+            planner.model, shape, layout, held, stages, micro_batches, b=planner.b
+        )
         for calls, message in sent:
             payload[message.group] += calls * message.payload
             seconds[message.group] += calls * links[message.group].seconds(message.operation, message.payload)

@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llada_megatron.config.contents import Parameters
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import coordinates, data_parallel_size, micro_batches_per_step, rank_at
-from llada_megatron.config.parameters import Parameters, total_parameters
+from llada_megatron.config.parameters import total_parameters
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan import traffic

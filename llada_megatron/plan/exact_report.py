@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from llada_megatron.config.layout import data_parallel_size, micro_batches_per_step
+from llada_megatron.config.quantities import GB, quantity
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.plan.exact import RankComparison
 from llada_megatron.plan.planner import Planner
-from llada_megatron.plan.report import bars, quantity, table_of
+from llada_megatron.plan.report import bars, table_of
 from llada_megatron.plan.search import describe
-from llada_megatron.plan.topology import GB, gpus
+from llada_megatron.plan.topology import gpus
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 ORIGINS = 12
@@ -69,7 +70,7 @@ def print_exact(planner: Planner, stage: Stage, micro_batches: int, found: list[
 def figures(
     planner: Planner, stage: Stage, micro_batches: int, found: list[RankComparison]
 ) -> dict[str, Any]:
-    """The same for machines."""
+    """What the dry run found in a stage beside the closed form, for a JSON file."""
     return {
         "stage": stage.name,
         "micro_batches": micro_batches,

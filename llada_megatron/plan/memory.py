@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from llada_megatron.config.contents import BUFFER_MULTIPLE, Contents, Parameters
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
-from llada_megatron.config.parameters import BUFFER_MULTIPLE, Contents, Parameters
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import activations, transient
 from llada_megatron.plan.shapes import Shape

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.flops import DocumentLengths
 from llada_megatron.config.layout import micro_batches_per_step
-from llada_megatron.config.parameters import Contents, Parameters, parameters, stage_contents
+from llada_megatron.config.quantities import GB
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan import memory, timing, traffic, transient
+from llada_megatron.plan.families import plan_formulas_of
 from llada_megatron.plan.shapes import BYTES, Shape, shape_of
-from llada_megatron.plan.topology import GB, Group, check_cluster, groups
+from llada_megatron.plan.topology import Group, check_cluster, groups
 
 EXPERT_IMBALANCE = 1.2
 """Tokens at the busiest process's experts over the mean, unless the user says otherwise."""
@@ -90,7 +93,7 @@ class Planner:
     ) -> None:
         """documents: of packed sequences; without them each is one document.
 
-        Raises BadInput for a cluster that lacks what a plan needs.
+        Raises BadInput for a cluster that lacks what a plan needs, and a model family without formulas.
         """
         check_cluster(config)
         if expert_imbalance < 1:
@@ -98,6 +101,7 @@ class Planner:
                 f"--expert-imbalance {expert_imbalance:g} is a maximum over a mean: give at least 1."
             )
         self.config, self.model, self.cluster = config, config.model, config.cluster
+        self.formulas = plan_formulas_of(config.model)
         self.expert_imbalance, self.documents = expert_imbalance, documents
         self.b = BYTES[config.precision.dtype]
         self.rates = timing.rates(config)
@@ -108,9 +112,11 @@ class Planner:
 
     def place(self, layout: LayoutConfig) -> Placement:
         """What every pipeline rank holds and which groups its messages use."""
-        contents = stage_contents(self.model, layout)
+        formulas = formulas_of(self.model)
+        contents = formulas.stage_contents(self.model, layout)
         held = [
-            parameters(self.model, stages, tp=layout.tp, ep=layout.ep, etp=layout.etp) for stages in contents
+            formulas.parameters(self.model, stages, tp=layout.tp, ep=layout.ep, etp=layout.etp)
+            for stages in contents
         ]
         links = groups(layout, self.cluster)
         alike: dict[tuple[Contents, ...], list[int]] = {}
@@ -160,7 +166,7 @@ class Planner:
                 expert_imbalance=self.expert_imbalance,
                 documents=self.documents,
             )
-            self._sizes[key] = shape, memory.units(self.model, shape, layout, b=self.b)
+            self._sizes[key] = shape, self.formulas.units(self.model, shape, layout, b=self.b)
         return self._sizes[key]
 
     def blocks(self, layout: LayoutConfig, stage: Stage, links: dict[str, Group]) -> Blocks:
@@ -168,7 +174,7 @@ class Planner:
         key = self._key(layout, stage)
         if key not in self._blocks:
             shape, units = self.sizes(layout, stage)
-            seconds = timing.seconds_of(self.model, shape, layout, self.rates, links, units)
+            seconds = self.formulas.seconds_of(self.model, shape, layout, self.rates, links, units)
             parts = seconds.dense, seconds.moe, seconds.embedding, seconds.head
             dense, moe, embedding, head = (sum(part.values()) for part in parts)
             self._blocks[key] = Blocks(shape, seconds, (dense, moe, embedding, head))

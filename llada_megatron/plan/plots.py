@@ -1,25 +1,21 @@
-"""Pictures: a plan's memory per pipeline stage and time per stage of the schedule; a dry run's live bytes.
-
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
-"""
+"""Pictures: a plan's memory per pipeline stage and time per stage of the schedule; a dry run's live bytes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llada_megatron.config.colours import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from llada_megatron.config.quantities import GB
 from llada_megatron.plan.estimate import Plan
 from llada_megatron.plan.exact import RankComparison
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.report import KINDS
-from llada_megatron.plan.topology import GB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, YELLOW, GREY, LIGHT = "#CC79A7", "#56B4E9", "#F0E442", "#666666", "#bbbbbb"
 MEMORY = {
     "weights": BLUE,
     "gradients": SKY,

@@ -7,11 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llada_megatron.config.layout import data_parallel_size
+from llada_megatron.config.quantities import GB, amount, duration, quantity
 from llada_megatron.config.schema import Config, LayoutConfig, Recompute
 from llada_megatron.plan.estimate import Plan, StageTime
 from llada_megatron.plan.memory import NOT_MODELLED
 from llada_megatron.plan.search import Result, describe
-from llada_megatron.plan.topology import GB
 
 BAR = 40
 EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
@@ -149,7 +149,9 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
     achieved = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
     derived = config.model.layer_spec == "local"
     experts = (
-        f"the busiest experts get {plan.expert_imbalance:g} times the mean; " if config.model.experts else ""
+        f"the busiest experts get {plan.expert_imbalance:g} times the mean; "
+        if config.model.has_experts
+        else ""
     )
     documents = (
         "every sequence is one document"
@@ -232,25 +234,3 @@ def bars(console: Console, sizes: dict[str, float], whole: float, number: str, *
         line = Text(f"  {name:<{width}} {number.format(size):>6} {size / whole:>4.0%}  ")
         line.append(bar, style=COLOURS[index % len(COLOURS)])
         console.print(line)
-
-
-def quantity(number: float) -> str:
-    """Three digits and a letter: 1.29 G, 512 M, 34.1 k."""
-    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def amount(size: float) -> str:
-    """Bytes as 71.7 GB, or 8.5 MB below one."""
-    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.1f} MB"
-
-
-def duration(hours: float) -> str:
-    """Seconds, minutes, hours or days."""
-    if hours < 1 / 60:
-        return f"{3600 * hours:.1f} seconds"
-    if hours < 1:
-        return f"{60 * hours:.1f} minutes"
-    return f"{hours / 24:.1f} days" if hours >= 72 else f"{hours:.1f} hours"

@@ -17,12 +17,13 @@ from typing import Any
 
 from llada_megatron.config import rules
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.layout_rules import check_layout, has_experts
+from llada_megatron.config.layout_rules import check_layout
+from llada_megatron.config.quantities import GB
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import LayoutConfig, Recompute
 from llada_megatron.plan.planner import Placement, Planner
 from llada_megatron.plan.shapes import keeps_blocks_whole
-from llada_megatron.plan.topology import GB, gpus, groups
+from llada_megatron.plan.topology import gpus, groups
 
 ONE: dict[str, Any] = dict.fromkeys(("tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch"), 1)
 MIN_TOKENS_PER_PROCESS = 1024
@@ -117,7 +118,7 @@ class Search:
 
     def _ways_alone(self, axis: str) -> list[int]:
         """Values of an axis that are legal while all others are 1."""
-        ways = self.ways if axis in ("tp", "cp") or has_experts(self.model) else [1]
+        ways = self.ways if axis in ("tp", "cp") or self.model.has_experts else [1]
         legal = [way for way in ways if self._legal(_with_axis(self.start, axis, way))]
         if axis != "cp":
             return legal
@@ -173,7 +174,7 @@ class Search:
         for stage in self.schedules[1].stages:
             dense, moe, _, last = self.planner.blocks(layout, stage, links).totals
             head += stage.tokens * last
-            layer += stage.tokens * (moe if has_experts(self.model) else dense)
+            layer += stage.tokens * (moe if self.model.has_experts else dense)
         return head / layer
 
     def _fill(self, structure: LayoutConfig, recompute: list[RecomputeChoice]) -> None:

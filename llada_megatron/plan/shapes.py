@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llada_megatron.config.flops import DocumentLengths, expected_pairs
+from llada_megatron.config.flops import DocumentLengths, pairs_per_sequence, supervised_per_sequence
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 
@@ -38,22 +38,6 @@ class Shape:
     """Numbers that the objective adds up over the global batch."""
     pairs: float
     """Visible query-key pairs of one layer, per head."""
-
-
-def supervised_per_sequence(config: Config, stage: Stage) -> float:
-    """Positions of a sequence that have a loss, on average."""
-    return stage.geometry.supervised(config.diffusion, config.data.sequence_length)
-
-
-def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths | None) -> float:
-    """Visible query-key pairs of a layer in one sequence, per head."""
-    return expected_pairs(
-        config.data.sequence_length,
-        stage.block_size,
-        clean_copy=stage.clean_copy,
-        causal=stage.geometry.causal,
-        documents=documents,
-    )
 
 
 def shape_of(

@@ -11,13 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llada_megatron.config.contents import Contents, Parameters
+from llada_megatron.config.families.gpt import attention_weights, expert_weights
+from llada_megatron.config.flops import peak_flops
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
-from llada_megatron.config.parameters import Contents, Parameters, attention_weights, expert_weights
-from llada_megatron.config.schema import ClusterConfig, Config, LayoutConfig, ModelConfig
+from llada_megatron.config.quantities import GB
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 from llada_megatron.plan import activations, traffic
 from llada_megatron.plan.memory import Units
 from llada_megatron.plan.shapes import BYTES, Shape
-from llada_megatron.plan.topology import GB, Group
+from llada_megatron.plan.topology import Group
 
 PASSES = 5
 """A kept byte is written and read in forward, read in backward, and its gradient is written and read."""
@@ -58,11 +61,6 @@ def rates(config: Config) -> Rates:
         overlap=cluster.message_overlap,
         b=b,
     )
-
-
-def peak_flops(cluster: ClusterConfig, dtype: str) -> float:
-    """FLOP/s of one device."""
-    return 1e12 * (cluster.peak_tflops if dtype == "bf16" else cluster.peak_tflops_fp32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.flops import PEAK_SETTING
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
+from llada_megatron.config.quantities import GB
 from llada_megatron.config.schema import ClusterConfig, Config, LayoutConfig
-
-GB = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,9 @@ def check_cluster(config: Config) -> None:
     """Raise BadInput, naming the setting, for a cluster whose description lacks what a plan needs."""
     cluster = config.cluster
     needed = ["nodes", "gpus_per_node", "memory_gb", "memory_gb_per_sec"]
-    needed += ["peak_tflops" if config.precision.dtype == "bf16" else "peak_tflops_fp32"]
+    needed += [PEAK_SETTING[config.precision.dtype]]
     needed += ["gemm_efficiency", "attention_efficiency", "memory_efficiency"]
-    needed += ["grouped_gemm_efficiency"] if config.model.experts else []
+    needed += ["grouped_gemm_efficiency"] if config.model.has_experts else []
     needed += ["node_gb_per_sec", "link_efficiency"] if gpus(cluster) > 1 else []
     needed += ["network_gb_per_sec"] if cluster.nodes > 1 else []
     for name in needed:

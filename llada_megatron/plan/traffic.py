@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llada_megatron.config.parameters import Contents, Parameters
+from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig
 from llada_megatron.plan.activations import gathered_tokens, recomputed_modules
 from llada_megatron.plan.memory import padded_buffers

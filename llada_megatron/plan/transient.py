@@ -42,10 +42,10 @@ def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b
 
 
 def _gathered_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
-    """= The same with gathered tokens T: b tH, tE of the map and 4TE of all probabilities, with the larger of
+    """Of a MoE layer's forward where the tokens T of all processes are gathered.
 
-    the experts' outputs, 2b NH (or once), and their sums before and after the exchange, in fp32 as well,
-    (b + 4) TH and 4tH.
+    b tH, tE of the map and 4TE of all probabilities, with the larger of the experts' outputs, 2b NH (or
+    once), and their sums before and after the exchange, in fp32 as well, (b + 4) TH and 4tH.
     """
     hidden, experts = model.hidden_size, model.experts
     moment = shape.tokens * experts

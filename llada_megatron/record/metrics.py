@@ -69,16 +69,6 @@ def by_stage(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
     return [(name, list(group)) for name, group in itertools.groupby(records, key=lambda r: r["stage"])]
 
 
-def short_count(number: float | None) -> str:
-    """A count for people: 950, 12.3k, 1.2M, 4.1B, 2.0T; `-` for None."""
-    if number is None:
-        return "-"
-    for limit, divisor, suffix in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "B")):
-        if number < limit:
-            return f"{number:.0f}" if divisor == 1 else f"{number / divisor:.1f}{suffix}"
-    return f"{number / 1e12:.1f}T"
-
-
 def _drop_repeated(path: Path, first_step: int) -> None:
     kept = "".join(_to_line(record) for record in read_jsonl(path) if record["step"] < first_step)
     if kept.encode() == path.read_bytes():

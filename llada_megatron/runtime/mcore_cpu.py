@@ -2,7 +2,7 @@
 
 Every patch names the place in megatron-core 0.19.2 that needs it and is checked against the installed
 source by `_expect`, so that an upgrade fails at start-up instead of training wrongly. Two combinations
-that compute wrong results without an error cannot be configured, since `model/provider.py` decides both:
+that compute wrong results without an error cannot be configured, since `model/families/gpt.py` decides both:
 deallocated pipeline outputs on gloo (storage is freed while gloo still sends), and interleaved PP=2 with
 batched p2p (two messages between one pair of ranks are swapped).
 """

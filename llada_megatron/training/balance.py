@@ -28,7 +28,7 @@ class ExpertBalance:
             if getattr(module, "expert_bias", None) is not None
         ]
         self.rate, self.zero_mean = settings.expert_bias_update_rate, settings.expert_bias_zero_mean
-        self.experts = settings.experts
+        self.has_experts = settings.has_experts
         self.tokens_RE: torch.Tensor | None = None  # [routers of this rank, experts]
 
     def finalize(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ class ExpertBalance:
 
     def load_max_over_mean(self) -> float | None:
         """The busiest expert's load over the mean load, of the worst layer; None without experts."""
-        if not self.experts:
+        if not self.has_experts:
             return None
         worst = torch.zeros((), device=device.device())  # of a pipeline stage without experts
         if self.tokens_RE is not None:

@@ -17,7 +17,7 @@ from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
 from llada_megatron.config.compose import save
 from llada_megatron.config.errors import BadInput, RunFailed
-from llada_megatron.config.flops import expected_pairs, training_flops_per_sequence
+from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
@@ -278,20 +278,9 @@ class _Run:
         )
 
     def _mfu(self, stage: Stage, tokens_per_sec: float) -> float | None:
-        """Model FLOPs, attention counted on visible pairs of one document, over the devices' peak."""
-        config = self.config
-        if not config.cluster.peak_tflops:
+        if not peak_flops(self.config.cluster, self.config.precision.dtype):
             return None
-        length, diffusion = config.data.sequence_length, config.diffusion
-        flops = training_flops_per_sequence(
-            config.model,
-            positions=length * stage.rows_per_token,
-            pairs=expected_pairs(
-                length, stage.block_size, clean_copy=stage.clean_copy, causal=stage.geometry.causal
-            ),
-            supervised=stage.geometry.supervised(diffusion, length),
-        )
-        return flops * tokens_per_sec / length / (config.cluster.peak_tflops * 1e12 * config.layout.processes)
+        return mfu(self.config, stage, tokens_per_sec, devices=self.config.layout.processes)
 
     def _evaluate(self, step: int, stage: Stage | None) -> None:
         """Evaluate after a stage, or (stage None) the weights that a conversion starts from."""

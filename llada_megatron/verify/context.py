@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import BlockGrid
 from llada_megatron.runtime.launch import launch
 
 
@@ -26,7 +27,7 @@ class ContextReport:
     """Noisy keys that travel since their block has tokens of several ranks."""
     bytes_counted: int
     bytes_naive: int
-    """The same when noisy and clean keys are all gathered, also measured."""
+    """Bytes when noisy and clean keys are all gathered, also measured."""
 
 
 def check(
@@ -43,7 +44,7 @@ def check(
 
     if min(cp, kv_heads, head_dim) < 1:
         raise BadInput(f"--cp {cp}, --kv-heads {kv_heads} and --head-dim {head_dim} must be at least 1.")
-    mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, block_grid)  # type: ignore[arg-type]
+    mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, BlockGrid(block_grid))
     shard = ContextShard(mask, 0, cp)
     owner = shard.owner[0]
     work = np.bincount(owner, weights=mask.pairs_per_token[0], minlength=cp)
@@ -80,7 +81,7 @@ def _received_bytes(
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
         group = parallel_state.get_context_parallel_group()
-        mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, block_grid)  # type: ignore[arg-type]
+        mask = BlockDiffusionMask([torch.tensor(cu_seqlens)], block_size, BlockGrid(block_grid))
         shard = ContextShard(mask, group.rank(), cp)
         shape = shard.rows.shape[1], 1, kv_heads, head_dim
         key, value = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))

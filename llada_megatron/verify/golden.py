@@ -194,7 +194,9 @@ def case_mask(case: dict[str, Any], positions: int) -> BlockDiffusionMask:
     return BlockDiffusionMask(
         [torch.tensor([0, *np.cumsum(lengths)])],
         case.get("block_size", 1 if kind == "causal" else length),
-        block_grid="document" if case.get("block_grid", "").startswith("document-local") else "sequence",
+        block_grid=BlockGrid.document
+        if case.get("block_grid", "").startswith("document-local")
+        else BlockGrid.sequence,
         clean_copy=kind == "bdlm",
         causal=kind in ("causal", "block_causal"),
     )

@@ -1,18 +1,23 @@
 """`llada train --supervise`: the life of a run on one machine, with the record and the cap of a Slurm job."""
 
-import json
+import fcntl
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from llada_megatron.commands import train
 from llada_megatron.config.compose import compose
-from llada_megatron.config.errors import BadInput
-from llada_megatron.runtime.launch import WorkerDied
+from llada_megatron.config.errors import NODE_FAULT, BadInput
+from llada_megatron.guard.exclusive import LOCK
+from llada_megatron.record import events
+from llada_megatron.runtime.launch import WorkerDied, WorkerError, node
 from llada_megatron.verify.layouts import write_corpus
 
 
@@ -27,8 +32,11 @@ def configure(corpus, run_dir, *overrides):
 
 
 def ended(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    return [event for event in lines if event["event"] == "ended"]
+    return [event for event in events.read(run_dir) if event["event"] == "ended"]
+
+
+def refused(run_dir):
+    return [event for event in events.read(run_dir) if event["event"] == "refused"]
 
 
 def kill_ranks(run_dir, when, times):
@@ -67,4 +75,50 @@ def test_bad_input_is_not_tried_again(corpus, tmp_path):
     config = configure(f"{corpus}_absent", tmp_path)
     with pytest.raises(BadInput, match="absent"):
         train.supervise(config)
-    assert [event["outcome"] for event in ended(tmp_path)] == ["failed"]
+    assert [(event["outcome"], event["exit_code"]) for event in ended(tmp_path)] == [("failed", 2)]
+
+
+def reshape_wrongly(config):
+    np.zeros(2).reshape(3)
+
+
+def test_a_value_error_that_is_none_of_ours_keeps_its_traceback_and_is_tried_again(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "_worker", reshape_wrongly)
+    bug = r"process 0 failed:\n(.|\n)*in reshape_wrongly\n(.|\n)*ValueError: cannot reshape"
+    with pytest.raises(WorkerError, match=bug):
+        train.supervise(configure(corpus, tmp_path, "run.max_failures=2"))
+    assert [(event["outcome"], event["exit_code"]) for event in ended(tmp_path)] == [
+        ("again", 1),
+        ("failed", 1),
+    ]
+    assert not refused(tmp_path)
+
+
+def llada_train(corpus, run_dir, *overrides):
+    """Exit code and standard error of the command, in a process of its own."""
+    settings = ["experiment=parity", f"data.path=[{corpus}]", f"run.dir={run_dir}", *overrides]
+    command = [sys.executable, "-m", "llada_megatron", "train", *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_a_failed_preflight_exits_3_and_its_nodes_are_on_record(corpus, tmp_path):
+    full = ["training.preflight=true", "checkpoint.keep_last=1000000000"]
+    code, said = llada_train(corpus, tmp_path, *full)
+    [event] = refused(tmp_path)
+    assert code == event["exit_code"] == NODE_FAULT == 3
+    assert event["nodes"] == [node()] and f"llada train: error: {event['reason']}\n" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_bad_input_exits_2_and_a_run_that_is_held_4_and_both_are_on_record(corpus, tmp_path):
+    code, said = llada_train(f"{corpus}_absent", tmp_path / "bad")
+    assert code == refused(tmp_path / "bad")[0]["exit_code"] == 2 and "Traceback" not in said
+    (tmp_path / "held").mkdir()
+    with (tmp_path / "held" / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, said = llada_train(corpus, tmp_path / "held")
+    assert code == refused(tmp_path / "held")[0]["exit_code"] == 4 and "Traceback" not in said

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_megatron.config.parameters import Contents, parameters, stage_contents, total_parameters
+from llada_megatron.config.contents import Contents
+from llada_megatron.config.families.gpt import parameters, stage_contents
+from llada_megatron.config.parameters import total_parameters
 from llada_megatron.config.schema import LayoutConfig
 from tests.plan.flash import held_by, model_of
 

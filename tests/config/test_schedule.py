@@ -43,7 +43,7 @@ def test_a_clean_copy_is_kept_exactly_while_a_block_is_shorter_than_the_sequence
     )
     assert [each.clean_copy for each in made.stages] == [False, True, True, False, False]
     assert [each.block_size for each in made.stages] == [1, 1, 32, L, L]
-    assert [each.is_diffusion for each in made.stages] == [False, True, True, True, True]
+    assert [not each.geometry.causal for each in made.stages] == [False, True, True, True, True]
     assert made.first_diffusion_step() == 1
 
 

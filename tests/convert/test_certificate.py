@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llada_megatron.convert import families
-from llada_megatron.convert.families import ExpertLayout, Family
+from llada_megatron.convert.families import ExpertLayout, bailing
 from llada_megatron.convert.mapping import Entry
 from tests.convert import checkpoints
 from tests.convert.test_round_trip import to_hf, to_mcore
@@ -119,12 +119,12 @@ def test_an_error_in_the_table_fails_both_ways(
     monkeypatch,
     capsys,
 ) -> None:
-    right = families.BAILING
+    right = bailing.FAMILY
 
     def table(model, layout: ExpertLayout) -> Entries:
         return mutation(right.table(model, layout))
 
-    monkeypatch.setitem(families.FAMILIES, "LLaDA2MoeModelLM", Family(table, right.architectures))
+    monkeypatch.setitem(families.FAMILIES, "LLaDA2MoeModelLM", replace(right, table=table))
     source, ours = both_sides
     for convert, start, expected in ((to_mcore, source, inward), (to_hf, ours, outward)):
         assert convert(start, tmp_path / "result") == 1

@@ -51,6 +51,7 @@ def with_unknown(folder: Path) -> None:
 BAD = [
     (lambda f: (f / "config.json").unlink(), 2, "config.json does not exist"),
     (lambda f: (f / "config.json").write_text("{"), 2, "config.json is not JSON"),
+    (lambda f: edited(f, rms_norm_eps="small"), 2, "sets rms_norm_eps='small': it must be a number"),
     (lambda f: (f / "model.safetensors").unlink(), 2, "holds no model.safetensors"),
     (pickled_only, 2, "pickled weights (pytorch_model.bin), which can run any code and are not read"),
     (missing_shard, 2, "holds no model-00002-of-00002.safetensors"),

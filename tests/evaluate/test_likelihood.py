@@ -58,9 +58,9 @@ def sums_by_hand(config, evaluator):
     import torch
 
     from llada_megatron.attention import BlockDiffusionMask
+    from llada_megatron.attention.mask import block_starts
     from llada_megatron.config.schema import BlockGrid
     from llada_megatron.objectives.bound import exact_count_mask
-    from llada_megatron.objectives.corruption import block_starts
 
     length, mask_id, draws = config.data.sequence_length, config.model.mask_token_id, config.evaluation.draws
     once, twice = np.arange(length), np.tile(np.arange(length), 2)

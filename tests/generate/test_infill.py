@@ -72,7 +72,7 @@ def test_on_the_documents_grid_packed_documents_are_filled_as_each_alone(model):
 def test_no_forward_cuts_a_block_of_its_mask_or_changes_the_models_mode(grid):
     class Recorder(torch.nn.Module):
         def forward(self, inputs):
-            seen.append((inputs.shard.mask, inputs.outputs, self.training))
+            seen.append((inputs.keys.mask, inputs.outputs, self.training))
             return torch.zeros(len(inputs.outputs), 64)
 
     seen = []

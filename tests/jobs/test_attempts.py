@@ -190,3 +190,18 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[1:]] == ["not", "unreadable"]
     assert main(["status", "runs/old"]) == 2
+
+
+def test_the_record_of_a_run_from_before_refusals_were_recorded_is_understood(tmp_path, job, capsys):
+    from llada_megatron.cli import main
+    from llada_megatron.config.compose import save
+
+    save(compose(["experiment=parity", f"run.dir={tmp_path}"]), tmp_path / "config.yaml")
+    ended = {"exit_code": 2, "step": 0, "outcome": "failed", "reason": "Preflight failed on n1"}
+    events.append(tmp_path, "submitted", job="7")
+    events.append(tmp_path, "started", attempt=0, step=0, job="7", nodes="n1", devices=1)
+    assert attempts.refused(events.read(tmp_path)) is None
+    events.append(tmp_path, "ended", **ended)
+    assert main(["status", str(tmp_path)]) == 0
+    assert "Preflight failed on n1" in capsys.readouterr().out
+    assert main(["cost", str(tmp_path)]) == 0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
@@ -11,7 +12,7 @@ from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.objectives.autoregressive import autoregressive_batch
 from llada_megatron.objectives.batch import check_vocabulary, flat_outputs
-from llada_megatron.objectives.corruption import block_starts, corrupt
+from llada_megatron.objectives.corruption import corrupt
 from llada_megatron.objectives.diffusion import POSITION_BINS, RATE_BINS, Diffusion
 
 L, MASK, SEED = 128, 257, 3

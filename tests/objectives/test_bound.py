@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.objectives.bound import exact_count_mask
-from llada_megatron.objectives.corruption import block_starts
 
 BLOCK = 4
 DOCUMENTS = np.array([0, 6, 19, 24])  # off the grid: blocks of 4, 2, 2, 4, 4, 3, 1 and 4 tokens

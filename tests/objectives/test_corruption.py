@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
-from llada_megatron.objectives.corruption import block_starts, corrupt, data_index
+from llada_megatron.objectives.corruption import corrupt, data_index
 
 L = 48
 ONE = np.array([0, L])

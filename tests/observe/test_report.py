@@ -166,7 +166,7 @@ def test_the_report_names_every_stage_in_both_formats(finished):
         assert "The schedule is complete" in text
 
 
-@pytest.mark.parametrize("name", ["loss.png", "bound.png", "loss_by_noise_level.png", "expert_load.png"])
+@pytest.mark.parametrize("name", ["loss.png", "bound.png", "loss_by_t.png", "expert_load.png"])
 def test_the_report_shows_a_picture_that_is_not_blank(finished, name):
     image = pixels(finished / "report" / name)
     assert image.shape[1] == 1080 and image.std() > 0.02

@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import cache
 
 from llada_megatron.config.compose import compose
-from llada_megatron.config.parameters import Parameters, parameters, stage_contents
+from llada_megatron.config.contents import Parameters
+from llada_megatron.config.families.gpt import parameters, stage_contents
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 from llada_megatron.plan.shapes import Shape
 

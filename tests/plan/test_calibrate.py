@@ -135,12 +135,12 @@ def test_attention_in_a_precision_without_a_peak_is_one_sentence(folder: Path) -
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "holds no benchmark"),
-        ("[]", "holds no benchmark"),
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
         ('{"cases": []}', "holds no benchmark"),
         ('{"results": [], "machine": {"dtype": "int8"}}', "holds no benchmark"),
         ('{"results": [], "machine": {"dtype": "float32"}}', "no steps to fit"),
-        (None, "No such file"),
+        (None, "does not exist"),
     ],
 )
 def test_bad_files_are_one_sentence_and_exit_2(

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from llada_megatron.config import rules
-from llada_megatron.config.flops import active_parameters_per_layer
-from llada_megatron.config.schema import Config, Recompute
+from llada_megatron.config.families.gpt import active_weights
+from llada_megatron.config.flops import mfu
+from llada_megatron.config.schema import Config, Recompute, StageConfig
 from llada_megatron.plan.estimate import Plan, flops_per_token, plan
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.timing import pipeline_seconds
@@ -49,11 +50,44 @@ def test_the_slowest_rank_sets_the_pace() -> None:
     assert pipeline_seconds([1.0, 3.0], [3, 1], micro_batches=10, vpp=1) == (30.0, 3.0)
 
 
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize(("dtype", "peak"), [("bf16", 989e12), ("fp32", 67e12)])
+def test_mfu_counts_what_each_stage_trains_over_the_peak_of_the_dtype(
+    dtype: str, peak: float, complementary: bool
+) -> None:
+    config = on(flash(), peak_tflops=989.0, peak_tflops_fp32=67.0)
+    config = replace(
+        config,
+        precision=replace(config.precision, dtype=dtype),
+        diffusion=replace(config.diffusion, complementary=complementary, mask_rate_max=0.8),
+        schedule=replace(
+            config.schedule,
+            stages=[
+                StageConfig("ar", "1", 2**34, "autoregressive"),
+                StageConfig("bdlm", "32", 2**34),
+                StageConfig("mdlm", "full", 2**34),
+            ],
+        ),
+    )
+    model, L = config.model, config.data.sequence_length
+    weights = sum(active_weights(model).values())
+    rate = 0.5 if complementary else (1e-3 + 0.8) / 2
+    expected = {"ar": (L, L * (L + 1) / 2, L - 1), "bdlm": (2 * L, L * (L + 32), L * rate)}
+    expected["mdlm"] = (L, L * L, L * rate)
+    for timed, stage in zip(planned(config).stages, rules.schedule_of(config).stages, strict=True):
+        rows, pairs, supervised = expected[stage.name]
+        flops = 6 * weights * rows + 12 * model.heads * model.head_dim * model.layers * pairs
+        flops += 6 * model.hidden_size * model.vocab_size * supervised
+        by_hand = flops / L * timed.tokens_per_sec / (512 * peak)
+        assert timed.mfu == pytest.approx(by_hand, rel=1e-12)
+        assert timed.mfu == mfu(config, stage, timed.tokens_per_sec, devices=512)  # as the loop calls it
+
+
 def test_model_flops_are_six_per_active_weight_and_row_and_the_attention_of_visible_pairs() -> None:
     config = flash()
     model, L = config.model, 4096
     stages = {stage.name: stage for stage in rules.schedule_of(config).stages}
-    weights = sum(active_parameters_per_layer(model, layer) for layer in range(model.layers))
+    weights = sum(active_weights(model).values())
     rate = (1e-3 + 1) / 2
     head = 6 * model.hidden_size * model.vocab_size * rate
     for name, rows, pairs in (("stable", 1, L), ("decay_32", 2, L + 32)):

@@ -9,9 +9,10 @@ import pytest
 
 from llada_megatron.cli import main
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import short_count
 from llada_megatron.config.schema import LoggingConfig
 from llada_megatron.observe.trackers import HEADER, Trackers, scalars, step_line
-from llada_megatron.record.metrics import MetricsFile, read_jsonl, short_count
+from llada_megatron.record.metrics import MetricsFile, read_jsonl
 
 
 def step_record(step: int, **changes: object) -> dict:

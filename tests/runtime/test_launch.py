@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import BadInput, NodeFault
 from llada_megatron.runtime.launch import WorkerError, already_started, threads_per_process
 from tests.distributed import run_ranks
 
@@ -38,11 +38,18 @@ def raise_in_rank_one(error):
     dist.barrier()  # fails or waits for ever: either way rank 1 is to blame
 
 
-@pytest.mark.parametrize("error", [BadInput("optimizer.lr is wrong."), FileNotFoundError(2, "gone", "file")])
-def test_bad_input_of_a_rank_arrives_as_it_was_raised(error):
+REFUSALS = [
+    BadInput("optimizer.lr is wrong."),
+    NodeFault("hot", ["n1"]),
+    FileNotFoundError(2, "gone", "file"),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+def test_a_refusal_of_a_rank_arrives_as_it_was_raised(error):
     with pytest.raises(type(error)) as caught:
         run_ranks(raise_in_rank_one, error, processes=2)
-    assert str(caught.value) == str(error)
+    assert str(caught.value) == str(error) and caught.value.args == error.args
     assert not multiprocessing.active_children()
 
 

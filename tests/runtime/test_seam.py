@@ -47,7 +47,7 @@ def test_a_place_that_no_longer_looks_as_expected_is_named():
 
 def pipeline_settings(vpp):
     from llada_megatron.config.compose import compose
-    from llada_megatron.model.provider import transformer_config
+    from llada_megatron.model.families.gpt import transformer_config
 
     config = compose(["experiment=parity", "layout.processes=2", "layout.pp=2", f"layout.vpp={vpp}"])
     made = transformer_config(config.model, config.layout, config.precision, layer_spec="local")

@@ -197,7 +197,7 @@ def test_a_tied_head_is_one_weight_on_two_processes(corpus, tmp_path, layout):
 
 
 def megatron_core_refuses(config: Config) -> Exception | None:
-    from llada_megatron.model.provider import transformer_config
+    from llada_megatron.model.families.gpt import transformer_config
 
     layer_spec = "transformer_engine" if config.model.layer_spec == "transformer_engine" else "local"
     try:

@@ -165,4 +165,4 @@ def test_an_architecture_that_is_not_served_is_bad_input(
 
 def test_a_directory_without_cases_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "golden", str(tmp_path / "nowhere")]) == 2
-    assert "holds no cases.json" in capsys.readouterr().err
+    assert "cases.json does not exist: give a directory of golden cases" in capsys.readouterr().err

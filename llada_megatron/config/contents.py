@@ -1,0 +1,55 @@
+"""What pipeline stages hold and how many elements lie on a process: the words in which families count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ALIGNED, BUFFER_MULTIPLE = 64, 128
+"""What a parameter's start and a buffer's size are multiples of (megatron-core's param_layout.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What one (virtual) pipeline stage holds."""
+
+    dense: int
+    """Dense layers."""
+    moe: int
+    first: bool
+    """Embeds."""
+    last: bool
+    """Computes the final norm, the head and the loss."""
+
+    @property
+    def layers(self) -> int:
+        return self.dense + self.moe
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Elements on one process."""
+
+    sharded: int
+    """Divided by tensor parallelism."""
+    replicated: int
+    """Whole on every tensor-parallel process."""
+    expert: int
+    bias: int
+    """Elements of expert_bias: buffers, which have neither gradient nor optimizer state."""
+    buffers: tuple[tuple[int, int], ...] = ()
+    """Of each virtual stage: elements in the gradient buffers of dense parameters and of experts, each
+    parameter starting at a multiple of ALIGNED. Experts have their own where `separate_experts`."""
+
+    @property
+    def dense(self) -> int:
+        """What data and context parallelism share out to their optimizers."""
+        return self.sharded + self.replicated
+
+    @property
+    def trained(self) -> int:
+        return self.sharded + self.replicated + self.expert
+
+
+def separate_experts(ep: int, etp: int, tp: int) -> bool:
+    """Whether experts have gradient buffers and an optimizer of their own (megatron-core's layers.py)."""
+    return ep > 1 or etp != tp

@@ -1,0 +1,50 @@
+"""Model families by the name in model.family: what a run may ask of an architecture without torch.
+
+A family is a module of this package; the stage builder of the same name lies in model/families/, and what
+planning needs besides in plan/families/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from llada_megatron.config.contents import Contents, Parameters
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families import gpt
+from llada_megatron.config.schema import LayoutConfig, ModelConfig
+
+
+class Formulas(Protocol):
+    """What the module of a family defines."""
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise BadInput for settings of an architecture that cannot be built."""
+
+    def stage_contents(self, model: ModelConfig, layout: LayoutConfig) -> list[list[Contents]]:
+        """For each pipeline rank its (virtual) stages in the data's order."""
+        ...
+
+    def parameters(
+        self, model: ModelConfig, contents: Iterable[Contents], *, tp: int = 1, ep: int = 1, etp: int = 1
+    ) -> Parameters:
+        """Parameters of one process that holds these stages."""
+        ...
+
+    def active_weights(self, model: ModelConfig) -> dict[str, int]:
+        """Weights that one token passes through in all layers, by module in the words of recompute."""
+        ...
+
+    def pair_flops(self, model: ModelConfig) -> int:
+        """Forward FLOPs of a visible query-key pair in all layers."""
+        ...
+
+
+FAMILIES: dict[str, Formulas] = {"gpt": gpt}
+
+
+def formulas_of(model: ModelConfig) -> Formulas:
+    """The formulas of model.family; BadInput naming those that there are."""
+    if model.family not in FAMILIES:
+        raise BadInput(f"model.family={model.family} is unknown: choose from {', '.join(FAMILIES)}.")
+    return FAMILIES[model.family]

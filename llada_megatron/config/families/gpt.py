@@ -1,0 +1,161 @@
+"""The `gpt` family: attention with grouped queries, then a dense feed-forward layer or a Mixture of Experts.
+
+Ling 2.0, LLaDA2, Llama. Parameters by what divides them: tensor parallelism, nothing, or expert parallelism.
+Legend: H hidden_size, F ffn_hidden_size, Fe and Fs expert and shared_expert hidden sizes, nh heads, ng
+kv_heads, hd head_dim, E experts, V vocab_size.
+
+    a layer's attention    H (nh + 2 ng) hd + nh hd H              / tp
+    a layer's norms        2H, and 2 hd with qk_norm               replicated over tp
+    a dense layer          3 H F (gate and up in one, and down)    / tp
+    a MoE layer            3 H Fs of the shared expert             / tp
+                           E H of the router                       replicated over tp
+                           3 H Fe E of the experts                 / (ep etp)
+                           E of expert_bias, fp32, no gradient     replicated
+    embedding, head        V H each                                / tp, on the first and the last stage
+    final norm             H                                       replicated, on the last stage
+
+A tied head is the embedding where one stage holds both, and a copy of it on the last stage otherwise; the
+copy counts on its process and not in the total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llada_megatron.config.contents import ALIGNED, Contents, Parameters, separate_experts
+from llada_megatron.config.layout import pipeline_stages
+from llada_megatron.config.layout_rules import require
+from llada_megatron.config.schema import LayoutConfig, ModelConfig
+
+
+def check(model: ModelConfig) -> None:
+    """Raise BadInput for settings of an architecture that cannot be built."""
+    sizes = ["vocab_size", "layers", "hidden_size", "heads", "kv_heads", "head_dim", "head_chunk_tokens"]
+    sizes += ["ffn_hidden_size"] if model.dense_layers else []
+    sizes += ["expert_hidden_size", "expert_groups", "expert_groups_per_token"] if model.has_experts else []
+    for name in sizes:
+        require(getattr(model, name) >= 1, f"model.{name}={getattr(model, name)} must be at least 1.")
+    require(
+        model.heads % model.kv_heads == 0,
+        f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}.",
+    )
+    require(
+        0 <= model.mask_token_id < model.vocab_size,
+        f"model.mask_token_id={model.mask_token_id} is outside model.vocab_size={model.vocab_size}.",
+    )
+    require(
+        model.rotary_fraction <= 1 and int(model.rotary_fraction * model.head_dim) in range(2, 2**31, 2),
+        f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} must be an even"
+        " number of channels.",
+    )
+    if not model.has_experts:
+        return
+    require(model.experts > 0, "model.experts is 0 but model.dense_layers < model.layers: set model.experts.")
+    require(
+        model.experts % model.expert_groups == 0,
+        f"model.experts={model.experts} is not a multiple of model.expert_groups={model.expert_groups}.",
+    )
+    reachable = model.experts // model.expert_groups * model.expert_groups_per_token
+    require(
+        0 < model.experts_per_token <= reachable,
+        f"model.experts_per_token={model.experts_per_token} must be between 1 and the {reachable} experts of"
+        " model.expert_groups_per_token groups.",
+    )
+    require(
+        model.expert_groups == 1 or model.experts_per_token % model.expert_groups_per_token == 0,
+        f"model.experts_per_token={model.experts_per_token} is not a multiple of"
+        f" model.expert_groups_per_token={model.expert_groups_per_token}: megatron-core scores a group by its"
+        " experts_per_token/expert_groups_per_token best experts.",
+    )
+
+
+def stage_contents(model: ModelConfig, layout: LayoutConfig) -> list[list[Contents]]:
+    """For each pipeline rank its (virtual) stages in the data's order; the first dense_layers are dense."""
+    counts = pipeline_stages(model.layers, layout)
+    ranks: list[list[Contents]] = [[] for _ in range(layout.pp)]
+    start = 0
+    for index, count in enumerate(counts):
+        dense = max(0, min(model.dense_layers - start, count))
+        ranks[index % layout.pp].append(
+            Contents(dense, count - dense, first=index == 0, last=index == len(counts) - 1)
+        )
+        start += count
+    return ranks
+
+
+def parameters(
+    model: ModelConfig, contents: Iterable[Contents], *, tp: int = 1, ep: int = 1, etp: int = 1
+) -> Parameters:
+    """Parameters of one process that holds these stages."""
+    contents = list(contents)
+    dense = moe = 0
+    first = last = False
+    for stage in contents:
+        dense, moe = dense + stage.dense, moe + stage.moe
+        first, last = first or stage.first, last or stage.last
+    layers, hidden = dense + moe, model.hidden_size
+    vocabulary = model.vocab_size * hidden * (first + last - (model.tied_head and first and last))
+    sharded = (
+        layers * attention_weights(model)
+        + dense * 3 * hidden * model.ffn_hidden_size
+        + moe * 3 * hidden * model.shared_expert_hidden_size
+        + vocabulary
+    )
+    norms = 2 * hidden + (2 * model.head_dim if model.qk_norm else 0)
+    return Parameters(
+        sharded=sharded // tp,
+        replicated=layers * norms + moe * model.experts * hidden + last * hidden,
+        expert=moe * model.experts * expert_weights(model) // (ep * etp),
+        bias=moe * model.experts if model.expert_bias else 0,
+        buffers=tuple(_buffers(model, stage, tp=tp, ep=ep, etp=etp) for stage in contents),
+    )
+
+
+def _buffers(model: ModelConfig, stage: Contents, *, tp: int, ep: int, etp: int) -> tuple[int, int]:
+    """Elements of a stage's gradient buffers: dense parameters, and those of experts kept apart."""
+    hidden, head = model.hidden_size, model.head_dim
+
+    def aligned(*sizes: int) -> int:
+        return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
+
+    qkv, output = hidden * (model.heads + 2 * model.kv_heads) * head // tp, model.heads * head * hidden // tp
+    attention = aligned(qkv, output, hidden, hidden) + (aligned(head, head) if model.qk_norm else 0)
+    feed_forward, shared = (
+        aligned(2 * hidden * width // tp, hidden * width // tp)
+        for width in (model.ffn_hidden_size, model.shared_expert_hidden_size)
+    )
+    width = model.expert_hidden_size // etp
+    experts = stage.moe * (model.experts // ep) * aligned(2 * hidden * width, hidden * width)
+    tables = stage.first + stage.last - (model.tied_head and stage.first and stage.last)
+    total = stage.layers * attention + stage.dense * feed_forward
+    total += stage.moe * (shared + aligned(model.experts * hidden))
+    total += tables * aligned(model.vocab_size * hidden // tp) + stage.last * aligned(hidden)
+    return (total, experts) if separate_experts(ep, etp, tp) else (total + experts, 0)
+
+
+def active_weights(model: ModelConfig) -> dict[str, int]:
+    """Weights that one token passes through in all layers, by module in the words of recompute."""
+    dense = min(model.dense_layers, model.layers)
+    moe = model.layers - dense
+    return {
+        "attention": model.layers * attention_weights(model),
+        "mlp": dense * 3 * model.hidden_size * model.ffn_hidden_size,
+        "shared_experts": moe * 3 * model.hidden_size * model.shared_expert_hidden_size,
+        "moe": moe * (model.experts_per_token * expert_weights(model) + model.hidden_size * model.experts),
+    }
+
+
+def pair_flops(model: ModelConfig) -> int:
+    """Forward FLOPs of a visible query-key pair in all layers: 4 head_dim per head, scores and values."""
+    return 4 * model.heads * model.head_dim * model.layers
+
+
+def attention_weights(model: ModelConfig) -> int:
+    """Of one layer: queries, keys and values in one matrix, and the output projection."""
+    qkv = model.hidden_size * (model.heads + 2 * model.kv_heads) * model.head_dim
+    return qkv + model.heads * model.head_dim * model.hidden_size
+
+
+def expert_weights(model: ModelConfig) -> int:
+    """Of one routed expert."""
+    return 3 * model.hidden_size * model.expert_hidden_size

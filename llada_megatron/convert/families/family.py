@@ -1,0 +1,109 @@
+"""What a family of Hugging Face checkpoints is: one object, in a file of its own beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from llada_megatron.config.schema import ModelConfig
+from llada_megatron.convert.mapping import Entry
+from llada_megatron.convert.safetensors_files import SafetensorsReader
+
+REQUIRED = object()
+
+
+class ExpertLayout(StrEnum):
+    """How a checkpoint holds experts: a matrix each (published), or stacked (what dFactory trains on)."""
+
+    separate = "separate"
+    stacked = "stacked"
+
+
+class Row(NamedTuple):
+    """A key of their config.json, a field of ModelConfig, and what their code takes where it is absent."""
+
+    theirs: str
+    ours: str
+    absent: Any = REQUIRED
+    """A value, or a function of the whole config.json."""
+
+    def missing(self, described: dict[str, Any]) -> Any:
+        """What is taken where the key is absent from `described`; REQUIRED: it may not be."""
+        return self.absent(described) if callable(self.absent) else self.absent
+
+    def read(self, described: dict[str, Any]) -> Any:
+        """The value; null says nothing where it would follow from other keys."""
+        said = described.get(self.theirs)
+        follows = said is None and (callable(self.absent) or self.theirs not in described)
+        return self.missing(described) if follows else said
+
+
+class Table(Protocol):
+    """A family's entries, in the order in which tensors are written."""
+
+    def __call__(self, model: ModelConfig, layout: ExpertLayout) -> Iterator[Entry]: ...
+
+
+class DropReason(Protocol):
+    """Why a source tensor is left out, by its config.json; None for one that must be used."""
+
+    def __call__(self, name: str, model: ModelConfig, described: dict[str, Any]) -> str | None: ...
+
+
+class Logits(Protocol):
+    """fp32 [S, vocabulary] of int64 tokens [S]: causal, from their tensors, without our tables and model."""
+
+    def __call__(self, tokens: Tensor) -> Tensor: ...
+
+
+def nothing(*_: Any) -> dict[str, Any]:
+    """For families whose rows say everything."""
+    return {}
+
+
+def served(model: ModelConfig, architecture: str) -> None:
+    """For families that can express whatever their rows can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of architectures whose tensors have the same names."""
+
+    architectures: Mapping[str, dict[str, Any]]
+    """Names, and what config.json says beside them (model_type, auto_map): the first one is the default."""
+    after_diffusion: str | None = None
+    """The architecture of models whose last stage trained diffusion, where that is another."""
+    builds: str = "gpt"
+    """model.family of what it is converted into."""
+    experts: bool
+    """Whether its models have any."""
+    rows: tuple[Row, ...]
+    fixed: dict[str, Any]
+    """Keys that the model which is built can compute in one way only; another value is refused."""
+    also_written: dict[str, Any] = field(default_factory=dict)
+    """Keys of a new config.json that reading one does not ask for."""
+    left_behind: frozenset[str] = frozenset()
+    """Keys that do not go into another architecture's config.json."""
+    fields: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = nothing
+    """(config.json, fields by rows) -> fields of ModelConfig that no row gives; BadInput for what is not
+    served."""
+    keys: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]] = nothing
+    """(model, the config.json that is changed, empty for a new one) -> keys that no row gives."""
+    require: Callable[[ModelConfig, str], None] = served
+    """Raises BadInput where an architecture of the family cannot express a model."""
+    table: Table
+    drop_reason: DropReason
+    stacked_suffix: str | None = None
+    """How names of tensors end that hold all experts of a layer."""
+    reference: Callable[[SafetensorsReader, dict[str, Any]], Logits]
+
+    def layout_of(self, names: Iterable[str]) -> ExpertLayout:
+        """How a checkpoint with tensors of these names holds experts."""
+        stacked = self.stacked_suffix is not None and any(
+            name.endswith(self.stacked_suffix) for name in names
+        )
+        return ExpertLayout.stacked if stacked else ExpertLayout.separate

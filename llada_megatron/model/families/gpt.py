@@ -1,0 +1,141 @@
+"""The `gpt` family: megatron-core's GPTModel; its formulas are in config/families/gpt.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from llada_megatron.attention.registry import Executor
+from llada_megatron.config.layout import pipeline_stages
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig, Recompute
+from llada_megatron.model.gpt import BlockDiffusionGPT, ExplicitRotary
+from llada_megatron.model.initialize import initialize_weights
+from llada_megatron.model.specs import block_spec, resolve_layer_spec
+from llada_megatron.runtime import device
+
+
+def transformer_config(
+    model: ModelConfig, layout: LayoutConfig, precision: PrecisionConfig, *, layer_spec: str
+) -> TransformerConfig:
+    """megatron-core's configuration of an architecture under a layout.
+
+    Two choices are no settings, because the other one computes wrong results without an error: pipeline
+    outputs are kept on gloo, and p2p is never batched (runtime/mcore_cpu.py).
+    """
+    dtype = device.DTYPES[precision.dtype]
+    moe = model.has_experts
+    fused = layer_spec == "transformer_engine"
+    grouped = moe and model.expert_groups > 1
+    return TransformerConfig(
+        # architecture
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,  # model/initialize.py fills the weights
+        # experts
+        num_moe_experts=model.experts if moe else None,
+        moe_layer_freq=[int(layer >= model.dense_layers) for layer in range(model.layers)] if moe else 1,
+        moe_router_topk=max(model.experts_per_token, 1),
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=moe and model.expert_bias,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_router_num_groups=model.expert_groups if grouped else None,
+        moe_router_group_topk=model.expert_groups_per_token if grouped else None,
+        moe_router_topk_scaling_factor=model.routed_scaling_factor,
+        moe_ffn_hidden_size=model.expert_hidden_size if moe else None,
+        moe_shared_expert_intermediate_size=(model.shared_expert_hidden_size or None) if moe else None,
+        moe_token_dispatcher_type=layout.dispatcher.value,
+        moe_grouped_gemm=moe and fused,
+        moe_permute_fusion=False,
+        # layout
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,  # megatron-core refuses to train MoE with TP and without SP
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(model.layers, layout),
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        deallocate_pipeline_outputs=device.on_cuda(),
+        batch_p2p_comm=False,
+        overlap_p2p_comm=layout.vpp > 1,
+        variable_seq_lengths=False,
+        recompute_granularity=None if layout.recompute is Recompute.none else layout.recompute.value,
+        recompute_modules=list(layout.recompute_modules) if layout.recompute is Recompute.selective else None,
+        recompute_method="uniform" if layout.recompute is Recompute.full else None,
+        recompute_num_layers=1 if layout.recompute is Recompute.full else None,
+        # numbers
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=False,
+        calculate_per_token_loss=True,  # the loss is a sum over the batch divided by a global count
+        # fusions: what the local spec and a CPU cannot serve is off
+        persist_layer_norm=False,
+        bias_activation_fusion=True,  # SwiGLU keeps its input alone for backward, and runs anywhere
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def pipeline_layout(layers: int, layout: LayoutConfig) -> list[list[str]] | None:
+    """What each stage holds, in megatron-core's words; None where its own even split is meant."""
+    stages = [["decoder"] * count for count in pipeline_stages(layers, layout)]
+    if all(stage == stages[0] for stage in stages):
+        return None
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def build_stage(
+    config: Config,
+    *,
+    vp_stage: int | None = None,
+    initialize: bool = True,
+    attention: Executor | None = None,
+) -> BlockDiffusionGPT:
+    """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights.
+
+    `attention` takes the place of the executor that model.attention_backend names.
+    """
+    model, layout = config.model, config.layout
+    layer_spec = resolve_layer_spec(model.layer_spec)
+    transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
+    stage = BlockDiffusionGPT(
+        transformer,
+        block_spec(
+            transformer,
+            layer_spec=layer_spec,
+            attention=attention or model.attention_backend,
+            vp_stage=vp_stage,
+        ),
+        vocab_size=model.vocab_size,
+        max_sequence_length=2 * config.data.sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tied_head,
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
+        rotary=ExplicitRotary(model.head_dim, model.rotary_fraction, model.rotary_base),
+        head_chunk_tokens=model.head_chunk_tokens,
+        balance_clean_half=model.expert_balance_clean_half,
+    )
+    if initialize:
+        initialize_weights(stage, seed=config.run.seed, std=model.init_std, layers=model.layers)
+    return stage
