@@ -29,7 +29,7 @@ test test-slow test-full: export OMP_NUM_THREADS ?= 1
 
 # Files side by side: most tests are one process on one core.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/pytest -q -n $(WORKERS)
 
 test: $(STAMP) $(TRANSFORMER_ENGINE)/.setup-done
 	$(PYTEST) -m "not slow and not full"

@@ -1,7 +1,7 @@
 """For every test: no GPU, no GPU tests; hypothesis never judges by the clock; files stay whole."""
 
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,13 +22,17 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers (`pytest -n 2 --dist loadgroup`) get whole files, which share fixtures; one gets the Slurm."""
-    for item in items:
-        room = item.path.parent
-        group = room if room.name == "slurm" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(Path(__file__).parent))))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers (`pytest -n 2`) get whole files, which share fixtures; one gets all that share a Slurm."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class WholeFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "slurm" if file.startswith("tests/slurm/") else file
+
+    return WholeFiles(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

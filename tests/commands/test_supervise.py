@@ -15,8 +15,8 @@ import pytest
 from llada_megatron.commands import train
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import NODE_FAULT, BadInput
-from llada_megatron.guard.exclusive import LOCK
 from llada_megatron.record import events
+from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime.launch import WorkerDied, WorkerError, node
 from llada_megatron.verify.layouts import write_corpus
 
@@ -118,7 +118,7 @@ def test_bad_input_exits_2_and_a_run_that_is_held_4_and_both_are_on_record(corpu
     code, said = llada_train(f"{corpus}_absent", tmp_path / "bad")
     assert code == refused(tmp_path / "bad")[0]["exit_code"] == 2 and "Traceback" not in said
     (tmp_path / "held").mkdir()
-    with (tmp_path / "held" / LOCK).open("w") as lock:
+    with RunDir(tmp_path / "held").lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, said = llada_train(corpus, tmp_path / "held")
     assert code == refused(tmp_path / "held")[0]["exit_code"] == 4 and "Traceback" not in said
