@@ -162,11 +162,18 @@ def micro_batches(
     dealt = trainer.deal(step, stage.micro_batch, trainer.config.layout.global_batch)
     for index, indices in enumerate(dealt):
         draft = {} if drafts is None else {"draft": drafts[index]}
-        batch = objective.batch(trainer.data, indices, stage, noise_sigma=sigma, **draft)
-        if trainer.on_batch is not None:
-            trainer.on_batch(indices, batch)
-        batch.inputs.readout = objective.readout
-        yield context_part(batch).to(device.device())
+        yield _part(trainer, objective, stage, indices, noise_sigma=sigma, **draft).to(device.device())
+
+
+def _part(
+    trainer: Trainer, objective: Objective, stage: Stage, indices: list[int], **options: Any
+) -> MicroBatch:
+    """This rank's part of the micro-batch of these samples."""
+    batch = objective.batch(trainer.data, indices, stage, **options)
+    batch.inputs.readout = objective.readout
+    if trainer.on_batch is not None:
+        trainer.on_batch(indices, batch)
+    return context_part(batch)
 
 
 def _drafts(

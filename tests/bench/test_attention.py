@@ -110,7 +110,7 @@ def test_a_file_that_is_no_earlier_result_is_refused_before_anything_runs(tmp_pa
     (tmp_path / "old.json").write_text(content)
     assert bench("--compare", tmp_path / "old.json") == cli.BAD_INPUT
     streams = capsys.readouterr()
-    assert "no attention.json of an earlier run" in streams.err and streams.out == ""
+    assert "attention.json of an earlier run" in streams.err and streams.out == ""
     assert len(streams.err.splitlines()) == 1
 
 

@@ -15,7 +15,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from llada_megatron.commands.data import add_arguments, run
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, DataConfig, EvaluationConfig, StageConfig
-from llada_megatron.data.packed import build_sequences, fingerprint, fingerprint_difference
+from llada_megatron.data.packed import (
+    build_sequences,
+    fingerprint,
+    fingerprint_difference,
+    held_out_sequences,
+)
 
 L = 16
 MASK = 2**31 - 1
@@ -209,7 +214,12 @@ def test_the_index_command_builds_what_a_run_loads(blend, tmp_path, monkeypatch,
     assert "600 wanted" in capsys.readouterr().out
     before = sorted(path.name for path in (tmp_path / "first.cache").iterdir())
     build(blend, seed=config.run.seed, sequences_wanted=600)
-    build(blend, "validation", seed=config.run.seed, sequences_wanted=20)
+    build(
+        blend,
+        "validation",
+        seed=config.run.seed,
+        sequences_wanted=held_out_sequences(config.evaluation),
+    )
     assert sorted(path.name for path in (tmp_path / "first.cache").iterdir()) == before
 
 

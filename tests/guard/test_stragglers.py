@@ -33,9 +33,10 @@ def test_a_rank_whose_device_is_slow_is_named_where_all_wait_for_it():
 def train_with_a_slow_rank(config) -> tuple[str, str]:
     """The terminal's error stream and the status in step 2, when rank 1 is slow in steps 0 and 1."""
     from llada_megatron.guard import stragglers
-    from llada_megatron.training import loop, step
+    from llada_megatron.objectives import passes
+    from llada_megatron.training import loop
 
-    forward_step, train_step = step.forward_step, loop.train_step
+    forward_step, train_step = passes.forward_step, loop.train_step
     present, seen = [0], [""]
 
     def observed_train_step(trainer, number):
@@ -49,7 +50,7 @@ def train_with_a_slow_rank(config) -> tuple[str, str]:
         return forward_step(*args)
 
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(step, "forward_step", slow_forward_step))
+        patches.enter_context(mock.patch.object(passes, "forward_step", slow_forward_step))
         patches.enter_context(mock.patch.object(loop, "train_step", observed_train_step))
         patches.enter_context(mock.patch.object(stragglers, "product", lambda dtype: (True, 0.1)))
         said = patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
