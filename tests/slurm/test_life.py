@@ -85,7 +85,6 @@ def test_a_killed_rank_ends_the_job_soon_and_the_run_goes_on(make_run, straight)
     assert run.losses() == straight.losses()
 
 
-@pytest.mark.full
 def test_a_preempted_run_saves_and_comes_back_and_a_stopped_one_resumes(make_run, straight):
     run = make_run(*ENDLESS)
     run.submit()
@@ -109,7 +108,6 @@ def test_a_preempted_run_saves_and_comes_back_and_a_stopped_one_resumes(make_run
     assert run.losses()[:3] == straight.losses()[:3]
 
 
-@pytest.mark.full
 def test_a_time_limit_warns_the_ranks_and_the_run_goes_on_on_fewer_nodes_after_a_stop(make_run, straight):
     run = make_run(*ENDLESS)
     run.submit("slurm.time_limit_min=1", "slurm.signal_lead_sec=20")
@@ -157,7 +155,6 @@ def test_failures_in_a_row_stop_at_the_cap_and_hostile_names_are_only_names(make
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
 
 
-@pytest.mark.full
 def test_a_disk_quota_leaves_the_last_checkpoint_and_says_why(make_run):
     run = make_run(*RUN)
     run.submit("training.steps=1")
