@@ -8,7 +8,6 @@ share of a step spent outside megatron-core.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from llada_megatron.config.flops import training_flops_per_sequence
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.prepare import read_index
+from llada_megatron.record.json_files import write_json
 from llada_megatron.runtime.launch import already_started, launch, threads_per_process
 
 RATIO_TOLERANCE = 0.10
@@ -56,7 +56,7 @@ class Case:
         }
 
 
-def run(overrides: list[str], *, rounds: int, json_file: str | None) -> int:
+def run(overrides: list[str], *, rounds: int, json_file: Path | None) -> int:
     """Measure, print, and return 0 when both checks hold, 1 otherwise."""
     config = compose(["experiment=bench", *overrides])
     tokens = rules.check(config).tokens_per_step
@@ -75,8 +75,7 @@ def run(overrides: list[str], *, rounds: int, json_file: str | None) -> int:
             case.peak_bytes = launch(_peak_bytes, config, case.name, processes=1, preload=preload)[0]
         report |= _report(cases)
     _print(report)
-    if json_file:
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+    write_json(json_file, report)
     return 0 if all(check["passed"] for check in report["checks"]) else 1
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.config import compose, rules
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import DocumentLengths
+from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.record.json_files import write_json
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def _plan(args: argparse.Namespace, config: compose.Config) -> int:
     planner = _planner(args, config)
     check_processes(config)
     result = plan(planner, config.layout, schedule)
-    write_json(args.json, asdict(result) | _summary(result))
+    model = config.model
+    counted = {"total": total_parameters(model), "active": active_parameters(model)}
+    write_json(args.json, {"parameters": counted} | asdict(result) | _summary(result))
     if args.plot:
         from llada_megatron.plan.plots import draw
 

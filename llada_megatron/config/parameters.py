@@ -13,6 +13,15 @@ def total_parameters(model: ModelConfig) -> int:
     return whole.trained + whole.bias
 
 
+def active_parameters(model: ModelConfig) -> int:
+    """Parameters that one token has to do with: all but the routed experts that it does not choose."""
+    if not model.has_experts:
+        return total_parameters(model)
+    formulas = formulas_of(model)
+    experts = formulas.parameters(model, *formulas.stage_contents(model, LayoutConfig())).expert
+    return total_parameters(model) - experts // model.experts * (model.experts - model.experts_per_token)
+
+
 def checkpoint_bytes(model: ModelConfig, precision: PrecisionConfig) -> int:
     """Of a training checkpoint: weights, and the optimizer's fp32 masters and two moments."""
     return total_parameters(model) * ({"fp32": 4, "bf16": 2}[precision.dtype] + 12)

@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llada_megatron.config.layout import data_parallel_size
+from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.quantities import GB, amount, duration, quantity
-from llada_megatron.config.schema import Config, LayoutConfig, Recompute
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
 from llada_megatron.plan.estimate import Plan, StageTime
 from llada_megatron.plan.memory import NOT_MODELLED
 from llada_megatron.plan.search import Result, describe
@@ -21,7 +22,7 @@ COLOURS = ("blue", "cyan", "magenta", "green", "yellow", "red", "bright_blue", "
 def print_plan(plan: Plan, config: Config) -> None:
     """Everything about one layout."""
     console = Console(highlight=False)
-    _verdict(console, plan)
+    _verdict(console, plan, config.model)
     _memory(console, plan)
     longest = max(plan.stages, key=lambda stage: stage.hours)
     _schedule(console, plan)
@@ -30,12 +31,14 @@ def print_plan(plan: Plan, config: Config) -> None:
     _assumptions(console, plan, config)
 
 
-def _verdict(console: Console, plan: Plan) -> None:
+def _verdict(console: Console, plan: Plan, model: ModelConfig) -> None:
     fullest, usable = plan.fullest, plan.usable_bytes / GB
     word, style = ("fits", "bold green") if plan.fits else ("does not fit", "bold red")
     where = f" on {plan.cluster} ({plan.gpus} GPU{'s' * (plan.gpus > 1)})"
     console.print(Text(f"{plan.name} {word}{where}", style=style))
-    console.print(f"  {describe(plan.layout)}, dp {data_parallel_size(plan.layout)}")
+    total, active = total_parameters(model), active_parameters(model)
+    console.print(f"  model   {total:,} parameters, {quantity(active)} of them active")
+    console.print(f"  layout  {describe(plan.layout)}, dp {data_parallel_size(plan.layout)}")
     console.print(
         f"  memory  {amount(fullest.peak)} on pipeline stage {fullest.rank}, of {usable:.1f} GB"
         f" ({plan.memory_bytes / GB:.0f} less {1 - plan.usable_bytes / plan.memory_bytes:.0%} margin)"

@@ -25,7 +25,7 @@ SMALL = ["model=parity", "data.split='1,1'", "data.sequence_length=128"]
 def test_under_a_layout_it_times_the_stages_and_calibration_reads_what_it_writes(tmp_path):
     run_ranks(prepare, tmp_path)
     overrides = [*SMALL, f"data.path=[{tmp_path}/text]", "layout.tp=2"]
-    assert step.run(overrides, rounds=1, json_file=str(tmp_path / "tp2.json")) == 0
+    assert step.run(overrides, rounds=1, json_file=tmp_path / "tp2.json") == 0
     steps = calibrate.read([tmp_path / "tp2.json"]).steps
     assert [one.name for one in steps] == ["tp2 ar", "tp2 mdlm", "tp2 bdlm"]
     assert all(one.seconds > 0 and one.config.layout.tp == 2 for one in steps)
@@ -37,7 +37,7 @@ def test_under_a_layout_it_times_the_stages_and_calibration_reads_what_it_writes
 def test_every_case_reports_time_memory_and_the_flops_of_its_own_rows_and_pairs(tmp_path):
     run_ranks(prepare, tmp_path)
     overrides = [*SMALL, f"data.path=[{tmp_path}/text]"]
-    step.run(overrides, rounds=1, json_file=str(tmp_path / "bench.json"))
+    step.run(overrides, rounds=1, json_file=tmp_path / "bench.json")
     report = json.loads((tmp_path / "bench.json").read_text())
     cases = {case["name"]: case for case in report["cases"]}
     assert set(cases) == {"ar", "mdlm", "bdlm", f"bdlm, {step.FULL_LOGITS}"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llada_megatron.config.contents import Contents
 from llada_megatron.config.families.gpt import parameters, stage_contents
-from llada_megatron.config.parameters import total_parameters
+from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.schema import LayoutConfig
 from tests.plan.flash import held_by, model_of
 
@@ -74,3 +74,11 @@ def test_virtual_stages_go_round_the_pipeline_ranks() -> None:
         [Contents(1, 2, True, False), Contents(0, 6, False, False)],
         [Contents(0, 6, False, False), Contents(0, 5, False, True)],
     ]
+
+
+def test_a_token_has_to_do_with_the_experts_that_it_chooses() -> None:
+    # Ling-flash-2.0's card says 6.1B, Ling-mini-2.0's 1.4B.
+    assert active_parameters(model_of("flash")) == 6_152_277_760
+    assert active_parameters(model_of("mini")) == 1_432_973_056
+    dense = replace(model_of("mini"), dense_layers=model_of("mini").layers)
+    assert active_parameters(dense) == total_parameters(dense)
