@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     step = benches.add_parser("step", help="seconds and memory per training step: AR, MDLM, BDLM")
     step.add_argument("--rounds", type=int, default=8, help="interleaved rounds per case (default 8)")
-    step.add_argument("--json", metavar="FILE", help="write the figures")
+    step.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     step.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides of experiment=bench")
     attention = benches.add_parser("attention", help="attention executors, correct first and then fast")
     attention.add_argument("--suite", choices=tuple(SUITES), default="cpu", help="cases (default cpu)")
