@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record.json_files import write_json
 
 if TYPE_CHECKING:
     from llada_megatron.config.schema import Config
@@ -57,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
     _check(config, with_ar)
     found = evaluate(config, checkpoint.path, autoregressive=with_ar)
     record = {"checkpoint": str(checkpoint.path), "step": manifest.step, "data": config.data.path, **found}
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, record)
     _print(record)
     return 0
 
