@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -13,6 +14,9 @@ from yaml import YAMLError
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import smallest_world
+from llada_megatron.config.overrides import check as check_overrides
+from llada_megatron.config.overrides import check_setting
+from llada_megatron.config.ranges import check_values
 from llada_megatron.config.schema import Config, LayoutConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
@@ -23,27 +27,35 @@ OWN_CONFIG_DIR = "configs"
 def compose(overrides: list[str]) -> Config:
     """Compose `configs/config.yaml` with hydra overrides such as `experiment=demo run.seed=2`.
 
-    Raises BadInput for a value that an experiment must set and does not, unknown keys and wrong types.
+    Raises BadInput for a value that an experiment must set and does not, unknown keys, wrong types, and
+    values out of their range.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
+    own = _own_configs()
+    check_overrides(overrides, _groups(own))
+    searched = [f"hydra.searchpath=['file://{own}']"] if own else []
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = hydra_compose("config", overrides=[*_own_configs(), *overrides])
+            composed = hydra_compose("config", overrides=[*searched, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
-        raise BadInput(_first_line(error)) from error
+        raise BadInput(_sentence(error)) from error
     except (YAMLError, UnicodeDecodeError) as error:  # in a file of the user's own
         raise BadInput(f"A file in {OWN_CONFIG_DIR}/ is not YAML: {_one_line(error)}.") from error
     return resolve(composed)
 
 
 def load(path: str | os.PathLike[str]) -> Config:
-    """Read a resolved configuration that `save` wrote; BadInput for an unknown key or what is no YAML."""
-    return resolve(read_yaml(path))
+    """Read a resolved configuration that `save` wrote; BadInput, naming the file, for anything else."""
+    tree = read_yaml(path)
+    try:
+        return resolve(tree)
+    except BadInput as fault:
+        raise BadInput(f"{path}: {fault}") from fault
 
 
 def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
@@ -109,43 +121,82 @@ def elsewhere(saved: dict[str, object], overrides: Sequence[str]) -> Config:
 def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:
     """A Config from a tree that may lack values with defaults, and `key=value` overrides of it.
 
-    Raises BadInput for unknown keys and wrong types.
+    Raises BadInput for unknown keys, wrong types, and values out of their range.
     """
     try:
-        dotlist = OmegaConf.from_dotlist(list(overrides))
-        node = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), tree, dotlist))
+        if isinstance(tree, DictConfig):  # whose types may have been widened by `+new.key=1`
+            tree = OmegaConf.to_container(tree, enum_to_str=True)
+        node = OmegaConf.merge(OmegaConf.structured(Config), tree, *map(_setting, overrides))
+        node = cast(DictConfig, node)
         if node.layout.processes == 0:
             node.layout.processes = smallest_world(cast(LayoutConfig, OmegaConf.to_object(node.layout)))
         OmegaConf.resolve(node)
-        return cast(Config, OmegaConf.to_object(node))
+        config = cast(Config, OmegaConf.to_object(node))
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a value"
         raise BadInput(f"{key} is not set: choose an experiment, for example `experiment=demo`.") from None
     except (OmegaConfBaseException, YAMLError) as error:
-        raise BadInput(_first_line(error)) from error
+        raise BadInput(_sentence(error)) from error
+    check_values(config)
+    return config
 
 
-def _own_configs() -> list[str]:
-    """What makes hydra look into the user's folder after the package's; nothing without a folder.
+def _setting(override: str) -> DictConfig:
+    """The tree of one `key=value`, the value in YAML; BadInput, naming it, for what is no setting."""
+    key, sign, _ = override.partition("=")
+    try:
+        tree = OmegaConf.from_dotlist([override])
+        value = OmegaConf.select(tree, key)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise BadInput(f"{override} is no KEY=VALUE: {_one_line(error)}.") from error
+    if not sign:
+        raise BadInput(f"{override} is no KEY=VALUE: write, for example, layout.tp=2.")
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    check_setting(override, key, plain)
+    return tree
+
+
+def _own_configs() -> Path | None:
+    """The user's folder, into which hydra looks after the package's; None without one.
 
     BadInput for a file with the name of one of the package's, which hydra would not read.
     """
     own = Path(OWN_CONFIG_DIR).resolve()
     if not own.is_dir() or own == CONFIG_DIR:
-        return []
+        return None
     for path in sorted(own.glob("*/**/*.yaml")):
         name = path.relative_to(own)
         if (CONFIG_DIR / name).is_file():
             raise BadInput(f"{path} has the name of a file of llada_megatron's own: rename it.")
-    return [f"hydra.searchpath=['file://{own}']"]
+    return own
+
+
+def _groups(own: Path | None) -> dict[str, list[str]]:
+    """The names that each group offers: `model` -> [demo, ...]."""
+    found: dict[str, list[str]] = {}
+    for folder in [CONFIG_DIR, *([own] if own else [])]:
+        for path in sorted(folder.glob("*/**/*.yaml")):
+            group, _, name = path.relative_to(folder).with_suffix("").as_posix().partition("/")
+            found.setdefault(group, []).append(name)
+    return found
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _first_line(error: Exception) -> str:
-    """What hydra or omegaconf say, without their dump of the configuration's types."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    key = getattr(error, "full_key", None)
-    return line if not key or key in line else f"{line} (in {key})"
+def _sentence(error: Exception) -> str:
+    """What hydra or omegaconf say, in one line: reasons and choices, without types and search paths."""
+    said = []
+    for line in (str(error).strip() or type(error).__name__).splitlines():
+        if re.match(r"\s*(full_key|reference_type|object_type|Config search path)\b", line):
+            break
+        said.append(line.strip())
+    sentence = " ".join(filter(None, said))
+    key = getattr(error, "full_key", None) or _full_key(str(error))
+    return sentence if not key or key in sentence else f"{sentence} (in {key})"
+
+
+def _full_key(dump: str) -> str:
+    found = re.search(r"full_key: (\S+)", dump)
+    return found[1] if found else ""

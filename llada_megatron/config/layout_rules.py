@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 
+from llada_megatron.config.choices import LayerSpec, Recompute, RecomputeModule
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import data_parallel_size, micro_batches_per_step, pipeline_stages
 from llada_megatron.config.schedule import Schedule
-from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 
-RECOMPUTE_MODULES = ("core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act")
-"""Of transformer_config.py:1762 in megatron-core 0.19.2; the others there belong to other architectures."""
 NEED_TRANSFORMER_ENGINE = {
-    "layernorm": "tensor_parallel/random.py:693 calls TransformerEngine",
-    "moe_act": "only grouped experts have it",
+    RecomputeModule.layernorm: "tensor_parallel/random.py:693 calls TransformerEngine",
+    RecomputeModule.moe_act: "only grouped experts have it",
 }
 
 
@@ -29,8 +28,6 @@ def require(condition: bool, message: str) -> None:
 def check_layout(config: Config) -> None:
     """Everything about a layout that needs no schedule. Raises BadInput with one sentence."""
     layout, model = config.layout, config.model
-    for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "processes", "micro_batch", "global_batch"):
-        require(getattr(layout, name) >= 1, f"layout.{name}={getattr(layout, name)} must be at least 1.")
     _check_processes(layout)
     _check_tensor_parallel(layout, model)
     _check_experts(layout, model)
@@ -48,12 +45,6 @@ def check_batches(layout: LayoutConfig, schedule: Schedule) -> None:
     """Every stage's micro-batches come out whole, and in groups where the pipeline is interleaved."""
     total, dp = layout.global_batch, data_parallel_size(layout)
     group = layout.pp if layout.vpp > 1 else 1
-    for stage in schedule.stages:
-        require(
-            stage.micro_batch >= 1,
-            f"schedule.stages[{stage.index}].micro_batch={stage.micro_batch} must be at least 1, or 0 for"
-            " layout.micro_batch.",
-        )
     larger = _next_multiple(total, math.lcm(*(stage.micro_batch for stage in schedule.stages)) * dp * group)
     for stage in schedule.stages:
         per_step = stage.micro_batch * dp
@@ -159,18 +150,14 @@ def _check_options(layout: LayoutConfig, model: ModelConfig) -> None:
     )
     if layout.recompute is not Recompute.selective:
         return
-    choice = ", ".join(RECOMPUTE_MODULES)
     require(
         bool(layout.recompute_modules),
-        f"layout.recompute_modules is empty while layout.recompute=selective: choose from {choice}.",
+        "layout.recompute_modules is empty while layout.recompute=selective: choose from"
+        f" {', '.join(RecomputeModule)}.",
     )
     for name in layout.recompute_modules:
         require(
-            name in RECOMPUTE_MODULES,
-            f"layout.recompute_modules has '{name}', which is unknown: choose from {choice}.",
-        )
-        require(
-            name not in NEED_TRANSFORMER_ENGINE or model.layer_spec == "transformer_engine",
+            name not in NEED_TRANSFORMER_ENGINE or model.layer_spec is LayerSpec.transformer_engine,
             f"layout.recompute_modules has '{name}', which needs TransformerEngine: set"
             f" model.layer_spec=transformer_engine (now {model.layer_spec}), or leave {name} out.",
         )

@@ -75,11 +75,6 @@ class Schedule:
         first_step = 0
         for index, stage in enumerate(config.stages):
             setting = f"schedule.stages[{index}]"
-            if stage.tokens < 1:
-                raise BadInput(
-                    f"{setting}.tokens is {stage.tokens}: an empty stage trains nothing, drop it from the"
-                    " list."
-                )
             geometry = OBJECTIVES.get(stage.objective)
             if geometry is None:
                 raise BadInput(

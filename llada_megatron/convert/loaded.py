@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.checkpoint import store
+from llada_megatron.config.choices import LayerSpec
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, DataConfig, ModelConfig
 from llada_megatron.convert.families.family import Logits
@@ -100,7 +101,7 @@ def causal_logits(stage: BlockDiffusionGPT, tokens: Tensor) -> Tensor:
 
 def _stage(model: ModelConfig, *, sequence_length: int) -> BlockDiffusionGPT:
     config = Config(
-        model=replace(model, layer_spec="local"), data=DataConfig(sequence_length=sequence_length)
+        model=replace(model, layer_spec=LayerSpec.local), data=DataConfig(sequence_length=sequence_length)
     )
     return build_stage(config, initialize=False)
 

@@ -31,6 +31,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.ranges import shares_of
 from llada_megatron.config.schema import DataConfig, EvaluationConfig
 from llada_megatron.data.prepare import CorpusIndex, read_index, read_sidecar
 from llada_megatron.data.tokenizer import load_tokenizer
@@ -168,7 +169,7 @@ def _check(data: DataConfig) -> list[CorpusIndex]:
         raise BadInput("data.weights must be positive numbers, one per entry of data.path.")
     if data.sequence_length < 1:
         raise BadInput(f"data.sequence_length must be at least 1, not {data.sequence_length}.")
-    _shares(data.split)
+    shares_of(data.split)
     corpora = [read_index(prefix) for prefix in data.path]
     tokenizer = load_tokenizer(data.tokenizer)
     for prefix in data.path:
@@ -199,7 +200,7 @@ def _megatron_config(data: DataConfig, prefix: str, seed: int, directory: Path) 
 
 def _documents_of(corpus: CorpusIndex, data: DataConfig, split: str) -> numpy.ndarray:
     """Return the document numbers of a split, int32 [documents of the split]."""
-    train, validation = _shares(data.split)
+    train, validation = shares_of(data.split)
     documents = len(corpus.document_lengths)
     boundary = round(documents * train / (train + validation))
     first, last = (0, boundary) if split == "train" else (boundary, documents)
@@ -211,16 +212,6 @@ def _documents_of(corpus: CorpusIndex, data: DataConfig, split: str) -> numpy.nd
             f"({data.sequence_length})."
         )
     return numpy.arange(first, last, dtype=numpy.int32)
-
-
-def _shares(split: str) -> tuple[float, float]:
-    try:
-        train, validation = (float(share) for share in split.split(","))
-        if train >= 0 and validation >= 0 and 0 < train + validation < float("inf"):
-            return train, validation
-    except ValueError:
-        pass
-    raise BadInput(f"data.split must be two shares such as '99,1', not {split!r}.")
 
 
 def _build_member(

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.config.errors import BadInput
 from llada_megatron.config.quantities import short_count
 from llada_megatron.config.schema import LoggingConfig
 from llada_megatron.record.metrics import MetricsFile, Record
@@ -32,15 +31,13 @@ class Trackers:
     """
 
     def __init__(self, run_dir: Path, logging_config: LoggingConfig, run_name: str, first_step: int) -> None:
-        if logging_config.wandb not in ("disabled", "offline", "online"):
-            raise BadInput(f"logging.wandb is {logging_config.wandb!r}; set disabled, offline or online")
         files = RunDir(run_dir)
         self._metrics = MetricsFile(files.metrics, first_step)
         # An evaluation at step n was made before the checkpoint of step n, so a resume there keeps it.
         first_evaluation = first_step + 1 if first_step else 0
         self._evaluations = MetricsFile(files.evaluations, first_evaluation)
         self._samples = MetricsFile(files.samples, first_evaluation)
-        self._every_steps = max(1, logging_config.every_steps)
+        self._every_steps = logging_config.every_steps
         self._prometheus = files.prometheus if logging_config.prometheus else None
         self._run_name = run_name
         self._terminal = _Terminal()
@@ -185,7 +182,7 @@ def _start_wandb(files: RunDir, logging_config: LoggingConfig, run_name: str) ->
         # Readable, and unique although wandb's ids exclude characters that names may have.
         digest = hashlib.sha256(run_name.encode()).hexdigest()[:8]
         id_file.write_text(f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', run_name)[:64]}-{digest}\n")
-    mode: Any = logging_config.wandb
+    mode: Any = logging_config.wandb.value  # wandb compares types too
     return wandb.init(
         project=logging_config.wandb_project,
         name=run_name,

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llada_megatron.config.choices import LayerSpec
 from llada_megatron.config.contents import Parameters
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import coordinates, data_parallel_size, micro_batches_per_step, rank_at
@@ -69,7 +70,7 @@ class RankComparison:
 
 def check(config: Config) -> None:
     """Raise BadInput for settings that the dry run cannot follow."""
-    if config.model.layer_spec == "transformer_engine":
+    if config.model.layer_spec is LayerSpec.transformer_engine:
         raise BadInput("--exact runs the local layers: set model.layer_spec=local, or auto.")
 
 
@@ -78,7 +79,7 @@ def dry_configuration(config: Config) -> Config:
     return replace(
         config,
         diffusion=replace(config.diffusion, mask_rate_min=0.25, mask_rate_max=0.75),
-        model=replace(config.model, layer_spec="local"),
+        model=replace(config.model, layer_spec=LayerSpec.local),
     )
 
 

@@ -108,8 +108,6 @@ def check_cluster(config: Config) -> None:
                 f"cluster.{name} is not known (cluster={cluster.name}): set it, or choose a cluster that is"
                 " described, for example cluster=h100_8."
             )
-    if not 0 <= cluster.memory_margin < 1:
-        raise BadInput(f"cluster.memory_margin={cluster.memory_margin} must be at least 0 and below 1.")
 
 
 def check_processes(config: Config) -> None:

@@ -18,7 +18,6 @@ BROKEN = [
     ([f"schedule.stages=[{BD}, {AR}]"], "autoregressive stages first"),
     (["schedule.stages=[{name: a, block_size: '4', tokens: 4096, learning_rate: rewarm}]"], "rewarm_tokens"),
     (["diffusion.mask_rate_min=0.5", "diffusion.mask_rate_max=0.5"], "diffusion.mask_rate_min"),
-    (["diffusion.mask_rate_max=1.5"], "mask_rate_max"),
     (["diffusion.mask_rate_min=0"], "diffusion.mask_rate_min"),
     (["diffusion.complementary=true"], "diffusion.mask_rate_max"),
     (
@@ -26,10 +25,13 @@ BROKEN = [
         "layout.global_batch",
     ),
     (["diffusion.embedding_noise.fade_tokens=0"], "diffusion.embedding_noise.fade_tokens"),
-    (["optimizer.decay_style=sometimes"], "optimizer.decay_style"),
     (["optimizer.min_lr=1.0"], "optimizer.min_lr"),
     (["optimizer.warmup_tokens=12288"], "optimizer.warmup_tokens"),
-    (["precision.dtype=fp16"], "precision.dtype"),
+    (["data.weights=[1,1]"], "data.weights has 2 entries and data.path 1"),
+    (["checkpoint.keep_best=1"], "checkpoint.best_metric=nll_block32"),
+    (["checkpoint.keep_best=1", "evaluation.block_sizes=['4']"], "choose from nll_block4"),
+    (["model.expert_hidden_size=0"], "model.expert_hidden_size is 0"),
+    (["model.ffn_hidden_size=0"], "model.ffn_hidden_size is 0"),
     (["evaluation.block_sizes=['4', '7']"], r"evaluation.block_sizes\[1\]"),
 ]
 
@@ -50,6 +52,8 @@ SOUND = [
     [f"schedule.stages=[{AR}, {BD}]"],
     ["model.dense_layers=4", "model.experts=0", "model.experts_per_token=0"],
     ["evaluation.block_sizes=['1', full]"],
+    ["checkpoint.keep_best=1", "evaluation.block_sizes=['32']"],
+    ["model.dense_layers=0", "model.ffn_hidden_size=0"],
 ]
 
 

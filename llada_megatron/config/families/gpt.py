@@ -30,11 +30,10 @@ from llada_megatron.config.schema import LayoutConfig, ModelConfig
 
 def check(model: ModelConfig) -> None:
     """Raise BadInput for settings of an architecture that cannot be built."""
-    sizes = ["vocab_size", "layers", "hidden_size", "heads", "kv_heads", "head_dim", "head_chunk_tokens"]
-    sizes += ["ffn_hidden_size"] if model.dense_layers else []
-    sizes += ["expert_hidden_size", "expert_groups", "expert_groups_per_token"] if model.has_experts else []
-    for name in sizes:
-        require(getattr(model, name) >= 1, f"model.{name}={getattr(model, name)} must be at least 1.")
+    require(
+        not model.dense_layers or model.ffn_hidden_size > 0,
+        "model.ffn_hidden_size is 0 but model.dense_layers is not: set model.ffn_hidden_size.",
+    )
     require(
         model.heads % model.kv_heads == 0,
         f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}.",
@@ -50,7 +49,11 @@ def check(model: ModelConfig) -> None:
     )
     if not model.has_experts:
         return
-    require(model.experts > 0, "model.experts is 0 but model.dense_layers < model.layers: set model.experts.")
+    for name in ("experts", "expert_hidden_size"):
+        require(
+            getattr(model, name) > 0,
+            f"model.{name} is 0 but model.dense_layers < model.layers: set model.{name}.",
+        )
     require(
         model.experts % model.expert_groups == 0,
         f"model.experts={model.experts} is not a multiple of model.expert_groups={model.expert_groups}.",

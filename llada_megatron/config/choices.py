@@ -1,0 +1,129 @@
+"""Settings that are one of a few words; configuration files name members as they are written here."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Weight(StrEnum):
+    """w(t) of the masked positions' cross entropy."""
+
+    inverse = "inverse"
+    flat = "flat"
+
+
+class RatePer(StrEnum):
+    """What shares one draw of the mask rate t."""
+
+    sequence = "sequence"
+    block = "block"
+
+
+class Denominator(StrEnum):
+    """What the weighted sum of cross entropies is divided by; formulas in objectives/weights.py."""
+
+    tokens = "tokens"
+    masked = "masked"
+    sequence = "sequence"
+    batch = "batch"
+
+
+class BlockGrid(StrEnum):
+    """Where block 0 begins."""
+
+    sequence = "sequence"
+    document = "document"
+
+
+class LearningRateAtStart(StrEnum):
+    """What the learning rate does when a stage begins."""
+
+    keep = "keep"
+    rewarm = "rewarm"
+
+
+class MomentsAtStart(StrEnum):
+    """What happens to the optimizer's moments when a stage begins."""
+
+    keep = "keep"
+    reset = "reset"
+
+
+class Recompute(StrEnum):
+    """What backward computes a second time instead of keeping it."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Dispatcher(StrEnum):
+    """How tokens reach their experts on other processes."""
+
+    alltoall = "alltoall"
+    allgather = "allgather"
+
+
+class RecomputeModule(StrEnum):
+    """A part of a layer that backward may compute again, by megatron-core's names.
+
+    Of transformer_config.py:1762 in megatron-core 0.19.2; the others there belong to other architectures.
+    """
+
+    core_attn = "core_attn"
+    mlp = "mlp"
+    moe = "moe"
+    shared_experts = "shared_experts"
+    layernorm = "layernorm"
+    moe_act = "moe_act"
+
+
+class AttentionBackend(StrEnum):
+    """An executor of attention/registry.py; `auto` takes the fastest that can serve."""
+
+    auto = "auto"
+    cudnn_flex = "cudnn_flex"
+    flex_torch = "flex_torch"
+    cudnn_graph = "cudnn_graph"
+    portable = "portable"
+    reference = "reference"
+
+
+class LayerSpec(StrEnum):
+    """Whose modules a layer is made of; `auto`: transformer_engine on CUDA when it is installed."""
+
+    auto = "auto"
+    local = "local"
+    transformer_engine = "transformer_engine"
+
+
+class DecayStyle(StrEnum):
+    """How the learning rate falls, by megatron-core's names."""
+
+    WSD = "WSD"
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Dtype(StrEnum):
+    """Of weights and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Wandb(StrEnum):
+    """Where wandb's records go."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class Container(StrEnum):
+    """What the ranks run in."""
+
+    none = "none"
+    pyxis = "pyxis"
+    apptainer = "apptainer"
