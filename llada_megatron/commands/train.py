@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llada_megatron.commands.check import check
 from llada_megatron.config import compose, rules
 from llada_megatron.config.errors import (
     ABOUT_A_PATH,
@@ -38,7 +39,11 @@ EXAMPLE = "llada train experiment=parity run.name=first training.steps=4"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--check", action="store_true", help="compose, validate and print what would run")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print what would run, and what of it a start would refuse",
+    )
     parser.add_argument(
         "--supervise",
         action="store_true",
@@ -52,10 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end (0), to a signal (128 + its number), or say what would run (--check)."""
+    if args.config and args.overrides:
+        raise BadInput("--config FILE is a whole configuration: leave out the overrides, or --config.")
     config = compose.load(args.config) if args.config else compose.compose(args.overrides)
     schedule = rules.check(config)
     if args.check:
-        print(description(config))
+        print(description(config), flush=True)
+        check(config)
         return 0
     outcome = supervise(config) if args.supervise else train(config)
     if outcome.signal:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import smallest_world
 from llada_megatron.config.overrides import check as check_overrides
-from llada_megatron.config.overrides import check_setting
+from llada_megatron.config.overrides import check_setting, settings
 from llada_megatron.config.ranges import check_values
 from llada_megatron.config.schema import Config, LayoutConfig
 
@@ -126,8 +126,9 @@ def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:
     try:
         if isinstance(tree, DictConfig):  # whose types may have been widened by `+new.key=1`
             tree = OmegaConf.to_container(tree, enum_to_str=True)
-        node = OmegaConf.merge(OmegaConf.structured(Config), tree, *map(_setting, overrides))
-        node = cast(DictConfig, node)
+        node = cast(
+            DictConfig, OmegaConf.merge(OmegaConf.structured(Config), tree, *map(_setting, overrides))
+        )
         if node.layout.processes == 0:
             node.layout.processes = smallest_world(cast(LayoutConfig, OmegaConf.to_object(node.layout)))
         OmegaConf.resolve(node)
@@ -135,10 +136,24 @@ def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a value"
         raise BadInput(f"{key} is not set: choose an experiment, for example `experiment=demo`.") from None
+    except InterpolationResolutionError as error:
+        raise BadInput(f"{_unresolved(node)} cannot be resolved: {_sentence(error)}") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise BadInput(_sentence(error)) from error
     check_values(config)
     return config
+
+
+def _unresolved(node: DictConfig) -> str:
+    """The setting whose `${other}` leads nowhere: the error does not say."""
+    for key in settings():
+        try:
+            value = OmegaConf.select(node, key)
+            if OmegaConf.is_config(value):
+                OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException:
+            return key
+    return "A setting"
 
 
 def _setting(override: str) -> DictConfig:
@@ -194,7 +209,8 @@ def _sentence(error: Exception) -> str:
         said.append(line.strip())
     sentence = " ".join(filter(None, said))
     key = getattr(error, "full_key", None) or _full_key(str(error))
-    return sentence if not key or key in sentence else f"{sentence} (in {key})"
+    where = "" if not key or key in sentence else f" (in {key})"
+    return f"{sentence.rstrip('.')}{where}."
 
 
 def _full_key(dump: str) -> str:

@@ -73,6 +73,10 @@ def parse(override: str) -> Override:
             item = re.sub(r"\[(\d+)\]", r".\1", key)
             example = f"{item}={value}" if item != key and sign else "run.seed=2"
             raise BadInput(f"{override} is no KEY=VALUE: write, for example, {example}.") from error
+        if "${" in value:
+            raise BadInput(
+                f"{override} cannot be read: write another setting's value as ${{run.name}}."
+            ) from error
         remedy = next(filter(_is_readable, _quoted_ways(key, value)), None)
         how = f"for example {shlex.quote(remedy)}" if remedy else "as in 'run.dir=\"/a/lr=0.1\"'"
         raise BadInput(f"{override} cannot be read: put its text in quotes, {how}.") from error
@@ -174,7 +178,7 @@ def _instead_of(key: str) -> str:
     """What a user may have meant by a key that is no setting, as a clause."""
     keys, last = settings(), key.rpartition(".")[2]
     if same := [each for each in keys if each.rpartition(".")[2] == last]:
-        return f": did you mean {' or '.join(same)}?"[:-1]
+        return f" (did you mean {' or '.join(same)}?)"
     if nearest := _nearest(key, keys):
         return nearest
     group = key.partition(".")[0]

@@ -148,7 +148,8 @@ def check_values(settings: Any, prefix: str = "") -> None:
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, list[Rule]]]:
     """(dotted key, value, its rules) of each leaf of a tree of dataclasses; elements of a list are leaves."""
-    hints = hints_of(type(settings))
+    kind: type = type(settings)
+    hints = hints_of(kind)
     for each in fields(settings):
         key = f"{prefix}.{each.name}" if prefix else each.name
         yield from _leaves(key, getattr(settings, each.name), hints[each.name])

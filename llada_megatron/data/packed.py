@@ -161,6 +161,12 @@ def build_sequences(
     return PackedSequences(members, blend, mask_token_id)
 
 
+def check_split(data: DataConfig, split: str) -> None:
+    """Raise BadInput for what `build_sequences` would refuse before it builds an index."""
+    for corpus in _check(data):
+        _documents_of(corpus, data, split)
+
+
 def _check(data: DataConfig) -> list[CorpusIndex]:
     """Return the checked corpora; every process finds the same fault before any of them waits."""
     if not data.path:

@@ -98,5 +98,15 @@ def load_tokenizer(name: str) -> Tokenizer:
     return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
 
 
+def check_vocabulary(name: str, vocab_size: int) -> None:
+    """Raise BadInput for a data.tokenizer that cannot be used, or with more ids than model.vocab_size."""
+    vocabulary = load_tokenizer(name).vocab_size
+    if vocabulary > vocab_size:
+        raise BadInput(
+            f"data.tokenizer has {vocabulary} ids, more than model.vocab_size={vocab_size}: choose the"
+            " model's own tokenizer, or set a larger model.vocab_size."
+        )
+
+
 def _first_id(vocabulary: dict[str, int], names: tuple[str, ...]) -> int | None:
     return next((vocabulary[name] for name in names if name in vocabulary), None)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llada_megatron.config import rules
+from llada_megatron.config.choices import Recompute, RecomputeModule
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout_rules import check_layout
 from llada_megatron.config.quantities import GB
 from llada_megatron.config.schedule import Schedule
-from llada_megatron.config.schema import LayoutConfig, Recompute
+from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.plan.planner import Placement, Planner
 from llada_megatron.plan.shapes import keeps_blocks_whole
 from llada_megatron.plan.topology import gpus, groups
@@ -30,12 +31,12 @@ MIN_TOKENS_PER_PROCESS = 1024
 """Context parallelism does not cut sequences into fewer data tokens than this."""
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (1, 2, 4, 8)
-RecomputeChoice = tuple[Recompute, tuple[str, ...]]
+RecomputeChoice = tuple[Recompute, tuple[RecomputeModule, ...]]
 RECOMPUTE: tuple[RecomputeChoice, ...] = (
     (Recompute.none, ()),
-    (Recompute.selective, ("layernorm", "moe_act")),
-    (Recompute.selective, ("mlp", "shared_experts")),
-    (Recompute.selective, ("mlp", "moe")),
+    (Recompute.selective, (RecomputeModule.layernorm, RecomputeModule.moe_act)),
+    (Recompute.selective, (RecomputeModule.mlp, RecomputeModule.shared_experts)),
+    (Recompute.selective, (RecomputeModule.mlp, RecomputeModule.moe)),
     (Recompute.full, ()),
 )
 """Where the first fits nothing is faster; else the fastest of those that fit is taken."""

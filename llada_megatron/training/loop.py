@@ -12,16 +12,15 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
-from llada_megatron.attention import select_backend
 from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
 from llada_megatron.config.compose import save
-from llada_megatron.config.errors import BadInput, RunFailed
+from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import build_sequences, fingerprint
-from llada_megatron.data.tokenizer import load_tokenizer
+from llada_megatron.data.tokenizer import check_vocabulary
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
 from llada_megatron.evaluate.samples import infilled
 from llada_megatron.guard.agreement import check_agreement
@@ -49,6 +48,7 @@ from llada_megatron.training.position import (
     resume_checkpoint,
 )
 from llada_megatron.training.saving import Saving
+from llada_megatron.training.start import attention_line
 from llada_megatron.training.step import StepResult, Trainer, assemble, train_step
 
 TRAIN_LOSS_STEPS = 20
@@ -113,24 +113,14 @@ def run(
 
 def _announce_attention(config: Config) -> None:
     """Say which executor of attention the run uses and why not a faster one; BadInput when it cannot."""
-    _, line = select_backend(
-        config.model.attention_backend,
-        device.device(),
-        device.DTYPES[config.precision.dtype],
-        config.model.head_dim,
-    )
+    line = attention_line(config)
     if dist.get_rank() == 0:
         print(f"attention {line}", flush=True)
 
 
 def build_trainer(config: Config, schedule: Schedule) -> Trainer:
     """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
-    vocabulary = load_tokenizer(config.data.tokenizer).vocab_size
-    if vocabulary > config.model.vocab_size:
-        raise BadInput(
-            f"data.tokenizer has {vocabulary} ids, more than model.vocab_size={config.model.vocab_size}:"
-            " choose the model's own tokenizer, or set a larger model.vocab_size."
-        )
+    check_vocabulary(config.data.tokenizer, config.model.vocab_size)
     data = build_sequences(
         config.data,
         split="train",

@@ -2,8 +2,10 @@
 
 import math
 import re
+from copy import deepcopy
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import cache
 from typing import get_args, get_origin
 
 import pytest
@@ -47,9 +49,15 @@ STATED = list(stated(Config))
 NUMBERS = {key: (bare, rules) for key, bare, rules in STATED if bare in (int, float)}
 
 
+@cache
+def sound() -> Config:
+    """Every list of numbers has an element."""
+    return compose(["experiment=parity", "data.weights=[1]", "layout.pipeline=[4]"])
+
+
 def with_values(key: str, value: object) -> Config:
-    """A sound run, every list of numbers filled, but for one leaf."""
-    config = compose(["experiment=parity", "data.weights=[1]", "layout.pipeline=[4]"])
+    """A sound run but for one leaf."""
+    config = deepcopy(sound())
     *groups, name = re.sub(r"\[\]", ".0", key).split(".")
     node = config
     for part in groups:

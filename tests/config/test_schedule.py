@@ -59,7 +59,6 @@ def test_a_stage_may_have_a_micro_batch_of_its_own():
         ([stage(block_size="128")], r"schedule\.stages\[0\]\.block_size is 128"),
         ([stage(block_size="0")], r"schedule\.stages\[0\]\.block_size is 0"),
         ([stage(block_size="all")], r"schedule\.stages\[0\]\.block_size is 'all'"),
-        ([stage(tokens=0)], r"schedule\.stages\[0\]\.tokens is 0"),
         ([stage(objective="autoregressive")], r"schedule\.stages\[0\]\.block_size is 4"),
         ([stage(objective="difusion")], r"schedule\.stages\[0\]\.objective is difusion: choose from"),
         ([stage("a"), stage("b"), stage("a")], r"schedule\.stages has a name twice"),
