@@ -70,7 +70,7 @@ def test_the_commit_of_the_clone_that_it_is_installed_in_is_not_taken_for_its_ow
 
 
 def test_it_composes_plans_and_renders_a_job_from_the_package_s_own_files(llada, installed):
-    assert "demo in runs/demo" in llada("train", "--check", "experiment=demo")
+    assert "parity fits on local" in llada("plan", "experiment=parity")
     assert "fits" in llada("plan", "experiment=llada2_mini_cpt", "layout=h100_8x_ep8", "cluster=h100_8")
     nodes = ("layout=h100_64x_ep8_pp2", "cluster=site_example", "cluster.nodes=8")
     job = llada("submit", "experiment=llada2_mini_cpt", *nodes, "--dry-run")
@@ -93,7 +93,9 @@ def test_experiments_and_clusters_of_the_user_are_found_by_name(llada, tmp_path)
         "# @package _global_\ndefaults: [parity, _self_]\nrun: {name: mine_alone}\noptimizer: {lr: 0.0625}\n"
     )
     (configs / "cluster" / "my_site.yaml").write_text("defaults: [h100_8, _self_]\nname: of_my_own\n")
-    assert "mine_alone" in llada("train", "--check", "experiment=mine", "cluster=my_site")
+    assert "mine_alone fits on of_my_own" in llada(
+        "plan", "experiment=mine", "cluster=my_site", "layout.processes=8", "layout.global_batch=8"
+    )
     assert "of_my_own" in llada("plan", "experiment=llada2_mini_cpt", "layout=h100_8x_ep8", "cluster=my_site")
 
 

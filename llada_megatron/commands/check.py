@@ -24,12 +24,13 @@ NOT_CHECKED = (
 
 
 class Findings:
-    """What was looked at, and what a start would refuse."""
+    """What was looked at, what a start would refuse, and what could not be looked at because of that."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.checked: list[str] = []
         self.faults: list[str] = []
+        self.unknown: list[str] = []
         with self._about("run.dir"):
             _check_directory(config)
         fingerprint = self._data()
@@ -59,7 +60,8 @@ class Findings:
                 raise BadInput("data.path is empty: name the prefix of at least one .bin/.idx pair.")
             for prefix in data.path:
                 read_index(prefix)
-        if self.faults:
+        if not {"data.tokenizer", "data.path"} <= {*self.checked}:
+            self.unknown = ["data.split", "whether a checkpoint's data is this one"]
             return None
         with self._about("data.split"):
             from llada_megatron.data.packed import check_split, fingerprint
@@ -84,7 +86,9 @@ class Findings:
 def check(config: Config) -> None:
     """Print what was checked and what was not; BadInput with a sentence for each thing that is wrong."""
     found = Findings(config)
-    print(f"\nchecked      the settings, {', '.join(found.checked)}\nnot checked  {NOT_CHECKED}", flush=True)
+    unknown = [*found.unknown, NOT_CHECKED]
+    print(f"\nchecked      the settings, {', '.join(found.checked)}", flush=True)
+    print(f"not checked  {', '.join(unknown)}", flush=True)
     if found.faults:
         raise BadInput(" ".join(found.faults))
 

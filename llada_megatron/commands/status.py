@@ -11,7 +11,7 @@ from typing import Any
 
 from llada_megatron.config import rules
 from llada_megatron.config.compose import load
-from llada_megatron.config.errors import BadInput, Refusal
+from llada_megatron.config.errors import BAD_INPUT, BadInput, Refusal, in_words
 from llada_megatron.config.quantities import short_count
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
@@ -20,6 +20,7 @@ from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada status runs/llada2_flash"
 FINAL = ("finished", "stopped", "failed")
+UNREADABLE = "unreadable"
 FRESH_SEC = 600
 """A run without a job counts as running when its record is younger than this."""
 NAMED = 3
@@ -50,16 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the status of runs: 0; BadInput for a directory without a run."""
+    """Print a line for each run: 0, or 2 when one that was named cannot be read; BadInput without any."""
     runs = args.runs or sorted(path.parent for path in Path("runs").glob(f"**/{RunDir('').config}"))
     if not runs:
         raise BadInput("There are no runs in runs/: name a run's directory.")
-    found = [status(path) if args.runs else _status_or_why_not(path) for path in runs]
+    found = [_status_or_why_not(path) for path in runs]
     if args.json:
         print(json.dumps([asdict(each) for each in found], indent=1))
     else:
         _print(found)
-    return 0
+    return BAD_INPUT if args.runs and any(each.state == UNREADABLE for each in found) else 0
 
 
 def status(run_dir: Path) -> Status:
@@ -68,7 +69,10 @@ def status(run_dir: Path) -> Status:
     if not path.is_file():
         raise BadInput(f"{run_dir} holds no run: there is no {path.name}.")
     config = load(path)
-    schedule = rules.schedule_of(config)
+    try:
+        schedule = rules.schedule_of(config)
+    except BadInput as fault:
+        raise BadInput(f"{path}: {fault}") from fault
     steps = min(schedule.total_steps, config.training.steps or schedule.total_steps)
     record, last_step = events.read(run_dir), _last_record(run_dir)
     done = last_step["step"] + 1 if last_step else 0
@@ -84,7 +88,7 @@ def status(run_dir: Path) -> Status:
         block_size=stage.block_size,
         step=done,
         steps=steps,
-        tokens_per_sec=last_step["tokens_per_sec"] if last_step else None,
+        tokens_per_sec=last_step.get("tokens_per_sec") if last_step else None,
         checkpoint=saved,
         restarts=max(0, attempts.count(record) - 1),
         why=why,
@@ -92,12 +96,16 @@ def status(run_dir: Path) -> Status:
 
 
 def _status_or_why_not(run_dir: Path) -> Status:
-    """The status of a run that was found, not named: one that cannot be read must not hide the others."""
+    """The status of a run: one that cannot be read must not hide the others."""
     try:
         return status(run_dir)
     except Refusal as error:
-        why = str(error).splitlines()[0]
-        return Status(str(run_dir), "unreadable", "-", None, 0, 0, None, 0, 0, f"config.yaml: {why}")
+        why = str(error)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        why = in_words(error)
+    return Status(str(run_dir), UNREADABLE, "-", None, 0, 0, None, 0, 0, why)
 
 
 def _state(run_dir: Path, record: list[dict[str, Any]]) -> tuple[str, str]:
@@ -141,8 +149,9 @@ def _stragglers(record: list[events.Event]) -> str:
 
 
 def _last_record(run_dir: Path) -> dict[str, Any] | None:
-    records = read_jsonl(RunDir(run_dir).metrics)
-    return records[-1] if records else None
+    records: list[Any] = read_jsonl(RunDir(run_dir).metrics)
+    steps = [each for each in records if isinstance(each, dict) and isinstance(each.get("step"), int)]
+    return steps[-1] if steps else None
 
 
 def _print(found: list[Status]) -> None:

@@ -22,6 +22,8 @@ from llada_megatron.config.schema import Config, LayoutConfig
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 OWN_CONFIG_DIR = "configs"
 """Of the user, in the working directory: its experiments, models and sites are found by name too."""
+NOT_YAML = (YAMLError, UnicodeDecodeError, RecursionError)
+"""What the reading of a file raises; the last one for brackets within brackets."""
 
 
 def compose(overrides: list[str]) -> Config:
@@ -44,7 +46,7 @@ def compose(overrides: list[str]) -> Config:
             composed = hydra_compose("config", overrides=[*searched, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise BadInput(_sentence(error)) from error
-    except (YAMLError, UnicodeDecodeError) as error:  # in a file of the user's own
+    except NOT_YAML as error:  # in a file of the user's own
         raise BadInput(f"A file in {OWN_CONFIG_DIR}/ is not YAML: {_one_line(error)}.") from error
     return resolve(composed)
 
@@ -62,7 +64,7 @@ def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
     """The mapping that a YAML file holds, whatever its keys; BadInput for anything else."""
     try:
         content = OmegaConf.load(os.fspath(path))
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (*NOT_YAML, OmegaConfBaseException) as error:
         raise BadInput(f"{path} is not YAML: {_one_line(error)}.") from error
     except OSError as error:
         if error.errno is not None:
