@@ -18,7 +18,15 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from llada_megatron.config.errors import BAD_INPUT, INTERRUPTED, READER_LEFT, Refusal, in_words
+from llada_megatron.config.errors import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    READER_LEFT,
+    Refusal,
+    in_words,
+    limit_met,
+)
 
 VERBS = {
     "train": ("llada_megatron.commands.train", "convert or train a model as a configuration says"),
@@ -101,6 +109,10 @@ def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:
         if error.errno is None:
             raise
         return explain(verb, in_words(error), BAD_INPUT)
+    except Exception as error:
+        if limit := limit_met(error):
+            return explain(verb, limit, FAILED)
+        raise
 
 
 def explain(verb: str, why: str, code: int) -> int:

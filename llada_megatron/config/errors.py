@@ -7,6 +7,8 @@ torch or numpy among them, is a bug: it keeps its traceback and is retried as a 
 from __future__ import annotations
 
 import errno
+import os
+import resource
 from collections.abc import Iterable
 
 FAILED = 1
@@ -64,7 +66,39 @@ ABOUT_A_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.E
 
 
 def in_words(error: OSError) -> str:
-    """What the operating system said, without its number."""
+    """What the operating system said, without its number, and the limit of this machine that it met."""
     if not error.strerror:
         return str(error)
-    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    said = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return said + _limit(error.errno)
+
+
+def limit_met(error: BaseException) -> str | None:
+    """What `in_words` says where a library wrapped the system's answer; None for any other error."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    for number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(number) in said:
+            return os.strerror(number) + _limit(number)
+    if "can't start new thread" in said:
+        return f"No thread can be started{_limit(errno.EAGAIN)}"
+    if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in said or "out of memory" in said:
+        return f"Out of memory{_limit(errno.ENOMEM)}: {said}"
+    return None
+
+
+def _limit(number: int | None) -> str:
+    """A clause on the limit behind an error: where it stands, what raises it; empty where none is known."""
+    kinds = {
+        errno.EMFILE: ("`ulimit -n` allows a process {} open files", resource.RLIMIT_NOFILE),
+        errno.EAGAIN: ("`ulimit -u` allows {} processes and threads", resource.RLIMIT_NPROC),
+        errno.ENOMEM: ("`ulimit -v` allows a process {} bytes", resource.RLIMIT_AS),
+        errno.EFBIG: ("`ulimit -f` allows files of {} bytes", resource.RLIMIT_FSIZE),
+        errno.EIO: ("`ulimit -f` allows files of {} bytes", resource.RLIMIT_FSIZE),
+    }
+    if number == errno.ENFILE:
+        return " (all that `sysctl fs.file-max` allows are in use)"
+    if number not in kinds:
+        return ""
+    words, kind = kinds[number]
+    soft, _ = resource.getrlimit(kind)
+    return "" if soft == resource.RLIM_INFINITY else f" ({words.format(f'{soft:,}')}: raise it)"

@@ -20,7 +20,7 @@ from enum import IntEnum
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
-from llada_megatron.config.errors import Refusal, RunFailed
+from llada_megatron.config.errors import Refusal, RunFailed, limit_met
 
 GRACE_SEC = 10.0
 """How long the others get to end after the first process failed."""
@@ -114,7 +114,7 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
     for rank in range(processes):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_run, args=(rank, processes, meeting, sender, worker, args))
-        process.start()
+        _start(process)
         sender.close()
         ranks.append(process)
         pipes.append(receiver)
@@ -149,7 +149,10 @@ def _run(
         sender.send((worker(*args), None))
     except (*AS_THEY_ARE, KeyboardInterrupt) as error:
         sender.send((None, _Failure(error, _Blame.RAISED)))
-    except Exception:
+    except Exception as error:
+        if limit := limit_met(error):  # of the machine; the others only follow
+            sender.send((None, _Failure(RunFailed(f"{limit} (process {rank})"), _Blame.RAISED)))
+            return
         bug = WorkerError(f"process {rank} failed:\n{traceback.format_exc()}")
         sender.send((None, _Failure(bug, _Blame.FOLLOWED)))
 
@@ -180,6 +183,16 @@ def _collect(ranks: list[Any], pipes: list[Connection]) -> list[Any]:
     for process in ranks:
         process.join()
     return [results[rank] for rank in range(len(ranks))]
+
+
+def _start(process: Any) -> None:
+    try:
+        process.start()
+    except (EOFError, ConnectionError) as error:
+        raise WorkerDied(
+            "the parent of the ranks ended before they began; what it said stands above, and a limit of this"
+            " machine may be why: `ulimit -a` shows memory (-v) and processor time (-t)"
+        ) from error
 
 
 def _how(code: int | None) -> str:

@@ -134,6 +134,40 @@ def test_a_refusal_s_class_is_its_exit_code(verb, capsys, refusal, code, sentenc
     assert capsys.readouterr().err == f"llada fake: error: {sentence}\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("[enforce fail at device.cc:189] rv != -1. -1 vs -1. Too many open files"),
+            "`ulimit -n`",
+        ),
+        (RuntimeError("process 1 failed:\nTraceback\nRuntimeError: can't start new thread"), "thread"),
+        (RuntimeError("DefaultCPUAllocator: Error code 12 (Cannot allocate memory)"), "Out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "Out of memory"),
+        (MemoryError(), "Out of memory"),
+        (RuntimeError("unhandled system error: No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_limit_of_the_machine_is_a_sentence_that_names_it(verb, capsys, error, words) -> None:
+    verb(raising(error))
+    assert cli.main(["fake"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("llada fake: error: ") and said.count("\n") == 1 and words in said
+
+
+@pytest.mark.slow
+def test_too_few_open_files_end_a_training_in_a_sentence(corpus, tmp_path) -> None:
+    settings = ["experiment=parity", "training.steps=1", f"data.path=[{corpus}]", f"run.dir={tmp_path}/run"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -n 40; exec "$@"', "_", sys.executable, "-m", "llada_megatron", "train"]
+        + [*settings, "data.sequence_length=64", "layout.processes=2"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "Too many open files (`ulimit -n` allows a process 40 open files: raise it)" in done.stderr
+
+
 @pytest.mark.parametrize("error", [RuntimeError("bug"), ValueError("bug"), KeyError("bug"), OSError("bug")])
 def test_a_bug_keeps_its_traceback(verb, error: Exception) -> None:
     verb(raising(error))
