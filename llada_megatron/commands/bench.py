@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
+from llada_megatron.config.errors import BadInput
 
 EXAMPLE = "llada bench step --json step.json"
 
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark; 0 when its bounds hold, 1 when one does not or an executor is wrong."""
+    if args.bench == "step" and args.rounds < 1:
+        raise BadInput(f"--rounds {args.rounds}: give at least 1.")
     if args.bench == "attention":
         return _attention(args)
     if args.bench == "checkpoint":

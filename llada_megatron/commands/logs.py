@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print logs: 0; BadInput when there are none."""
+    if min(args.rank or 0, args.attempt or 0) < 0:
+        raise BadInput("--rank and --attempt are counted from 0.")
     attempt = attempts.count(events.read(args.run)) - 1 if args.attempt is None else args.attempt
     folder = RunDir(args.run).attempt_logs(attempt)
     logs = rank_logs(folder)

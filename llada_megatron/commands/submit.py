@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_parallel is not None and (not args.multirun or args.max_parallel < 1):
         raise BadInput("--max-parallel N is for the runs of --multirun: give at least 1, and --multirun.")
     choices = sweep(args.overrides) if args.multirun else [args.overrides]
+    if args.after:
+        _job_of(args.after)  # before the first of several is submitted
     jobs: list[str] = []
     return 0 if all([submit(overrides, args, jobs) for overrides in choices]) else 1
 

@@ -6,13 +6,13 @@ import itertools
 import re
 
 from llada_megatron.config import compose
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.overrides import parse
 
 
 def sweep(overrides: list[str]) -> list[list[str]]:
     """One list of overrides for each combination of values `key=a,b`; run.name gets the values after it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = [parse(override) for override in overrides]
     ways = [
         [f"{text.split('=')[0]}={value}" for value in each.sweep_string_iterator()]
         if each.is_sweep_override()
@@ -20,6 +20,8 @@ def sweep(overrides: list[str]) -> list[list[str]]:
         for text, each in zip(overrides, parsed, strict=True)
     ]
     named = next((each for each in overrides if each.startswith("run.name=")), None)
+    if named and parsed[overrides.index(named)].is_sweep_override():
+        raise BadInput(f"{named} gives several names: give one, each run gets its values after it.")
     base = named.removeprefix("run.name=") if named else compose.compose([way[0] for way in ways]).run.name
     runs = []
     for combination in itertools.product(*ways):

@@ -36,7 +36,7 @@ class DocumentLengths:
             lengths = cls(*(float(word) for word in text.split(",")))
         except (TypeError, ValueError):
             lengths = cls(0.0)
-        if not (lengths.median_tokens >= 1 and 0 < lengths.sigma < 10):
+        if not (1 <= lengths.median_tokens <= 1e12 and 0 < lengths.sigma < 10):
             raise BadInput(
                 f"Document lengths {text!r}: give MEDIAN,SIGMA, for example 665,1.0 (tokens, and the standard"
                 " deviation of their logarithm; `llada data inspect` shows both)."

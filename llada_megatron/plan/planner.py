@@ -96,7 +96,7 @@ class Planner:
         Raises BadInput for a cluster that lacks what a plan needs, and a model family without formulas.
         """
         check_cluster(config)
-        if expert_imbalance < 1:
+        if not 1 <= expert_imbalance < float("inf"):
             raise BadInput(
                 f"--expert-imbalance {expert_imbalance:g} is a maximum over a mean: give at least 1."
             )

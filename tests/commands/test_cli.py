@@ -157,13 +157,10 @@ def test_a_limit_of_the_machine_is_a_sentence_that_names_it(verb, capsys, error,
 
 @pytest.mark.slow
 def test_too_few_open_files_end_a_training_in_a_sentence(corpus, tmp_path) -> None:
-    settings = ["experiment=parity", "training.steps=1", f"data.path=[{corpus}]", f"run.dir={tmp_path}/run"]
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -n 40; exec "$@"', "_", sys.executable, "-m", "llada_megatron", "train"]
-        + [*settings, "data.sequence_length=64", "layout.processes=2"],
-        capture_output=True,
-        text=True,
-    )
+    few = ["bash", "-c", 'ulimit -n 40; exec "$@"', "_", sys.executable, "-m", "llada_megatron", "train"]
+    run = ["experiment=parity", "training.steps=1", f"data.path=[{corpus}]", f"run.dir={tmp_path}/run"]
+    two = ["data.sequence_length=64", "layout.processes=2"]
+    done = subprocess.run([*few, *run, *two], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "Too many open files (`ulimit -n` allows a process 40 open files: raise it)" in done.stderr
 
