@@ -45,10 +45,31 @@ def compose(overrides: list[str]) -> Config:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = hydra_compose("config", overrides=[*searched, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
-        raise BadInput(_sentence(error)) from error
-    except NOT_YAML as error:  # in a file of the user's own
-        raise BadInput(f"A file in {OWN_CONFIG_DIR}/ is not YAML: {_one_line(error)}.") from error
+        raise BadInput(_sentence(error) + _hint(error)) from error
+    except (
+        *NOT_YAML,
+        OSError,
+        ValueError,
+    ) as error:  # in one of the user's files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        _read_all(own)
+        raise BadInput(f"A file in {OWN_CONFIG_DIR}/ cannot be composed: {_one_line(error)}.") from error
     return resolve(composed)
+
+
+def _hint(error: Exception) -> str:
+    """What to write where a file of experiments does not say that its keys are those of a whole run."""
+    if "Key 'experiment' not in" not in str(error):
+        return ""
+    return " An experiment's file begins with the line `# @package _global_` and holds `key: value` lines."
+
+
+def _read_all(own: Path | None) -> None:
+    """Raise BadInput for the first file of the user's that is no YAML mapping."""
+    for path in sorted(own.glob("*/**/*.yaml")) if own else []:
+        if path.read_bytes().strip():
+            read_yaml(path)
 
 
 def load(path: str | os.PathLike[str]) -> Config:

@@ -129,6 +129,10 @@ def test_overrides_of_a_saved_configuration_are_judged_alike(override, words):
         ("diffusion: {weight: invers}", ["mine", "inverse, flat"]),
         ("run: [\n", ["mine.yaml", "line 5"]),
         ("run: {name: a, name: b}", ["mine.yaml", "line 4"]),
+        ("run: " + "[" * 5000, ["mine.yaml", "is not YAML"]),
+        ("model: null", ["mine", "'model' is not Optional"]),
+        ("data: {path: a}", ["mine", "data.path"]),
+        ("run: {dir: '${nope}'}", ["run.dir", "'nope' not found"]),
     ],
 )
 def test_a_fault_in_a_file_of_the_user_s_is_named_with_the_file_or_the_setting(
@@ -137,6 +141,29 @@ def test_a_fault_in_a_file_of_the_user_s_is_named_with_the_file_or_the_setting(
     (tmp_path / "configs" / "experiment").mkdir(parents=True)
     head = "# @package _global_\ndefaults: [parity, _self_]\n\n"
     (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(head + text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput) as caught:
+        compose(["experiment=mine"])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"5", ["mine.yaml", "`key: value`"]),
+        (b"- a\n", ["mine", "`key: value`"]),
+        (b"run: {name: x}", ["# @package _global_"]),
+        ("run: {name: é}".encode("latin-1"), ["mine.yaml", "is not YAML"]),
+        (b"# @package _global_\ndefaults: parity\n", ["experiment/mine", "must be a list"]),
+        (b"# @package _global_\ndefaults: [nope]\n", ["experiment/nope"]),
+        (b"# @package _global_\ndefaults: [mine]\n", ["recursion"]),
+        (b"# @package _global_\ndefaults: [parity, {override /model: nope}]\n", ["model/nope", "tiny"]),
+        (b"# @package _global_\nrun: !!python/object/apply:os.getcwd []\n", ["mine.yaml", "line 2"]),
+    ],
+)
+def test_a_file_of_the_user_s_that_is_no_experiment_is_a_sentence(tmp_path, monkeypatch, content, words):
+    (tmp_path / "configs" / "experiment").mkdir(parents=True)
+    (tmp_path / "configs" / "experiment" / "mine.yaml").write_bytes(content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput) as caught:
         compose(["experiment=mine"])
