@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import smallest_world
-from llada_megatron.config.schema import Config, LayoutConfig
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 OWN_CONFIG_DIR = "configs"
@@ -123,6 +123,19 @@ def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:
         raise BadInput(f"{key} is not set: choose an experiment, for example `experiment=demo`.") from None
     except (OmegaConfBaseException, YAMLError) as error:
         raise BadInput(_first_line(error)) from error
+
+
+def saved_model(tree: dict[str, object]) -> ModelConfig:
+    """The architecture of a manifest, where settings that came after it have their defaults.
+
+    tree: `config["model"]`. Raises BadInput for unknown keys and wrong types.
+    """
+    try:
+        return cast(
+            ModelConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), tree))
+        )
+    except OmegaConfBaseException as error:
+        raise BadInput(f"A checkpoint's model cannot be read: {_first_line(error)}") from error
 
 
 def _own_configs() -> list[str]:
