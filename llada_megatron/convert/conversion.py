@@ -124,13 +124,8 @@ def mcore_to_hf(
         tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
     shards = ShardsReader(checkpoint.path / SHARDS)
     positions = manifest.config.get("data", {}).get("sequence_length")
-    described = config_json.describe(
-        model,
-        architecture,
-        came_as,
-        dtype=str(dtype or shards.dtype(EMBEDDING)).removeprefix("torch."),
-        positions=positions,
-    )
+    stored = str(dtype or shards.dtype(EMBEDDING)).removeprefix("torch.")
+    described = config_json.describe(model, architecture, came_as, dtype=stored, positions=positions)
     certificate = Certificate(
         "mcore-to-hf", str(checkpoint.path), architecture, model.mask_token_id, layout.value
     )
