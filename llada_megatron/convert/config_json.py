@@ -73,13 +73,17 @@ def remarks(described: dict[str, Any], *, quantized: bool) -> list[str]:
     if described.get(QUANTIZATION) and not quantized:
         method = described[QUANTIZATION].get("quant_method", "no method")
         said.append(f"{QUANTIZATION} ({method}) is a leftover, no tensor is quantised: it is left out.")
+    if nested := rope_json.by_layer(described):
+        said.append(
+            f"{nested} is taken for all layers; the public code of this architecture reads no such key."
+        )
     scaling = described.get("rope_scaling") or described.get("rope_parameters") or {}
     factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
     reach = described.get(LONGEST)
     kind = scaling.get("rope_type") or scaling.get("type")
     if kind == "yarn" and factor and original and reach and reach != factor * original:
         said.append(
-            f"{LONGEST}={reach} is not yarn's factor {factor} times {original}: the factor is taken, and some"
+            f"{LONGEST}={reach} is not yarn's factor {factor} times {original}: the factor is taken; some"
             f" versions of transformers take {reach / original:g}."
         )
     return said
@@ -143,9 +147,7 @@ def changes(carried: dict[str, Any], described: dict[str, Any], positions: int |
     elif before != reach:
         said.append(f"{LONGEST} changed from {before} to {reach}, as far as the rotary scaling reaches.")
     elif positions and positions > reach:
-        said.append(
-            f"{LONGEST}={reach} is the source's, and the run trained sequences of {positions} tokens."
-        )
+        said.append(f"{LONGEST}={reach} is the source's; the run trained sequences of {positions} tokens.")
     return said
 
 
@@ -179,9 +181,7 @@ def _require_served(described: dict[str, Any], family: Family, where: str) -> No
         ids = described.get(key)
         for one in ids if isinstance(ids, list) else [ids]:
             if one is not None and type(one) is not int:
-                raise BadInput(
-                    f"{where} sets {key}={ids!r}: it must be a token's id, a list of them, or null."
-                )
+                raise BadInput(f"{where} sets {key}={ids!r}: it must be a token id, a list of them, or null.")
     if not isinstance(described.get(QUANTIZATION) or {}, dict):
         raise BadInput(f"{where} sets {QUANTIZATION}={described[QUANTIZATION]!r}: it must be an object.")
 
@@ -204,8 +204,10 @@ def _typed(value: Any, kind: type, key: str, where: str) -> Any:
 
 
 def _same_rotary(model: ModelConfig, carried: dict[str, Any], family: Family) -> bool:
-    """Whether a config.json says the rotary settings of the model."""
+    """Whether a config.json says the rotary settings of the model as the public code reads them."""
     assert family.rotary is not None
+    if rope_json.by_layer(carried):
+        return False
     try:
         said = rope_json.read(carried, family.rotary, architecture_of(carried), "config.json")
     except BadInput:  # of a checkpoint that an earlier version converted

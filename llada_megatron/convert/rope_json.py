@@ -173,6 +173,16 @@ def longest(scaling: RotaryScalingConfig) -> int | None:
     return round(scaling.factor * scaling.original_positions) if reaches else None
 
 
+def by_layer(described: dict[str, Any]) -> str | None:
+    """`rope_parameters.full_attention` or the like, settings of one kind of layer; None where all share."""
+    for name in DICTS:
+        given = described.get(name)
+        for key, value in given.items() if isinstance(given, dict) else ():
+            if isinstance(value, dict):
+                return f"{name}.{key}"
+    return None
+
+
 def _dicts(described: dict[str, Any], where: str) -> Iterator[_Dict]:
     """Every dict of rotary settings; one empty one where there is none."""
     beside = {key: described.get(key) for key in (*BESIDE, LONGEST)}
