@@ -118,6 +118,11 @@ def _print(certificate: Certificate, target: Path, seconds: float) -> None:
     for reason, count in Counter(certificate.dropped.values()).items():
         first = next(name for name, why in certificate.dropped.items() if why == reason)
         print(f"left out   {count} tensors ({first}, ...): {reason}")
+    if certificate.unread:
+        count, names = len(certificate.unread), ", ".join(certificate.unread)
+        print(f"unread     {count} {'key' if count == 1 else 'keys'} of config.json: {names}")
+    for remark in certificate.remarks:
+        print(f"config     {remark}")
     if not certificate.passed:
         print(f"The conversion fails its certificate, and {target} was not written:")
         for problem in certificate.problems[:PROBLEMS_SHOWN]:

@@ -89,6 +89,15 @@ class AttentionBackend(StrEnum):
     reference = "reference"
 
 
+class RotaryScaling(StrEnum):
+    """What becomes of the rotary frequencies for contexts longer than those of pretraining."""
+
+    none = "none"
+    linear = "linear"
+    yarn = "yarn"
+    llama3 = "llama3"
+
+
 class LayerSpec(StrEnum):
     """Whose modules a layer is made of; `auto`: transformer_engine on CUDA when it is installed."""
 

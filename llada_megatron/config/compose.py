@@ -17,7 +17,7 @@ from llada_megatron.config.layout import smallest_world
 from llada_megatron.config.overrides import check as check_overrides
 from llada_megatron.config.overrides import check_setting, settings
 from llada_megatron.config.ranges import check_values
-from llada_megatron.config.schema import Config, LayoutConfig
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 OWN_CONFIG_DIR = "configs"
@@ -192,6 +192,20 @@ def _setting(override: str) -> DictConfig:
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     check_setting(override, key, plain)
     return tree
+
+
+def saved_model(tree: dict[str, object]) -> ModelConfig:
+    """The architecture of a manifest, where settings that came after it have their defaults.
+
+    tree: `config["model"]`. Raises BadInput for unknown keys and wrong types.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), tree)
+        model = cast(ModelConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise BadInput(f"A checkpoint's model cannot be read: {_sentence(error)}") from error
+    check_values(model, "model")
+    return model
 
 
 def _own_configs() -> Path | None:

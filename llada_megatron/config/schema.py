@@ -26,6 +26,7 @@ from llada_megatron.config.choices import (
     RatePer,
     Recompute,
     RecomputeModule,
+    RotaryScaling,
     Wandb,
     Weight,
 )
@@ -67,6 +68,32 @@ class RunConfig:
     """Keys, groups or `data` that a resume may change although the run becomes another: `[optimizer.lr]`."""
     max_failures: Positive = 3
     """Failures in a row without a new checkpoint after which a run is not started again by itself."""
+
+
+@dataclass
+class RotaryScalingConfig:
+    """Rotary frequencies for longer contexts: each is kept, divided by `factor`, or in between by `type`.
+
+    Formulas in model/rotary.py; the names of config.json are in docs/conversion.md.
+    """
+
+    type: RotaryScaling = RotaryScaling.none
+    factor: Annotated[float, Range(at_least=1, at_most=1e6)] = 1.0
+    """How many times longer the context is than that of pretraining."""
+    original_positions: Count = 0
+    """The longest position of pretraining, of yarn and llama3."""
+    beta_fast: Factor = 32.0
+    """yarn: frequencies that turn more often than this within original_positions are kept."""
+    beta_slow: Factor = 1.0
+    """yarn: those that turn less often are divided by `factor`."""
+    truncate: bool = True
+    """yarn: whether the channels at these two limits are rounded to whole ones."""
+    attention_factor: Amount = 0.0
+    """yarn: cosines and sines are multiplied by this; 0: by 0.1 ln(factor) + 1."""
+    low_freq_factor: Factor = 1.0
+    """llama3: frequencies that turn less often within original_positions are divided by `factor`."""
+    high_freq_factor: Factor = 4.0
+    """llama3: those that turn more often are kept."""
 
 
 @dataclass
@@ -115,6 +142,7 @@ class ModelConfig:
     rotary_fraction: Annotated[float, Range(above=0, at_most=1)] = 0.5
     """The first `rotary_fraction * head_dim` channels of a head are rotated."""
     rotary_base: Factor = 600000.0
+    rotary_scaling: RotaryScalingConfig = field(default_factory=RotaryScalingConfig)
     norm_eps: Annotated[float, Range(above=0, below=1)] = 1e-6
     tied_head: bool = False
     init_std: Amount = 0.02

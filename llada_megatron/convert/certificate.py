@@ -78,6 +78,10 @@ class Certificate:
     """`written`, and `architecture`: what megatron-core's own model has."""
     logits: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+    """Keys of the source's config.json that nothing reads."""
+    remarks: list[str] = field(default_factory=list)
+    """What of config.json was left out, changed, or is to be known."""
     problems: list[str] = field(default_factory=list)
     megatron: dict[str, Any] = field(default_factory=dict)
     """Type, shape and SHA-256 of every tensor, by key."""

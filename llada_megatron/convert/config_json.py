@@ -2,48 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import ModelConfig
+from llada_megatron.convert import rope_json
 from llada_megatron.convert.families import family_of
-from llada_megatron.convert.families.family import REQUIRED, Family
+from llada_megatron.convert.families.family import REQUIRED, Family, architecture_of
+from llada_megatron.convert.families.shared import ANOTHER_MODEL, IDLE, IDLE_AT
+from llada_megatron.convert.rope_json import is_number
 
-
-def architecture_of(described: dict[str, Any]) -> str:
-    """The first of `architectures`; `none` where there is none."""
-    return (described.get("architectures") or ["none"])[0]
+QUANTIZATION = "quantization_config"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LONGEST = rope_json.LONGEST
+FULL_ATTENTION = "full_attention"
+_TYPES = get_type_hints(ModelConfig)
 
 
 def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> ModelConfig:
     """The architecture that a config.json describes, which names no mask token.
 
-    Raises BadInput for another architecture, a missing key or a setting that is not served.
+    Raises BadInput for another architecture, a missing key, a value of a wrong type, or a setting that is not
+    served.
     """
-    family = family_of(architecture_of(described), where)
-    described = _with_rope_theta(described, where)
-    for key, served in family.fixed.items():
-        if described.get(key, served) != served:
-            raise BadInput(f"{where} sets {key}={described[key]}: only {served} is served.")
+    architecture = architecture_of(described)
+    family = family_of(architecture, where)
+    _require_served(described, family, where)
     values: dict[str, Any] = {"family": family.builds}
     for row in family.rows:
-        values[row.ours] = row.read(described)
-        if values[row.ours] is REQUIRED:
+        value = row.read(described)
+        if value is REQUIRED:
             raise BadInput(f"{where} has no '{row.theirs}'.")
-        if not isinstance(values[row.ours], int | float):  # a truth value is an int
-            raise BadInput(f"{where} sets {row.theirs}={values[row.ours]!r}: it must be a number.")
+        values[row.ours] = _typed(value, _TYPES[row.ours], row.theirs, where)
+    if family.rotary is not None:
+        values |= rope_json.read(described, family.rotary, architecture, where)._asdict()
     values |= family.fields(described, values)
-    values["rotary_base"] = float(values["rotary_base"])
     model = ModelConfig(mask_token_id=mask_token_id, **values)
     if not 0 <= mask_token_id < model.vocab_size:
         raise BadInput(
             f"--mask-token-id {mask_token_id} is outside the vocabulary of {model.vocab_size} in {where}."
         )
+    try:
+        formulas_of(model).check(model)
+    except BadInput as error:
+        raise BadInput(f"{where} describes a model that cannot be built: {error}") from None
     return model
 
 
+def unread(described: dict[str, Any], where: str) -> list[str]:
+    """Keys of a config.json with a value that nothing reads, neither here nor in the public code."""
+    family = family_of(architecture_of(described), where)
+    known = {*IDLE, *ANOTHER_MODEL, *family.idle, *family.fixed, *family.counts, "layer_types"}
+    known |= {row.theirs for row in family.rows} | (rope_json.KEYS if family.rotary else set())
+    at = IDLE_AT | family.also_written
+    names = [
+        key
+        for key, value in described.items()
+        if value is not None and key not in known and not (key in at and value == at[key])
+    ]
+    return sorted(names) + (rope_json.unread(described, where) if family.rotary else [])
+
+
+def remarks(described: dict[str, Any], *, quantized: bool) -> list[str]:
+    """What of a config.json does not describe the tensors beside it, a sentence each.
+
+    quantized: whether tensors of the checkpoint are.
+    """
+    said = []
+    if described.get(QUANTIZATION) and not quantized:
+        method = described[QUANTIZATION].get("quant_method", "no method")
+        said.append(f"{QUANTIZATION} ({method}) is a leftover, no tensor is quantised: it is left out.")
+    if nested := rope_json.by_layer(described):
+        said.append(
+            f"{nested} is taken for all layers; the public code of this architecture reads no such key."
+        )
+    scaling = described.get("rope_scaling") or described.get("rope_parameters") or {}
+    factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    reach = described.get(LONGEST)
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if kind == "yarn" and factor and original and reach and reach != factor * original:
+        said.append(
+            f"{LONGEST}={reach} is not yarn's factor {factor} times {original}: the factor is taken; some"
+            f" versions of transformers take {reach / original:g}."
+        )
+    return said
+
+
 def describe(
-    model: ModelConfig, architecture: str, carried: dict[str, Any], dtype: str, positions: int
+    model: ModelConfig, architecture: str, carried: dict[str, Any], dtype: str, positions: int | None
 ) -> dict[str, Any]:
     """config.json of a model under an architecture that can express it, else BadInput.
 
@@ -55,42 +102,117 @@ def describe(
     same = architecture_of(carried) == architecture
     values = {row.theirs: getattr(model, row.ours) for row in family.rows}
     values |= family.keys(model, carried if same else {})
-    values["dtype" if "dtype" in carried else "torch_dtype"] = dtype
+    values |= dict.fromkeys(
+        [key for key in ("dtype", "torch_dtype") if key in carried] or ["torch_dtype"], dtype
+    )
+    ends = carried.get("eos_token_id")
+    if isinstance(ends, list) and model.mask_token_id in ends:
+        values["eos_token_id"] = [token for token in ends if token != model.mask_token_id]
+    dropped = {QUANTIZATION}
+    if family.rotary is not None and not (same and _same_rotary(model, carried, family)):
+        dropped |= rope_json.KEYS
+        values |= rope_json.write(model, family.rotary)
+        if reach := rope_json.longest(model.rotary_scaling):
+            values[LONGEST] = reach
     if same:
-        said = {row.theirs: row.missing(carried) for row in family.rows}
-        said |= _with_rope_theta(carried, "config.json")
+        kept = {key: value for key, value in carried.items() if key not in dropped}
+        said = kept | {row.theirs: row.read(carried) for row in family.rows}
         changed = {key: value for key, value in values.items() if said.get(key) != value}
-        return carried | changed | ({"mask_token_id": model.mask_token_id} if changed else {})
-    kept = {key: value for key, value in carried.items() if key not in family.left_behind | {"auto_map"}}
-    defaults = {"max_position_embeddings": positions, "pad_token_id": None}
+        touched = changed or kept != carried
+        return kept | changed | ({"mask_token_id": model.mask_token_id} if touched else {})
+    dropped |= {*family.left_behind, "auto_map"}
+    kept = {key: value for key, value in carried.items() if key not in dropped}
+    defaults = {"pad_token_id": None} | ({LONGEST: positions} if positions else {})
     written = {"architectures": [architecture], **family.architectures[architecture]}
     fixed = family.fixed | family.also_written
     return defaults | kept | written | fixed | values | {"mask_token_id": model.mask_token_id}
+
+
+def changes(carried: dict[str, Any], described: dict[str, Any], positions: int | None) -> list[str]:
+    """What a written config.json says otherwise than the one that was carried along, a sentence each.
+
+    `positions` is the longest sequence of the run, None where no run wrote the checkpoint.
+    """
+    said = []
+    if carried.get(QUANTIZATION):
+        said.append(f"{QUANTIZATION} is left out: the tensors that are written are not quantised.")
+    rotary = sorted(key for key in rope_json.KEYS if carried.get(key) != described.get(key))
+    if carried and rotary:
+        said.append(f"{', '.join(rotary)} changed to what the model computes.")
+    reach, before = described.get(LONGEST), carried.get(LONGEST)
+    if reach is None:
+        said.append(f"{LONGEST} is not written: neither the source nor a run says it.")
+    elif before is None:
+        said.append(f"{LONGEST}={reach} is new: the model came without one.")
+    elif before != reach:
+        said.append(f"{LONGEST} changed from {before} to {reach}, as far as the rotary scaling reaches.")
+    elif positions and positions > reach:
+        said.append(f"{LONGEST}={reach} is the source's; the run trained sequences of {positions} tokens.")
+    return said
 
 
 def generation_config(
     carried: dict[str, Any], described: dict[str, Any], mask_token_id: int
 ) -> dict[str, Any]:
     """generation_config.json: what was carried along, without the mask among the ids that end a text."""
-    source = carried or {
-        key: described[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if described.get(key) is not None
-    }
+    source = carried or {key: described[key] for key in TOKEN_IDS if described.get(key) is not None}
     ends = source.get("eos_token_id")
     if isinstance(ends, list) and mask_token_id in ends:
         return source | {"eos_token_id": [token for token in ends if token != mask_token_id]}
     return source
 
 
-def _with_rope_theta(described: dict[str, Any], where: str) -> dict[str, Any]:
-    """With `rope_theta` where newer configurations put it into `rope_parameters`."""
-    parameters = described.get("rope_parameters")
-    if not parameters:
-        return described
-    if parameters.get("rope_type", "default") != "default":
-        raise BadInput(f"{where} sets rope_type={parameters['rope_type']}: only default is served.")
-    return described | {key: value for key, value in parameters.items() if key != "rope_type"}
+def _require_served(described: dict[str, Any], family: Family, where: str) -> None:
+    """Raise BadInput for a value that means another computation, or is of a wrong type."""
+    for key, served in family.fixed.items():
+        value = described.get(key, served)
+        if value != served and not (value is None and not served):
+            raise BadInput(f"{where} sets {key}={value}: only {served} is served.")
+    for key, nothing in ANOTHER_MODEL.items():
+        if described.get(key) not in (None, nothing):
+            raise BadInput(f"{where} sets {key}={described[key]}, which changes the computation: not served.")
+    kinds = described.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != FULL_ATTENTION for kind in kinds)):
+        raise BadInput(f"{where} sets layer_types={kinds}: only {FULL_ATTENTION} is served.")
+    for key in (*family.counts, LONGEST):
+        if described.get(key) is not None:
+            _typed(described[key], int, key, where)
+    for key in TOKEN_IDS:
+        ids = described.get(key)
+        for one in ids if isinstance(ids, list) else [ids]:
+            if one is not None and type(one) is not int:
+                raise BadInput(f"{where} sets {key}={ids!r}: it must be a token id, a list of them, or null.")
+    if not isinstance(described.get(QUANTIZATION) or {}, dict):
+        raise BadInput(f"{where} sets {QUANTIZATION}={described[QUANTIZATION]!r}: it must be an object.")
+
+
+def _typed(value: Any, kind: type, key: str, where: str) -> Any:
+    """The value as `kind`: int (0 or more), float or bool; BadInput where it is another."""
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        wanted = "true or false"
+    elif kind is int:
+        if type(value) is int and value >= 0:
+            return value
+        wanted = "a whole number of 0 or more"
+    else:
+        if is_number(value):
+            return float(value)
+        wanted = "a number"
+    raise BadInput(f"{where} sets {key}={'null' if value is None else repr(value)}: it must be {wanted}.")
+
+
+def _same_rotary(model: ModelConfig, carried: dict[str, Any], family: Family) -> bool:
+    """Whether a config.json says the rotary settings of the model as the public code reads them."""
+    assert family.rotary is not None
+    if rope_json.by_layer(carried):
+        return False
+    try:
+        said = rope_json.read(carried, family.rotary, architecture_of(carried), "config.json")
+    except BadInput:  # of a checkpoint that an earlier version converted
+        return False
+    return said == (model.rotary_base, model.rotary_fraction, model.rotary_scaling)
 
 
 def _require_expressible(model: ModelConfig, architecture: str, family: Family) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
+from llada_megatron.config.compose import saved_model
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import ModelConfig
@@ -59,12 +60,16 @@ def hf_to_mcore(
     files = SafetensorsReader(source)
     described = read_json(source / "config.json", REMEDY)
     token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
-    model = config_json.model_config(described, token_id, f"{source}/config.json")
+    where = f"{source}/config.json"
+    model = config_json.model_config(described, token_id, where)
     architecture = config_json.architecture_of(described)
     family = family_of(architecture, source)
     layout = family.layout_of(files.tensors)
     entries = list(family.table(model, layout))
     certificate = Certificate("hf-to-mcore", str(source), architecture, token_id, layout.value)
+    certificate.unread = config_json.unread(described, where)
+    quantized = any(name.endswith("weight_scale_inv") for name in files.tensors)
+    certificate.remarks += config_json.remarks(described, quantized=quantized)
     shapes = files.shapes()
     certificate.dropped = {
         name: reason
@@ -109,7 +114,7 @@ def mcore_to_hf(
     """
     checkpoint = store.verified(find(source))
     manifest = checkpoint.manifest
-    model = ModelConfig(**manifest.config["model"])
+    model = saved_model(manifest.config["model"])
     folder = tokenizer_files.carried(checkpoint)
     came_as = _optional_json(folder, "config.json")
     architecture = architecture or _architecture(manifest, model, came_as)
@@ -118,16 +123,13 @@ def mcore_to_hf(
     if tokenizer is not None:
         tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
     shards = ShardsReader(checkpoint.path / SHARDS)
-    described = config_json.describe(
-        model,
-        architecture,
-        came_as,
-        dtype=str(dtype or shards.dtype(EMBEDDING)).removeprefix("torch."),
-        positions=manifest.config.get("data", {}).get("sequence_length"),
-    )
+    positions = manifest.config.get("data", {}).get("sequence_length")
+    stored = str(dtype or shards.dtype(EMBEDDING)).removeprefix("torch.")
+    described = config_json.describe(model, architecture, came_as, dtype=stored, positions=positions)
     certificate = Certificate(
         "mcore-to-hf", str(checkpoint.path), architecture, model.mask_token_id, layout.value
     )
+    certificate.remarks += config_json.changes(came_as, described, positions)
     if not _fits(certificate, entries, str(checkpoint.path), shards.shapes(), model):
         return certificate
     types = {

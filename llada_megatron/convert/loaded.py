@@ -30,7 +30,9 @@ from llada_megatron.runtime import device
 
 MAX_PARAMETERS = 200_000_000
 """Larger models are not run: a conversion must not need the memory of a whole model."""
-PROMPTS, PROMPT_TOKENS = 2, 24
+PROMPT_TOKENS = 24
+STRIDES = (1, 7)
+"""Of the positions of each prompt: 0..23, and 0..161 for slow rotary frequencies; fp32 bears no more."""
 
 
 def model_tensors(model: ModelConfig) -> tuple[dict[str, tuple[int, ...]], int]:
@@ -75,27 +77,29 @@ def compare_logits(expected: Logits, checkpoint: Path, model: ModelConfig) -> di
 def logits_difference(expected: Logits, ours: Logits, vocab_size: int) -> dict[str, Any]:
     """Largest difference of two functions' logits on fixed prompts, beside the largest logit."""
     difference = largest = 0.0
-    for prompt in range(PROMPTS):
+    for prompt, stride in enumerate(STRIDES):
         generator = torch.Generator().manual_seed(prompt)
         tokens = torch.randint(vocab_size, (PROMPT_TOKENS,), generator=generator)
+        positions = stride * torch.arange(PROMPT_TOKENS)
         with torch.no_grad():
-            wanted, found = expected(tokens), ours(tokens)
+            wanted, found = expected(tokens, positions), ours(tokens, positions)
         difference = max(difference, float((found - wanted).abs().max()))
         largest = max(largest, float(wanted.abs().max()))
     return {
         "compared": True,
         "max_difference": difference,
         "max_logit": largest,
-        "tokens": PROMPTS * PROMPT_TOKENS,
+        "tokens": len(STRIDES) * PROMPT_TOKENS,
     }
 
 
-def causal_logits(stage: BlockDiffusionGPT, tokens: Tensor) -> Tensor:
-    """fp32 [S, vocabulary] of int64 tokens [S] under causal attention, on the host."""
+def causal_logits(stage: BlockDiffusionGPT, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """fp32 [S, vocabulary] of int64 tokens [S] at positions [S] (None: 0..S-1), causal, on the host."""
     S, at = len(tokens), device.device()
     mask = BlockDiffusionMask([torch.tensor([0, S])], 1, clean_copy=False, causal=True)
-    positions = torch.arange(S, device=at)
-    inputs = ModelInputs(tokens[None].to(at), positions[None], ContextShard(mask), positions, readout=LOGITS)
+    rows = torch.arange(S, device=at)
+    positions = rows if positions is None else positions.to(at)
+    inputs = ModelInputs(tokens[None].to(at), positions[None], ContextShard(mask), rows, readout=LOGITS)
     return stage(inputs).float().cpu()
 
 

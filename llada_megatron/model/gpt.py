@@ -10,28 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from llada_megatron.model.core_attention import KeysParams
 from llada_megatron.model.head import head_output, reduce_input_gradient_once
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
-from llada_megatron.runtime import device
-
-
-class ExplicitRotary(torch.nn.Module):
-    """Stands in for GPTModel.rotary_pos_emb, which knows only 0..S-1 and a zig-zag slice of it."""
-
-    def __init__(self, head_dim: int, fraction: float, base: float) -> None:
-        super().__init__()
-        channels = int(head_dim * fraction)
-        exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device.device()) / channels
-        # No buffer: Float16Module would round it to bf16, and angles at position 4000 by half a radian.
-        self.inv_freq = 1.0 / base**exponents
-        self.positions: torch.Tensor | None = None
-
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        return 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Angles fp32 [S, B or 1, 1, channels] of the current positions."""
-        assert self.positions is not None
-        angles = self.positions.T.to(self.inv_freq.device).float()[..., None] * self.inv_freq
-        return torch.cat([angles, angles], dim=-1)[:, :, None]
+from llada_megatron.model.rotary import ExplicitRotary
 
 
 class BlockDiffusionGPT(GPTModel):

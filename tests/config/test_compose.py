@@ -1,9 +1,20 @@
+import json
+from dataclasses import asdict, replace
+
 import pytest
 
 from llada_megatron.config import rules
-from llada_megatron.config.compose import CONFIG_DIR, compose, differences, load, resolve, save
+from llada_megatron.config.compose import (
+    CONFIG_DIR,
+    compose,
+    differences,
+    load,
+    resolve,
+    save,
+    saved_model,
+)
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import Denominator
+from llada_megatron.config.schema import Denominator, RotaryScalingConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*.yaml"))
@@ -106,3 +117,14 @@ def test_a_broken_file_of_the_user_s_own_is_bad_input(tmp_path, monkeypatch):
 def test_an_override_of_a_saved_configuration_that_means_nothing_is_bad_input(override):
     with pytest.raises(BadInput):
         resolve({"run": {"name": "x"}}, [override])
+
+
+def test_a_saved_model_has_defaults_for_what_came_later_and_keeps_what_it_says():
+    scaling = ["model.rotary_scaling.type=linear", "model.rotary_scaling.factor=2"]
+    model = compose([*PARITY, *scaling]).model
+    tree = json.loads(json.dumps(asdict(model)))
+    assert saved_model(tree) == model
+    del tree["rotary_scaling"]
+    assert saved_model(tree) == replace(model, rotary_scaling=RotaryScalingConfig())
+    with pytest.raises(BadInput, match="nonesuch"):
+        saved_model(tree | {"nonesuch": 1})

@@ -7,10 +7,21 @@ from llada_megatron.config.errors import BadInput
 AR = "{name: a, objective: autoregressive, block_size: '1', tokens: 4096}"
 BD = "{name: b, block_size: '4', tokens: 4096}"
 
+
+def scaled(**settings: object) -> list[str]:
+    return [f"model.rotary_scaling.{name}={value}" for name, value in settings.items()]
+
+
 BROKEN = [
     (["model.kv_heads=3"], "model.kv_heads"),
     (["model.mask_token_id=512"], "model.mask_token_id"),
     (["model.rotary_fraction=0.03"], "model.rotary_fraction"),
+    (scaled(type="linear", factor=0.5), "model.rotary_scaling.factor"),
+    (scaled(type="yarn", factor=2), "model.rotary_scaling.original_positions"),
+    (scaled(type="yarn", factor=2, original_positions=64, beta_slow=64), "model.rotary_scaling.beta_slow"),
+    (scaled(type="yarn", original_positions=64, attention_factor=-1), "rotary_scaling.attention_factor"),
+    ([*scaled(type="yarn", original_positions=64), "model.rotary_base=1"], "model.rotary_base"),
+    (scaled(type="llama3", original_positions=64, low_freq_factor=4), "rotary_scaling.low_freq_factor"),
     (["model.experts=0"], "model.experts"),
     (["model.expert_groups=3"], "model.expert_groups"),
     (["model.experts_per_token=5"], "model.experts_per_token"),
@@ -54,6 +65,9 @@ SOUND = [
     ["evaluation.block_sizes=['1', full]"],
     ["checkpoint.keep_best=1", "evaluation.block_sizes=['32']"],
     ["model.dense_layers=0", "model.ffn_hidden_size=0"],
+    scaled(type="linear", factor=2),
+    scaled(type="yarn", factor=2, original_positions=64),
+    scaled(type="llama3", factor=2, original_positions=64),
 ]
 
 

@@ -68,13 +68,13 @@ class ParrotForward:
     def norm(self, name: str, values: torch.Tensor) -> torch.Tensor:
         return values / (values.square().mean(-1, keepdim=True) + self.config["eps"]).sqrt() * self.get(name)
 
-    def rotated(self, heads_HSD: torch.Tensor) -> torch.Tensor:
-        S, half = heads_HSD.shape[1], heads_HSD.shape[2] // 2
-        angles = torch.arange(S)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+    def rotated(self, heads_HSD: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        half = heads_HSD.shape[2] // 2
+        angles = positions[:, None] * 10000.0 ** (-torch.arange(half) / half)
         turned = torch.polar(torch.ones_like(angles), angles) * torch.complex(*heads_HSD.split(half, -1))
         return torch.cat([turned.real, turned.imag], dim=-1)
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden_SH, heads = self.get("lm.wte")[tokens], self.config["n_head"]
         for layer in range(self.config["n_layer"]):
             name = f"lm.blocks.{layer}"
@@ -84,8 +84,8 @@ class ParrotForward:
                 for one, count in (("wq", heads), ("wk", self.config["n_kv"]), ("wv", self.config["n_kv"]))
             )
             mixed_HSD = torch.nn.functional.scaled_dot_product_attention(
-                self.rotated(query)[None],
-                self.rotated(key)[None],
+                self.rotated(query, positions)[None],
+                self.rotated(key, positions)[None],
                 value[None],
                 is_causal=True,
                 enable_gqa=True,
@@ -192,7 +192,7 @@ def test_what_its_model_computes_in_one_way_only_is_refused(registered, tmp_path
 
 def test_a_reference_that_computes_otherwise_fails(monkeypatch, tmp_path: Path, capsys) -> None:
     class Unrotated(ParrotForward):
-        def rotated(self, heads_HSD: torch.Tensor) -> torch.Tensor:
+        def rotated(self, heads_HSD: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             return heads_HSD
 
     monkeypatch.setitem(families.FAMILIES, "ParrotLM", replace(FAMILY, reference=Unrotated))

@@ -23,6 +23,12 @@ def one_step(config) -> int:
     return loop.run(config).step
 
 
+def as_overrides(name: str, value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [line for key, one in value.items() for line in as_overrides(f"{name}.{key}", one)]
+    return [f"{name}={value}"]
+
+
 def trained(source: Path, folder: Path, corpus: str, stage: str, *overrides: str, **layout: int) -> Path:
     """A run of one step from a converted checkpoint, in a layout, at a learning rate of zero."""
     assert to_mcore(source, folder / "ours") == 0
@@ -30,7 +36,7 @@ def trained(source: Path, folder: Path, corpus: str, stage: str, *overrides: str
     config = compose(
         [
             "experiment=parity",
-            *[f"model.{name}={value}" for name, value in model.items()],
+            *as_overrides("model", model),
             "model.expert_bias_update_rate=0",
             f"data.path=[{corpus}]",
             "data.sequence_length=64",

@@ -92,6 +92,10 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             *("layout.recompute=selective", "layout.recompute_modules=[moe]"),
         ],
     ),
+    "yarn": (
+        BDLM,
+        [f"model.rotary_scaling.{term}" for term in ("type=yarn", "factor=4", "original_positions=64")],
+    ),
     "tied": (
         MDLM,
         [

@@ -100,8 +100,8 @@ def interleave_query_key_value(weights: Weights) -> None:
         pytest.param({"weights": swap_gate_and_up}, id="gate_and_up_swapped"),
         pytest.param({"config": {"rms_norm_eps": 1e-5}}, id="rms_norm_eps_1e-5"),
         pytest.param({"config": {"rope_theta": 10000}}, id="rope_theta_10000"),
-        pytest.param({"config": {"partial_rotary_factor": "absent"}}, id="whole_head_rotated"),
-        pytest.param({"config": {"routed_scaling_factor": "absent"}}, id="routed_scaling_factor_1"),
+        pytest.param({"config": {"partial_rotary_factor": 1.0}}, id="whole_head_rotated"),
+        pytest.param({"config": {"routed_scaling_factor": 1.0}}, id="routed_scaling_factor_1"),
         pytest.param({"config": {"topk_group": 4}}, id="group_limit_ignored"),
     ],
 )

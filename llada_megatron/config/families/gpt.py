@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from llada_megatron.config.contents import ALIGNED, Contents, Parameters, separate_experts
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.layout_rules import require
-from llada_megatron.config.schema import LayoutConfig, ModelConfig
+from llada_megatron.config.schema import LayoutConfig, ModelConfig, RotaryScaling
 
 
 def check(model: ModelConfig) -> None:
@@ -47,6 +47,7 @@ def check(model: ModelConfig) -> None:
         f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} must be an even"
         " number of channels.",
     )
+    _check_scaling(model)
     if not model.has_experts:
         return
     for name in ("experts", "expert_hidden_size"):
@@ -70,6 +71,32 @@ def check(model: ModelConfig) -> None:
         f" model.expert_groups_per_token={model.expert_groups_per_token}: megatron-core scores a group by its"
         " experts_per_token/expert_groups_per_token best experts.",
     )
+
+
+def _check_scaling(model: ModelConfig) -> None:
+    """Whether the frequencies of model.rotary_scaling are defined."""
+    scaling, name = model.rotary_scaling, "model.rotary_scaling"
+    if scaling.type is RotaryScaling.none:
+        return
+    if scaling.type is RotaryScaling.linear:
+        return
+    require(
+        scaling.original_positions >= 1,
+        f"{name}.original_positions={scaling.original_positions} must be the longest position of pretraining:"
+        f" {name}.type={scaling.type} needs it.",
+    )
+    if scaling.type is RotaryScaling.llama3:
+        require(
+            scaling.low_freq_factor < scaling.high_freq_factor,
+            f"{name}.low_freq_factor={scaling.low_freq_factor} must be below"
+            f" {name}.high_freq_factor={scaling.high_freq_factor}.",
+        )
+        return
+    require(
+        scaling.beta_slow <= scaling.beta_fast,
+        f"{name}.beta_slow={scaling.beta_slow} must be at most {name}.beta_fast={scaling.beta_fast}.",
+    )
+    require(model.rotary_base > 1, f"model.rotary_base={model.rotary_base} must be above 1 for yarn.")
 
 
 def stage_contents(model: ModelConfig, layout: LayoutConfig) -> list[list[Contents]]:

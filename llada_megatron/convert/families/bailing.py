@@ -14,8 +14,9 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.families.family import ExpertLayout, Family, Row
 from llada_megatron.convert.families.forward import PROJECTIONS, Forward
-from llada_megatron.convert.families.shared import ROWS, last_tensors, never_needed
+from llada_megatron.convert.families.shared import ROWS, head_dim, last_tensors, never_needed
 from llada_megatron.convert.mapping import Entry, HeadGroups, expert_rows, feed_forward, same
+from llada_megatron.convert.rope_json import RotaryDefaults
 
 AUTOREGRESSIVE, DIFFUSION = "BailingMoeV2ForCausalLM", "LLaDA2MoeModelLM"
 PREDICTION_LAYERS = "num_nextn_predict_layers"
@@ -144,6 +145,10 @@ class BailingForward(Forward):
             output_SH = output_SH + super().feed_forward(f"{name}.shared_experts", normed_SH)
         return output_SH
 
+    def _scale(self) -> float:
+        absent = 2.5 if "llada2" in str(self.config.get("architectures")).lower() else 1.0
+        return self.config.get("routed_scaling_factor", absent)
+
     def _expert(self, name: str, expert: int) -> tuple[Tensor, ...]:
         if f"{name}.experts.gate_proj" in self.files.tensors:
             return tuple(self._expert_of_stack(f"{name}.experts.{p}_proj", expert) for p in PROJECTIONS)
@@ -171,7 +176,7 @@ class BailingForward(Forward):
         open_scores = groups.masked_fill(closed[..., None], float("-inf")).flatten(-2)
         chosen = open_scores.topk(config["num_experts_per_tok"], dim=-1).indices
         weights = scores.gather(-1, chosen)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.get("routed_scaling_factor", 1.0)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self._scale()
         return torch.zeros_like(scores).scatter(-1, chosen, weights)
 
 
@@ -199,24 +204,21 @@ FAMILY = Family(
     rows=(
         *ROWS,
         Row("num_key_value_heads", "kv_heads"),
-        Row("head_dim", "head_dim"),
+        Row("head_dim", "head_dim", head_dim),
         Row("first_k_dense_replace", "dense_layers"),
         Row("num_experts", "experts"),
         Row("num_experts_per_tok", "experts_per_token"),
         Row("moe_intermediate_size", "expert_hidden_size"),
         Row("n_group", "expert_groups"),
         Row("topk_group", "expert_groups_per_token"),
-        Row("routed_scaling_factor", "routed_scaling_factor", 1.0),
+        Row("routed_scaling_factor", "routed_scaling_factor", {AUTOREGRESSIVE: 1.0, DIFFUSION: 2.5}),
         Row("moe_router_enable_expert_bias", "expert_bias"),
         Row("use_qk_norm", "qk_norm", True),
-        Row("partial_rotary_factor", "rotary_fraction", 1.0),
-        Row("rope_theta", "rotary_base"),
     ),
     fixed={
         "hidden_act": "silu",
         "use_bias": False,
         "use_qkv_bias": False,
-        "rope_scaling": None,
         "use_sliding_window": False,
         "score_function": "sigmoid",
         "norm_topk_prob": True,
@@ -228,6 +230,9 @@ FAMILY = Family(
         "output_dropout": 0.0,
         "router_dtype": "fp32",
     },
+    rotary=RotaryDefaults(base={}, fraction={AUTOREGRESSIVE: 1.0, DIFFUSION: 0.5}),
+    counts=("num_shared_experts", PREDICTION_LAYERS),
+    idle=frozenset({"auto_map", "mtp_loss_scaling_factor", "sliding_window"}),
     left_behind=frozenset(NO_PREDICTION),
     fields=fields,
     keys=keys,

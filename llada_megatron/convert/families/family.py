@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.mapping import Entry
+from llada_megatron.convert.rope_json import RotaryDefaults
 from llada_megatron.convert.safetensors_files import SafetensorsReader
 
 REQUIRED = object()
@@ -23,16 +24,24 @@ class ExpertLayout(StrEnum):
     stacked = "stacked"
 
 
+def architecture_of(described: dict[str, Any]) -> str:
+    """The first of `architectures` in a config.json; `none` where there is none."""
+    named = described.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "none"
+
+
 class Row(NamedTuple):
     """A key of their config.json, a field of ModelConfig, and what their code takes where it is absent."""
 
     theirs: str
     ours: str
     absent: Any = REQUIRED
-    """A value, or a function of the whole config.json."""
+    """A value, one by architecture, or a function of the whole config.json."""
 
     def missing(self, described: dict[str, Any]) -> Any:
         """What is taken where the key is absent from `described`; REQUIRED: it may not be."""
+        if isinstance(self.absent, Mapping):
+            return self.absent.get(architecture_of(described), REQUIRED)
         return self.absent(described) if callable(self.absent) else self.absent
 
     def read(self, described: dict[str, Any]) -> Any:
@@ -55,9 +64,12 @@ class DropReason(Protocol):
 
 
 class Logits(Protocol):
-    """fp32 [S, vocabulary] of int64 tokens [S]: causal, from their tensors, without our tables and model."""
+    """fp32 [S, vocabulary] of int64 tokens [S] at positions [S]: causal, from their tensors by their names.
 
-    def __call__(self, tokens: Tensor) -> Tensor: ...
+    It shares nothing with the tables, the reader of config.json and the model.
+    """
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor: ...
 
 
 def nothing(*_: Any) -> dict[str, Any]:
@@ -86,6 +98,12 @@ class Family:
     """Keys that the model which is built can compute in one way only; another value is refused."""
     also_written: dict[str, Any] = field(default_factory=dict)
     """Keys of a new config.json that reading one does not ask for."""
+    rotary: RotaryDefaults | None = None
+    """How the public code reads the rotary keys (convert/rope_json.py); None: it has none."""
+    counts: tuple[str, ...] = ()
+    """Keys that `fields` and `drop_reason` read: whole numbers, or null for 0."""
+    idle: frozenset[str] = frozenset()
+    """Keys beside IDLE that the public code does not compute with."""
     left_behind: frozenset[str] = frozenset()
     """Keys that do not go into another architecture's config.json."""
     fields: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = nothing

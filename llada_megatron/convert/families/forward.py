@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llada_megatron.checkpoint.shards import whole
+from llada_megatron.convert.families.rotation import Rotation, rotated
 from llada_megatron.convert.safetensors_files import SafetensorsReader
 
 PROJECTIONS = ("gate", "up", "down")
@@ -27,21 +28,20 @@ class Forward:
 
     def __init__(self, files: SafetensorsReader, config: dict[str, Any]) -> None:
         self.files, self.config = files, config
-        parameters = config.get("rope_parameters") or {}
         self._heads = config["num_attention_heads"]
         self._kv_heads = config.get("num_key_value_heads") or self._heads
         self._head_dim = config.get("head_dim") or config["hidden_size"] // self._heads
-        self._theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-        self._rotated = int(self._head_dim * config.get("partial_rotary_factor", 1.0))
+        self._rotation = Rotation(config, self._head_dim)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """fp32 [S, vocabulary] of int64 tokens [S]."""
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """fp32 [S, vocabulary] of int64 tokens [S] at positions [S]."""
+        cos, sin = self._rotation.cosines_and_sines(positions)
         embedding = self.get(f"{self.embedding}.weight")
         hidden_SH = embedding[tokens]
         for layer in range(self.config["num_hidden_layers"]):
             name = f"model.layers.{layer}"
             normed_SH = self.norm(f"{name}.input_layernorm", hidden_SH)
-            hidden_SH = hidden_SH + self._attend(f"{name}.{self.attention}", normed_SH)
+            hidden_SH = hidden_SH + self._attend(f"{name}.{self.attention}", normed_SH, cos, sin)
             normed_SH = self.norm(f"{name}.post_attention_layernorm", hidden_SH)
             hidden_SH = hidden_SH + self.feed_forward(f"{name}.mlp", normed_SH)
         head = embedding if self.config.get("tie_word_embeddings") else self.get("lm_head.weight")
@@ -73,9 +73,9 @@ class Forward:
         """A gated feed-forward layer of these matrices."""
         return (F.silu(values @ gate.T) * (values @ up.T)) @ down.T
 
-    def _attend(self, name: str, normed_SH: Tensor) -> Tensor:
+    def _attend(self, name: str, normed_SH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         query, key, value = self.queries_keys_values(name, normed_SH)
-        query, key = self._rotate(query), self._rotate(key)
+        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
         repeats = self._heads // self._kv_heads
         key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
         scores = torch.einsum("shd,thd->hst", query, key) / self._head_dim**0.5
@@ -83,11 +83,3 @@ class Forward:
         weights = scores.masked_fill(later, float("-inf")).softmax(-1)
         mixed_SHD = torch.einsum("hst,thd->shd", weights, value)
         return mixed_SHD.flatten(1) @ self.get(f"{name}.{self.output}.weight").T
-
-    def _rotate(self, heads_SHD: Tensor) -> Tensor:
-        half = self._rotated // 2
-        frequencies = self._theta ** (-torch.arange(half, dtype=torch.float32) / half)
-        angles = (torch.arange(len(heads_SHD)).float()[:, None] * frequencies)[:, None]
-        first, second, rest = heads_SHD.split([half, half, self._head_dim - 2 * half], dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

@@ -10,8 +10,11 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.families.family import ExpertLayout, Family, Row
 from llada_megatron.convert.families.forward import Forward
-from llada_megatron.convert.families.shared import ROWS, last_tensors, never_needed
+from llada_megatron.convert.families.shared import ROWS, head_dim, last_tensors, never_needed
 from llada_megatron.convert.mapping import Entry, HeadGroups, feed_forward, same
+from llada_megatron.convert.rope_json import RotaryDefaults
+
+ARCHITECTURE = "LlamaForCausalLM"
 
 
 def table(model: ModelConfig, layout: ExpertLayout) -> Iterator[Entry]:
@@ -35,7 +38,7 @@ def table(model: ModelConfig, layout: ExpertLayout) -> Iterator[Entry]:
 
 def fields(described: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """What every model of the family has."""
-    return {"dense_layers": values["layers"], "qk_norm": False, "rotary_fraction": 1.0}
+    return {"dense_layers": values["layers"], "qk_norm": False}
 
 
 def require(model: ModelConfig, architecture: str) -> None:
@@ -48,15 +51,15 @@ def require(model: ModelConfig, architecture: str) -> None:
 
 
 FAMILY = Family(
-    architectures={"LlamaForCausalLM": {"model_type": "llama"}},
+    architectures={ARCHITECTURE: {"model_type": "llama"}},
     experts=False,
     rows=(
         *ROWS,
-        Row("rope_theta", "rotary_base", 10000.0),
         Row("num_key_value_heads", "kv_heads", lambda said: said["num_attention_heads"]),
-        Row("head_dim", "head_dim", lambda said: said["hidden_size"] // said["num_attention_heads"]),
+        Row("head_dim", "head_dim", head_dim),
     ),
-    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
+    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    rotary=RotaryDefaults(base={ARCHITECTURE: 10000.0}, fraction={ARCHITECTURE: 1.0}, whole_head=True),
     fields=fields,
     require=require,
     table=table,

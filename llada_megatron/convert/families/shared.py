@@ -20,6 +20,61 @@ ROWS = (
     Row("initializer_range", "init_std", 0.02),
 )
 
+IDLE = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "use_cache",
+        "pretraining_tp",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "mask_token_id",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "max_window_layers",
+        "return_dict",
+        "quantization_config",
+    ]
+)
+"""Keys that do not change what a model computes, in any family."""
+IDLE_AT = {
+    "attention_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "output_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "router_dtype": "fp32",
+    "use_rmsnorm": True,
+}
+"""Keys that say nothing at one value; what the public code makes of another one is not done here."""
+ANOTHER_MODEL = {
+    "rope_interleave": False,
+    "rope_interleaved": False,
+    "alibi": False,
+    "clip_qkv": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "no_rope_layers": None,
+}
+"""Keys of relatives, and the value or null that changes nothing; a model with another one is refused."""
+
+
+def head_dim(described: dict[str, Any]) -> int:
+    """Of a config.json that does not say: the hidden size over the heads, which its reader has checked."""
+    return described["hidden_size"] // max(described["num_attention_heads"], 1)
+
 
 def last_tensors(model: ModelConfig) -> Iterator[Entry]:
     """The final norm, and the head where it is not the embedding."""

@@ -10,8 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig, Recompute
-from llada_megatron.model.gpt import BlockDiffusionGPT, ExplicitRotary
+from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import initialize_weights
+from llada_megatron.model.rotary import ExplicitRotary, attention_factor, scale_cosines
 from llada_megatron.model.specs import block_spec, resolve_layer_spec
 from llada_megatron.runtime import device
 
@@ -116,6 +117,7 @@ def build_stage(
     model, layout = config.model, config.layout
     layer_spec = resolve_layer_spec(model.layer_spec)
     transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
+    scale_cosines(transformer, attention_factor(model.rotary_scaling))
     stage = BlockDiffusionGPT(
         transformer,
         block_spec(
@@ -132,7 +134,7 @@ def build_stage(
         share_embeddings_and_output_weights=model.tied_head,
         position_embedding_type="rope",
         vp_stage=vp_stage,
-        rotary=ExplicitRotary(model.head_dim, model.rotary_fraction, model.rotary_base),
+        rotary=ExplicitRotary(model),
         head_chunk_tokens=model.head_chunk_tokens,
         balance_clean_half=model.expert_balance_clean_half,
     )
