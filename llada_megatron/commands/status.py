@@ -15,6 +15,7 @@ from llada_megatron.config.errors import BadInput, Refusal
 from llada_megatron.config.quantities import short_count
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
+from llada_megatron.record.manifest import readable
 from llada_megatron.record.metrics import read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
@@ -68,7 +69,9 @@ def status(run_dir: Path) -> Status:
     if not path.is_file():
         raise BadInput(f"{run_dir} holds no run: there is no {path.name}.")
     config = load(path)
-    schedule = rules.schedule_of(config)
+    saved_last = readable(run_dir)[-1:]
+    batches = saved_last[0].manifest.batches(config.layout.global_batch) if saved_last else ()
+    schedule = rules.schedule_of(config, batches)
     steps = min(schedule.total_steps, config.training.steps or schedule.total_steps)
     record, last_step = events.read(run_dir), _last_record(run_dir)
     done = last_step["step"] + 1 if last_step else 0

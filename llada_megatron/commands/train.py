@@ -53,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train to the end (0), to a signal (128 + its number), or say what would run (--check)."""
     config = compose.load(args.config) if args.config else compose.compose(args.overrides)
-    schedule = rules.check(config)
+    rules.check(config)
     if args.check:
         print(description(config))
         return 0
     outcome = supervise(config) if args.supervise else train(config)
     if outcome.signal:
         print(
-            f"Stopped by signal {outcome.signal} after step {outcome.step} of {schedule.total_steps};"
+            f"Stopped by signal {outcome.signal} after step {outcome.step} of {outcome.total_steps};"
             " the same command goes on from there."
         )
         return 128 + outcome.signal

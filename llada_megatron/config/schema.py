@@ -84,7 +84,7 @@ class RunConfig:
     resume: str = "auto"
     """`auto` (newest good checkpoint of this run, if any), `never`, or a checkpoint's path."""
     allow_change: list[str] = field(default_factory=list)
-    """Keys, groups or `data` that a resume may change although the run becomes another: `[optimizer.lr]`."""
+    """Settings, by their whole names, that a resume may change although the run becomes another."""
     max_failures: int = 3
     """Failures in a row without a new checkpoint after which a run is not started again by itself."""
 

@@ -96,7 +96,8 @@ class Diffusion(Objective):
     def noise_sigma(self, step: int, embedding_rms: float) -> float:
         """Fades over the run's diffusion stages, which may be several."""
         noise = self.config.diffusion.embedding_noise
-        tokens = (step - self.schedule.first_diffusion_step()) * self.schedule.tokens_per_step
+        before = self.schedule.tokens_before(self.schedule.first_diffusion_step())
+        tokens = self.schedule.tokens_before(step) - before
         return embedding_rms * embedding_noise_sigma(noise.sigma_over_rms, noise.fade_tokens, tokens)
 
     def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:

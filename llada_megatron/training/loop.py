@@ -36,13 +36,14 @@ from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import Deal, sample_indices
 from llada_megatron.parallel.ranks import from_first_rank
 from llada_megatron.record import events
-from llada_megatron.record.manifest import find
+from llada_megatron.record.manifest import Checkpoint, find
 from llada_megatron.record.metrics import read_jsonl
 from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
 from llada_megatron.training.position import (
     Position,
+    batch_change,
     check_nothing_later,
     check_same_model,
     check_same_run,
@@ -60,6 +61,8 @@ class Outcome:
     """How a run ended: `finished`, or the signal that stopped it."""
 
     step: int
+    total_steps: int
+    """Of the schedule."""
     signal: int
     finished: bool
 
@@ -76,7 +79,7 @@ def run(
     Raises BadInput for settings, data or checkpoints that do not fit, and RunFailed when too many
     steps were skipped for non-finite losses or gradients.
     """
-    schedule = rules.check(config)
+    rules.check(config)
     device.seed_everything(config.run.seed, config.precision.deterministic)
     groups.join(
         config.layout, threads=config.training.threads or threads_per_process(config.layout.processes)
@@ -99,7 +102,7 @@ def run(
         _announce_attention(config)
         lingering_sec = LINGER_SEC if in_slurm_job() else 0.0
         with only_training_of(Path(config.run.dir), wait_sec=lingering_sec):
-            training_run = _Run(config, schedule, data_fingerprint, watchdog)
+            training_run = _Run(config, data_fingerprint, watchdog)
             training_run.trainer.deal, training_run.trainer.on_batch = deal, on_batch
             outcome = training_run.train(stop)
         if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
@@ -136,22 +139,26 @@ def build_trainer(config: Config, schedule: Schedule) -> Trainer:
         split="train",
         seed=config.run.seed,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=schedule.total_steps * config.layout.global_batch,
+        sequences_wanted=schedule.total_samples,
     )
     return assemble(config, schedule, data)
 
 
 class _Run:
-    def __init__(
-        self, config: Config, schedule: Schedule, data_fingerprint: dict[str, Any], watchdog: Watchdog
-    ) -> None:
-        self.config, self.schedule, self.watchdog = config, schedule, watchdog
+    def __init__(self, config: Config, data_fingerprint: dict[str, Any], watchdog: Watchdog) -> None:
+        self.config, self.watchdog = config, watchdog
         self.files = RunDir(config.run.dir)
         self.dir = self.files.path
         self.is_writer = dist.get_rank() == 0
         self.fingerprint = data_fingerprint
-        self.trainer = build_trainer(config, schedule)
-        self.position = self._load()
+        checkpoint = resume_checkpoint(config)
+        if checkpoint is not None:
+            check_same_run(config, checkpoint.manifest, data_fingerprint)
+        check_nothing_later(self.dir, checkpoint.manifest.step if checkpoint else 0)
+        batches = checkpoint.manifest.batches(config.layout.global_batch) if checkpoint else ()
+        self.schedule = rules.schedule_of(config, batches)
+        self.trainer = build_trainer(config, self.schedule)
+        self.position = self._load(checkpoint)
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(config, self.trainer, data_fingerprint)
         self.replayed = 0
@@ -215,18 +222,19 @@ class _Run:
         finally:
             if self.trackers is not None:
                 self.trackers.close()
-        return Outcome(step=step, signal=signal_number, finished=step >= last_step)
+        return Outcome(step, self.schedule.total_steps, signal_number, finished=step >= last_step)
 
-    def _load(self) -> Position:
-        if checkpoint := resume_checkpoint(self.config):
+    def _load(self, checkpoint: Checkpoint | None) -> Position:
+        """Load weights and return the run's place: that of its own checkpoint, or its start."""
+        if checkpoint is not None:
             manifest = checkpoint.manifest
-            check_same_run(self.config, manifest, self.fingerprint)
             store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
-            check_nothing_later(self.dir, manifest.step)
+            if (change := batch_change(self.schedule, manifest)) and self.is_writer:
+                print(change[0], flush=True)
+                self._record("global_batch", **change[1])
             return Position(
                 manifest.step, manifest.skipped_steps, manifest.wall_sec, manifest.autoregressive_tokens
             )
-        check_nothing_later(self.dir, 0)
         if self.config.checkpoint.init_from:
             checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
             check_same_model(self.config, checkpoint)
@@ -248,9 +256,9 @@ class _Run:
         self.position.skipped_steps += 1
         limit = self.config.training.max_skipped_steps
         if self.position.skipped_steps > limit:
-            first = step * self.config.layout.global_batch
+            first, end = (self.schedule.samples_before(each) for each in (step, step + 1))
             raise RunFailed(
-                f"Step {step} (samples {first} to {first + self.config.layout.global_batch - 1}) is the"
+                f"Step {step} (samples {first} to {end - 1}) is the"
                 f" {self.position.skipped_steps}th with a non-finite loss or gradient, more than"
                 f" training.max_skipped_steps={limit}: lower optimizer.lr or look at these samples."
             )
@@ -265,8 +273,9 @@ class _Run:
         self.trackers.log(
             {
                 "step": step,
-                "consumed_samples": (step + 1) * self.config.layout.global_batch,
-                "consumed_tokens": (step + 1) * self.schedule.tokens_per_step,
+                "consumed_samples": self.schedule.samples_before(step + 1),
+                "consumed_tokens": self.schedule.tokens_before(step + 1),
+                "global_batch": self.config.layout.global_batch,
                 "stage": stage.name,
                 "objective": stage.objective,
                 "block_size": stage.block_size,
@@ -289,14 +298,14 @@ class _Run:
         is_diffusion = stage is not None and not stage.geometry.causal
         autoregressive = None
         if not is_diffusion:
-            tokens = self.position.autoregressive_tokens + step * self.schedule.tokens_per_step
+            tokens = self.position.autoregressive_tokens + self.schedule.tokens_before(step)
             estimate = self.evaluator.autoregressive()
             autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
         bounds = self.evaluator.bounds() if is_diffusion or stage is None else {}
         self.metrics = checkpoint_metrics(bounds, autoregressive)
         record = {
             "step": step,
-            "consumed_tokens": step * self.schedule.tokens_per_step,
+            "consumed_tokens": self.schedule.tokens_before(step),
             "stage": stage.name if stage else "init",
             "objective": stage.objective if stage else "autoregressive",
             "block_size": stage.block_size if stage else 1,

@@ -159,10 +159,15 @@ def micro_batches(
     drafts: list[torch.Tensor] | None = None,
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a step, on its device; none is held here while the model has it."""
-    dealt = trainer.deal(step, stage.micro_batch, trainer.config.layout.global_batch)
-    for index, indices in enumerate(dealt):
+    for index, indices in enumerate(_dealt(trainer, stage, step)):
         draft = {} if drafts is None else {"draft": drafts[index]}
         yield _part(trainer, objective, stage, indices, noise_sigma=sigma, **draft).to(device.device())
+
+
+def _dealt(trainer: Trainer, stage: Stage, step: int) -> list[list[int]]:
+    """Global sample indices of this rank's micro-batches of a step."""
+    first = trainer.schedule.samples_before(step)
+    return trainer.deal(first, stage.micro_batch, trainer.config.layout.global_batch)
 
 
 def _part(
@@ -183,7 +188,7 @@ def _drafts(
     readout = objective.draft_readout
     assert readout is not None
     parts = []
-    for indices in trainer.deal(step, stage.micro_batch, trainer.config.layout.global_batch):
+    for indices in _dealt(trainer, stage, step):
         whole = objective.draft_batch(trainer.data, indices, stage, noise_sigma=sigma)
         whole.inputs.readout = readout
         parts.append((len(whole.inputs.outputs), context_part(whole)))
