@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from llada_megatron.config.errors import BAD_INPUT, INTERRUPTED, READER_LEFT, Refusal, in_words
+from llada_megatron.config.errors import BAD_INPUT, INTERRUPTED, READER_LEFT, Interrupted, Refusal, in_words
 
 VERBS = {
     "train": ("llada_megatron.commands.train", "convert or train a model as a configuration says"),
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module, args = parse(verb, arguments[words:])
         return run(verb, module, args)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupted:
+        return interrupted.exit_code if isinstance(interrupted, Interrupted) else INTERRUPTED
 
 
 def parse(verb: str, arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:

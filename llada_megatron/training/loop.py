@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from llada_megatron.parallel.ranks import from_first_rank
 from llada_megatron.record import events
 from llada_megatron.record.manifest import Checkpoint, find
 from llada_megatron.record.metrics import read_jsonl
+from llada_megatron.record.outcome import Outcome
 from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
@@ -54,17 +55,6 @@ from llada_megatron.training.step import StepResult, Trainer, assemble, train_st
 
 TRAIN_LOSS_STEPS = 20
 """The train loss of a stage is the mean of its last steps."""
-
-
-@dataclass
-class Outcome:
-    """How a run ended: `finished`, or the signal that stopped it."""
-
-    step: int
-    total_steps: int
-    """Of the schedule."""
-    signal: int
-    finished: bool
 
 
 def run(
@@ -102,9 +92,12 @@ def run(
         _announce_attention(config)
         lingering_sec = LINGER_SEC if in_slurm_job() else 0.0
         with only_training_of(Path(config.run.dir), wait_sec=lingering_sec):
-            training_run = _Run(config, data_fingerprint, watchdog)
-            training_run.trainer.deal, training_run.trainer.on_batch = deal, on_batch
-            outcome = training_run.train(stop)
+            if number := stop.agreed():  # before the model is built, which may take minutes
+                outcome = stopped_at_start(config, number, is_writer=dist.get_rank() == 0)
+            else:
+                training_run = _Run(config, data_fingerprint, watchdog)
+                training_run.trainer.deal, training_run.trainer.on_batch = deal, on_batch
+                outcome = training_run.train(stop)
         if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
             dist.barrier()
         return outcome
@@ -112,6 +105,14 @@ def run(
         stop.release()
         watchdog.close()
         groups.destroy()
+
+
+def stopped_at_start(config: Config, number: int, *, is_writer: bool = True) -> Outcome:
+    """What became of a start that a signal ended before it trained."""
+    step = RunDir(config.run.dir).newest_step()
+    if is_writer:
+        events.append(Path(config.run.dir), "signalled", step=step, signal=signal.Signals(number).name)
+    return Outcome(step, rules.schedule_of(config).total_steps, number, finished=False)
 
 
 def _announce_attention(config: Config) -> None:
@@ -181,9 +182,9 @@ class _Run:
         last_step = self.schedule.total_steps
         if config.training.steps:
             last_step = min(last_step, config.training.steps)
-        signal_number = 0
+        signal_number = stop.agreed()
         try:
-            if step == 0 and config.checkpoint.init_from:
+            if step == 0 and config.checkpoint.init_from and not signal_number:
                 self._evaluate(0, None)
             while step < last_step and not signal_number:
                 stage = self.schedule.stage_at(step)

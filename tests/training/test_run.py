@@ -115,7 +115,8 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(corpus, tmp_path,
 
 
 def press_twice_then_later():
-    from llada_megatron.guard.signals import ONE_KEYPRESS_SEC, StopRequest
+    from llada_megatron.guard.signals import StopRequest
+    from llada_megatron.runtime.interrupts import ONE_KEYPRESS_SEC
 
     stop, presses = StopRequest(lambda: None), 0
     try:
