@@ -71,6 +71,13 @@ class Dispatcher(StrEnum):
     allgather = "allgather"
 
 
+class BadSamples(StrEnum):
+    """What happens at a sample that cannot be trained on."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
 @dataclass
 class RunConfig:
     """Identity of a run."""
@@ -336,7 +343,14 @@ class TrainingConfig:
     steps: int = 0
     """Stop after this many steps; 0: the schedule alone decides."""
     max_skipped_steps: int = 10
-    """Steps with a non-finite loss or gradient are skipped; past this many the run stops."""
+    """Steps with a non-finite loss or gradient are skipped; past this many in a window the run stops."""
+    bad_samples: BadSamples = BadSamples.refuse
+    """Of samples with the mask token or an id outside the vocabulary: `refuse` ends the run and names the
+    document; `skip` learns nothing from the sample, on every rank alike, and records it."""
+    max_skipped_samples: int = 100
+    """Of `skip`: past this many in a window the run stops."""
+    skip_window_steps: int = 1000
+    """Steps in which max_skipped_steps and max_skipped_samples count; 0: the whole run."""
     hang_timeout_sec: float = 1800.0
     """A process without progress for so long leaves its stacks in run.dir/stacks and ends with exit code 1.
 

@@ -40,6 +40,9 @@ class Manifest:
     block_size: int = 0
     stage_ended: bool = False
     skipped_steps: int = 0
+    skipped_lately: list[int] = field(default_factory=list)
+    """Which steps were skipped, and below the step of each sample that was left out, of the latest window."""
+    left_out_lately: list[int] = field(default_factory=list)
     wall_sec: float = 0.0
     """Seconds of training so far, over all restarts."""
     autoregressive_tokens: int = 0

@@ -67,8 +67,12 @@ def ignore() -> None:
 @contextmanager
 def held_back() -> Iterator[None]:
     """Signals wait meanwhile; a process that is started here keeps them waiting until it lets them in."""
+    from multiprocessing import resource_tracker  # here: handlers stand before it is imported
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
+        resource_tracker.ensure_running()  # would be started by what follows, and lets SIGINT and SIGTERM in
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -103,7 +107,7 @@ def passed_on() -> Iterator[int]:
 
 def end_with_parent() -> None:
     """Let this process, which multiprocessing started, be killed when the one that asked for it is gone."""
-    import multiprocessing  # here: handlers stand before it is imported
+    import multiprocessing  # as in held_back
 
     parent = multiprocessing.parent_process()
 

@@ -19,7 +19,7 @@ from llada_megatron.config.compose import save
 from llada_megatron.config.errors import BadInput, RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import Config
+from llada_megatron.config.schema import BadSamples, Config
 from llada_megatron.data.packed import build_sequences, fingerprint
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
@@ -34,7 +34,7 @@ from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import Deal, sample_indices
-from llada_megatron.parallel.ranks import from_first_rank
+from llada_megatron.parallel.ranks import from_first_rank, gathered
 from llada_megatron.record import events
 from llada_megatron.record.manifest import Checkpoint, find
 from llada_megatron.record.metrics import read_jsonl
@@ -51,6 +51,7 @@ from llada_megatron.training.position import (
     resume_checkpoint,
 )
 from llada_megatron.training.saving import Saving
+from llada_megatron.training.skips import Skips
 from llada_megatron.training.step import StepResult, Trainer, assemble, train_step
 
 TRAIN_LOSS_STEPS = 20
@@ -195,7 +196,7 @@ class _Run:
                     self._record("first_step", step=step, replayed=self.replayed)
                 self._log(step, stage, result, device.seconds() - began)
                 self.stragglers.report(step)
-                self._count_skipped(step, result)
+                self._count_skipped(step, stage, result)
                 step += 1
                 self.watchdog.beat()
                 signal_number = stop.agreed()
@@ -215,6 +216,8 @@ class _Run:
                     self.saving.poll()
                 self.watchdog.beat()
             self.saving.finish()
+            if step >= last_step:
+                self._check_trained(step)
             if signal_number:
                 self._record("signalled", step=step, signal=signal.Signals(signal_number).name)
         except RunFailed:
@@ -233,8 +236,13 @@ class _Run:
             if (change := batch_change(self.schedule, manifest)) and self.is_writer:
                 print(change[0], flush=True)
                 self._record("global_batch", **change[1])
+            skips = Skips(manifest.skipped_lately, manifest.left_out_lately)
             return Position(
-                manifest.step, manifest.skipped_steps, manifest.wall_sec, manifest.autoregressive_tokens
+                manifest.step,
+                manifest.skipped_steps,
+                manifest.wall_sec,
+                manifest.autoregressive_tokens,
+                skips,
             )
         if self.config.checkpoint.init_from:
             checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
@@ -251,17 +259,26 @@ class _Run:
     def _wall_sec(self) -> float:
         return self.position.wall_sec + time.monotonic() - self.started
 
-    def _count_skipped(self, step: int, result: StepResult) -> None:
-        if not result.skipped:
-            return
-        self.position.skipped_steps += 1
-        limit = self.config.training.max_skipped_steps
-        if self.position.skipped_steps > limit:
+    def _count_skipped(self, step: int, stage: Stage, result: StepResult) -> None:
+        """Count and record what the step left out; RunFailed, on every rank, when it is too much."""
+        settings, skips = self.config.training, self.position.skips
+        if settings.bad_samples is BadSamples.skip:
+            objective = self.trainer.objectives[stage.objective]
+            found = {index: why for part in gathered(objective.left_out) for index, why in part.items()}
+            objective.left_out.clear()
+            if found:
+                self._record("left_out", step=step, sequences=sorted(found), why=list(found.values()))
+                skips.add_samples(settings, step, list(found.values()))
+        if result.skipped:
+            self.position.skipped_steps += 1
             first, end = (self.schedule.samples_before(each) for each in (step, step + 1))
+            skips.add_step(settings, step, range(first, end))
+
+    def _check_trained(self, step: int) -> None:
+        if step and self.position.skipped_steps == step:
             raise RunFailed(
-                f"Step {step} (samples {first} to {end - 1}) is the"
-                f" {self.position.skipped_steps}th with a non-finite loss or gradient, more than"
-                f" training.max_skipped_steps={limit}: lower optimizer.lr or look at these samples."
+                f"Every one of the {step} steps was skipped for a non-finite loss or gradient, or for want of"
+                " good samples: nothing was learnt. Lower optimizer.lr, or look at the data and the weights."
             )
 
     def _log(self, step: int, stage: Stage, result: StepResult, seconds: float) -> None:

@@ -20,6 +20,7 @@ from llada_megatron.data.packed import fingerprint_difference
 from llada_megatron.parallel.ranks import from_first_rank, warn
 from llada_megatron.record.manifest import Checkpoint, Manifest, find, readable
 from llada_megatron.record.run_dir import RunDir
+from llada_megatron.training.skips import Skips
 
 TRAINING_OF_MODEL = (
     "model.attention_backend",
@@ -42,6 +43,8 @@ class Position:
     wall_sec: float = 0.0
     autoregressive_tokens: int = 0
     """Data tokens of the model that the weights came from, when they came from another run."""
+    skips: Skips = dataclasses.field(default_factory=Skips)
+    """What was left out lately."""
 
 
 def resume_checkpoint(config: Config) -> Checkpoint | None:

@@ -51,6 +51,8 @@ class Saving:
             block_size=stage.block_size,
             stage_ended=step == stage.end_step,
             skipped_steps=position.skipped_steps,
+            skipped_lately=list(position.skips.steps),
+            left_out_lately=list(position.skips.samples),
             wall_sec=wall_sec,
             autoregressive_tokens=position.autoregressive_tokens,
             metrics=metrics,
