@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from llada_megatron.verify.layouts import write_corpus
 from tests.training.runs import SMALL
 
+OLD = Path(__file__).parents[1] / "old_run"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 MARK = "LLADA_TEST_LIFE"
 GONE_SEC = 60.0
@@ -186,3 +188,34 @@ def test_workers_of_a_preparation_do_not_outlive_it(tmp_path):
         time.sleep(0.01)
     life.send(signal.SIGKILL, to_group=False)
     assert life.end() == 128 + signal.SIGKILL and not life.survivors()
+
+
+OTHER_VERBS = {
+    "evaluate": ["evaluate", "RUN", "data.path=[CORPUS]", "evaluation.sequences=400", "--json", "OUT"],
+    "bench attention": ["bench", "attention"],
+    "plan": ["plan", "experiment=parity", "--exact", "--json", "OUT"],
+    "verify resume": ["verify", "resume", "experiment=parity", "--json", "OUT"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", OTHER_VERBS)
+def test_any_verb_that_is_interrupted_leaves_no_process_and_no_part_of_a_file(tmp_path, verb):
+    shutil.copytree(OLD, tmp_path / "old")
+    output, moments = tmp_path / "out" / "found.json", random.Random(verb)
+    output.parent.mkdir()
+    places = {"RUN": f"{tmp_path}/old/run", "CORPUS": f"{tmp_path}/old/corpus/text", "OUT": str(output)}
+    command = [sys.executable, "-m", "llada_megatron"]
+    for word in OTHER_VERBS[verb]:
+        for name, place in places.items():
+            word = word.replace(name, place)
+        command.append(word)
+    for turn, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
+        life = Life(command, tmp_path / f"mark_{turn}")
+        time.sleep(moments.uniform(0.5, 12))
+        stood = life.hears(number)
+        life.send(number, to_group=turn != 1)
+        code, said = life.end(), life.errors.read_text()
+        assert code in (128 + number, 0) and (not stood or "Traceback" not in said), (number, code, said)
+        assert not life.survivors()
+        assert code == 0 or not list(output.parent.iterdir())
