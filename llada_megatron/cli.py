@@ -23,6 +23,7 @@ from llada_megatron.config.errors import (
     FAILED,
     INTERRUPTED,
     READER_LEFT,
+    Interrupted,
     Refusal,
     in_words,
     limit_met,
@@ -77,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module, args = parse(verb, arguments[words:])
         return run(verb, module, args)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupted:
+        return interrupted.exit_code if isinstance(interrupted, Interrupted) else INTERRUPTED
 
 
 def parse(verb: str, arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:

@@ -1,5 +1,6 @@
 """For every test: no GPU, no GPU tests; hypothesis never judges by the clock; files stay whole."""
 
+import signal
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,10 @@ __all__ = ["corpus"]
 # A shared machine stalls now and then; a deadline would call that a failure.
 settings.register_profile("llada", deadline=None)
 settings.load_profile("llada")
+
+# Tests send signals; `make test &` would ignore Ctrl-C, nohup SIGHUP, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @cache

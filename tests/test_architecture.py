@@ -68,7 +68,7 @@ ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "checkpoint", "convert",
     "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
 }  # fmt: skip
-ROOMS_IMPORT["__main__"] = {"cli"}
+ROOMS_IMPORT["__main__"] = {"cli", "config", "runtime"}
 ROOMS_IMPORT["__init__"] = set()
 
 TORCH_FREE = {"config", "record", "jobs", "plan"}

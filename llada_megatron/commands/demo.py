@@ -13,7 +13,7 @@ from pathlib import Path
 from llada_megatron import cli
 from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
-from llada_megatron.config.errors import RunFailed
+from llada_megatron.config.errors import Interrupted, RunFailed
 from llada_megatron.config.schema import Config
 from llada_megatron.demo import pretrained
 
@@ -145,7 +145,7 @@ def _train(config: Config) -> None:
     schedule = rules.check(config)
     outcome = train(config)
     if outcome.signal:
-        raise KeyboardInterrupt
+        raise Interrupted(outcome.signal)
     print(f"{schedule.total_steps} steps, {schedule.total_tokens:,} tokens: {config.run.dir}")
 
 

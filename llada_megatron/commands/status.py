@@ -15,6 +15,7 @@ from llada_megatron.config.errors import BAD_INPUT, BadInput, Refusal, in_words
 from llada_megatron.config.quantities import short_count
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
+from llada_megatron.record.manifest import readable
 from llada_megatron.record.metrics import read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
@@ -69,8 +70,10 @@ def status(run_dir: Path) -> Status:
     if not path.is_file():
         raise BadInput(f"{run_dir} holds no run: there is no {path.name}.")
     config = load(path)
+    saved_last = readable(run_dir)[-1:]
+    batches = saved_last[0].manifest.batches(config.layout.global_batch) if saved_last else ()
     try:
-        schedule = rules.schedule_of(config)
+        schedule = rules.schedule_of(config, batches)
     except BadInput as fault:
         raise BadInput(f"{path}: {fault}") from fault
     steps = min(schedule.total_steps, config.training.steps or schedule.total_steps)

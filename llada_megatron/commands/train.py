@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llada_megatron.commands.check import check
 from llada_megatron.config import compose, rules
@@ -28,11 +27,9 @@ from llada_megatron.config.layout import data_parallel_size, expert_data_paralle
 from llada_megatron.config.schema import Config, Recompute
 from llada_megatron.jobs import attempts
 from llada_megatron.record import events
+from llada_megatron.record.outcome import Outcome
 from llada_megatron.record.run_dir import RunDir
-from llada_megatron.runtime import launch
-
-if TYPE_CHECKING:
-    from llada_megatron.training.loop import Outcome
+from llada_megatron.runtime import interrupts, launch
 
 EXAMPLE = "llada train experiment=parity run.name=first training.steps=4"
 
@@ -60,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config and args.overrides:
         raise BadInput("--config FILE is a whole configuration: leave out the overrides, or --config.")
     config = compose.load(args.config) if args.config else compose.compose(args.overrides)
-    schedule = rules.check(config)
+    rules.check(config)
     if args.check:
         print(description(config), flush=True)
         check(config)
@@ -68,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     outcome = supervise(config) if args.supervise else train(config)
     if outcome.signal:
         print(
-            f"Stopped by signal {outcome.signal} after step {outcome.step} of {schedule.total_steps};"
+            f"Stopped by signal {outcome.signal} after step {outcome.step} of {outcome.total_steps};"
             " the same command goes on from there."
         )
         return 128 + outcome.signal
@@ -83,8 +80,10 @@ def train(config: Config) -> Outcome:
     began = time.time()
     try:
         if launch.already_started():
-            launch.remember_signals()
             return _worker(config)
+        if interrupts.remembered:  # nothing was started yet
+            step, steps = RunDir(config.run.dir).newest_step(), rules.schedule_of(config).total_steps
+            return Outcome(step, steps, interrupts.remembered[-1], finished=False)
         return launch.launch(
             _worker, config, processes=config.layout.processes, preload="llada_megatron.training.loop"
         )[0]
@@ -158,6 +157,7 @@ def _stacks_left_since(began: float, config: Config) -> str:
 
 
 def _worker(config: Config) -> Outcome:
+    interrupts.handle(interrupts.remember)  # before the imports, of which some catch everything
     from llada_megatron.training import loop
 
     return loop.run(config)

@@ -136,3 +136,10 @@ class Container(StrEnum):
     none = "none"
     pyxis = "pyxis"
     apptainer = "apptainer"
+
+
+class BadSamples(StrEnum):
+    """What happens at a sample that cannot be trained on."""
+
+    refuse = "refuse"
+    skip = "skip"

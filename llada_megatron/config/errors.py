@@ -20,6 +20,18 @@ READER_LEFT = 141
 """128 + SIGPIPE, as shells report it."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ends a verb."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells report it."""
+        return 128 + int(self.args[0])
+
+
 class Refusal(Exception):
     """Ends a verb with its sentence, its exit code and no traceback."""
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from llada_megatron.config.changes import check_names
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
-from llada_megatron.config.schedule import Schedule, block_size_of
+from llada_megatron.config.schedule import Batches, Schedule, block_size_of
 from llada_megatron.config.schema import Config
 
 
-def schedule_of(config: Config) -> Schedule:
-    """The schedule on the axis of steps."""
+def schedule_of(config: Config, batches: Batches = ()) -> Schedule:
+    """The schedule on the axis of steps; batches: of a run whose global batch a resume changed."""
     return Schedule(
         config.schedule,
         sequence_length=config.data.sequence_length,
-        global_batch=config.layout.global_batch,
+        batches=batches or [(0, config.layout.global_batch)],
         micro_batch=config.layout.micro_batch,
     )
 
 
 def check(config: Config) -> Schedule:
     """Check every rule that needs no file; returns the schedule. Raises BadInput with one sentence."""
+    check_names(config.run.allow_change)
     formulas_of(config.model).check(config.model)
     length = config.data.sequence_length
     check_layout(config)

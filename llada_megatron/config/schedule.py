@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llada_megatron.config.errors import BadInput
@@ -61,16 +62,24 @@ def block_size_of(text: str, sequence_length: int, setting: str) -> int:
     return block_size
 
 
+Batches = Sequence[tuple[int, int]]
+"""(first step, samples of each step from there on), in the order of the steps, which begin with 0."""
+
+
 class Schedule:
-    """The stages of a run on the axis of steps."""
+    """The stages of a run on the axis of steps, and which samples each step trains."""
 
     def __init__(
-        self, config: ScheduleConfig, *, sequence_length: int, global_batch: int, micro_batch: int
+        self, config: ScheduleConfig, *, sequence_length: int, batches: Batches, micro_batch: int
     ) -> None:
-        """Raises BadInput, naming the setting, for a stage that is empty or cannot be cut into blocks."""
+        """batches: more than one when resumes changed the global batch, the present one last.
+
+        Raises BadInput, naming the setting, for a stage that is empty or cannot be cut into blocks.
+        """
         if not config.stages:
             raise BadInput("schedule.stages is empty: give at least one stage {name, block_size, tokens}.")
-        self.tokens_per_step = sequence_length * global_batch
+        self.batches = tuple(batches)
+        self.sequence_length = sequence_length
         self.stages: list[Stage] = []
         first_step = 0
         for index, stage in enumerate(config.stages):
@@ -85,7 +94,8 @@ class Schedule:
                 raise BadInput(
                     f"{setting}.block_size is {block_size}: an {stage.objective} stage has blocks of 1."
                 )
-            steps = -(-stage.tokens // self.tokens_per_step)
+            wanted = self.samples_before(first_step) + -(-stage.tokens // sequence_length)
+            end_step = self._first_step_with(wanted)
             self.stages.append(
                 Stage(
                     index=index,
@@ -94,19 +104,42 @@ class Schedule:
                     block_size=block_size,
                     clean_copy=geometry.reads_clean_half and block_size < sequence_length,
                     first_step=first_step,
-                    end_step=first_step + steps,
-                    tokens=steps * self.tokens_per_step,
+                    end_step=end_step,
+                    tokens=self.tokens_before(end_step) - self.tokens_before(first_step),
                     micro_batch=stage.micro_batch or micro_batch,
                     learning_rate=stage.learning_rate,
                     moments=stage.moments,
                 )
             )
-            first_step += steps
+            first_step = end_step
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise BadInput(f"schedule.stages has a name twice in {names}: reports tell stages apart by name.")
         self.total_steps = first_step
-        self.total_tokens = first_step * self.tokens_per_step
+        self.total_samples = self.samples_before(self.total_steps)
+        self.total_tokens = self.tokens_before(self.total_steps)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Data tokens of a step with the present global batch."""
+        return self.batches[-1][1] * self.sequence_length
+
+    def samples_before(self, step: int) -> int:
+        """Samples that the first `step` steps consume: the global index of the step's first one."""
+        ends = [first for first, _ in self.batches[1:]] + [step]
+        parts = zip(self.batches, ends, strict=True)
+        return sum(max(0, min(step, end) - first) * batch for (first, batch), end in parts)
+
+    def tokens_before(self, step: int) -> int:
+        """Data tokens that the first `step` steps consume."""
+        return self.samples_before(step) * self.sequence_length
+
+    def _first_step_with(self, samples: int) -> int:
+        """The least number of steps that consume at least so many samples, one or more."""
+        for first, batch in reversed(self.batches):
+            if (missing := samples - self.samples_before(first)) > 0:
+                return first + -(-missing // batch)
+        raise ValueError(f"samples is {samples}")
 
     def stage_at(self, step: int) -> Stage:
         """The stage that trains `step`; the last one for steps past the end."""

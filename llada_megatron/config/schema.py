@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from llada_megatron.config.choices import (
     AttentionBackend,
+    BadSamples,
     BlockGrid,
     Container,
     DecayStyle,
@@ -65,7 +66,7 @@ class RunConfig:
     resume: Path = "auto"
     """`auto` (newest good checkpoint of this run, if any), `never`, or a checkpoint's path."""
     allow_change: list[Text] = field(default_factory=list)
-    """Keys, groups or `data` that a resume may change although the run becomes another: `[optimizer.lr]`."""
+    """Settings, by their whole names, that a resume may change although the run becomes another."""
     max_failures: Positive = 3
     """Failures in a row without a new checkpoint after which a run is not started again by itself."""
 
@@ -341,7 +342,14 @@ class TrainingConfig:
     steps: Count = 0
     """Stop after this many steps; 0: the schedule alone decides."""
     max_skipped_steps: Count = 10
-    """Steps with a non-finite loss or gradient are skipped; past this many the run stops."""
+    """Steps with a non-finite loss or gradient are skipped; past this many in a window the run stops."""
+    bad_samples: BadSamples = BadSamples.refuse
+    """Of samples with the mask token or an id outside the vocabulary: `refuse` ends the run and names the
+    document; `skip` learns nothing from the sample, on every rank alike, and records it."""
+    max_skipped_samples: Count = 100
+    """Of `skip`: past this many in a window the run stops."""
+    skip_window_steps: Count = 1000
+    """Steps in which max_skipped_steps and max_skipped_samples count; 0: the whole run."""
     hang_timeout_sec: Seconds = 1800.0
     """A process without progress for so long leaves its stacks in run.dir/stacks and ends with exit code 1.
 

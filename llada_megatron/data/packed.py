@@ -49,6 +49,27 @@ class PackedSample:
     """int64 [L]."""
     cu_seqlens: numpy.ndarray
     """int32 [pieces + 1]: where each piece starts, from 0, and L."""
+    corpus: str = ""
+    """Prefix of the files that it comes from."""
+    document_ids: numpy.ndarray | None = None
+    """int [pieces]: the documents of the pieces, in the corpus's order."""
+    is_left_out: bool = False
+    """Whether nothing may be learnt from it: it supervises no position and counts for nothing."""
+
+    def document_at(self, position: int) -> str:
+        """The file and document of a token, for people."""
+        if self.document_ids is None:
+            return "A sample"
+        piece = numpy.searchsorted(self.cu_seqlens, position, side="right") - 1
+        return f"{self.corpus}: document {self.document_ids[piece]} (counted from 0)"
+
+
+class BadSample(BadInput):
+    """A sample that cannot be trained on."""
+
+    def __init__(self, sentence: str, sample: PackedSample | None = None) -> None:
+        super().__init__(sentence)
+        self.sample = sample
 
 
 class PackedDocuments(GPTDataset):
@@ -92,7 +113,7 @@ class PackedDocuments(GPTDataset):
 class PackedSequences:
     """Packed sequences by global sample index: `sequences[i]` for any i >= 0 is a `PackedSample`.
 
-    The sample at i is a function of (data, seed, i). Raises BadInput for a sequence that contains the
+    The sample at i is a function of (data, seed, i). Raises BadSample for a sequence that contains the
     mask token, IndexError for i < 0 and, in a blend, for i past the sequences it was built for.
     """
 
@@ -113,16 +134,16 @@ class PackedSequences:
         if index < 0 or (self.blend is not None and index >= len(self.blend)):
             raise IndexError(f"There is no sequence {index}: build with a larger sequences_wanted.")
         drawn = self.members[0][index] if self.blend is None else self.blend[index]
-        tokens, cu_seqlens = drawn["tokens"], drawn["cu_seqlens"]
-        masked = numpy.flatnonzero(tokens == self._mask_token_id)
+        prefix = self.members[int(drawn.get("dataset_id", 0))].dataset_path
+        sample = PackedSample(drawn["tokens"], drawn["cu_seqlens"], prefix, drawn["document_ids"])
+        masked = numpy.flatnonzero(sample.tokens == self._mask_token_id)
         if masked.size:
-            piece = numpy.searchsorted(cu_seqlens, masked[0], side="right") - 1
-            prefix = self.members[int(drawn.get("dataset_id", 0))].dataset_path
-            raise BadInput(
-                f"{prefix}: document {drawn['document_ids'][piece]} (counted from 0) contains the mask token "
-                f"{self._mask_token_id}: remove it from the corpus or change model.mask_token_id."
+            raise BadSample(
+                f"{sample.document_at(masked[0])} contains the mask token {self._mask_token_id}: remove it"
+                " from the corpus, change model.mask_token_id, or set training.bad_samples=skip.",
+                sample,
             )
-        return PackedSample(tokens, cu_seqlens)
+        return sample
 
 
 BASELINE_SEQUENCES = 4096

@@ -24,6 +24,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import DocumentLengths
 from llada_megatron.data.formats import place, reader_of
 from llada_megatron.data.tokenizer import load_tokenizer
+from llada_megatron.runtime import interrupts
 
 SIDECAR_VERSION = 1
 CHUNK_BYTES = 4 * 2**20
@@ -225,15 +226,20 @@ def _in_order(
     workers = min(workers or len(os.sched_getaffinity(0)), max(len(chunks), 1))
     # spawn: a fork of a process that has loaded torch copies its threads' locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=interrupts.end_with_parent)
+    try:
         pending: deque[tuple[_Chunk, Future[_Encoded]]] = deque()
         for next_chunk in chunks:
-            pending.append((next_chunk, pool.submit(encode, next_chunk)))
+            with interrupts.held_back():  # what is started here leaves signals to this process
+                future = pool.submit(encode, next_chunk)
+            pending.append((next_chunk, future))
             if len(pending) > 2 * workers:
                 chunk, future = pending.popleft()
                 yield chunk, future.result()
         for chunk, future in pending:
             yield chunk, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _encode_chunk(chunk: _Chunk, tokenizer_name: str, text_field: str, dtype: type[numpy.number]) -> _Encoded:

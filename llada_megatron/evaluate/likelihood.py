@@ -15,22 +15,46 @@ from megatron.core import parallel_state
 
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.checkpoint.load import load_model
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schedule import block_size_of
-from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import PackedSample, build_sequences, held_out_sequences
+from llada_megatron.config.schema import BadSamples, Config
+from llada_megatron.data.packed import (
+    BadSample,
+    PackedSample,
+    PackedSequences,
+    build_sequences,
+    held_out_sequences,
+)
 from llada_megatron.evaluate.baselines import bytes_per_token, entropies
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.objectives import passes
 from llada_megatron.objectives.autoregressive import autoregressive_batch
-from llada_megatron.objectives.batch import MicroBatch, check_vocabulary, context_part
+from llada_megatron.objectives.batch import MicroBatch, context_part, read_sample
 from llada_megatron.objectives.bound import exact_count_mask
 from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import data_parallel
+from llada_megatron.parallel.ranks import warn
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
 
 Estimate = dict[str, float | None]
+
+
+def _good(data: PackedSequences, sequences: int, config: Config) -> Iterator[PackedSample]:
+    """The first sequences of the data, without those that training.bad_samples leaves out."""
+    found = 0
+    for index in range(sequences):
+        try:
+            yield read_sample(data, index, config.model.vocab_size)
+        except BadSample as fault:
+            if config.training.bad_samples is BadSamples.refuse:
+                raise
+            warn(f"left out of the evaluation: {fault}")
+        else:
+            found += 1
+    if not found:
+        raise BadInput(f"None of the first {sequences} held-out sequences can be read: mend the corpus.")
 
 
 class Evaluator:
@@ -46,8 +70,7 @@ class Evaluator:
             mask_token_id=config.model.mask_token_id,
             sequences_wanted=wanted,
         )
-        held_out = [data[index] for index in range(min(data.sequences_per_epoch, wanted))]
-        check_vocabulary(held_out, config.model.vocab_size)
+        held_out = list(_good(data, min(data.sequences_per_epoch, wanted), config))
         self.samples = held_out[: config.evaluation.sequences]
         self.bytes_per_token = bytes_per_token(config.data.path)
         self.baselines = entropies(held_out)

@@ -33,6 +33,7 @@ def autoregressive_batch(samples: list[PackedSample]) -> MicroBatch:
     rows, labels = [], []
     for sample in samples:
         row = np.setdiff1d(np.arange(len(sample.tokens)), sample.cu_seqlens[1:] - 1)
+        row = row[:0] if sample.is_left_out else row
         rows.append(row)
         labels.append(sample.tokens[row + 1])
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))

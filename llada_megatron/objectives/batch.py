@@ -12,9 +12,8 @@ from megatron.core import parallel_state
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
-from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import BlockGrid
-from llada_megatron.data.packed import PackedSample
+from llada_megatron.config.schema import BlockGrid, ModelConfig
+from llada_megatron.data.packed import BadSample, PackedSample, PackedSequences
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 
 
@@ -60,17 +59,28 @@ class MicroBatch:
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
-def check_vocabulary(samples: list[PackedSample], vocab_size: int) -> None:
-    """Raise BadInput for a token that the model has no row for.
+def read_sample(data: PackedSequences, index: int, vocab_size: int) -> PackedSample:
+    """The sample at an index; BadSample for the mask token, or an id that the model has no row for.
 
-    Under tensor parallelism megatron-core would embed it as zero and give it a wrong loss, silently.
+    Under tensor parallelism megatron-core would embed such an id as zero and give it a wrong loss, silently.
     """
-    largest = max(int(sample.tokens.max()) for sample in samples)
-    if largest >= vocab_size:
-        raise BadInput(
-            f"The data hold token {largest}, outside model.vocab_size={vocab_size}: set a larger"
-            " model.vocab_size, or prepare the data with the model's tokenizer."
+    sample = data[index]
+    outside = np.flatnonzero((sample.tokens < 0) | (sample.tokens >= vocab_size))
+    if outside.size:
+        raise BadSample(
+            f"{sample.document_at(outside[0])} holds token {sample.tokens[outside[0]]}, outside"
+            f" model.vocab_size={vocab_size}: prepare the data with the model's tokenizer, set a larger"
+            " model.vocab_size, or set training.bad_samples=skip.",
+            sample,
         )
+    return sample
+
+
+def left_out(sample: PackedSample, model: ModelConfig) -> PackedSample:
+    """The sample for the model to read, but not to learn from: a word stands for each id that cannot be."""
+    bad = (sample.tokens < 0) | (sample.tokens >= model.vocab_size) | (sample.tokens == model.mask_token_id)
+    word = 0 if model.mask_token_id else 1
+    return replace(sample, tokens=np.where(bad, word, sample.tokens), is_left_out=True)
 
 
 def model_mask(

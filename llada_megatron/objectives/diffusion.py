@@ -49,6 +49,8 @@ class Diffusion(Objective):
             self.corrupt(seed, index, sample.cu_seqlens, stage.block_size, diffusion)
             for index, sample in zip(indices, samples, strict=True)
         ]
+        for sample, corruption in zip(samples, corruptions, strict=True):
+            corruption.masked[:] &= not sample.is_left_out
         masked = [corruption.masked for corruption in corruptions]
         inputs = diffusion_inputs(
             samples,
@@ -70,7 +72,7 @@ class Diffusion(Objective):
             weight, count = position_weights(corruption, diffusion)
             place = np.arange(len(weight)) - block_starts(sample.cu_seqlens, stage.block_size, grid)
             weights.append(weight[corruption.masked])
-            counts.append(count)
+            counts.append(0 if sample.is_left_out else count)
             rates.append(corruption.rate[corruption.masked])
             places.append(place[corruption.masked])
         rate_bin = np.minimum((np.concatenate(rates) * RATE_BINS).astype(np.int64), RATE_BINS - 1)
@@ -96,7 +98,8 @@ class Diffusion(Objective):
     def noise_sigma(self, step: int, embedding_rms: float) -> float:
         """Fades over the run's diffusion stages, which may be several."""
         noise = self.config.diffusion.embedding_noise
-        tokens = (step - self.schedule.first_diffusion_step()) * self.schedule.tokens_per_step
+        before = self.schedule.tokens_before(self.schedule.first_diffusion_step())
+        tokens = self.schedule.tokens_before(step) - before
         return embedding_rms * embedding_noise_sigma(noise.sigma_over_rms, noise.fade_tokens, tokens)
 
     def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:

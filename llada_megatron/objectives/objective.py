@@ -14,10 +14,10 @@ import torch
 
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import PackedSample, PackedSequences
+from llada_megatron.config.schema import BadSamples, Config
+from llada_megatron.data.packed import BadSample, PackedSample, PackedSequences
 from llada_megatron.model.readout import CROSS_ENTROPY, Readout
-from llada_megatron.objectives.batch import MicroBatch, check_vocabulary
+from llada_megatron.objectives.batch import MicroBatch, left_out, read_sample
 
 
 @dataclass
@@ -48,6 +48,8 @@ class Objective:
     def __init__(self, name: str, config: Config, schedule: Schedule) -> None:
         self.config, self.schedule = config, schedule
         self.geometry = OBJECTIVES[name]
+        self.left_out: dict[int, str] = {}
+        """Why sequences of this rank were left out since somebody last looked, by their index in the data."""
 
     def batch(
         self,
@@ -88,7 +90,17 @@ class Objective:
         return dict(means)
 
     def read(self, data: PackedSequences, sequences: Sequence[int]) -> list[PackedSample]:
-        """Sequences of the data by their index; BadInput for a token that the model has no row for."""
-        samples = [data[sequence] for sequence in sequences]
-        check_vocabulary(samples, self.config.model.vocab_size)
-        return samples
+        """Sequences of the data by their index; one that cannot be trained on is `is_left_out`, or BadSample.
+
+        As training.bad_samples says. From what is left out `batch` supervises nothing, and counts nothing.
+        """
+        return [self._read(data, sequence) for sequence in sequences]
+
+    def _read(self, data: PackedSequences, sequence: int) -> PackedSample:
+        try:
+            return read_sample(data, sequence, self.config.model.vocab_size)
+        except BadSample as fault:
+            if self.config.training.bad_samples is BadSamples.refuse or fault.sample is None:
+                raise
+            self.left_out[sequence] = str(fault)
+            return left_out(fault.sample, self.config.model)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megatron.core import parallel_state
 
 Deal = Callable[[int, int, int], list[list[int]]]
-"""(step, micro-batch, global batch) -> global sample indices of each of this rank's micro-batches."""
+"""(first sample, micro-batch, global batch) -> global sample indices of each of this rank's micro-batches."""
 
 
 def data_parallel() -> tuple[int, int]:
@@ -15,10 +15,12 @@ def data_parallel() -> tuple[int, int]:
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
-def sample_indices(step: int, micro_batch: int, global_batch: int) -> list[list[int]]:
-    """Global sample indices of this rank's micro-batches: the global batch is dealt out in file order."""
+def sample_indices(first: int, micro_batch: int, global_batch: int) -> list[list[int]]:
+    """Global sample indices of this rank's micro-batches: the global batch is dealt out in file order.
+
+    first: of the step.
+    """
     rank, ranks = data_parallel()
-    first = step * global_batch
     return [
         list(range(first + start, first + start + micro_batch))
         for start in range(rank * micro_batch, global_batch, ranks * micro_batch)

@@ -5,9 +5,10 @@ library only, since a batch script calls it with whatever Python a node has.
 
 `submitted` (job), `started` (job, restart, nodes, devices, step), `first_step` (step, replayed), `saved`
 (step, seconds), `evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when
-all are well again), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome,
-reason), `excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py,
-reason, nodes at fault).
+all are well again), `global_batch` (a resume changed it: step, sample, before, now, the schedule's steps and
+tokens), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome, reason),
+`excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py, reason,
+nodes at fault), `left_out` (step, sequences of the data, why).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 

@@ -34,10 +34,15 @@ class Manifest:
     """Steps done: training goes on with this one."""
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    global_batches: list[list[int]] = field(default_factory=list)
+    """`[first step, samples of each step from there on]`, as often as it changed; empty: it never did."""
     stage: str = ""
     block_size: int = 0
     stage_ended: bool = False
     skipped_steps: int = 0
+    skipped_lately: list[int] = field(default_factory=list)
+    """Which steps were skipped, and below the step of each sample that was left out, of the latest window."""
+    left_out_lately: list[int] = field(default_factory=list)
     wall_sec: float = 0.0
     """Seconds of training so far, over all restarts."""
     autoregressive_tokens: int = 0
@@ -51,6 +56,14 @@ class Manifest:
     """`kind` (hf-to-mcore, merge, upcycle) and its sources, for a checkpoint made from others."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`bytes` and `sha256` of every file beside this one, by its path in the checkpoint."""
+
+    def batches(self, global_batch: int) -> list[tuple[int, int]]:
+        """(first step, samples of each step from there on), the last one for a run that goes on from here."""
+        known = self.global_batches or [[0, self.config.get("layout", {}).get("global_batch", global_batch)]]
+        parts = [(first, batch) for first, batch in known if first < self.step]
+        if not parts or parts[-1][1] != global_batch:
+            parts.append((self.step, global_batch))
+        return parts
 
     def write(self, checkpoint: Path) -> None:
         """Write manifest.json, with a digest of its own content."""

@@ -61,7 +61,10 @@ def read_jsonl(path: Path) -> list[Record]:
 
 def step_seconds(record: Record) -> float:
     """How long a step of metrics.jsonl took."""
-    return record["consumed_tokens"] / (record["step"] + 1) / record["tokens_per_sec"]
+    steps = record["step"] + 1  # of a run that never changed its global batch, which older records do not say
+    if "global_batch" in record:
+        steps = record["consumed_samples"] / record["global_batch"]
+    return record["consumed_tokens"] / steps / record["tokens_per_sec"]
 
 
 def by_stage(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:

@@ -17,10 +17,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 from llada_megatron.config.errors import Refusal, RunFailed, limit_met
+from llada_megatron.runtime import interrupts
 
 GRACE_SEC = 10.0
 """How long the others get to end after the first process failed."""
@@ -28,11 +30,6 @@ SETTLE_SEC = 1.0
 """How long to wait for the cause: a failed rank breaks the others' collectives, and they may report first."""
 AS_THEY_ARE = (Refusal, OSError)
 FIRST_PORT, PORTS = 20_000, 10_000
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-remembered: list[int] = []
-"""Signals that arrived after `remember_signals`."""
 
 
 class WorkerError(RuntimeError):
@@ -72,15 +69,6 @@ def already_started() -> bool:
     return "RANK" in os.environ
 
 
-def remember_signals() -> None:
-    """Keep SIGUSR1 and SIGTERM for later, in a process that has yet to import what handles them.
-
-    The imports take ten seconds and more; until then each would end the process, as if it had failed.
-    """
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: remembered.append(number))
-
-
 def node() -> str:
     """This machine's name: Slurm's, which may differ from the host's, where there is one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -101,38 +89,35 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
 
     worker and args are picklable; `preload` is the module that the parent of the ranks imports. Raises
     what a rank raised (AS_THEY_ARE as they are, anything else as WorkerError with the rank and its
-    traceback) after ending the others; SIGINT, SIGTERM and SIGUSR1 are passed on to every rank.
+    traceback) after ending the others; signals are passed on to every rank, where they interrupt a worker
+    that does not handle them. The ranks do not outlive this process.
     """
     # Through the driver's monitor, asking whether CUDA is there leaves the parent of the forks untouched.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    meeting = tempfile.mkdtemp(
-        prefix="llada_ranks_"
-    )  # a file, where a port could be taken by others meanwhile
-    ranks, pipes = [], []
-    for rank in range(processes):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(rank, processes, meeting, sender, worker, args))
-        _start(process)
-        sender.close()
-        ranks.append(process)
-        pipes.append(receiver)
-    handlers = {number: signal.getsignal(number) for number in FORWARDED}
-
-    def forward(number: int, _frame: Any) -> None:
-        for process in ranks:
-            if process.is_alive() and process.pid:
-                os.kill(process.pid, number)
-
-    try:
-        for number in FORWARDED:
-            signal.signal(number, forward)
-        return _collect(ranks, pipes)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        shutil.rmtree(meeting, ignore_errors=True)
+    with (
+        interrupts.held_back()
+    ):  # neither the parent of the ranks nor its import ends by a signal to the group
+        forkserver.ensure_running()
+    meeting = tempfile.mkdtemp(prefix="llada_ranks_")  # a file: a port could be taken by others meanwhile
+    ranks: list[Any] = []
+    pipes = []
+    with interrupts.passed_on() as signals:
+        try:
+            for rank in range(processes):
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_run, args=(rank, processes, meeting, sender, worker, args))
+                _start(process)
+                sender.close()
+                ranks.append(process)
+                pipes.append(receiver)
+            return _collect(ranks, pipes, signals)
+        except BaseException:
+            _end(ranks)
+            raise
+        finally:
+            shutil.rmtree(meeting, ignore_errors=True)
 
 
 def _run(
@@ -146,7 +131,14 @@ def _run(
         GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     )
     try:
-        sender.send((worker(*args), None))
+        try:
+            interrupts.end_with_parent()
+            interrupts.handle(interrupts.interrupt)
+            interrupts.let_in()
+            result = worker(*args)
+        finally:
+            interrupts.ignore()
+        sender.send((result, None))
     except (*AS_THEY_ARE, KeyboardInterrupt) as error:
         sender.send((None, _Failure(error, _Blame.RAISED)))
     except Exception as error:
@@ -157,15 +149,21 @@ def _run(
         sender.send((None, _Failure(bug, _Blame.FOLLOWED)))
 
 
-def _collect(ranks: list[Any], pipes: list[Connection]) -> list[Any]:
-    """Results in rank order; raises the failure that explains the others, after ending every rank."""
+def _collect(ranks: list[Any], pipes: list[Connection], signals: int) -> list[Any]:
+    """Results in rank order; raises the failure that explains the others.
+
+    signals: where the numbers of those that arrive are read.
+    """
     results: dict[int, Any] = {}
     failures: list[_Failure] = []
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     deadline = float("inf")
     while waiting and time.monotonic() < deadline:
         timeout = max(0.0, deadline - time.monotonic()) if failures else None
-        for pipe in cast(list[Connection], wait(list(waiting), timeout)):
+        ready = wait([*waiting, signals], timeout)
+        if signals in ready:
+            _pass_on(os.read(signals, 64), ranks)
+        for pipe in cast(list[Connection], [each for each in ready if each != signals]):
             rank = waiting.pop(pipe)
             try:
                 results[rank], failure = pipe.recv()
@@ -178,7 +176,6 @@ def _collect(ranks: list[Any], pipes: list[Connection]) -> list[Any]:
                 failures.append(failure)
                 deadline = min(deadline, time.monotonic() + SETTLE_SEC)
     if failures:
-        _end(ranks)
         raise min(failures, key=lambda failure: failure.blame).error
     for process in ranks:
         process.join()
@@ -193,6 +190,13 @@ def _start(process: Any) -> None:
             "the parent of the ranks ended before they began; what it said stands above, and a limit of this"
             " machine may be why: `ulimit -a` shows memory (-v) and processor time (-t)"
         ) from error
+
+
+def _pass_on(numbers: bytes, ranks: list[Any]) -> None:
+    for number in dict.fromkeys(numbers):
+        for process in ranks:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, number)
 
 
 def _how(code: int | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llada_megatron.config.compose import save
 from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import Config
+from llada_megatron.config.schema import BadSamples, Config
 from llada_megatron.data.packed import build_sequences, fingerprint
 from llada_megatron.data.tokenizer import check_vocabulary
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
@@ -33,35 +33,29 @@ from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import Deal, sample_indices
-from llada_megatron.parallel.ranks import from_first_rank
+from llada_megatron.parallel.ranks import from_first_rank, gathered
 from llada_megatron.record import events
-from llada_megatron.record.manifest import find
+from llada_megatron.record.manifest import Checkpoint, find
 from llada_megatron.record.metrics import read_jsonl
+from llada_megatron.record.outcome import Outcome
 from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
 from llada_megatron.training.position import (
     Position,
+    batch_change,
     check_nothing_later,
     check_same_model,
     check_same_run,
     resume_checkpoint,
 )
 from llada_megatron.training.saving import Saving
+from llada_megatron.training.skips import Skips
 from llada_megatron.training.start import attention_line
 from llada_megatron.training.step import StepResult, Trainer, assemble, train_step
 
 TRAIN_LOSS_STEPS = 20
 """The train loss of a stage is the mean of its last steps."""
-
-
-@dataclass
-class Outcome:
-    """How a run ended: `finished`, or the signal that stopped it."""
-
-    step: int
-    signal: int
-    finished: bool
 
 
 def run(
@@ -76,7 +70,7 @@ def run(
     Raises BadInput for settings, data or checkpoints that do not fit, and RunFailed when too many
     steps were skipped for non-finite losses or gradients.
     """
-    schedule = rules.check(config)
+    rules.check(config)
     device.seed_everything(config.run.seed, config.precision.deterministic)
     groups.join(
         config.layout, threads=config.training.threads or threads_per_process(config.layout.processes)
@@ -99,9 +93,12 @@ def run(
         _announce_attention(config)
         lingering_sec = LINGER_SEC if in_slurm_job() else 0.0
         with only_training_of(Path(config.run.dir), wait_sec=lingering_sec):
-            training_run = _Run(config, schedule, data_fingerprint, watchdog)
-            training_run.trainer.deal, training_run.trainer.on_batch = deal, on_batch
-            outcome = training_run.train(stop)
+            if number := stop.agreed():  # before the model is built, which may take minutes
+                outcome = stopped_at_start(config, number, is_writer=dist.get_rank() == 0)
+            else:
+                training_run = _Run(config, data_fingerprint, watchdog)
+                training_run.trainer.deal, training_run.trainer.on_batch = deal, on_batch
+                outcome = training_run.train(stop)
         if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
             dist.barrier()
         return outcome
@@ -109,6 +106,14 @@ def run(
         stop.release()
         watchdog.close()
         groups.destroy()
+
+
+def stopped_at_start(config: Config, number: int, *, is_writer: bool = True) -> Outcome:
+    """What became of a start that a signal ended before it trained."""
+    step = RunDir(config.run.dir).newest_step()
+    if is_writer:
+        events.append(Path(config.run.dir), "signalled", step=step, signal=signal.Signals(number).name)
+    return Outcome(step, rules.schedule_of(config).total_steps, number, finished=False)
 
 
 def _announce_attention(config: Config) -> None:
@@ -126,22 +131,26 @@ def build_trainer(config: Config, schedule: Schedule) -> Trainer:
         split="train",
         seed=config.run.seed,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=schedule.total_steps * config.layout.global_batch,
+        sequences_wanted=schedule.total_samples,
     )
     return assemble(config, schedule, data)
 
 
 class _Run:
-    def __init__(
-        self, config: Config, schedule: Schedule, data_fingerprint: dict[str, Any], watchdog: Watchdog
-    ) -> None:
-        self.config, self.schedule, self.watchdog = config, schedule, watchdog
+    def __init__(self, config: Config, data_fingerprint: dict[str, Any], watchdog: Watchdog) -> None:
+        self.config, self.watchdog = config, watchdog
         self.files = RunDir(config.run.dir)
         self.dir = self.files.path
         self.is_writer = dist.get_rank() == 0
         self.fingerprint = data_fingerprint
-        self.trainer = build_trainer(config, schedule)
-        self.position = self._load()
+        checkpoint = resume_checkpoint(config)
+        if checkpoint is not None:
+            check_same_run(config, checkpoint.manifest, data_fingerprint)
+        check_nothing_later(self.dir, checkpoint.manifest.step if checkpoint else 0)
+        batches = checkpoint.manifest.batches(config.layout.global_batch) if checkpoint else ()
+        self.schedule = rules.schedule_of(config, batches)
+        self.trainer = build_trainer(config, self.schedule)
+        self.position = self._load(checkpoint)
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(config, self.trainer, data_fingerprint)
         self.replayed = 0
@@ -164,9 +173,9 @@ class _Run:
         last_step = self.schedule.total_steps
         if config.training.steps:
             last_step = min(last_step, config.training.steps)
-        signal_number = 0
+        signal_number = stop.agreed()
         try:
-            if step == 0 and config.checkpoint.init_from:
+            if step == 0 and config.checkpoint.init_from and not signal_number:
                 self._evaluate(0, None)
             while step < last_step and not signal_number:
                 stage = self.schedule.stage_at(step)
@@ -177,7 +186,7 @@ class _Run:
                     self._record("first_step", step=step, replayed=self.replayed)
                 self._log(step, stage, result, device.seconds() - began)
                 self.stragglers.report(step)
-                self._count_skipped(step, result)
+                self._count_skipped(step, stage, result)
                 step += 1
                 self.watchdog.beat()
                 signal_number = stop.agreed()
@@ -197,6 +206,8 @@ class _Run:
                     self.saving.poll()
                 self.watchdog.beat()
             self.saving.finish()
+            if step >= last_step:
+                self._check_trained(step)
             if signal_number:
                 self._record("signalled", step=step, signal=signal.Signals(signal_number).name)
         except RunFailed:
@@ -205,18 +216,24 @@ class _Run:
         finally:
             if self.trackers is not None:
                 self.trackers.close()
-        return Outcome(step=step, signal=signal_number, finished=step >= last_step)
+        return Outcome(step, self.schedule.total_steps, signal_number, finished=step >= last_step)
 
-    def _load(self) -> Position:
-        if checkpoint := resume_checkpoint(self.config):
+    def _load(self, checkpoint: Checkpoint | None) -> Position:
+        """Load weights and return the run's place: that of its own checkpoint, or its start."""
+        if checkpoint is not None:
             manifest = checkpoint.manifest
-            check_same_run(self.config, manifest, self.fingerprint)
             store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
-            check_nothing_later(self.dir, manifest.step)
+            if (change := batch_change(self.schedule, manifest)) and self.is_writer:
+                print(change[0], flush=True)
+                self._record("global_batch", **change[1])
+            skips = Skips(manifest.skipped_lately, manifest.left_out_lately)
             return Position(
-                manifest.step, manifest.skipped_steps, manifest.wall_sec, manifest.autoregressive_tokens
+                manifest.step,
+                manifest.skipped_steps,
+                manifest.wall_sec,
+                manifest.autoregressive_tokens,
+                skips,
             )
-        check_nothing_later(self.dir, 0)
         if self.config.checkpoint.init_from:
             checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
             check_same_model(self.config, checkpoint)
@@ -232,17 +249,26 @@ class _Run:
     def _wall_sec(self) -> float:
         return self.position.wall_sec + time.monotonic() - self.started
 
-    def _count_skipped(self, step: int, result: StepResult) -> None:
-        if not result.skipped:
-            return
-        self.position.skipped_steps += 1
-        limit = self.config.training.max_skipped_steps
-        if self.position.skipped_steps > limit:
-            first = step * self.config.layout.global_batch
+    def _count_skipped(self, step: int, stage: Stage, result: StepResult) -> None:
+        """Count and record what the step left out; RunFailed, on every rank, when it is too much."""
+        settings, skips = self.config.training, self.position.skips
+        if settings.bad_samples is BadSamples.skip:
+            objective = self.trainer.objectives[stage.objective]
+            found = {index: why for part in gathered(objective.left_out) for index, why in part.items()}
+            objective.left_out.clear()
+            if found:
+                self._record("left_out", step=step, sequences=sorted(found), why=list(found.values()))
+                skips.add_samples(settings, step, list(found.values()))
+        if result.skipped:
+            self.position.skipped_steps += 1
+            first, end = (self.schedule.samples_before(each) for each in (step, step + 1))
+            skips.add_step(settings, step, range(first, end))
+
+    def _check_trained(self, step: int) -> None:
+        if step and self.position.skipped_steps == step:
             raise RunFailed(
-                f"Step {step} (samples {first} to {first + self.config.layout.global_batch - 1}) is the"
-                f" {self.position.skipped_steps}th with a non-finite loss or gradient, more than"
-                f" training.max_skipped_steps={limit}: lower optimizer.lr or look at these samples."
+                f"Every one of the {step} steps was skipped for a non-finite loss or gradient, or for want of"
+                " good samples: nothing was learnt. Lower optimizer.lr, or look at the data and the weights."
             )
 
     def _log(self, step: int, stage: Stage, result: StepResult, seconds: float) -> None:
@@ -255,8 +281,9 @@ class _Run:
         self.trackers.log(
             {
                 "step": step,
-                "consumed_samples": (step + 1) * self.config.layout.global_batch,
-                "consumed_tokens": (step + 1) * self.schedule.tokens_per_step,
+                "consumed_samples": self.schedule.samples_before(step + 1),
+                "consumed_tokens": self.schedule.tokens_before(step + 1),
+                "global_batch": self.config.layout.global_batch,
                 "stage": stage.name,
                 "objective": stage.objective,
                 "block_size": stage.block_size,
@@ -279,14 +306,14 @@ class _Run:
         is_diffusion = stage is not None and not stage.geometry.causal
         autoregressive = None
         if not is_diffusion:
-            tokens = self.position.autoregressive_tokens + step * self.schedule.tokens_per_step
+            tokens = self.position.autoregressive_tokens + self.schedule.tokens_before(step)
             estimate = self.evaluator.autoregressive()
             autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
         bounds = self.evaluator.bounds() if is_diffusion or stage is None else {}
         self.metrics = checkpoint_metrics(bounds, autoregressive)
         record = {
             "step": step,
-            "consumed_tokens": step * self.schedule.tokens_per_step,
+            "consumed_tokens": self.schedule.tokens_before(step),
             "stage": stage.name if stage else "init",
             "objective": stage.objective if stage else "autoregressive",
             "block_size": stage.block_size if stage else 1,

@@ -135,13 +135,14 @@ class LearningRate:
 
     def apply(self, step: int) -> float:
         """Set the learning rate of `step`, counting the tokens that it consumes; returns it."""
-        tokens = self.schedule.tokens_per_step
-        self.scheduler.num_steps = min((step + 1) * tokens, self.schedule.total_tokens)
+        consumed = self.schedule.tokens_before(step + 1)
+        self.scheduler.num_steps = min(consumed, self.schedule.total_tokens)
         self.scheduler.step(0)
         stage = self.schedule.stage_at(step)
         factor = 1.0
         if stage.learning_rate is LearningRateAtStart.rewarm:
-            factor = min(1.0, (step + 1 - stage.first_step) * tokens / self.rewarm_tokens)
+            of_stage = consumed - self.schedule.tokens_before(stage.first_step)
+            factor = min(1.0, of_stage / self.rewarm_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] *= factor
         return max((group["lr"] for group in self.optimizer.param_groups), default=0.0)

@@ -9,49 +9,18 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llada_megatron.checkpoint import publish, store
+from llada_megatron.config import changes
+from llada_megatron.config.changes import setting_of
 from llada_megatron.config.compose import differences, leaf_differences, resolve, saved_model
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
+from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import fingerprint_difference
 from llada_megatron.parallel.ranks import from_first_rank, warn
 from llada_megatron.record.manifest import Checkpoint, Manifest, find, readable
 from llada_megatron.record.run_dir import RunDir
-
-MAY_CHANGE = (
-    "run.resume",
-    "run.dir",
-    "run.name",
-    "run.allow_change",
-    "run.max_failures",
-    "model.attention_backend",
-    "model.layer_spec",
-    "model.head_chunk_tokens",
-    "data.path",
-    "data.cache_dir",
-    "schedule.stages",
-    "layout.micro_batch",
-    "layout.processes",
-    "layout.tp",
-    "layout.pp",
-    "layout.vpp",
-    "layout.cp",
-    "layout.ep",
-    "layout.etp",
-    "layout.pipeline",
-    "layout.dispatcher",
-    "layout.recompute",
-    "layout.overlap",
-    "checkpoint.",
-    "evaluation.",
-    "training.",
-    "logging.",
-    "cluster.",
-    "slurm.",
-    "precision.deterministic",
-)
-"""Keys that a resume may change; data.path is covered by the fingerprint, stages by `_changed_stages`."""
-
+from llada_megatron.training.skips import Skips
 
 TRAINING_OF_MODEL = (
     "model.attention_backend",
@@ -74,6 +43,8 @@ class Position:
     wall_sec: float = 0.0
     autoregressive_tokens: int = 0
     """Data tokens of the model that the weights came from, when they came from another run."""
+    skips: Skips = dataclasses.field(default_factory=Skips)
+    """What was left out lately."""
 
 
 def resume_checkpoint(config: Config) -> Checkpoint | None:
@@ -97,24 +68,50 @@ def resume_checkpoint(config: Config) -> Checkpoint | None:
 
 def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[str, Any]) -> None:
     """Raise BadInput when the checkpoint belongs to another model, objective, seed, order or data."""
-    saved = config_of(manifest)
-    allowed = (*MAY_CHANGE, *config.run.allow_change)
-    changed = [line for line in differences(saved, config) if not line.startswith(allowed)]
-    stages = _changed_stages(saved, config, manifest.step)
-    changed += [line for line in stages if not line.startswith(tuple(config.run.allow_change))]
+    saved, allowed = config_of(manifest), config.run.allow_change
+    changed = [
+        line for line in differences(saved, config) if not changes.covers(changes.FREE, setting_of(line))
+    ]
+    changed += _changed_stages(saved, config, manifest)
+    changed = [line for line in changed if not changes.covers(allowed, setting_of(line))]
     if changed:
+        settings = dict.fromkeys(map(setting_of, changed))
+        stay = [
+            f"{name} must stay, since {changes.NEVER[name]}" for name in settings if name in changes.NEVER
+        ]
+        offered = ", ".join(name for name in settings if name not in changes.NEVER)
         raise BadInput(
-            "The checkpoint belongs to another run: "
-            + "; ".join(changed)
-            + ". Put the settings back, name them in run.allow_change, or start anew with run.resume=never"
-            " and another run.name."
+            f"The checkpoint belongs to another run: {'; '.join([*changed, *stay])}. Put the settings back,"
+            + (f" set run.allow_change=[{offered}]," if offered and not stay else "")
+            + " or start anew with another run.name (from these weights with checkpoint.init_from)."
         )
-    if "data" in config.run.allow_change:
+    _check_same_data(manifest.data_fingerprint, data_fingerprint, allowed)
+
+
+def _check_same_data(saved: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> None:
+    """Other text in the same places may be allowed; what moves the places may not."""
+    found = " ".join(fingerprint_difference(saved, now))
+    if not found:
         return
-    if data := fingerprint_difference(manifest.data_fingerprint, data_fingerprint):
+    if _places(saved) != _places(now):
         raise BadInput(
-            f"The data changed since the checkpoint: {' '.join(data)} Set run.allow_change=[data] to go on."
+            f"The data changed since the checkpoint: {found} The run's place in them would be another one:"
+            " put the data back, or start a new run from its weights with checkpoint.init_from."
         )
+    has_text = saved["corpora"] == now["corpora"]
+    has_tokenizer = saved["tokenizer_sha256"] == now["tokenizer_sha256"]
+    needed = [name for name, same in (("data.path", has_text), ("data.tokenizer", has_tokenizer)) if not same]
+    if not set(needed) <= set(allowed):
+        raise BadInput(
+            f"The data changed since the checkpoint: {found} Documents begin where they did: set"
+            f" run.allow_change=[{', '.join(needed)}] to go on."
+        )
+
+
+def _places(fingerprint: dict[str, Any]) -> list[Any]:
+    """What decides which documents a sample holds."""
+    order = [fingerprint[name] for name in ("weights", "split", "sequence_length")]
+    return [[corpus["idx_sha256"] for corpus in fingerprint["corpora"]], *order]
 
 
 def check_same_model(config: Config, checkpoint: Checkpoint) -> None:
@@ -126,7 +123,9 @@ def check_same_model(config: Config, checkpoint: Checkpoint) -> None:
     saved = {"model": dataclasses.asdict(saved_model(checkpoint.manifest.config["model"]))}
     now = {"model": OmegaConf.to_container(OmegaConf.structured(config.model), enum_to_str=True)}
     allowed = (*TRAINING_OF_MODEL, *config.run.allow_change)
-    if changed := [line for line in leaf_differences(saved, now) if not line.startswith(allowed)]:
+    if changed := [
+        line for line in leaf_differences(saved, now) if not changes.covers(allowed, setting_of(line))
+    ]:
         raise BadInput(
             f"checkpoint.init_from={checkpoint.path} holds another model: {'; '.join(changed)}. Choose its"
             " model, or name the keys in run.allow_change."
@@ -147,15 +146,32 @@ def check_nothing_later(run_dir: Path, step: int) -> None:
             )
 
 
-def _changed_stages(saved: Config, now: Config, step: int) -> list[str]:
+def _changed_stages(saved: Config, now: Config, manifest: Manifest) -> list[str]:
     """Stages that were trained, up to the one in progress, stay as they are; later ones are free."""
-    in_progress = schedule_of(saved).stage_at(step - 1).index
+    batches = manifest.batches(saved.layout.global_batch)
+    in_progress = schedule_of(saved, batches).stage_at(manifest.step - 1).index
     changed = []
     for index, before in enumerate(saved.schedule.stages[: in_progress + 1]):
         after = now.schedule.stages[index] if index < len(now.schedule.stages) else None
         if after is None or dataclasses.replace(after, micro_batch=before.micro_batch) != before:
             changed.append(f"schedule.stages[{index}] ({before.name}) has been trained and is another now")
     return changed
+
+
+def batch_change(schedule: Schedule, manifest: Manifest) -> tuple[str, dict[str, int]] | None:
+    """What another global batch than the checkpoint's means, a sentence and figures; None if it stays."""
+    (_, before), (first, now) = [(0, 0), *schedule.batches][-2:]
+    if first != manifest.step or not first:
+        return None
+    stage, sample = schedule.stage_at(first), schedule.samples_before(first)
+    sentence = (
+        f"layout.global_batch {before} -> {now} at step {first}: goes on with sample {sample} in stage"
+        f" {stage.name}, which ends after step {stage.end_step} with {stage.tokens:,} tokens, in whole steps"
+        f" of {schedule.tokens_per_step:,}; the schedule has {schedule.total_steps} steps and"
+        f" {schedule.total_tokens:,} tokens now"
+    )
+    place = {"step": first, "sample": sample, "before": before, "now": now}
+    return sentence, place | {"steps": schedule.total_steps, "tokens": schedule.total_tokens}
 
 
 def config_of(manifest: Manifest) -> Config:

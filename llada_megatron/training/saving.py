@@ -41,16 +41,18 @@ class Saving:
         """Save after `step` steps; in the background it returns when everything is captured."""
         self.finish()
         began = time.monotonic()
-        samples = step * self.config.layout.global_batch
         manifest = Manifest(
             config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
             step=step,
-            consumed_samples=samples,
-            consumed_tokens=samples * self.config.data.sequence_length,
+            consumed_samples=self.trainer.schedule.samples_before(step),
+            consumed_tokens=self.trainer.schedule.tokens_before(step),
+            global_batches=[list(part) for part in self.trainer.schedule.batches],
             stage=stage.name,
             block_size=stage.block_size,
             stage_ended=step == stage.end_step,
             skipped_steps=position.skipped_steps,
+            skipped_lately=list(position.skips.steps),
+            left_out_lately=list(position.skips.samples),
             wall_sec=wall_sec,
             autoregressive_tokens=position.autoregressive_tokens,
             metrics=metrics,

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import Config, MomentsAtStart
+from llada_megatron.config.schema import BadSamples, Config, MomentsAtStart
 from llada_megatron.data.packed import PackedSequences
 from llada_megatron.model.provider import build_model
 from llada_megatron.objectives import passes
@@ -93,7 +93,8 @@ class StepResult:
 def train_step(trainer: Trainer, step: int) -> StepResult:
     """Forward, backward and update of the step's global batch.
 
-    A non-finite loss or gradient norm leaves weights, moments and expert biases as they were.
+    A non-finite loss or gradient norm, or a batch of which every sample is left out, leaves weights, moments
+    and expert biases as they were.
     """
     stage = trainer.schedule.stage_at(step)
     objective = trainer.objectives[stage.objective]
@@ -120,11 +121,12 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
             **sizes,
         )
     total = passes.global_sums(reduced, objective.geometry.sums)
-    loss, _, means = passes.read_record(objective, total)
+    loss, counts, means = passes.read_record(objective, total)
 
     trainer.optimizer.prepare_grads()
     grad_norm = float(trainer.optimizer.get_grad_norm())
-    skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+    all_left_out = trainer.config.training.bad_samples is BadSamples.skip and not any(counts)
+    skipped = all_left_out or not (math.isfinite(loss) and math.isfinite(grad_norm))
     if not skipped:
         with trainer.section("optimizer"):
             trainer.optimizer.step()
@@ -159,10 +161,15 @@ def micro_batches(
     drafts: list[torch.Tensor] | None = None,
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a step, on its device; none is held here while the model has it."""
-    dealt = trainer.deal(step, stage.micro_batch, trainer.config.layout.global_batch)
-    for index, indices in enumerate(dealt):
+    for index, indices in enumerate(_dealt(trainer, stage, step)):
         draft = {} if drafts is None else {"draft": drafts[index]}
         yield _part(trainer, objective, stage, indices, noise_sigma=sigma, **draft).to(device.device())
+
+
+def _dealt(trainer: Trainer, stage: Stage, step: int) -> list[list[int]]:
+    """Global sample indices of this rank's micro-batches of a step."""
+    first = trainer.schedule.samples_before(step)
+    return trainer.deal(first, stage.micro_batch, trainer.config.layout.global_batch)
 
 
 def _part(
@@ -183,7 +190,7 @@ def _drafts(
     readout = objective.draft_readout
     assert readout is not None
     parts = []
-    for indices in trainer.deal(step, stage.micro_batch, trainer.config.layout.global_batch):
+    for indices in _dealt(trainer, stage, step):
         whole = objective.draft_batch(trainer.data, indices, stage, noise_sigma=sigma)
         whole.inputs.readout = readout
         parts.append((len(whole.inputs.outputs), context_part(whole)))

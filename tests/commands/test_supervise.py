@@ -17,6 +17,7 @@ from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import NODE_FAULT, BadInput
 from llada_megatron.record import events
 from llada_megatron.record.run_dir import RunDir
+from llada_megatron.runtime import interrupts
 from llada_megatron.runtime.launch import WorkerDied, WorkerError, node
 from llada_megatron.verify.layouts import write_corpus
 
@@ -76,6 +77,17 @@ def test_bad_input_is_not_tried_again(corpus, tmp_path):
     with pytest.raises(BadInput, match="absent"):
         train.supervise(config)
     assert [(event["outcome"], event["exit_code"]) for event in ended(tmp_path)] == [("failed", 2)]
+
+
+def test_a_signal_between_two_attempts_stops_the_run(corpus, tmp_path, monkeypatch):
+    def die_while_a_signal_arrives(*_, **__):
+        monkeypatch.setattr(interrupts, "remembered", [signal.SIGTERM])
+        raise WorkerDied("process 0 was killed by SIGKILL")
+
+    monkeypatch.setattr(train.launch, "launch", die_while_a_signal_arrives)
+    outcome = train.supervise(configure(corpus, tmp_path))
+    assert outcome.signal == signal.SIGTERM and not outcome.finished
+    assert [event["outcome"] for event in ended(tmp_path)] == ["again", "stopped"]
 
 
 def reshape_wrongly(config):

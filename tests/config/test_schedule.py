@@ -3,16 +3,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schedule import Schedule
+from llada_megatron.config.schedule import Batches, Schedule
 from llada_megatron.config.schema import ScheduleConfig, StageConfig
 
 L, GLOBAL_BATCH = 64, 4
 TOKENS_PER_STEP = L * GLOBAL_BATCH
 
 
-def schedule(*stages: StageConfig) -> Schedule:
+def schedule(*stages: StageConfig, batches: Batches = ((0, GLOBAL_BATCH),)) -> Schedule:
     config = ScheduleConfig(stages=list(stages))
-    return Schedule(config, sequence_length=L, global_batch=GLOBAL_BATCH, micro_batch=2)
+    return Schedule(config, sequence_length=L, batches=batches, micro_batch=2)
 
 
 def stage(name="a", block_size="4", tokens=TOKENS_PER_STEP, **options) -> StageConfig:
@@ -31,6 +31,32 @@ def test_stages_tile_the_steps_and_round_their_tokens_up_to_whole_steps(budgets)
     assert made.total_steps == ends[-1]
     assert made.total_tokens == sum(each.tokens for each in made.stages)
     assert made.stage_at(made.total_steps + 5) is made.stages[-1]
+
+
+@given(
+    budgets=st.lists(st.integers(1, 4000), min_size=1, max_size=4),
+    changes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 17)), max_size=3),
+)
+def test_whatever_the_global_batch_becomes_every_sample_comes_once_and_in_the_stage_of_its_tokens(
+    budgets, changes
+):
+    batches = [(0, GLOBAL_BATCH)]
+    for steps, batch in changes:
+        batches.append((batches[-1][0] + steps, batch))
+    made = schedule(*(stage(name=str(i), tokens=tokens) for i, tokens in enumerate(budgets)), batches=batches)
+    trained, stages, step = [], [], 0  # what a loop over the steps does, one sample after the other
+    for index, budget in enumerate(budgets):
+        done = 0
+        while done < budget:
+            batch = [size for first, size in batches if first <= step][-1]
+            trained += range(len(trained), len(trained) + batch)
+            stages.append(index)
+            done, step = done + batch * L, step + 1
+        assert made.stages[index].end_step == step and made.stages[index].tokens == done
+    assert [made.stage_at(each).index for each in range(step)] == stages
+    ranges = [range(made.samples_before(each), made.samples_before(each + 1)) for each in range(step)]
+    assert [sample for each in ranges for sample in each] == trained
+    assert (made.total_steps, made.total_samples, made.total_tokens) == (step, len(trained), len(trained) * L)
 
 
 def test_a_clean_copy_is_kept_exactly_while_a_block_is_shorter_than_the_sequence():

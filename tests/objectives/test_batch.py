@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,12 +9,13 @@ from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
-from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
-from llada_megatron.data.packed import PackedSample
+from llada_megatron.config.schema import BadSamples, BlockGrid, DiffusionConfig, RatePer
+from llada_megatron.data.packed import BadSample, PackedSample
 from llada_megatron.objectives.autoregressive import autoregressive_batch
-from llada_megatron.objectives.batch import check_vocabulary, flat_outputs
+from llada_megatron.objectives.batch import flat_outputs, read_sample
 from llada_megatron.objectives.corruption import corrupt
 from llada_megatron.objectives.diffusion import POSITION_BINS, RATE_BINS, Diffusion
+from llada_megatron.objectives.registry import objective_of
 
 L, MASK, SEED = 128, 257, 3
 STAGES = {stage.name: stage for stage in schedule_of(compose(["experiment=parity"])).stages}
@@ -126,7 +128,45 @@ def test_rows_of_samples_become_rows_of_flattened_hidden_states():
 
 
 def test_a_token_outside_the_vocabulary_is_refused_by_its_setting():
-    check_vocabulary(SAMPLES, 256)
-    largest = max(int(sample.tokens.max()) for sample in SAMPLES)
+    largest = int(SAMPLES[0].tokens.max())
+    assert read_sample(SAMPLES, 0, largest + 1) is SAMPLES[0]
     with pytest.raises(BadInput, match=f"token {largest}, outside model.vocab_size={largest}"):
-        check_vocabulary(SAMPLES, largest)
+        read_sample(SAMPLES, 0, largest)
+    negative = replace(SAMPLES[0], tokens=SAMPLES[0].tokens - 300, corpus="c", document_ids=np.array([7] * 9))
+    with pytest.raises(BadInput, match=r"c: document 7 \(counted from 0\) holds token -"):
+        read_sample([negative], 0, 512)
+
+
+class WithABadOne:
+    """SAMPLES, of which one holds the mask token and another an id outside the vocabulary."""
+
+    def __init__(self, mask: int, outside: int) -> None:
+        self.samples = [replace(sample, tokens=sample.tokens.copy()) for sample in SAMPLES]
+        self.samples[1].tokens[3], self.samples[2].tokens[5] = mask, outside
+        self.mask = mask
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        if (sample.tokens == self.mask).any():
+            raise BadSample("It holds the mask token.", sample)
+        return sample
+
+
+@pytest.mark.parametrize("denominator", ["tokens", "masked", "sequence", "batch"])
+@pytest.mark.parametrize("name", ["autoregressive", "diffusion"])
+def test_a_sample_that_is_left_out_supervises_nothing_and_counts_for_nothing(name, denominator):
+    settings = ["experiment=parity", f"diffusion.denominator={denominator}", f"data.sequence_length={L}"]
+    config = compose([*settings, "training.bad_samples=skip"])
+    objective = objective_of(name, config, schedule_of(config))
+    data = WithABadOne(config.model.mask_token_id, config.model.vocab_size)
+    stage = STAGES["bdlm_4"]
+    alone, among = (objective.batch(data, indices, stage) for indices in ([0], [0, 1, 2]))
+    assert among.counts == alone.counts and sum(alone.counts) > 0
+    assert torch.equal(among.rows["weights"], alone.rows["weights"])
+    assert torch.equal(among.inputs.outputs, alone.inputs.outputs * 3)  # of the first sample of three
+    clean = among.inputs.tokens[1:, -L:]
+    assert int(clean.max()) < config.model.vocab_size and not (clean == config.model.mask_token_id).any()
+    assert torch.equal(among.inputs.tokens[1:, :L], clean) and [*objective.left_out] == [1, 2]
+    with pytest.raises(BadSample):
+        config.training.bad_samples = BadSamples.refuse
+        objective.batch(data, [1], stage)

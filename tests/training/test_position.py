@@ -7,8 +7,9 @@ import pytest
 
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.rules import schedule_of
 from llada_megatron.record.manifest import Checkpoint, Manifest
-from llada_megatron.training.position import check_same_model
+from llada_megatron.training.position import batch_change, check_same_model
 
 
 def test_a_checkpoint_from_before_model_family_is_of_gpt_and_another_family_is_refused() -> None:
@@ -19,3 +20,32 @@ def test_a_checkpoint_from_before_model_family_is_of_gpt_and_another_family_is_r
     with pytest.raises(BadInput, match=r"model\.family: other -> gpt"):
         other = Manifest(config={"model": old | {"family": "other"}})
         check_same_model(config, Checkpoint(Path("other"), other))
+
+
+STAGES = "schedule.stages=[{name: a, block_size: '4', tokens: 512}, {name: b, block_size: '8', tokens: 512}]"
+
+
+def resumed(global_batch: int, manifest: Manifest):
+    config = compose(["experiment=parity", STAGES, "data.sequence_length=64"])
+    config.layout.global_batch = global_batch
+    schedule = schedule_of(config, manifest.batches(global_batch))
+    return schedule, batch_change(schedule, manifest)
+
+
+def test_another_global_batch_is_said_with_the_place_it_goes_on_at_and_the_rounding():
+    before = Manifest(config={"layout": {"global_batch": 4}}, step=1)
+    assert resumed(4, before)[1] is None
+    schedule, (said, figures) = resumed(3, before)
+    assert said == (
+        "layout.global_batch 4 -> 3 at step 1: goes on with sample 4 in stage a, which ends after step 3"
+        " with 640 tokens, in whole steps of 192; the schedule has 6 steps and 1,216 tokens now"
+    )
+    assert figures["sample"] == 4 and figures["steps"] == 6
+    later = Manifest(config={}, step=2, global_batches=[list(part) for part in schedule.batches])
+    assert resumed(3, later)[1] is None
+    assert "3 -> 8 at step 2: goes on with sample 7 in stage a" in resumed(8, later)[1][0]
+
+
+def test_a_batch_that_trained_no_step_leaves_no_trace():
+    tried = Manifest(config={}, step=2, global_batches=[[0, 4], [2, 3]])
+    assert tried.batches(4) == [(0, 4)] and tried.batches(5) == [(0, 4), (2, 5)]

@@ -16,6 +16,7 @@ import pytest
 
 from llada_megatron.config.errors import BadInput, RunFailed
 from llada_megatron.runtime.launch import WorkerDied
+from llada_megatron.verify.layouts import write_corpus
 from tests.distributed import run_ranks
 from tests.training.runs import (
     LONG,
@@ -114,7 +115,8 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(corpus, tmp_path,
 
 
 def press_twice_then_later():
-    from llada_megatron.guard.signals import ONE_KEYPRESS_SEC, StopRequest
+    from llada_megatron.guard.signals import StopRequest
+    from llada_megatron.runtime.interrupts import ONE_KEYPRESS_SEC
 
     stop, presses = StopRequest(lambda: None), 0
     try:
@@ -133,13 +135,25 @@ def test_one_keypress_that_arrives_twice_stops_gently_and_another_interrupts():
 
 
 REFUSED = [
-    (["run.seed=2"], "run.seed: 1 -> 2"),
-    (["model.layers=2"], "model.layers: 4 -> 2"),
+    (["run.seed=2"], "run.seed: 1 -> 2; run.seed must stay, since"),
+    (["model.layers=2"], "model.layers: 4 -> 2; model.layers must stay, since"),
     (["diffusion.weight=flat"], "diffusion.weight: inverse -> flat"),
-    (["optimizer.lr=0.5"], "optimizer.lr: 0.001 -> 0.5"),
-    (["layout.global_batch=8"], "layout.global_batch: 4 -> 8"),
+    (["optimizer.lr=0.5"], "set run.allow_change=[optimizer.lr],"),
+    (["layout.global_batch=8"], "set run.allow_change=[layout.global_batch],"),
     ([STAGES.replace("'16'", "'32'")], "schedule.stages[1] (bdlm_16) has been trained and is another now"),
-    (["data.split='9,1'"], "data.split: 8,2 -> 9,1"),
+    (["data.split='9,1'"], "data.split: 8,2 -> 9,1; data.split must stay, since"),
+    (["data.sequence_length=32"], "data.sequence_length must stay, since the run's place in its data"),
+    (
+        ["run.allow_change=[data.sequence_length]"],
+        "run.allow_change cannot hold data.sequence_length: the run's",
+    ),
+    (
+        ["run.allow_change=[optimizer]"],
+        "run.allow_change holds optimizer, which is no setting: name one exactly",
+    ),
+    (["run.allow_change=[optimizer.l]", "optimizer.lr=0.5"], "such as optimizer.lr"),
+    (["run.allow_change=[data]"], "such as data.cache_dir, data.path"),
+    (["run.allow_change=[optimizer.min_lr]", "optimizer.lr=0.5"], "optimizer.lr: 0.001 -> 0.5"),
 ]
 
 
@@ -167,7 +181,9 @@ def test_a_resume_of_another_run_is_refused_and_the_difference_named(corpus, str
     assert train(configure(corpus, tmp_path / "run", later, "training.steps=5")) == [(5, 0, True)]
 
 
-def test_a_resume_on_changed_data_is_refused_unless_it_is_allowed(corpus, straight, tmp_path):
+def test_a_resume_on_other_text_in_the_same_places_is_refused_unless_it_is_allowed(
+    corpus, straight, tmp_path
+):
     shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(checkpoint(tmp_path / "run", STEPS))
     mine = copy_corpus(corpus, tmp_path)
@@ -175,11 +191,74 @@ def test_a_resume_on_changed_data_is_refused_unless_it_is_allowed(corpus, straig
     tokens[5] = 65 if tokens[5] != 65 else 66
     tokens.flush()
     with pytest.raises(
-        BadInput, match=r"The data changed since the checkpoint: .*run\.allow_change=\[data\]"
+        BadInput, match=r"The data changed since the checkpoint: .*run\.allow_change=\[data\.path\]"
     ):
         train(configure(mine, tmp_path / "run"))
-    allowed = configure(mine, tmp_path / "run", "run.allow_change=[data]", "training.steps=5")
+    allowed = configure(mine, tmp_path / "run", "run.allow_change=[data.path]", "training.steps=5")
     assert train(allowed) == [(5, 0, True)]
+
+
+def test_a_resume_on_documents_of_other_lengths_is_refused_for_good(corpus, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(checkpoint(tmp_path / "run", STEPS))
+    texts = write_corpus(tmp_path)
+    with pytest.raises(BadInput, match=r"The run's place in them would be another one: .*init_from"):
+        train(configure(texts, tmp_path / "run", "run.allow_change=[data.path]"))
+
+
+def train_and_say(configs, folders) -> list[list[int]]:
+    """The samples of each run in the order in which they were trained."""
+    from llada_megatron.verify.journal import train_and_record
+
+    found = []
+    for config, folder in zip(configs, folders, strict=True):
+        train_and_record(config, folder)
+        [file] = folder.iterdir()
+        found.append([json.loads(line)["sample"] for line in file.read_text().splitlines()])
+    return found
+
+
+def test_another_global_batch_goes_on_at_the_same_sample_stage_and_learning_rate(corpus, tmp_path):
+    """4, then 3 in the middle of a stage and over its end, then 16: which divide neither place nor stages."""
+    settings = [
+        "optimizer.decay_style=linear",
+        "diffusion.embedding_noise.sigma_over_rms=0.5",
+        STAGES.replace("mdlm,", "mdlm, learning_rate: rewarm,"),
+        "schedule.rewarm_tokens=640",
+        "run.allow_change=[layout.global_batch]",
+    ]
+    parts = [("4", "1"), ("3", "4"), ("16", "0"), ("16", "0")]
+    configs = [
+        configure(
+            corpus, tmp_path / "run", *settings, f"layout.global_batch={batch}", f"training.steps={end}"
+        )
+        for batch, end in parts
+    ]
+    folders = [tmp_path / str(index) for index in range(len(parts) - 1)]
+    (samples,) = run_ranks(train_and_say, configs[:-1], folders)
+    # stages of 8 samples: 4 3 3 | 3 16 | 16
+    assert samples == [[*range(4)], [*range(4, 13)], [*range(13, 45)]]
+    metrics = records(tmp_path / "run")
+    assert [record["consumed_samples"] for record in metrics] == [4, 7, 10, 13, 29, 45]
+    assert [record["consumed_tokens"] for record in metrics] == [64 * n for n in (4, 7, 10, 13, 29, 45)]
+    assert [record["block_size"] for record in metrics] == [4, 4, 4, 16, 16, 64]
+    # The schedule's length in tokens is known for the present batch: each part's decay aims at its own end.
+    totals = [24, *[4 + 6 + 9 + 9] * 3, 45, 45]
+    for record, total in zip(metrics, totals, strict=True):
+        tokens, whole = record["consumed_tokens"], total * 64
+        rate = 1e-3 * (tokens / 512 if tokens <= 512 else (whole - tokens) / (whole - 512))
+        rewarmed = min(1.0, (tokens - 29 * 64) / 640) if record["stage"] == "mdlm" else 1.0
+        assert record["lr"] == pytest.approx(max(rate, 0.0) * rewarmed, abs=1e-9)
+    faded = [max(0.0, 1 - tokens / 1024) for tokens in (0, 256, 448, 640, 832, 1856)]
+    ratios = [record["embedding_noise_sigma"] / metrics[0]["embedding_noise_sigma"] for record in metrics]
+    assert ratios == pytest.approx(faded, rel=0.05)  # the embeddings' norm moves a little
+    changed = [line for line in records(tmp_path / "run", "events") if line["event"] == "global_batch"]
+    assert [(line["step"], line["sample"], line["now"]) for line in changed] == [(1, 4, 3), (4, 13, 16)]
+    manifest = json.loads((checkpoint(tmp_path / "run", 6) / "manifest.json").read_text())
+    assert manifest["global_batches"] == [[0, 4], [1, 3], [4, 16]]
+    shutil.rmtree(checkpoint(tmp_path / "run", 6))
+    assert train(configs[-1]) == [(6, 0, True)]  # of one batch from the same place: bit for bit
+    assert [record["loss"] for record in records(tmp_path / "run")] == [record["loss"] for record in metrics]
 
 
 def test_only_a_whole_checkpoint_of_this_run_is_picked_up(corpus, straight, tmp_path):
@@ -328,7 +407,9 @@ def test_a_step_with_an_infinite_input_leaves_no_trace_and_the_run_goes_on(corpu
     noise = "diffusion.embedding_noise={sigma_over_rms: 1e45, fade_tokens: 256}"
     config = configure(corpus, tmp_path, noise, "checkpoint.every_steps=1", "training.steps=1")
     go_on = configure(corpus, tmp_path, noise, "training.steps=3")
-    assert train(config, go_on) == [(1, 0, True), (3, 0, True)]
+    with pytest.raises(RunFailed, match="Every one of the 1 steps was skipped"):
+        train(config)
+    assert train(go_on) == [(3, 0, True)]
     metrics = records(tmp_path)
     assert [record["skipped_steps"] for record in metrics] == [1, 1, 1]
     assert metrics[0]["loss"] is None or metrics[0]["grad_norm"] is None

@@ -1,0 +1,119 @@
+"""What signals do to a process of ours, from its first moment to its last. Standard library alone.
+
+A verb is interrupted: its clean-up runs, and it exits with 128 + the number. Training remembers instead,
+until its ranks agree at a step (guard/signals.py). What was ignored when the process began (nohup) stays so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llada_megatron.config.errors import Interrupted
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+ONE_KEYPRESS_SEC = 0.5
+REPEATS = 2
+"""How often one Ctrl-C may reach a rank: from the terminal, and from the launcher that passes it on."""
+
+remembered: list[int] = []
+"""Signals that arrived while `remember` handled them."""
+_first_sec = {"Ctrl-C": 0.0, "interrupt": -ONE_KEYPRESS_SEC}
+
+
+def remember(number: int, _frame: Any = None) -> None:
+    """Keep a signal for later, as a handler; who presses Ctrl-C again after that is heard at once."""
+    now_sec, presses = time.monotonic(), remembered.count(signal.SIGINT)
+    remembered.append(number)
+    if number != signal.SIGINT:
+        return
+    if not presses:
+        _first_sec["Ctrl-C"] = now_sec
+    elif presses >= REPEATS and now_sec - _first_sec["Ctrl-C"] > ONE_KEYPRESS_SEC:
+        raise Interrupted(number)
+
+
+def interrupt(number: int, _frame: Any = None) -> None:
+    """Raise Interrupted, as a handler; for one keypress once, since another would break into the clean-up."""
+    now_sec = time.monotonic()
+    if now_sec - _first_sec["interrupt"] > ONE_KEYPRESS_SEC:
+        _first_sec["interrupt"] = now_sec
+        raise Interrupted(number)
+
+
+def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Install it for STOPPING, except for what is ignored; returns the handlers before."""
+    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def give_back(handlers: dict[int, Any]) -> None:
+    """Install what `handle` returned."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def ignore() -> None:
+    """For a process that has done its work and only leaves."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals wait meanwhile; a process that is started here keeps them waiting until it lets them in."""
+    from multiprocessing import resource_tracker  # here: handlers stand before it is imported
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        resource_tracker.ensure_running()  # would be started by what follows, and lets SIGINT and SIGTERM in
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_in() -> None:
+    """End `held_back` in a process that was started under it; what waited arrives now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+@contextmanager
+def passed_on() -> Iterator[int]:
+    """The reading end of a pipe that gets the numbers of signals that arrive meanwhile, one byte each."""
+    reading, writing = os.pipe()
+
+    def note(number: int, _frame: Any) -> None:
+        os.write(writing, bytes([number]))
+        noted.append(number)
+        if noted.count(signal.SIGINT) > REPEATS:
+            interrupt(number)
+
+    noted: list[int] = []
+    handlers = handle(note)
+    try:
+        yield reading
+    finally:
+        give_back(handlers)
+        remembered.extend(number for number in noted if handlers[number] is remember)
+        os.close(reading)
+        os.close(writing)
+
+
+def end_with_parent() -> None:
+    """Let this process, which multiprocessing started, be killed when the one that asked for it is gone."""
+    import multiprocessing  # as in held_back
+
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        assert parent is not None
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
