@@ -43,6 +43,7 @@ class Evaluator:
             config.data,
             split="validation",
             seed=config.run.seed,
+            vocab_size=config.model.vocab_size,
             mask_token_id=config.model.mask_token_id,
             sequences_wanted=wanted,
         )
