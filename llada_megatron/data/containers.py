@@ -114,7 +114,11 @@ def parquet(file: IO[bytes], path: str) -> Iterator[bytes]:
         for batch in batches:
             for row in batch.to_pylist():
                 yield json.dumps(row, default=lambda value: None).encode()
-    except pyarrow.ArrowException as error:
+    except (
+        pyarrow.ArrowException,
+        ValueError,
+        OverflowError,
+    ) as error:  # strings and dates, when they are read
         raise BadInput(f"{path} is cut off or damaged (parquet: {error}): fetch it again.") from error
 
 

@@ -101,6 +101,8 @@ class FileTokenizer:
         self.end_of_document = end_of_document or _first_name(vocabulary, END_OF_DOCUMENT_NAMES)
         mask_token = _first_name(vocabulary, MASK_NAMES)
         self.vocab_size: int = max(vocabulary.values()) + 1
+        if self.vocab_size > 2**31:
+            raise BadInput(f"Tokenizer file {path} has an id above 2**31 - 1, which no token file holds.")
         self.end_of_document_id = vocabulary.get(self.end_of_document or "")
         self.mask_token_id = vocabulary.get(mask_token or "")
         # Unigram has no name for it; its text outside the vocabulary goes uncounted.

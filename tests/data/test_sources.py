@@ -75,6 +75,13 @@ def test_rows_of_parquet_are_records_and_what_json_does_not_know_is_null(tmp_pat
     assert found == [row | {"raw": None} for row in rows]
 
 
+def test_strings_of_parquet_that_are_not_utf8_are_a_sentence(tmp_path):
+    texts = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a")
+    with pytest.raises(BadInput, match=r"a is cut off or damaged \(parquet"):
+        read(tmp_path / "a")
+
+
 def test_parquet_without_pyarrow_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a").write_bytes(b"PAR1" + bytes(20))

@@ -67,6 +67,7 @@ def test_unusable_files_are_refused_with_their_path(tmp_path):
         (b"[" * 100_000, "is not a tokenizer"),
         (b"\xff\xfe", "is not a tokenizer"),
         (json.dumps(words).encode(), "has an empty vocabulary"),
+        (json.dumps(words).replace('"vocab": {}', '"vocab": {"a": 2147483648}').encode(), "has an id above"),
     ]:
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(BadInput, match=rf"bad\.json {message}"):
