@@ -25,7 +25,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "observe": {"config", "record", "jobs"},
     "parallel": {"config", "runtime"},
     "attention": {"config", "runtime", "parallel"},
-    "data": {"config", "runtime"},
+    "data": {"config", "runtime", "parallel"},
     "model": {"config", "runtime", "attention"},
     "guard": {"config", "record", "runtime", "parallel", "data"},
     "objectives": {"config", "runtime", "parallel", "attention", "data", "model"},

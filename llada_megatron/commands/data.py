@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from llada_megatron.config.errors import BadInput
-from llada_megatron.data.prepare import prepare_corpus, read_index, read_sidecar
+from llada_megatron.config.errors import FAILED, BadInput
+from llada_megatron.data.containers import CONTAINERS
+from llada_megatron.data.formats import FORMATS
+from llada_megatron.data.prepare import (
+    MASK_RULES,
+    CorpusIndex,
+    Preparation,
+    prepare_corpus,
+    read_index,
+    read_sidecar,
+)
+from llada_megatron.data.token_ids import complaint, id_range, outside
 from llada_megatron.data.tokenizer import load_tokenizer
 
 SHOWN_CHARACTERS = 300
@@ -20,21 +31,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands of `llada data`."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
-    prepare = commands.add_parser("prepare", help="text or JSONL to .bin/.idx")
-    prepare.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE")
-    prepare.add_argument("--output", type=Path, required=True, metavar="PREFIX")
-    prepare.add_argument("--tokenizer", default="bytes", help="`bytes` or a tokenizer.json")
-    prepare.add_argument("--text-field", default="text", help="field of a JSONL line that holds the text")
-    prepare.add_argument("--workers", type=int, help="processes; default: the cores this process may use")
+    prepare = commands.add_parser("prepare", help="files of text to .bin/.idx")
+    add = prepare.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="files, folders or quoted patterns")
+    add("--output", required=True, metavar="PREFIX")
+    add("--overwrite", action="store_true", help="replace a corpus of that name")
+    add("--tokenizer", default="bytes", help="`bytes` or a tokenizer.json")
+    add("--end-of-document", metavar="TOKEN", help="default: found by name, such as <|endoftext|>")
+    add("--parse-special", action="store_true", help="special tokens' names in the text become those tokens")
+    add("--container", choices=CONTAINERS, help="what the files are; default: read from their content")
+    add("--format", choices=FORMATS, default="text", help="what a record means")
+    add("--text-field", default="text", help="field of a record that holds the text")
+    add("--skip-bad", type=int, default=0, metavar="N", help="go on without up to N unreadable records")
+    add("--mask-token-in-text", choices=MASK_RULES, default="refuse", help="what becomes of such a document")
+    add("--workers", type=int, help="processes; default: the cores this process may use")
 
     python_text = commands.add_parser("python-text", help="the text that CPython carries, prepared as bytes")
     python_text.add_argument("--output", type=Path, required=True, metavar="DIR")
+    python_text.add_argument("--overwrite", action="store_true", help="replace the files there")
 
     index = commands.add_parser("index", help="build a run's indices beforehand, e.g. on a login node")
     index.add_argument("overrides", nargs="*", help="hydra overrides that name the run")
 
-    inspect = commands.add_parser("inspect", help="counts and first text of a corpus")
+    inspect = commands.add_parser("inspect", help="counts, range of ids and first text of a corpus")
     inspect.add_argument("prefix", metavar="PREFIX")
+    inspect.add_argument("--vocab-size", type=int, metavar="N", help="default: what the corpus's .json says")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,27 +71,64 @@ def run(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise BadInput(f"--workers must be at least 1, not {args.workers}.")
-    _report(
-        args.output, prepare_corpus(args.input, args.output, args.tokenizer, args.text_field, args.workers)
+    if args.skip_bad < 0:
+        raise BadInput(f"--skip-bad must be at least 0, not {args.skip_bad}.")
+    if os.path.basename(args.output) in ("", ".", ".."):
+        raise BadInput(
+            f"--output {args.output!r} names no corpus: give a folder and a name, such as data/notes."
+        )
+    how = Preparation(
+        tokenizer=args.tokenizer,
+        end_of_document=args.end_of_document,
+        parse_special=args.parse_special,
+        format=args.format,
+        text_field=args.text_field,
+        mask_token_in_text=args.mask_token_in_text,
+        skip_bad=args.skip_bad,
     )
+    summary = prepare_corpus(
+        args.input,
+        Path(args.output),
+        how,
+        container=args.container,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        say=print,
+    )
+    _report(args.output, summary)
     return 0
 
 
 def _python_text(args: argparse.Namespace) -> int:
     from llada_megatron.data.python_text import write_python_text
 
-    text = args.output / "text.jsonl"
+    text, prefix = args.output / "text.jsonl", args.output / "python"
+    written = [text, *(Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx", "json"))]
+    if not args.overwrite and (there := [path for path in written if path.exists()]):
+        raise BadInput(f"{there[0]} exists already: choose another --output, or replace it by --overwrite.")
     documents = write_python_text(text)
     print(f"{text}: {documents} documents of Python {sys.version_info.major}.{sys.version_info.minor}")
-    _report(args.output / "python", prepare_corpus([text], args.output / "python"))
+    _report(prefix, prepare_corpus([text], prefix, overwrite=args.overwrite))
     return 0
 
 
-def _report(prefix: Path, summary: dict[str, Any]) -> None:
+def _report(prefix: str | Path, summary: dict[str, Any]) -> None:
+    end = "id 256" if summary["end_of_document"] is None else summary["end_of_document"]
     print(
         f"{prefix}: {summary['documents']} documents, {summary['tokens']} tokens, {summary['bytes']} bytes "
-        f"of text; {summary['empty_documents']} empty documents skipped"
+        f"of text; {summary['empty_documents']} empty documents skipped; each document ends with {end}"
     )
+    became = "became tokens" if summary["parse_special"] else "stayed text"
+    rule = {"drop": "dropped", "split": "split there"}.get(summary["mask_token_in_text"])
+    for count, what in [
+        ("bad_records", "records could not be read and were left out"),
+        ("special_strings", f"names of special tokens in the text {became}"),
+        ("unknown_tokens", "tokens stand for text that the vocabulary does not hold"),
+        ("documents_with_mask_token", f"documents held the mask token and were {rule}"),
+        ("documents_with_replaced_characters", "documents held half a surrogate pair, now a `?`"),
+    ]:
+        if summary[count]:
+            print(f"{summary[count]} {what}")
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -87,6 +145,7 @@ def _index(args: argparse.Namespace) -> int:
             config.data,
             split=split,
             seed=config.run.seed,
+            vocab_size=config.model.vocab_size,
             mask_token_id=config.model.mask_token_id,
             sequences_wanted=sequences_wanted,
         )
@@ -95,18 +154,36 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    index = read_index(args.prefix)
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise BadInput(f"--vocab-size must be at least 1, not {args.vocab_size}.")
+    index, sidecar = read_index(args.prefix), read_sidecar(args.prefix)
     documents = len(index.document_lengths)
     print(f"documents {documents}")
     print(f"tokens {index.tokens}")
     print(f"mean length {index.tokens / documents:.1f} tokens")
     print(f"as a log-normal: llada plan --document-tokens {index.log_normal}")
-    tokens = numpy.memmap(f"{args.prefix}.bin", index.dtype, "r")
-    # Four tokens are enough for a character, even where tokens are bytes.
-    first = tokens[: 4 * SHOWN_CHARACTERS].tolist()
-    sidecar = read_sidecar(args.prefix)
-    if sidecar is None:
-        print(f"first tokens {first[:32]} ({args.prefix}.json is missing: the tokenizer is unknown)")
-    else:
-        print(load_tokenizer(sidecar["tokenizer"]).decode(first)[:SHOWN_CHARACTERS])
+    lowest, highest = id_range(index) or (0, 0)
+    print(f"ids {lowest} to {highest}")
+    vocab_size = args.vocab_size or (sidecar["vocab_size"] if sidecar else max(highest, 0) + 1)
+    # Ids between documents, where nobody reads, are no fault.
+    found = outside(index, vocab_size) if lowest < 0 or highest >= vocab_size else None
+    if found:
+        print(f"{complaint(index, found, vocab_size)}.")
+        return FAILED
+    print(_first_text(args.prefix, index, sidecar))
     return 0
+
+
+def _first_text(prefix: str, index: CorpusIndex, sidecar: dict[str, Any] | None) -> str:
+    # Four tokens are enough for a character, even where tokens are bytes.
+    first = numpy.memmap(f"{prefix}.bin", index.dtype, "r")[: 4 * SHOWN_CHARACTERS].tolist()
+    tokens = f"first tokens {first[:32]}"
+    if sidecar is None:
+        return f"{tokens} ({prefix}.json is missing: the tokenizer is unknown)"
+    try:
+        tokenizer = load_tokenizer(sidecar["tokenizer"])
+    except BadInput as error:
+        return f"{tokens} ({error})"
+    if tokenizer.sha256 != sidecar["tokenizer_sha256"]:
+        return f"{tokens} ({sidecar['tokenizer']} is another tokenizer than when it was prepared)"
+    return tokenizer.decode([token for token in first if token >= 0])[:SHOWN_CHARACTERS]

@@ -12,19 +12,13 @@ corpora without such tokens work.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-import socket
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import megatron.core
 import numpy
-import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -33,7 +27,9 @@ from megatron.core.datasets.utils import Split
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import shares_of
 from llada_megatron.config.schema import DataConfig, EvaluationConfig
+from llada_megatron.data.index_cache import cached
 from llada_megatron.data.prepare import CorpusIndex, read_index, read_sidecar
+from llada_megatron.data.token_ids import check_ids
 from llada_megatron.data.tokenizer import load_tokenizer
 
 SPLITS = {"train": Split.train, "validation": Split.valid}
@@ -156,18 +152,28 @@ def held_out_sequences(evaluation: EvaluationConfig) -> int:
 
 
 def build_sequences(
-    data: DataConfig, *, split: str, seed: int, mask_token_id: int, sequences_wanted: int
+    data: DataConfig,
+    *,
+    split: str,
+    seed: int,
+    vocab_size: int,
+    mask_token_id: int,
+    sequences_wanted: int,
+    refuse_ids: bool = True,
 ) -> PackedSequences:
     """Build the sequences of `split` ("train" or "validation"), or load their indices from the cache.
 
     `sequences_wanted` bounds the index of a blend and changes no sample. Every process of an initialised
-    torch.distributed group must call this; rank 0 builds before the others load. Raises BadInput for
-    files that cannot be used, for settings that do not fit together and for a split below one sequence.
+    torch.distributed group must call this; rank 0 builds before the others load. Raises BadInput for files
+    that cannot be used, for ids outside 0..vocab_size - 1 anywhere in them, for settings that do not fit
+    together and for a split below one sequence. Without `refuse_ids` other ids are left to who reads them.
     """
     if not 0 <= seed < 2**32:
         raise BadInput(f"run.seed must be from 0 to 2**32 - 1, not {seed}.")
     corpora = _check(data)
     documents = [_documents_of(corpus, data, split) for corpus in corpora]
+    for corpus in corpora if refuse_ids else []:
+        check_ids(corpus, vocab_size, _cache(data))
     members = [
         _build_member(data, corpus, numbers, split, seed)
         for corpus, numbers in zip(corpora, documents, strict=True)
@@ -258,7 +264,7 @@ def _build_member(
         dataset = IndexedDataset(corpus.prefix)
         return PackedDocuments(dataset, corpus.prefix, documents, None, SPLITS[split], config)
 
-    return _publish(data, identity, build)
+    return cached(_cache(data), identity, ("document_index", "sample_index", "shuffle_index"), build)
 
 
 def _build_blend(
@@ -277,38 +283,11 @@ def _build_blend(
         config = replace(members[0].config, path_to_cache=str(directory))
         return BlendedDataset(members, weights, size, config)
 
-    return _publish(data, identity, build)
+    return cached(_cache(data), identity, ("dataset_index", "dataset_sample_index"), build)
 
 
-def _publish[Dataset](
-    data: DataConfig, identity: dict[str, Any], build: Callable[[Path], Dataset]
-) -> Dataset:
-    """Return `build(directory)` after one process has filled the directory aside and renamed it.
-
-    megatron-core writes its indices in place and trusts what it finds, so a crash or a corpus prepared
-    again under the same name would leave indices that are wrong. The directory's name is the identity of
-    what is in it, and it appears when it is whole.
-    """
-    content = json.dumps({"megatron_core": megatron.core.__version__, **identity}, sort_keys=True)
-    root = Path(data.cache_dir or f"{data.path[0]}.cache")
-    directory = root / hashlib.sha256(content.encode()).hexdigest()[:32]
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if (not distributed or torch.distributed.get_rank() == 0) and not directory.is_dir():
-        aside = root / f"{directory.name}.partial-{socket.gethostname()}-{os.getpid()}"
-        try:
-            aside.mkdir(parents=True)
-            build(aside)
-            aside.rename(directory)
-        except OSError as error:
-            if not directory.is_dir():  # else another process was faster
-                raise BadInput(
-                    f"Indices cannot be written under {root} ({error.strerror}): set data.cache_dir."
-                ) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    if distributed:
-        torch.distributed.barrier()
-    return build(directory)
+def _cache(data: DataConfig) -> Path:
+    return Path(data.cache_dir or f"{data.path[0]}.cache")
 
 
 def fingerprint(data: DataConfig) -> dict[str, Any]:

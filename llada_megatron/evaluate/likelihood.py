@@ -67,8 +67,10 @@ class Evaluator:
             config.data,
             split="validation",
             seed=config.run.seed,
+            vocab_size=config.model.vocab_size,
             mask_token_id=config.model.mask_token_id,
             sequences_wanted=wanted,
+            refuse_ids=config.training.bad_samples is BadSamples.refuse,
         )
         held_out = list(_good(data, min(data.sequences_per_epoch, wanted), config))
         self.samples = held_out[: config.evaluation.sequences]

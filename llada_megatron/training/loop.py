@@ -130,8 +130,10 @@ def build_trainer(config: Config, schedule: Schedule) -> Trainer:
         config.data,
         split="train",
         seed=config.run.seed,
+        vocab_size=config.model.vocab_size,
         mask_token_id=config.model.mask_token_id,
         sequences_wanted=schedule.total_samples,
+        refuse_ids=config.training.bad_samples is BadSamples.refuse,
     )
     return assemble(config, schedule, data)
 

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import hashlib
+import json
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -42,8 +43,18 @@ def lengths_of(documents, seed=0):
 
 def build(data, split="train", seed=5, mask_token_id=MASK, sequences_wanted=1):
     return build_sequences(
-        data, split=split, seed=seed, mask_token_id=mask_token_id, sequences_wanted=sequences_wanted
+        data,
+        split=split,
+        seed=seed,
+        vocab_size=2**31,
+        mask_token_id=mask_token_id,
+        sequences_wanted=sequences_wanted,
     )
+
+
+def folders_of(cache):
+    """The folders of indices in a cache, which also remembers the range of ids."""
+    return sorted(path for path in Path(cache).iterdir() if path.is_dir())
 
 
 def tokens_of(sequences, count, first=0):
@@ -176,14 +187,14 @@ def test_a_sequence_with_the_mask_token_is_refused_by_prefix_and_document(data):
 
 def test_indices_are_loaded_from_the_cache_and_rebuilt_for_another_corpus(data, tmp_path):
     before = tokens_of(build(data), 5)
-    (directory,) = (tmp_path / "corpus.cache").iterdir()
+    (directory,) = folders_of(tmp_path / "corpus.cache")
     times = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert tokens_of(build(data), 5) == before
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == times
     write_corpus(tmp_path / "corpus", lengths_of(80, seed=3))
     sequences = build(data)
     assert sequences.sequences_per_epoch == sum(lengths_of(80, seed=3)[:72]) // L
-    assert len(list((tmp_path / "corpus.cache").iterdir())) == 2
+    assert len(folders_of(tmp_path / "corpus.cache")) == 2
 
 
 def test_a_build_that_was_cut_off_is_not_trusted(data, tmp_path, monkeypatch):
@@ -198,13 +209,13 @@ def test_a_build_that_was_cut_off_is_not_trusted(data, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=r"No space left on device\): set data.cache_dir"):
         build(data)
     monkeypatch.undo()
-    assert not list((tmp_path / "corpus.cache").iterdir())
+    assert not folders_of(tmp_path / "corpus.cache")
     build(data)
 
 
 def test_the_index_command_builds_what_a_run_loads(blend, tmp_path, monkeypatch, capsys):
     config = Config(data=blend)
-    config.model.mask_token_id = MASK
+    config.model.vocab_size, config.model.mask_token_id = 2**31, MASK
     config.schedule.stages = [StageConfig(name="all", block_size="full", tokens=600 * L)]
     config.evaluation = EvaluationConfig(block_sizes=["full"], sequences=20)
     monkeypatch.setattr("llada_megatron.config.compose.compose", lambda overrides: config)
@@ -247,7 +258,7 @@ def test_every_process_of_a_group_reads_the_same_sequences(blend, tmp_path):
     assert digests == {
         hashlib.sha256(str(tokens_of(build(blend, sequences_wanted=100), 100)).encode()).hexdigest()
     }
-    assert len(list(Path(f"{blend.path[0]}.cache").iterdir())) == 3
+    assert len(folders_of(f"{blend.path[0]}.cache")) == 3
 
 
 @pytest.mark.parametrize(
@@ -274,7 +285,8 @@ def test_settings_that_cannot_work_are_refused(data, change, message):
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(data):
-    Path(f"{data.path[0]}.json").write_text('{"tokenizer_sha256": "0", "tokenizer": "t.json"}')
+    sidecar = {"tokenizer_sha256": "0", "tokenizer": "t.json", "vocab_size": 1, "tokens": 1, "bytes": 1}
+    Path(f"{data.path[0]}.json").write_text(json.dumps(sidecar))
     with pytest.raises(BadInput, match=r"prepared with another tokenizer: set data.tokenizer to t\.json"):
         build(data)
 
@@ -323,3 +335,13 @@ def test_a_large_file_is_sampled_from_its_first_to_its_last_byte(tmp_path, monke
         changes += packed._sampled_sha256(str(path)) != whole
         content[offset] ^= 1
     assert changes == 3
+
+
+def test_an_id_outside_the_vocabulary_is_found_before_any_index_is_built(data):
+    with pytest.raises(
+        BadInput, match=r"corpus\.bin: document 50 \(counted from 0\) holds the id 50000 at its"
+    ):
+        build_sequences(
+            data, split="train", seed=5, vocab_size=50_000, mask_token_id=MASK, sequences_wanted=1
+        )
+    assert not folders_of(f"{data.path[0]}.cache")

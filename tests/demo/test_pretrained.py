@@ -60,7 +60,12 @@ def test_both_checkpoints_have_the_nll_that_plain_pytorch_computes_from_the_file
     finally:
         groups.destroy()
     held_out = build_sequences(
-        config.data, split="validation", seed=config.run.seed, mask_token_id=16, sequences_wanted=3
+        config.data,
+        split="validation",
+        seed=config.run.seed,
+        vocab_size=config.model.vocab_size,
+        mask_token_id=16,
+        sequences_wanted=3,
     )
     reference, total, predicted = Smollm2(pretrained.gguf_file()), 0.0, 0
     for sample in (held_out[index] for index in range(3)):
