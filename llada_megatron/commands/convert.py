@@ -125,6 +125,8 @@ def _print(certificate: Certificate, target: Path, seconds: float) -> None:
         if len(certificate.problems) > PROBLEMS_SHOWN:
             print(f"  and {len(certificate.problems) - PROBLEMS_SHOWN} more")
         return
+    for note in certificate.notes:
+        print(f"note       {note}")
     logits, peak = certificate.logits, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"source     {certificate.source}")
     mask = "" if certificate.mask_token_id is None else f", mask token {certificate.mask_token_id}"

@@ -78,6 +78,8 @@ class Certificate:
     """`written`, and `architecture`: what megatron-core's own model has."""
     logits: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What a user would not expect, one sentence each: numbers of several types, no tokenizer."""
     problems: list[str] = field(default_factory=list)
     megatron: dict[str, Any] = field(default_factory=dict)
     """Type, shape and SHA-256 of every tensor, by key."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llada_megatron.checkpoint.shards import whole
-from llada_megatron.convert.safetensors_files import SafetensorsReader
+from llada_megatron.convert.reference_files import ReferenceFiles
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -25,7 +25,7 @@ class Forward:
     attention, output = "self_attn", "o_proj"
     """Names inside a layer: of its attention, and in that of the projection back."""
 
-    def __init__(self, files: SafetensorsReader, config: dict[str, Any]) -> None:
+    def __init__(self, files: ReferenceFiles, config: dict[str, Any]) -> None:
         self.files, self.config = files, config
         parameters = config.get("rope_parameters") or {}
         self._heads = config["num_attention_heads"]
