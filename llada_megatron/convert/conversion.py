@@ -118,6 +118,8 @@ def mcore_to_hf(
     model = ModelConfig(**manifest.config["model"])
     folder = carried.folder_of(checkpoint)
     came_as = block_fp8.without_quantization(_optional_json(folder, "config.json"))
+    if all(key in came_as for key in DTYPE_KEYS):
+        came_as.pop(DTYPE_KEYS[1])
     architecture = architecture or _architecture(manifest, model, came_as)
     family = family_of(architecture, "--architecture")
     entries = list(family.table(model, layout))
