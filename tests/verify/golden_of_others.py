@@ -139,9 +139,8 @@ def write_set(folder: Path) -> Path:
     }
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in stored.items()}, folder / "cases.safetensors"
-    )
+    cases = {name: tensor.detach().clone() for name, tensor in stored.items()}
+    save_file(cases, folder / "cases.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "cases.json").write_text(json.dumps(described))
     return folder
