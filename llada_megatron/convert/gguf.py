@@ -107,17 +107,7 @@ def gguf_to_hf(
 
 def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> dict[str, Any]:
     """config.json of a GGUF's metadata; BadInput for what it cannot express."""
-    if fields.get("general.architecture") != ARCHITECTURE:
-        found = fields.get("general.architecture")
-        raise BadInput(f"The GGUF is of architecture {found}: only {ARCHITECTURE} is served.")
-    for key, value in fields.items():
-        acts = key.startswith(f"{ARCHITECTURE}.") and value not in (0, 0.0, "none", "")
-        if acts and key.removeprefix(f"{ARCHITECTURE}.") not in READ:
-            raise BadInput(f"The GGUF sets {key}={str(value)[:80]}, which is not served.")
-    if "rope_freqs.weight" in tensors:
-        raise BadInput(
-            "The GGUF holds rope_freqs.weight, factors of scaled frequencies, which are not served."
-        )
+    _require_known(fields, tensors)
 
     def get(key: str, otherwise: Any = None) -> Any:
         """A positive number, whole but for an epsilon and a base."""
@@ -168,6 +158,21 @@ def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> d
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         "tie_word_embeddings": "output.weight" not in tensors,
     } | {key: value for key, value in ids.items() if value is not None}
+
+
+def _require_known(fields: dict[str, Any], tensors: set[str]) -> None:
+    """Raise BadInput for another architecture, and what would act and is not read."""
+    if fields.get("general.architecture") != ARCHITECTURE:
+        found = fields.get("general.architecture")
+        raise BadInput(f"The GGUF is of architecture {found}: only {ARCHITECTURE} is served.")
+    for key, value in fields.items():
+        acts = key.startswith(f"{ARCHITECTURE}.") and value not in (0, 0.0, "none", "")
+        if acts and key.removeprefix(f"{ARCHITECTURE}.") not in READ:
+            raise BadInput(f"The GGUF sets {key}={str(value)[:80]}, which is not served.")
+    if "rope_freqs.weight" in tensors:
+        raise BadInput(
+            "The GGUF holds rope_freqs.weight, factors of scaled frequencies, which are not served."
+        )
 
 
 def llama_entries(described: dict[str, Any]) -> Iterator[GgufEntry]:

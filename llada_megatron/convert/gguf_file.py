@@ -61,7 +61,7 @@ class GgufFile:
                 raise self._damage(f"{key} comes twice")
             self.fields[key] = self._value(key)
         described = [self._tensor_info() for _ in range(tensors)]
-        self.tensors = {tensor.name: tensor for tensor in self._tensors(described)}
+        self.tensors = {tensor.name: tensor for tensor in self._tensors(described)} if described else {}
 
     def _damage(self, reason: str) -> BadInput:
         return BadInput(f"{self._path} is no GGUF file, or a damaged one: {reason}; copy it again.")

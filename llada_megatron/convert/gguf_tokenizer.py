@@ -36,7 +36,6 @@ def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.save(str(directory / "tokenizer.json"))
     described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         if (index := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
@@ -46,6 +45,7 @@ def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
     described["additional_special_tokens"] = special
     if "tokenizer.chat_template" in fields:
         described["chat_template"] = fields["tokenizer.chat_template"]
+    tokenizer.save(str(directory / "tokenizer.json"))
     write_json(directory / "tokenizer_config.json", described)
 
 

@@ -95,10 +95,10 @@ def test_tensors_lie_one_after_another(tmp_path: Path) -> None:
     assert found["w"].data.tobytes() == data[:24]
     for tensors, sentence in (
         ((tensor("w", 999, 0, 3),), "w is of type 999, which is not known"),
-        ((tensor("w", 0, 32, 3),), "w of shape .3. at 32 cannot be there"),
-        ((tensor("w", 8, 0, 3),), "w of shape .3. at 0 cannot be there"),
-        ((tensor("w", 0, 0, 3, 0),), "w of shape .0, 3. at 0 cannot be there"),
-        ((good[0], tensor("w", 0, 32, 3)), "w of shape .3. at 32 cannot be there"),
+        ((tensor("w", 0, 32, 3),), "w of shape .3. at 32 does not fit what is before it"),
+        ((tensor("w", 8, 0, 3),), "w of shape .3. at 0 does not fit what is before it"),
+        ((tensor("w", 0, 0, 3, 0),), "w of shape .0, 3. at 0 does not fit what is before it"),
+        ((good[0], tensor("w", 0, 32, 3)), "w of shape .3. at 32 does not fit what is before it"),
         ((tensor("w", 0, 0, 1 << 40, 1 << 40),), "it ends inside w"),
     ):
         with pytest.raises(BadInput, match=sentence):
