@@ -159,7 +159,7 @@ def _begin_save(config: Config, folder: Path, model: Any, optimizer: Any, in_bac
 
     shutil.rmtree(folder / "saved", ignore_errors=True)
     manifest = Manifest(config={"model": asdict(config.model)})
-    return Save(folder / "saved", manifest, model, optimizer, in_background=in_background)
+    return Save(folder / "saved", manifest, model, optimizer, carried_along={}, in_background=in_background)
 
 
 class _Peak:

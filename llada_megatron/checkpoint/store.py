@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from llada_megatron.checkpoint import publish
 from llada_megatron.config.errors import BadInput
 from llada_megatron.model.initialize import SHARDING_METADATA
+from llada_megatron.record import carried
 from llada_megatron.record.manifest import Checkpoint, Manifest, file_record
 from llada_megatron.record.run_dir import SHARDS
 from llada_megatron.runtime import device, writer_queue
@@ -47,8 +48,10 @@ class Save:
         model: list[DistributedDataParallel],
         optimizer: MegatronOptimizer | None,
         *,
+        carried_along: Mapping[str, bytes],
         in_background: bool,
     ) -> None:
+        """carried_along: files of the checkpoint's `hf/` by name; the first rank's are written."""
         self.final, self.manifest = final, manifest
         for chunk in model:
             if chunk.ddp_config.overlap_param_gather:  # the next forward would gather what the optimizer left
@@ -59,6 +62,7 @@ class Save:
         shards = self._aside / SHARDS
         if dist.get_rank() == 0:
             shards.mkdir()
+            carried.write(carried_along, self._aside)
         dist.barrier()
         self._hashed: dict[str, Any] = {}
         writer_queue.use_plain_queue()

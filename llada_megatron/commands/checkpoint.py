@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record import carried
 from llada_megatron.record.manifest import Checkpoint, Manifest, file_damage, find, readable
 from llada_megatron.record.run_dir import SHARDS, RunDir
 
@@ -110,7 +111,9 @@ def _merge(args: argparse.Namespace) -> int:
     target = args.to or RunDir(args.run).merged / f"top_{args.top_k}_{args.metric}"
     aside = publish.begin(target)
     merge.write_mean([each.path for each in chosen], weights, aside / SHARDS)
-    newest = max((each.manifest for each in chosen), key=lambda manifest: manifest.step)
+    last = max(chosen, key=lambda each: each.manifest.step)
+    newest = last.manifest
+    carried.write(carried.content_of(last), aside)
     lineage = {
         "kind": "merge",
         "metric": args.metric,

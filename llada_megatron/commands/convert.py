@@ -121,8 +121,6 @@ def _print(certificate: Certificate, target: Path, seconds: float) -> None:
     if certificate.unread:
         count, names = len(certificate.unread), ", ".join(certificate.unread)
         print(f"unread     {count} {'key' if count == 1 else 'keys'} of config.json: {names}")
-    for remark in certificate.remarks:
-        print(f"config     {remark}")
     if not certificate.passed:
         print(f"The conversion fails its certificate, and {target} was not written:")
         for problem in certificate.problems[:PROBLEMS_SHOWN]:
@@ -130,6 +128,8 @@ def _print(certificate: Certificate, target: Path, seconds: float) -> None:
         if len(certificate.problems) > PROBLEMS_SHOWN:
             print(f"  and {len(certificate.problems) - PROBLEMS_SHOWN} more")
         return
+    for note in certificate.notes:
+        print(f"note       {note}")
     logits, peak = certificate.logits, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"source     {certificate.source}")
     mask = "" if certificate.mask_token_id is None else f", mask token {certificate.mask_token_id}"

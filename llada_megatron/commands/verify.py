@@ -173,6 +173,7 @@ def _as_json(report: GoldenReport, tolerances: dict[str, float]) -> dict[str, ob
         "worst": report.worst(),
         "tolerances": tolerances,
         "not_served": report.not_served,
+        "unknown": report.unknown,
         "passed": report.passed,
     }
 
@@ -201,11 +202,15 @@ def _print(report: GoldenReport, tolerances: dict[str, float]) -> None:
     console.print(table)
     if report.not_served:
         console.print("\nNot served yet, not counted:", ", ".join(report.not_served))
+    if report.unknown:
+        console.print("\nNot known, not read:", ", ".join(report.unknown))
     failed = sum(not case.passed for case in report.cases)
     outcome = (
         f"{failed} of {len(report.cases)} cases failed."
         if failed
         else f"All {len(report.cases)} cases agree."
+        if report.cases
+        else "No case is served."
     )
     console.print(f"\n{outcome}", style="bold")
 

@@ -80,8 +80,8 @@ class Certificate:
     dropped: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     """Keys of the source's config.json that nothing reads."""
-    remarks: list[str] = field(default_factory=list)
-    """What of config.json was left out, changed, or is to be known."""
+    notes: list[str] = field(default_factory=list)
+    """What a user would not expect, one sentence each: what of config.json was left out, no tokenizer."""
     problems: list[str] = field(default_factory=list)
     megatron: dict[str, Any] = field(default_factory=dict)
     """Type, shape and SHA-256 of every tensor, by key."""

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import ModelConfig
-from llada_megatron.convert import rope_json
+from llada_megatron.convert import block_fp8, rope_json
 from llada_megatron.convert.families import family_of
 from llada_megatron.convert.families.family import REQUIRED, Family, architecture_of
 from llada_megatron.convert.families.shared import ANOTHER_MODEL, IDLE, IDLE_AT
@@ -64,15 +64,9 @@ def unread(described: dict[str, Any], where: str) -> list[str]:
     return sorted(names) + (rope_json.unread(described, where) if family.rotary else [])
 
 
-def remarks(described: dict[str, Any], *, quantized: bool) -> list[str]:
-    """What of a config.json does not describe the tensors beside it, a sentence each.
-
-    quantized: whether tensors of the checkpoint are.
-    """
+def doubts(described: dict[str, Any]) -> list[str]:
+    """What of a config.json others read otherwise, a sentence each."""
     said = []
-    if described.get(QUANTIZATION) and not quantized:
-        method = described[QUANTIZATION].get("quant_method", "no method")
-        said.append(f"{QUANTIZATION} ({method}) is a leftover, no tensor is quantised: it is left out.")
     if nested := rope_json.by_layer(described):
         said.append(
             f"{nested} is taken for all layers; the public code of this architecture reads no such key."
@@ -108,7 +102,7 @@ def describe(
     ends = carried.get("eos_token_id")
     if isinstance(ends, list) and model.mask_token_id in ends:
         values["eos_token_id"] = [token for token in ends if token != model.mask_token_id]
-    dropped = {QUANTIZATION}
+    dropped = set(block_fp8.KEYS)
     if family.rotary is not None and not (same and _same_rotary(model, carried, family)):
         dropped |= rope_json.KEYS
         values |= rope_json.write(model, family.rotary)
@@ -134,8 +128,9 @@ def changes(carried: dict[str, Any], described: dict[str, Any], positions: int |
     `positions` is the longest sequence of the run, None where no run wrote the checkpoint.
     """
     said = []
-    if carried.get(QUANTIZATION):
-        said.append(f"{QUANTIZATION} is left out: the tensors that are written are not quantised.")
+    for key in block_fp8.KEYS:
+        if carried.get(key):
+            said.append(f"{key} is left out: the tensors that are written are not quantised.")
     rotary = sorted(key for key in rope_json.KEYS if carried.get(key) != described.get(key))
     if carried and rotary:
         said.append(f"{', '.join(rotary)} changed to what the model computes.")

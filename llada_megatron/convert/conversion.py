@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,24 +20,25 @@ from llada_megatron.config.compose import saved_model
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import ModelConfig
-from llada_megatron.convert import config_json, tokenizer_files
+from llada_megatron.convert import block_fp8, config_json, tokenizer_files
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
 from llada_megatron.convert.families import FAMILIES, SERVED, ExpertLayout, Family, family_of
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
-from llada_megatron.convert.safetensors_files import (
-    REMEDY,
-    SafetensorsReader,
-    SafetensorsWriter,
-    write_json,
-)
+from llada_megatron.convert.reference_files import ReferenceFiles
+from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
+from llada_megatron.convert.weight_files import REMEDY
+from llada_megatron.record import carried
 from llada_megatron.record.json_files import read_json
 from llada_megatron.record.manifest import Manifest, find
 from llada_megatron.record.run_dir import SHARDS
 
-EMBEDDING = "embedding.word_embeddings.weight"
 KEPT_IN_FP32 = "expert_bias"
 """Whatever dtype is asked for: the public code and SGLang hold it in fp32."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Of config.json, the newer one first."""
+Types = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of Hugging Face tensors by name."""
 
 
 class Reader(Protocol):
@@ -59,6 +61,10 @@ def hf_to_mcore(
     """
     files = SafetensorsReader(source)
     described = read_json(source / "config.json", REMEDY)
+    block_fp8.require_served(described, bool(files.quantised()), f"{source}/config.json")
+    files.dequantised = _stated_dtype(described)
+    notes = _source_notes(source, files, described)
+    described = block_fp8.without_quantization(described)
     token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
     where = f"{source}/config.json"
     model = config_json.model_config(described, token_id, where)
@@ -66,10 +72,9 @@ def hf_to_mcore(
     family = family_of(architecture, source)
     layout = family.layout_of(files.tensors)
     entries = list(family.table(model, layout))
-    certificate = Certificate("hf-to-mcore", str(source), architecture, token_id, layout.value)
+    notes += config_json.doubts(described)
+    certificate = Certificate("hf-to-mcore", str(source), architecture, token_id, layout.value, notes=notes)
     certificate.unread = config_json.unread(described, where)
-    quantized = any(name.endswith("weight_scale_inv") for name in files.tensors)
-    certificate.remarks += config_json.remarks(described, quantized=quantized)
     shapes = files.shapes()
     certificate.dropped = {
         name: reason
@@ -82,7 +87,7 @@ def hf_to_mcore(
     with written_aside(target) as aside:
         writer = ShardsWriter(aside / SHARDS)
         _convert(certificate, entries, files, writer, lambda: ShardsReader(aside / SHARDS), to_ours=True)
-        _check_logits(certificate, family, files, described, aside, model)
+        _check_logits(certificate, family, ReferenceFiles(source, files.dequantised), described, aside, model)
         if certificate.passed:
             tokenizer_files.carry_in(source, aside)
             certificate.write(aside)
@@ -115,41 +120,37 @@ def mcore_to_hf(
     checkpoint = store.verified(find(source))
     manifest = checkpoint.manifest
     model = saved_model(manifest.config["model"])
-    folder = tokenizer_files.carried(checkpoint)
+    folder = carried.folder_of(checkpoint)
     came_as = _optional_json(folder, "config.json")
     architecture = architecture or _architecture(manifest, model, came_as)
     family = family_of(architecture, "--architecture")
     entries = list(family.table(model, layout))
     if tokenizer is not None:
+        tokenizer_files.require_tokenizer(tokenizer)
         tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
     shards = ShardsReader(checkpoint.path / SHARDS)
+    types = _types(entries, shards, dtype)
+    written, notes = _written_type(types)
     positions = manifest.config.get("data", {}).get("sequence_length")
-    stored = str(dtype or shards.dtype(EMBEDDING)).removeprefix("torch.")
-    described = config_json.describe(model, architecture, came_as, dtype=stored, positions=positions)
+    described = config_json.describe(model, architecture, came_as, dtype=written, positions=positions)
+    notes += config_json.changes(came_as, described, positions)
     certificate = Certificate(
-        "mcore-to-hf", str(checkpoint.path), architecture, model.mask_token_id, layout.value
+        "mcore-to-hf", str(checkpoint.path), architecture, model.mask_token_id, layout.value, notes=notes
     )
-    certificate.remarks += config_json.changes(came_as, described, positions)
     if not _fits(certificate, entries, str(checkpoint.path), shards.shapes(), model):
         return certificate
-    types = {
-        part.name: (_type(part, shards.dtype(entry.ours.name), dtype), part.shape)
-        for entry in entries
-        for part in entry.theirs
-    }
     with written_aside(target) as aside:
         writer = SafetensorsWriter(aside, types, max_shard_bytes)
         _convert(
             certificate, entries, shards, writer, lambda: SafetensorsReader(aside), to_ours=False, dtype=dtype
         )
-        _check_logits(certificate, family, SafetensorsReader(aside), described, checkpoint.path, model)
+        _check_logits(certificate, family, ReferenceFiles(aside), described, checkpoint.path, model)
         if certificate.passed:
-            _write_configs(aside, folder, came_as, described, model.mask_token_id)
-            if folder is not None:
-                same = config_json.architecture_of(came_as) == architecture
-                tokenizer_files.carry_out(folder, aside, code=same)
-            if tokenizer is not None:
-                tokenizer_files.carry_out(tokenizer, aside, code=False)
+            _write_configs(aside, folder, described, model.mask_token_id)
+            same = config_json.architecture_of(came_as) == architecture
+            tokenizer_files.carry_out(aside, tokenizer=tokenizer or folder, code=folder if same else None)
+            if not tokenizer_files.has_tokenizer(aside):
+                notes.append(f"no tokenizer came with {checkpoint.path}: give its directory as --tokenizer")
             certificate.write(aside)
             publish.give_name(aside, target)
     return certificate
@@ -235,6 +236,52 @@ def _read_back(
             ledger.record(part, value)
 
 
+def _stated_dtype(described: dict[str, Any]) -> torch.dtype:
+    """What config.json says its tensors are, for those that it must be said of; bf16 where it does not."""
+    said = next((described[key] for key in DTYPE_KEYS if described.get(key)), None)
+    served = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return served.get(str(said), torch.bfloat16)
+
+
+def _source_notes(source: Path, files: SafetensorsReader, described: dict[str, Any]) -> list[str]:
+    """What of a Hugging Face folder is not taken as it lies there."""
+    notes = []
+    if files.unread:
+        notes.append(f"not read: {', '.join(files.unread)}, which are no part of the checkpoint")
+    if quantised := files.quantised():
+        block, dtype = block_fp8.BLOCK, str(files.dequantised).removeprefix("torch.")
+        notes.append(f"{len(quantised)} matrices in fp8 with a scale per {block} x {block} became {dtype}")
+    elif kept := [key for key in block_fp8.KEYS if key in described]:
+        notes.append(f"config.json has {', '.join(kept)} and no tensor is quantised: it is left out")
+    if not tokenizer_files.has_tokenizer(source):
+        notes.append(f"{source} holds no tokenizer")
+    return notes
+
+
+def _types(entries: list[Entry], shards: ShardsReader, asked: torch.dtype | None) -> Types:
+    """Of the tensors to write; those of which the checkpoint has nothing are left out."""
+    held = shards.shapes()
+    return {
+        part.name: (_type(part, shards.dtype(entry.ours.name), asked), part.shape)
+        for entry in entries
+        if entry.ours.name in held
+        for part in entry.theirs
+    }
+
+
+def _written_type(types: Types) -> tuple[str, list[str]]:
+    """What config.json says of tensors of these types: that of most numbers; and a note where they differ."""
+    counts: Counter[str] = Counter()
+    for name, (dtype, shape) in types.items():
+        if not name.endswith(KEPT_IN_FP32):
+            counts[str(dtype).removeprefix("torch.")] += prod(shape)
+    if not counts:
+        return "bfloat16", []
+    most = max(counts, key=lambda dtype: counts[dtype])
+    said = ", ".join(f"{count:,} numbers in {dtype}" for dtype, count in counts.most_common())
+    return most, [f"{said}: config.json says {most}"] if len(counts) > 1 else []
+
+
 def _type(part: Part, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     return stored if asked is None or part.name.endswith(KEPT_IN_FP32) else asked
 
@@ -256,7 +303,7 @@ def _architecture(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any
 def _check_logits(
     certificate: Certificate,
     family: Family,
-    files: SafetensorsReader,
+    files: ReferenceFiles,
     described: dict[str, Any],
     checkpoint: Path,
     model: ModelConfig,
@@ -277,13 +324,11 @@ def _optional_json(folder: Path | None, name: str) -> dict[str, Any]:
     return read_json(folder / name, REMEDY) if folder and (folder / name).is_file() else {}
 
 
-def _write_configs(
-    target: Path, folder: Path | None, came_as: dict[str, Any], described: dict[str, Any], mask_token_id: int
-) -> None:
+def _write_configs(target: Path, folder: Path | None, described: dict[str, Any], mask_token_id: int) -> None:
     """Both configurations; one that says the same as the one that was carried along is that file."""
     generation = _optional_json(folder, "generation_config.json")
     wanted = {
-        "config.json": (came_as, described),
+        "config.json": (_optional_json(folder, "config.json"), described),
         "generation_config.json": (
             generation,
             config_json.generation_config(generation, described, mask_token_id),

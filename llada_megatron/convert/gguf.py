@@ -8,6 +8,7 @@ that was published before.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from llada_megatron.convert import config_json
 from llada_megatron.convert.certificate import Certificate, Ledger
 from llada_megatron.convert.conversion import written_aside
 from llada_megatron.convert.families import llama
+from llada_megatron.convert.gguf_file import GgufFile, GgufTensor
 from llada_megatron.convert.gguf_tokenizer import write_tokenizer
 from llada_megatron.convert.loaded import model_tensors
 from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
@@ -30,6 +32,22 @@ from llada_megatron.convert.safetensors_files import SafetensorsReader, Safetens
 ARCHITECTURE = "llama"
 (BECOMES,) = llama.FAMILY.architectures
 MAX_FILE_BYTES = 5_000_000_000
+READ = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "tensor_data_layout",
+)
+"""Keys of the architecture; any other one that says something is refused."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +81,11 @@ def gguf_to_hf(
     BadInput for a file that cannot be read or is of a kind that is not served, and a target that exists.
     """
     file = _open(source)
-    fields = {name: field.contents() for name, field in file.fields.items()}
-    described = describe(fields, {tensor.name for tensor in file.tensors}, layers)
+    fields = file.fields
+    described = describe(fields, {*file.tensors}, layers)
     described["torch_dtype"] = str(dtype).removeprefix("torch.")
     entries = list(llama_entries(described))
-    held = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in file.tensors}
+    held = {name: tensor.shape for name, tensor in file.tensors.items()}
     certificate = Certificate("gguf-to-hf", str(source), BECOMES)
     certificate.dropped = {name: f"after the first {layers} layers" for name in held if _is_cut(name, layers)}
     model = config_json.model_config(described, 0, str(source))
@@ -89,22 +107,30 @@ def gguf_to_hf(
 
 def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> dict[str, Any]:
     """config.json of a GGUF's metadata; BadInput for what it cannot express."""
-    if fields.get("general.architecture") != ARCHITECTURE:
-        found = fields.get("general.architecture")
-        raise BadInput(f"The GGUF is of architecture {found}: only {ARCHITECTURE} is served.")
-    for key in ("expert_count", "rope.scaling.type", "attention.sliding_window"):
-        if fields.get(f"{ARCHITECTURE}.{key}") not in (None, 0, "none"):
-            raise BadInput(
-                f"The GGUF sets {ARCHITECTURE}.{key}={fields[f'{ARCHITECTURE}.{key}']}, which is not served."
-            )
+    _require_known(fields, tensors)
 
-    def get(key: str) -> Any:
-        if f"{ARCHITECTURE}.{key}" not in fields:
+    def get(key: str, otherwise: Any = None) -> Any:
+        """A positive number, whole but for an epsilon and a base."""
+        kinds = (int, float) if key.endswith(("epsilon", "freq_base")) else (int,)
+        value = fields.get(f"{ARCHITECTURE}.{key}", otherwise)
+        if value is None:
             raise BadInput(f"The GGUF has no '{ARCHITECTURE}.{key}'.")
-        return fields[f"{ARCHITECTURE}.{key}"]
+        if type(value) not in kinds or not 0 < value < math.inf:
+            raise BadInput(
+                f"The GGUF sets {ARCHITECTURE}.{key}={str(value)[:80]}: it must be a positive number."
+            )
+        return value
 
     hidden, heads = get("embedding_length"), get("attention.head_count")
-    head_dim = fields.get(f"{ARCHITECTURE}.attention.key_length", hidden // heads)
+    head_dim = get("attention.key_length", hidden // heads or None)
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or get("vocab_size", len(tokens)) != len(tokens):
+        raise BadInput("The GGUF has no list of as many tokens as its vocabulary: tokenizer.ggml.tokens.")
+    if get("attention.value_length", head_dim) != head_dim:
+        raise BadInput(
+            f"The GGUF has values of {get('attention.value_length')} channels and keys of {head_dim}:"
+            " only equal ones are served."
+        )
     if get("rope.dimension_count") != head_dim:
         raise BadInput(
             f"The GGUF rotates {get('rope.dimension_count')} of {head_dim} channels: only all are served."
@@ -119,19 +145,34 @@ def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> d
         "architectures": [BECOMES],
         **llama.FAMILY.architectures[BECOMES],
         **llama.FAMILY.fixed,
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "vocab_size": len(tokens),
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": layers or get("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get(f"{ARCHITECTURE}.attention.head_count_kv", heads),
+        "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": get("context_length"),
-        "rope_theta": fields.get(f"{ARCHITECTURE}.rope.freq_base", 10000.0),
+        "rope_theta": get("rope.freq_base", 10000.0),
         # The file holds a float32, where 1e-5 is 9.999999747378752e-06.
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         "tie_word_embeddings": "output.weight" not in tensors,
     } | {key: value for key, value in ids.items() if value is not None}
+
+
+def _require_known(fields: dict[str, Any], tensors: set[str]) -> None:
+    """Raise BadInput for another architecture, and what would act and is not read."""
+    if fields.get("general.architecture") != ARCHITECTURE:
+        found = fields.get("general.architecture")
+        raise BadInput(f"The GGUF is of architecture {found}: only {ARCHITECTURE} is served.")
+    for key, value in fields.items():
+        acts = key.startswith(f"{ARCHITECTURE}.") and value not in (0, 0.0, "none", "")
+        if acts and key.removeprefix(f"{ARCHITECTURE}.") not in READ:
+            raise BadInput(f"The GGUF sets {key}={str(value)[:80]}, which is not served.")
+    if "rope_freqs.weight" in tensors:
+        raise BadInput(
+            "The GGUF holds rope_freqs.weight, factors of scaled frequencies, which are not served."
+        )
 
 
 def llama_entries(described: dict[str, Any]) -> Iterator[GgufEntry]:
@@ -163,37 +204,46 @@ def llama_entries(described: dict[str, Any]) -> Iterator[GgufEntry]:
         yield entry("output", "lm_head", V, H)
 
 
-def _open(source: Path) -> Any:
+def _open(source: Path) -> GgufFile:
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ImportError:
         raise BadInput("Reading GGUF files needs the package gguf: install it, `pip install gguf`.") from None
     if not source.is_file():
         raise BadInput(f"{source} does not exist: give a .gguf file.")
+    return GgufFile(source)
+
+
+def _dequantised(tensor: GgufTensor) -> Tensor:
+    from gguf import dequantize
+    from gguf.quants import quant_shape_to_byte_shape
+
+    rows = tensor.data.reshape(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
     try:
-        return GGUFReader(source)
-    except (ValueError, IndexError, KeyError) as error:
-        raise BadInput(f"{source} is no GGUF file, or a damaged one: {error}.") from None
+        values = dequantize(rows, tensor.kind)
+    except NotImplementedError:
+        raise BadInput(
+            f"{tensor.name} is of type {tensor.kind.name}, which gguf cannot dequantise: choose another file."
+        ) from None
+    return torch.from_numpy(values.reshape(tensor.shape).copy()).float()
 
 
 def _is_cut(name: str, layers: int | None) -> bool:
-    return layers is not None and name.startswith("blk.") and int(name.split(".")[1]) >= layers
+    layer = re.match(r"blk\.(\d{1,9})\.", name)
+    return layers is not None and layer is not None and int(layer[1]) >= layers
 
 
 def _convert(
-    certificate: Certificate, entries: list[GgufEntry], file: Any, aside: Path, dtype: torch.dtype
+    certificate: Certificate, entries: list[GgufEntry], file: GgufFile, aside: Path, dtype: torch.dtype
 ) -> None:
     """Write tensor by tensor, then read the folder and convert it back to compare hashes."""
-    from gguf import dequantize
-
-    tensors = {tensor.name: tensor for tensor in file.tensors}
+    tensors = file.tensors
     source, target, again = (Ledger(side) for side in ("source", "target", "the result"))
     writer = SafetensorsWriter(
         aside, {entry.target.name: (dtype, entry.target.shape) for entry in entries}, MAX_FILE_BYTES
     )
     for entry in entries:
-        tensor = tensors[entry.source.name]
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        values = _dequantised(tensors[entry.source.name])
         source.record(entry.source, values)
         converted = entry.to_theirs(values).to(dtype).contiguous()
         target.record(entry.target, converted)
@@ -214,6 +264,6 @@ def _convert(
     else:
         certificate.same_hashes("the result, read again,", again, target)
     certificate.count_parameters(sum(math.prod(shape) for shape in target.shapes().values()))
-    kinds = sorted({tensors[entry.source.name].tensor_type.name for entry in entries})
+    kinds = sorted({tensors[entry.source.name].kind.name for entry in entries})
     reason = f"the numbers were dequantised from {', '.join(kinds)}"
     certificate.logits = {"compared": False, "reason": reason}

@@ -26,10 +26,9 @@ def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
             f"The GGUF's tokenizer is {kind} with pre-tokenizer {split}: only gpt2 with smollm is served,"
             " take the tokenizer.json of the published model instead."
         )
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    tokens, types, merges = _lists(fields)
     if other := sorted({*types} - {NORMAL, CONTROL}):
         raise BadInput(f"The GGUF's vocabulary holds tokens of types {other}: only 1 and 3 are served.")
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -37,12 +36,42 @@ def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.save(str(directory / "tokenizer.json"))
     described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         if (index := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            if type(index) is not int or not 0 <= index < len(tokens):
+                raise BadInput(f"The GGUF's {key}_token_id is {index}: it has {len(tokens)} tokens.")
             described[f"{name}_token"] = tokens[index]
     described["additional_special_tokens"] = special
     if "tokenizer.chat_template" in fields:
         described["chat_template"] = fields["tokenizer.chat_template"]
+    tokenizer.save(str(directory / "tokenizer.json"))
     write_json(directory / "tokenizer_config.json", described)
+
+
+def _lists(fields: dict[str, Any]) -> tuple[list[str], list[int], list[tuple[str, str]]]:
+    """Tokens, their types, and the pairs that are merged; BadInput where the three do not fit together."""
+    tokens, types, merges = (
+        fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")
+    )
+    for name, held, kind in (("tokens", tokens, str), ("token_type", types, int), ("merges", merges, str)):
+        if not isinstance(held, list) or not all(type(each) is kind for each in held):
+            raise BadInput(
+                f"The GGUF's tokenizer.ggml.{name} is no list of {kind.__name__}: copy the file again."
+            )
+    assert isinstance(tokens, list) and isinstance(types, list) and isinstance(merges, list)
+    known = set(tokens)
+    if len(types) != len(tokens) or len(known) != len(tokens):
+        raise BadInput(
+            f"The GGUF's vocabulary has {len(tokens)} tokens, {len(known)} of them different, and"
+            f" {len(types)} types: copy the file again."
+        )
+    pairs = []
+    for merge in merges:
+        first, _, second = merge.partition(" ")
+        if not {first, second, first + second} <= known:
+            raise BadInput(
+                f"The GGUF merges {merge!r}, of which its vocabulary lacks a token: copy the file again."
+            )
+        pairs.append((first, second))
+    return tokens, types, pairs

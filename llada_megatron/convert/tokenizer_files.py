@@ -7,21 +7,32 @@ from pathlib import Path
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.data.tokenizer import MASK_NAMES
-from llada_megatron.record.manifest import Checkpoint, find
+from llada_megatron.record.carried import CARRIED
 
-CARRIED = "hf"
-"""Folder of a checkpoint that keeps what came with the weights."""
-TOKENIZER_FILES = (
+VOCABULARIES = (
     "tokenizer.json",
+    "tokenizer.model*",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
+)
+"""Without one of these there is no tokenizer."""
+TOKENIZER_FILES = (
+    *VOCABULARIES,
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 CONFIG_FILES = ("config.json", "generation_config.json")
+CODE_FILES = ("*.py",)
 
 
 def mask_token(directory: Path, stated_id: int | None, stated_token: str | None) -> int:
@@ -63,34 +74,35 @@ def mask_token(directory: Path, stated_id: int | None, stated_token: str | None)
     return stated_id
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary."""
+    return any(path.is_file() for pattern in VOCABULARIES for path in folder.glob(pattern))
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Raise BadInput where `--tokenizer` is given a folder without one."""
+    if not has_tokenizer(folder):
+        raise BadInput(
+            f"--tokenizer {folder} is no directory with a tokenizer (tokenizer.json, tokenizer.model, ...):"
+            " give the directory that holds its files."
+        )
+
+
 def carry_in(source: Path, checkpoint: Path) -> None:
     """Copy configurations, tokenizer and model code of a Hugging Face directory into the checkpoint."""
     (checkpoint / CARRIED).mkdir()
-    names = [*CONFIG_FILES, *TOKENIZER_FILES, *sorted(path.name for path in source.glob("*.py"))]
-    _copy(source, checkpoint / CARRIED, names)
+    _copy(source, checkpoint / CARRIED, (*CONFIG_FILES, *TOKENIZER_FILES, *CODE_FILES))
 
 
-def carried(checkpoint: Checkpoint) -> Path | None:
-    """The folder that came with the weights: of this checkpoint, or of the one that its run started from."""
-    folder = checkpoint.path / CARRIED
-    if folder.is_dir():
-        return folder
-    origin = checkpoint.manifest.config.get("checkpoint", {}).get("init_from")
-    if not origin:
-        return None
-    try:
-        return carried(find(origin))
-    except BadInput:  # it is no longer there
-        return None
+def carry_out(target: Path, *, tokenizer: Path | None, code: Path | None) -> None:
+    """Copy a folder's tokenizer and chat templates, and the model code of one; None: of none."""
+    for folder, patterns in ((tokenizer, TOKENIZER_FILES), (code, CODE_FILES)):
+        if folder is not None:
+            _copy(folder, target, patterns)
 
 
-def carry_out(folder: Path, target: Path, *, code: bool) -> None:
-    """Copy tokenizer files, with `code` the model's .py files too."""
-    names = [*TOKENIZER_FILES, *(sorted(path.name for path in folder.glob("*.py")) if code else [])]
-    _copy(folder, target, names)
-
-
-def _copy(source: Path, target: Path, names: list[str]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for path in (path for pattern in patterns for path in sorted(source.glob(pattern)) if path.is_file()):
+        to = target / path.relative_to(source)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, to)

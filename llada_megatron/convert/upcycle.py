@@ -30,8 +30,8 @@ from llada_megatron.convert.loaded import (
     model_tensors,
 )
 from llada_megatron.convert.mapping import expert_rows
-from llada_megatron.convert.tokenizer_files import carried, carry_in
 from llada_megatron.model.initialize import counter_normal
+from llada_megatron.record import carried
 from llada_megatron.record.manifest import Manifest, find
 from llada_megatron.record.run_dir import SHARDS
 
@@ -87,8 +87,7 @@ def upcycle(
         certificate.count_parameters(sum(parameters))
         _check_output(certificate, path, dense, aside, moe)
         if certificate.passed:
-            if folder := carried(checkpoint):
-                carry_in(folder, aside)
+            carried.write(carried.content_of(checkpoint), aside)
             certificate.write(aside)
             lineage = {
                 "kind": "upcycle",

@@ -166,7 +166,7 @@ def build_sequences(
     `sequences_wanted` bounds the index of a blend and changes no sample. Every process of an initialised
     torch.distributed group must call this; rank 0 builds before the others load. Raises BadInput for files
     that cannot be used, for ids outside 0..vocab_size - 1 anywhere in them, for settings that do not fit
-    together and for a split below one sequence. Without `refuse_ids` other ids are left to who reads them.
+    together and for a split below one sequence. Without `refuse_ids` such ids are left to their readers.
     """
     if not 0 <= seed < 2**32:
         raise BadInput(f"run.seed must be from 0 to 2**32 - 1, not {seed}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,22 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     Raises BadInput, which ends with the `remedy`, where there is no such file or it holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct_keys)
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path} does not exist: {remedy}.") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError among them
         raise BadInput(f"{path} is not JSON ({error}): {remedy}.") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds no JSON object: {remedy}.")
+    return content
+
+
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; ValueError where a key comes twice, of which json.loads takes the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{key!r} comes twice")
     return content
 
 

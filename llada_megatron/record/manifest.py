@@ -2,6 +2,7 @@
 
 runs/NAME/checkpoints/step_00000012/
     shards/         megatron-core's torch_dist format: weights, fully reshardable optimizer state
+    hf/             configurations and tokenizer that came with the weights (carried.py)
     manifest.json   position, configuration, origin, SHA-256 of every file; its presence means "whole"
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import Deal, sample_indices
 from llada_megatron.parallel.ranks import from_first_rank, gathered
-from llada_megatron.record import events
+from llada_megatron.record import carried, events
 from llada_megatron.record.manifest import Checkpoint, find
 from llada_megatron.record.metrics import read_jsonl
 from llada_megatron.record.outcome import Outcome
@@ -152,9 +152,10 @@ class _Run:
         batches = checkpoint.manifest.batches(config.layout.global_batch) if checkpoint else ()
         self.schedule = rules.schedule_of(config, batches)
         self.trainer = build_trainer(config, self.schedule)
+        self.carried_along: dict[str, bytes] = {}
         self.position = self._load(checkpoint)
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
-        self.saving = Saving(config, self.trainer, data_fingerprint)
+        self.saving = Saving(self.config, self.trainer, data_fingerprint, self.carried_along)
         self.replayed = 0
         self.metrics: dict[str, float] = {}  # of the evaluation at the present step
         self.evaluator = None
@@ -165,7 +166,7 @@ class _Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             recorded = read_jsonl(self.files.metrics)
             self.replayed = max(0, recorded[-1]["step"] + 1 - self.position.step) if recorded else 0
-            save(config, self.files.config)  # a start that is refused has left the old one
+            save(self.config, self.files.config)  # a start that is refused has left the old one
             self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
         self.started = time.monotonic()
 
@@ -225,6 +226,7 @@ class _Run:
         if checkpoint is not None:
             manifest = checkpoint.manifest
             store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
+            self._keep(checkpoint, manifest.config.get("checkpoint", {}).get("init_from", ""))
             if (change := batch_change(self.schedule, manifest)) and self.is_writer:
                 print(change[0], flush=True)
                 self._record("global_batch", **change[1])
@@ -241,8 +243,14 @@ class _Run:
             check_same_model(self.config, checkpoint)
             store.load(checkpoint.path, self.trainer.model, None)
             self.trainer.optimizer.reload_model_params()
+            self._keep(checkpoint, str(checkpoint.path.absolute()))
             return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
         return Position()
+
+    def _keep(self, checkpoint: Checkpoint, origin: str) -> None:
+        """Keep, for the checkpoints to come, what came with the weights, and where they came from."""
+        self.carried_along = carried.content_of(checkpoint) if self.is_writer else {}
+        self.config = replace(self.config, checkpoint=replace(self.config.checkpoint, init_from=origin))
 
     def _record(self, event: str, **fields: Any) -> None:
         if self.is_writer:

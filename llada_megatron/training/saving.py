@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,16 @@ from llada_megatron.training.step import Trainer
 class Saving:
     """Writes the checkpoints of a run, one at a time; every rank calls each method at the same step."""
 
-    def __init__(self, config: Config, trainer: Trainer, data_fingerprint: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        trainer: Trainer,
+        data_fingerprint: dict[str, Any],
+        carried_along: Mapping[str, bytes],
+    ) -> None:
+        """carried_along: what came with the weights that the run started from, in every checkpoint of it."""
         self.config, self.trainer, self.fingerprint = config, trainer, data_fingerprint
+        self.carried_along = carried_along
         self._pending: Save | None = None
 
     def is_due(self, step: int, *, stage_ended: bool, is_last: bool) -> bool:
@@ -63,6 +72,7 @@ class Saving:
             manifest,
             self.trainer.model,
             self.trainer.optimizer,
+            carried_along=self.carried_along,
             in_background=self.config.checkpoint.in_background,
         )
         if not self.config.checkpoint.in_background:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.record import carried
 from tests.distributed import run_ranks
 
 SHAPES = {"embedding": (7, 4), "experts": (3, 2, 4), "router.expert_bias": (3,)}
@@ -94,11 +95,15 @@ def test_the_best_checkpoints_of_a_run_become_one_that_is_evaluated_and_trained_
     run += ["data.split='8,2'", "evaluation.block_sizes=['4']", "evaluation.sequences=2", "training.steps=6"]
     every = ["evaluation.every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep_last=3"]
     assert main([*run, *every]) == 0
+    carried.write({"tokenizer.json": b"{}"}, run_dir / "checkpoints" / "step_00000006")
     assert main(["checkpoint", "merge", str(run_dir), "--top-k", "2", "--metric", "nll_block4"]) == 0
     said = capsys.readouterr().out
     merged = run_dir / "merged" / "top_2_nll_block4"
     manifest = json.loads((merged / "manifest.json").read_text())
     assert manifest["lineage"]["kind"] == "merge" and len(manifest["lineage"]["sources"]) == 2
+    assert (merged / "hf" / "tokenizer.json").read_bytes() == b"{}" and "hf/tokenizer.json" in manifest[
+        "files"
+    ]
     sources = [source["nll_block4"] for source in manifest["lineage"]["sources"]]
     assert sources == sorted(sources)
     assert max(sources) > manifest["metrics"]["nll_block4"] > 0  # near its sources: the mean of neighbours

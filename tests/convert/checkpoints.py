@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 3, 64, 4, 2, 16
 EXPERTS, WIDTH, DENSE_WIDTH, VOCABULARY = 8, 32, 96, 288
 MASK = 257
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+QUANTISED = (*PROJECTIONS, "query_key_value", "dense", "q_proj", "k_proj", "v_proj", "o_proj")
 MOE = {
     "model_type": "bailing_moe",
     "hidden_act": "silu",
@@ -152,4 +153,26 @@ def add_tokenizer(folder: Path, special: dict[int, str]) -> Path:
     }
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text("{}\n")
+    return folder
+
+
+def quantise(folder: Path, *, block: int = 128) -> Path:
+    """The folder's projections in e4m3 with a scale per block, as DeepSeek-V3 publishes them."""
+    weights, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
+    for name in [name for name in weights if name.split(".")[-2] in QUANTISED]:
+        matrix = weights[name].float()
+        R, C = matrix.shape
+        blocks = torch.zeros(-(-R // block) * block, -(-C // block) * block)
+        blocks[:R, :C] = matrix
+        blocks = blocks.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [R / 128, 128, C / 128, 128]
+        scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        scaled = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)[:R, :C]
+        weights[name] = scaled.to(torch.float8_e4m3fn).contiguous()
+        weights[f"{name}_scale_inv"] = scales
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    how = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}, indent=2) + "\n")
     return folder

@@ -67,6 +67,16 @@ def test_the_configuration_says_what_the_metadata_say() -> None:
         ({"general.architecture": "qwen2"}, None, "architecture qwen2: only llama is served"),
         ({"llama.expert_count": 8}, None, "llama.expert_count=8"),
         ({"llama.rope.scaling.type": "yarn"}, None, "llama.rope.scaling.type=yarn"),
+        ({"llama.rope.scaling.factor": 4.0}, None, "llama.rope.scaling.factor=4.0"),
+        ({"llama.rope.scale_linear": 2.0}, None, "llama.rope.scale_linear=2.0"),
+        ({"llama.logit_scale": 0.5}, None, "llama.logit_scale=0.5"),
+        ({"llama.attention.head_count": [3, 3]}, None, "head_count=.3, 3.: it must be a positive number"),
+        ({"llama.attention.head_count": 0}, None, "head_count=0: it must be a positive number"),
+        ({"llama.embedding_length": 24.0}, None, "embedding_length=24.0: it must be a positive number"),
+        ({"llama.rope.freq_base": float("nan")}, None, "freq_base=nan: it must be a positive number"),
+        ({"llama.attention.value_length": 4}, None, "values of 4 channels and keys of 8"),
+        ({"llama.vocab_size": 3}, None, "no list of as many tokens as its vocabulary"),
+        ({"tokenizer.ggml.tokens": None}, None, "no list of as many tokens as its vocabulary"),
         ({"llama.rope.dimension_count": 4}, None, "rotates 4 of 8 channels"),
         ({}, 3, "--layers 3 is not between 1 and the GGUF's 2 layers"),
     ],
@@ -76,6 +86,11 @@ def test_what_is_not_served_is_refused(changed: dict, layers: int | None, senten
         describe(FIELDS | changed, set(), layers)
 
 
+def test_factors_of_scaled_frequencies_are_refused() -> None:
+    with pytest.raises(BadInput, match="holds rope_freqs"):
+        describe(FIELDS, {"rope_freqs.weight"}, None)
+
+
 @pytest.mark.parametrize("kind", [("gpt2", "llama-bpe"), ("llama", "default"), ("gpt2", None)])
 def test_another_tokenizer_is_refused(kind: tuple[str, str | None], tmp_path: Path) -> None:
     fields = {"tokenizer.ggml.model": kind[0], "tokenizer.ggml.pre": kind[1]}
@@ -83,18 +98,44 @@ def test_another_tokenizer_is_refused(kind: tuple[str, str | None], tmp_path: Pa
         write_tokenizer(fields, tmp_path)
 
 
+TOKENS = ["<end>", "1", "2", "12", "a", "Ġ", "b", "ab", "Ġab"]
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, *[1] * 8],
+    "tokenizer.ggml.merges": ["1 2", "a b", "Ġ ab"],
+}
+
+
 def test_the_tokenizer_splits_digits_and_keeps_special_tokens_whole(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    tokens = ["<end>", "1", "2", "12", "a", "Ġ", "b", "ab", "Ġab"]
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, *[1] * 8],
-        "tokenizer.ggml.merges": ["1 2", "a b", "Ġ ab"],
-    }
-    write_tokenizer(fields, tmp_path)
+    write_tokenizer(TOKENIZER, tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode("12 ab<end>").tokens == ["1", "2", "Ġab", "<end>"]
     assert tokenizer.decode(tokenizer.encode("ab 12 ab<end>").ids) == "ab 12 ab"
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"token_type": [1]}, "9 tokens, 9 of them different, and 1 types"),
+        ({"tokens": ["a", *TOKENS[1:]]}, "9 tokens, 8 of them different"),
+        ({"tokens": None}, "tokenizer.ggml.tokens is no list of str"),
+        ({"tokens": list(range(9))}, "tokenizer.ggml.tokens is no list of str"),
+        ({"token_type": [1.0] * 9}, "tokenizer.ggml.token_type is no list of int"),
+        ({"merges": "1 2"}, "tokenizer.ggml.merges is no list of str"),
+        ({"merges": ["12"]}, "merges '12', of which its vocabulary lacks a token"),
+        ({"merges": ["a 1"]}, "merges 'a 1', of which its vocabulary lacks a token"),
+        ({"eos_token_id": 9}, "eos_token_id is 9: it has 9 tokens"),
+        ({"bos_token_id": -1}, "bos_token_id is -1"),
+        ({"unknown_token_id": "<end>"}, "unknown_token_id is <end>"),
+    ],
+)
+def test_lists_that_do_not_fit_together(changed: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        write_tokenizer(
+            TOKENIZER | {f"tokenizer.ggml.{key}": each for key, each in changed.items()}, tmp_path
+        )
+    assert not list(tmp_path.iterdir())

@@ -27,6 +27,7 @@ def pickled_only(folder: Path) -> None:
 
 
 def missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -57,7 +58,7 @@ BAD = [
     (missing_shard, 2, "holds no model-00002-of-00002.safetensors"),
     (lambda f: shorten(f / "model.safetensors", 10), 2, "it is truncated or damaged"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x05pickle"), 2, "is no safetensors file"),
-    (other_numbers, 2, "is of type F8_E4M3, and only F32, BF16, F16 are served"),
+    (other_numbers, 2, "is of type F8_E4M3 without model.norm.weight_scale_inv"),
     (lambda f: edited(f, architectures=["GPT2LMHeadModel"]), 2, "GPT2LMHeadModel, which is not served"),
     (lambda f: edited(f, use_qkv_bias=True), 2, "sets use_qkv_bias=True: only False is served"),
     (lambda f: edited(f, num_experts_per_tok=2), 2, "only 4 experts per token, two per group, are served"),

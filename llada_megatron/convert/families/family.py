@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.mapping import Entry
+from llada_megatron.convert.reference_files import ReferenceFiles
 from llada_megatron.convert.rope_json import RotaryDefaults
-from llada_megatron.convert.safetensors_files import SafetensorsReader
 
 REQUIRED = object()
 
@@ -117,7 +117,7 @@ class Family:
     drop_reason: DropReason
     stacked_suffix: str | None = None
     """How names of tensors end that hold all experts of a layer."""
-    reference: Callable[[SafetensorsReader, dict[str, Any]], Logits]
+    reference: Callable[[ReferenceFiles, dict[str, Any]], Logits]
 
     def layout_of(self, names: Iterable[str]) -> ExpertLayout:
         """How a checkpoint with tensors of these names holds experts."""

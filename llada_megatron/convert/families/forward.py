@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llada_megatron.checkpoint.shards import whole
 from llada_megatron.convert.families.rotation import Rotation, rotated
-from llada_megatron.convert.safetensors_files import SafetensorsReader
+from llada_megatron.convert.reference_files import ReferenceFiles
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -26,7 +26,7 @@ class Forward:
     attention, output = "self_attn", "o_proj"
     """Names inside a layer: of its attention, and in that of the projection back."""
 
-    def __init__(self, files: SafetensorsReader, config: dict[str, Any]) -> None:
+    def __init__(self, files: ReferenceFiles, config: dict[str, Any]) -> None:
         self.files, self.config = files, config
         self._heads = config["num_attention_heads"]
         self._kv_heads = config.get("num_key_value_heads") or self._heads

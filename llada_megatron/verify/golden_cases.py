@@ -1,0 +1,349 @@
+"""What golden cases store, computed by this project's own code, and how far the two are apart.
+
+A case is checked on what it stores; what it cannot be computed without is asked for by name.
+Legend: S positions, L tokens per sequence, B sequences, H hidden size, E experts, N supervised positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import (
+    BlockGrid,
+    Denominator,
+    DiffusionConfig,
+    Weight,
+)
+from llada_megatron.convert.families import ExpertLayout, family_of
+from llada_megatron.convert.loaded import gradients
+from llada_megatron.data.packed import PackedSample
+from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.readout import LOGITS
+from llada_megatron.objectives.autoregressive import autoregressive_batch
+from llada_megatron.objectives.batch import MicroBatch
+from llada_megatron.objectives.corruption import Corruption
+from llada_megatron.objectives.diffusion import diffusion_inputs
+from llada_megatron.objectives.weights import position_weights
+from llada_megatron.runtime import device
+from llada_megatron.verify.golden_set import REMEDY, Golden, Stored
+
+TOLERANCES = {
+    "mask": 0.0,  # entries that differ
+    "routing": 0.0,  # pairs of token and layer with another set of experts
+    "tokens": 0.0,  # greedy tokens that differ
+    "logits": 1e-3,
+    "hidden_states": 2e-4,
+    "final_norm": 2e-4,
+    "router_weights": 1e-4,
+    "cross_entropy": 1e-3,
+    "loss": 1e-5,  # relative, as are the two below
+    "grad_norms": 1e-3,
+    "gradients": 1e-3,
+}
+"""Largest difference by quantity; absolute unless said otherwise. Their basis is in the cases' README.md."""
+
+DENOMINATORS = {
+    "token": Denominator.tokens,
+    "sequence": Denominator.sequence,
+    "batch": Denominator.batch,
+}
+WEIGHTS = {"scheduler": Weight.inverse, "uniform": Weight.flat}
+KINDS = ("mdlm", "bdlm", "causal", "block_causal")
+IGNORED = -100
+MAX_POSITION = 1 << 24
+"""Positions are exact in fp32 below it."""
+UNSUPERVISED_PROMPT = 7
+"""Labels that the next-token loss of case `causal` ignores; cases.json says so in words."""
+
+
+@dataclass
+class CaseResult:
+    """The worst difference of each quantity of one case."""
+
+    name: str
+    differences: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed()
+
+    def failed(self) -> list[str]:
+        """Quantities beyond their tolerance."""
+        return [name for name, value in self.differences.items() if not value <= TOLERANCES[name]]
+
+
+def largest(difference: Tensor) -> float:
+    """The largest magnitude; a huge one, which JSON can hold, if anything is not finite."""
+    return float(difference.abs().nan_to_num(nan=torch.finfo(difference.dtype).max).max())
+
+
+def relative(ours: Tensor | float, expected: Tensor | float) -> float:
+    """|ours - expected| / |expected|, in the Euclidean norm for tensors; of two zeros it is zero."""
+    ours, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (ours, expected))
+    if not ours.any() and not expected.any():
+        return 0.0
+    return largest((ours - expected).norm() / expected.norm())
+
+
+def mask_case(golden: Golden, name: str) -> CaseResult:
+    """The mask function alone; `name` is n{L}_bs{block size}."""
+    length, block_size = (int(part.lstrip("nbs")) for part in name.split("_"))
+    mask = BlockDiffusionMask([torch.tensor([0, length])], block_size).dense()
+    allowed = golden.stored.under("maskfn").like(name, mask)
+    return CaseResult(f"maskfn {name}", {"mask": float((mask != allowed.bool()).sum())})
+
+
+def case_mask(name: str, case: dict[str, Any], positions: int) -> BlockDiffusionMask:
+    """The attention mask that a forward case describes; BadInput for lengths that do not add up."""
+    kind = case["kind"]
+    length = positions // 2 if kind == "bdlm" else positions
+    lengths, size = case.get("doc_lens", [length]), case.get("block_size", 1)
+    whole = isinstance(lengths, list) and all(type(n) is int and n > 0 for n in (*lengths, size))
+    if not whole or sum(lengths) != length or (kind == "bdlm" and positions % 2):
+        raise BadInput(
+            f"Case {name} has block_size {size} and doc_lens {lengths} for {length} tokens: give positive"
+            " numbers that add up."
+        )
+    return BlockDiffusionMask(
+        [torch.tensor([0, *np.cumsum(lengths)])],
+        case.get("block_size", 1 if kind == "causal" else length),
+        block_grid=BlockGrid.document
+        if case.get("block_grid", "").startswith("document-local")
+        else BlockGrid.sequence,
+        clean_copy=kind == "bdlm",
+        causal=kind in ("causal", "block_causal"),
+    )
+
+
+@contextmanager
+def recorded(stage: BlockDiffusionGPT) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect, for a batch of one, the residual stream, the final norm and every router's choice."""
+    seen: dict[str, list[Tensor]] = {"hidden_states": [], "final_norm": [], "chosen": [], "weights": []}
+
+    def keep_hidden(_module: Any, _inputs: Any, output: Any) -> None:
+        seen["hidden_states"].append((output[0] if isinstance(output, tuple) else output)[:, 0])
+
+    def keep_norm(_module: Any, _inputs: Any, output: Tensor) -> None:
+        seen["final_norm"].append(output[:, 0])
+
+    def keep_routing(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        seen["weights"].append(output[0])
+        seen["chosen"].append(output[1])
+
+    handles = [stage.embedding.register_forward_hook(keep_hidden)]
+    for layer in stage.decoder.layers:
+        handles.append(layer.register_forward_hook(keep_hidden))
+        if hasattr(layer.mlp, "router"):
+            handles.append(layer.mlp.router.register_forward_hook(keep_routing))
+    handles.append(stage.decoder.final_layernorm.register_forward_hook(keep_norm))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
+    """Mask, logits and whatever else of the forward pass is stored."""
+    stored = golden.stored.under(name)
+    tokens = stored.ids("input_ids", golden.model.vocab_size)
+    S = len(tokens)
+    mask = case_mask(name, case, S)
+    at = device.device()
+    inputs = ModelInputs(
+        tokens=tokens[None].to(at),
+        positions=stored.ids("position_ids", MAX_POSITION)[None].to(at),
+        keys=ContextShard(mask),
+        outputs=torch.arange(*_rows(name, case, S), device=at),
+        readout=LOGITS,
+    )
+    with torch.no_grad(), recorded(golden.stage) as seen:
+        logits = golden.stage(inputs)
+    ours = {
+        "logits": logits,
+        "hidden_states": torch.stack(seen["hidden_states"]),
+        "final_norm": seen["final_norm"][0],
+    }
+    differences = {
+        key: largest(value.cpu() - stored.like(key, value)) for key, value in ours.items() if key in stored
+    }
+    if "attn_allowed" in stored:
+        dense = mask.dense()
+        differences["mask"] = float((dense != stored.like("attn_allowed", dense).bool()).sum())
+    if "router_topk_idx" in stored and seen["chosen"]:
+        weights, chosen = (torch.stack(seen[key]).cpu() for key in ("weights", "chosen"))
+        differences |= routing(golden, stored, weights, chosen)
+    return CaseResult(name, differences)
+
+
+def routing(golden: Golden, stored: Stored, weights_LSE: Tensor, chosen_LSE: Tensor) -> dict[str, float]:
+    """How the choice of experts differs, and, where they are stored, the weights of those chosen."""
+    k = golden.model.experts_per_token
+    experts = stored.like("router_topk_idx", chosen_LSE[..., :k]).long()
+    if not 0 <= experts.min() <= experts.max() < golden.model.experts:
+        raise BadInput(f"cases.safetensors holds router_topk_idx of experts that are none: {REMEDY}.")
+    expected = torch.zeros_like(chosen_LSE, dtype=torch.bool).scatter(-1, experts, True)
+    differences = {"routing": float((chosen_LSE.bool() != expected).any(-1).sum())}
+    if "router_topk_weight" in stored:
+        weights = stored.like("router_topk_weight", experts)
+        expected = torch.zeros_like(weights_LSE).scatter(-1, experts, weights.to(weights_LSE.dtype))
+        differences["router_weights"] = largest(weights_LSE - expected)
+    return differences
+
+
+def _rows(name: str, case: dict[str, Any], positions: int) -> list[int]:
+    """The first position whose logits are stored, and the one after the last."""
+    rows = case.get("logits_rows", [0, positions])
+    if not isinstance(rows, list) or not all(type(row) is int for row in rows) or len(rows) != 2:
+        raise BadInput(f"Case {name} has logits_rows {rows}: give the first row and the one after the last.")
+    return rows
+
+
+def greedy_case(golden: Golden, name: str) -> CaseResult:
+    """Autoregressive continuation by argmax, the whole prefix computed again for each token."""
+    stored, vocabulary = golden.stored.under(name), golden.model.vocab_size
+    prompt, expected = (stored.ids(key, vocabulary) for key in ("prompt", "output"))
+    tokens, at = prompt.to(device.device()), device.device()
+    for length in range(len(prompt), len(prompt) + len(expected)):
+        mask = case_mask(name, {"kind": "causal"}, length)
+        last = torch.tensor([length - 1], device=at)
+        with torch.no_grad():
+            positions = torch.arange(length, device=at)
+            inputs = ModelInputs(tokens[None], positions[None], ContextShard(mask), last, readout=LOGITS)
+            logits = golden.stage(inputs)
+        tokens = torch.cat([tokens, logits.argmax(-1)])
+    return CaseResult(name, {"tokens": float((tokens[len(prompt) :].cpu() != expected).sum())})
+
+
+def next_token_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
+    """The next-token loss of autoregressive training, and its gradient's norm."""
+    tokens = golden.stored.under(name).ids("input_ids", golden.model.vocab_size).numpy()
+    batch = autoregressive_batch([PackedSample(tokens, np.array([0, len(tokens)], dtype=np.int32))])
+    batch.rows["weights"][: UNSUPERVISED_PROMPT - 1] = 0  # row i predicts token i + 1
+    batch.counts = (int(batch.rows["weights"].sum()),)
+    loss, _ = backward(golden.stage, [batch])
+    differences = {"loss": relative(loss, case["loss_next_token"])}
+    if "grad_norm_global" in case:
+        differences["grad_norms"] = relative(global_grad_norm(golden.stage), case["grad_norm_global"])
+    return CaseResult(f"{name} next token", differences)
+
+
+def loss_case(golden: Golden, name: str, loss: dict[str, Any]) -> CaseResult:
+    """A diffusion loss through the project's own batches, weights and denominators, and its gradients."""
+    stored = golden.stored.under(f"loss.{name}")
+    parts = [f"mb{k}." for k in range(loss["n_micro_batches"])] if "n_micro_batches" in loss else [""]
+    batches = [micro_batch(golden, stored, part, loss) for part in parts]
+    total, cross_entropies = backward(golden.stage, batches)
+    gradients, whole = source_gradients(golden), golden.stored.under(f"grad.{name}")
+    norms = [
+        relative(gradients[key].norm(), norm)
+        for key, norm in loss.get("grad_norms", {}).items()
+        if key in gradients
+    ]
+    if "grad_norm_global" in loss:
+        norms.append(relative(global_grad_norm(golden.stage), loss["grad_norm_global"]))
+    found = {
+        "cross_entropy": [
+            _cross_entropies(golden, stored, part, ours)
+            for part, ours in zip(parts, cross_entropies, strict=True)
+            if f"{part}per_token_ce" in stored
+        ],
+        "loss": [relative(total, loss["total_loss"])] if "total_loss" in loss else [],
+        "grad_norms": norms,
+        "gradients": [
+            relative(gradients[key], whole.like(key, gradients[key])) for key in whole if key in gradients
+        ],
+    }
+    return CaseResult(name, {quantity: max(values) for quantity, values in found.items() if values})
+
+
+def _cross_entropies(golden: Golden, stored: Stored, part: str, ours_N: Tensor) -> float:
+    noisy = stored[f"{part}noisy_input_ids"]
+    expected = stored.like(f"{part}per_token_ce", noisy)[noisy == golden.model.mask_token_id]
+    return largest(ours_N.cpu() - expected)
+
+
+def micro_batch(golden: Golden, stored: Stored, part: str, loss: dict[str, Any]) -> MicroBatch:
+    """The stored ids as a micro-batch of training.
+
+    dFactory's losses average over the masked tokens of a micro-batch. dllm's divide by maskable tokens or
+    sequences and weigh with 1 / (t + 1e-6); here the weight is 1 / t, which stays within the tolerance.
+    """
+    clean, noisy = (
+        stored.ids(f"{part}{key}", golden.model.vocab_size).numpy()
+        for key in ("input_ids", "noisy_input_ids")
+    )
+    labels = stored.needed(f"{part}labels").numpy()
+    if not clean.shape == noisy.shape == labels.shape or clean.ndim != 2:
+        raise BadInput(f"cases.safetensors holds ids and labels of a loss that are not all [B, L]: {REMEDY}.")
+    B, L = clean.shape
+    masked, maskable = noisy == golden.model.mask_token_id, labels != IGNORED
+    if "loss_norm_type" in loss:
+        weight = WEIGHTS[loss["loss_weight_type"]]
+        diffusion = DiffusionConfig(weight=weight, denominator=DENOMINATORS[loss["loss_norm_type"]])
+        rates = stored.needed("t").double().numpy()
+    else:
+        diffusion = DiffusionConfig(weight=Weight.flat, denominator=Denominator.masked)
+        rates = np.ones(B)
+    inputs = diffusion_inputs(
+        [PackedSample(tokens, np.array([0, L], dtype=np.int32)) for tokens in clean],
+        list(masked),
+        block_size=loss["block_size"],
+        grid=BlockGrid.sequence,
+        mask_token_id=golden.model.mask_token_id,
+    )
+    weights, counts = zip(
+        *(
+            position_weights(Corruption(masked[b], np.full(L, rates[b])), diffusion, maskable[b])
+            for b in range(B)
+        ),
+        strict=True,
+    )
+    return MicroBatch(
+        inputs=inputs,
+        rows={"weights": torch.from_numpy(np.stack(weights)[masked]).float()},
+        counts=(sum(counts),),
+    )
+
+
+def backward(stage: BlockDiffusionGPT, batches: list[MicroBatch]) -> tuple[float, list[Tensor]]:
+    """Mean over micro-batches of sum / count, and each one's cross entropies [N]; fills the gradients."""
+    stage.zero_grad(set_to_none=True)
+    total, cross_entropies = 0.0, []
+    for batch in batches:
+        batch = batch.to(device.device())
+        cross_entropy = stage(batch.inputs)
+        loss = (cross_entropy * batch.rows["weights"]).sum() / batch.counts[0] / len(batches)
+        loss.backward()
+        total += loss.item()
+        cross_entropies.append(cross_entropy.detach())
+    return total, cross_entropies
+
+
+def global_grad_norm(stage: BlockDiffusionGPT) -> float:
+    """Euclidean norm of all gradients; a parameter that nothing reached has none."""
+    norms = [parameter.grad.double().norm() for parameter in stage.parameters() if parameter.grad is not None]
+    return float(torch.stack(norms).norm())
+
+
+def source_gradients(golden: Golden) -> dict[str, Tensor]:
+    """Gradients under the Hugging Face checkpoint's names and shapes: conversions only move numbers about."""
+    ours = gradients(golden.stage)
+    found: dict[str, Tensor] = {}
+    for entry in family_of(golden.architecture, "config.json").table(golden.model, ExpertLayout.separate):
+        if (part := entry.ours).name in ours:  # expert_bias is no parameter
+            at = tuple(slice(first, first + size) for first, size in zip(part.offset, part.size, strict=True))
+            names = (source.name for source in entry.theirs)
+            found |= zip(names, entry.to_theirs([ours[part.name][at]]), strict=True)
+    return found
