@@ -15,7 +15,7 @@ from llada_megatron.config.errors import BadInput, Refusal
 from llada_megatron.config.quantities import short_count
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
-from llada_megatron.record.metrics import read_jsonl
+from llada_megatron.record.metrics import STEP_FIELDS, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada status runs/llada2_flash"
@@ -141,7 +141,7 @@ def _stragglers(record: list[events.Event]) -> str:
 
 
 def _last_record(run_dir: Path) -> dict[str, Any] | None:
-    records = read_jsonl(RunDir(run_dir).metrics)
+    records = read_jsonl(RunDir(run_dir).metrics, *STEP_FIELDS)
     return records[-1] if records else None
 
 

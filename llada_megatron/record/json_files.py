@@ -6,18 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import BadInput, Refusal
+from llada_megatron.config.foreign import parse_json, read_bytes
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object that a JSON file holds.
 
-    Raises BadInput, which ends with the `remedy`, where there is no such file or it holds something else.
+    Raises BadInput, which ends with the `remedy`, where there is no such file or it holds something else;
+    OSError where it cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{path} does not exist: {remedy}.") from None
+        content = parse_json(read_bytes(path, remedy))
+    except Refusal:
+        raise
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise BadInput(f"{path} is not JSON ({error}): {remedy}.") from None
     if not isinstance(content, dict):

@@ -1,0 +1,49 @@
+"""Files that others wrote: their bytes, and JSON in them, or an error of one line. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.config.errors import BadInput
+
+
+def read_bytes(path: Path, remedy: str) -> bytes:
+    """The content of a file; OSError where it cannot be read.
+
+    Raises BadInput, which ends with the `remedy`, where there is none, and for a pipe or a device: it could
+    keep a run waiting for ever, and a second rank would read something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{path} does not exist: {remedy}.") from None
+    except ValueError:  # a zero byte
+        raise BadInput(f"{str(path)!r} is not a path: {remedy}.") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise BadInput(f"{path} is no regular file: {remedy}.")
+    return path.read_bytes()  # of a directory: IsADirectoryError
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value that JSON in UTF-8 holds; ValueError in one line, however deep or wide it is.
+
+    Text with half of a surrogate pair is refused, since it can neither be written nor tokenized.
+    """
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # of int(), whose advice is not for users
+        raise ValueError("a number in it has too many digits") from None
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text in it holds half of a surrogate pair") from None
+    return value
