@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from yaml import YAMLError
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import smallest_world
-from llada_megatron.config.schema import Config, LayoutConfig
+from llada_megatron.config.plain_yaml import read_plain_yaml
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 OWN_CONFIG_DIR = "configs"
@@ -42,15 +44,20 @@ def compose(overrides: list[str]) -> Config:
 
 
 def load(path: str | os.PathLike[str]) -> Config:
-    """Read a resolved configuration that `save` wrote; BadInput for an unknown key or what is no YAML."""
-    return resolve(read_yaml(path))
+    """Read a resolved configuration that `save` wrote; BadInput, naming the file, for anything else."""
+    tree = read_yaml(path)
+    try:
+        return resolve(tree)
+    except BadInput as fault:
+        raise BadInput(f"{path}: {fault}") from fault
 
 
 def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
     """The mapping that a YAML file holds, whatever its keys; BadInput for anything else."""
+    text = read_plain_yaml(Path(path), "give the config.yaml of a run")
     try:
-        content = OmegaConf.load(os.fspath(path))
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        content = OmegaConf.load(io.StringIO(text))
+    except (YAMLError, ValueError, OmegaConfBaseException) as error:  # ValueError: of int()
         raise BadInput(f"{path} is not YAML: {_one_line(error)}.") from error
     except OSError as error:
         if error.errno is not None:
@@ -92,6 +99,19 @@ def leaf_differences(saved: object, now: object) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key, "absent") != after.get(key, "absent")
     ]
+
+
+def model_of(checkpoint: Path, saved: dict[str, object]) -> ModelConfig:
+    """The model of a checkpoint by its manifest's configuration; keys that came later have their defaults.
+
+    Raises BadInput naming the checkpoint for an unknown key, a missing one or a wrong type.
+    """
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(ModelConfig), saved.get("model", {}))
+        return cast(ModelConfig, OmegaConf.to_object(node))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{checkpoint} describes no model that is known here: {reason}.") from error
 
 
 def elsewhere(saved: dict[str, object], overrides: Sequence[str]) -> Config:

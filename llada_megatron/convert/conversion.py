@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
+from llada_megatron.config.compose import model_of
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import ModelConfig
@@ -109,7 +110,7 @@ def mcore_to_hf(
     """
     checkpoint = store.verified(find(source))
     manifest = checkpoint.manifest
-    model = ModelConfig(**manifest.config["model"])
+    model = model_of(checkpoint.path, manifest.config)
     folder = tokenizer_files.carried(checkpoint)
     came_as = _optional_json(folder, "config.json")
     architecture = architecture or _architecture(manifest, model, came_as)
