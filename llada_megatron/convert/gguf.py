@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,29 +63,50 @@ def gguf_to_hf(
     Nothing appears at `target` unless the certificate passes. Needs process groups of one process. Raises
     BadInput for a file that cannot be read or is of a kind that is not served, and a target that exists.
     """
-    file = _open(source)
-    fields = {name: field.contents() for name, field in file.fields.items()}
-    described = describe(fields, {tensor.name for tensor in file.tensors}, layers)
+    file, fields, described = read_description(source, layers)
     described["torch_dtype"] = str(dtype).removeprefix("torch.")
     entries = list(llama_entries(described))
     held = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in file.tensors}
     certificate = Certificate("gguf-to-hf", str(source), BECOMES)
     certificate.dropped = {name: f"after the first {layers} layers" for name in held if _is_cut(name, layers)}
     model = config_json.model_config(described, 0, str(source))
-    certificate.parameters["architecture"] = model_tensors(model)[1]
     used = {name: shape for name, shape in held.items() if name not in certificate.dropped}
     certificate.compare(str(source), used, {entry.source.name: entry.source.shape for entry in entries})
     if not certificate.passed:
         return certificate
+    certificate.parameters["architecture"] = model_tensors(model)[1]
     with written_aside(target) as aside:
         _convert(certificate, entries, file, aside, dtype)
         if certificate.passed:
             write_json(aside / "config.json", described)
             write_json(aside / "generation_config.json", config_json.generation_config({}, described, -1))
-            write_tokenizer(fields, aside)
+            with _named(source):
+                write_tokenizer(fields, aside)
             certificate.write(aside)
             publish.give_name(aside, target)
     return certificate
+
+
+def read_description(source: Path, layers: int | None) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The library's reader of a file, its metadata by name, and config.json; BadInput naming the file."""
+    file, fields = _open(source)
+    with _named(source):
+        described = describe(fields, {tensor.name for tensor in file.tensors}, layers)
+        if described["num_hidden_layers"] > len(file.tensors):
+            raise BadInput(
+                f"The GGUF speaks of {described['num_hidden_layers']} layers and holds {len(file.tensors)}"
+                " tensors: it is damaged."
+            )
+    return file, fields, described
+
+
+@contextmanager
+def _named(source: Path) -> Iterator[None]:
+    """Puts the file before what is said of its content."""
+    try:
+        yield
+    except BadInput as fault:
+        raise BadInput(f"{source}: {fault}") from None
 
 
 def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> dict[str, Any]:
@@ -98,19 +120,24 @@ def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> d
                 f"The GGUF sets {ARCHITECTURE}.{key}={fields[f'{ARCHITECTURE}.{key}']}, which is not served."
             )
 
-    def get(key: str) -> Any:
-        if f"{ARCHITECTURE}.{key}" not in fields:
+    def get(key: str, default: float | None = None) -> Any:
+        value = fields.get(f"{ARCHITECTURE}.{key}", default)
+        if value is None:
             raise BadInput(f"The GGUF has no '{ARCHITECTURE}.{key}'.")
-        return fields[f"{ARCHITECTURE}.{key}"]
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise BadInput(f"The GGUF sets {ARCHITECTURE}.{key}={str(value)[:40]!r}: it must be above 0.")
+        return value
 
     hidden, heads = get("embedding_length"), get("attention.head_count")
-    head_dim = fields.get(f"{ARCHITECTURE}.attention.key_length", hidden // heads)
+    head_dim = get("attention.key_length", hidden // heads)
     if get("rope.dimension_count") != head_dim:
         raise BadInput(
             f"The GGUF rotates {get('rope.dimension_count')} of {head_dim} channels: only all are served."
         )
     if layers is not None and not 0 < layers <= get("block_count"):
         raise BadInput(f"--layers {layers} is not between 1 and the GGUF's {get('block_count')} layers.")
+    if not isinstance(fields.get("tokenizer.ggml.tokens"), list):
+        raise BadInput("The GGUF has no 'tokenizer.ggml.tokens'.")
     ids = {
         f"{name}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -124,10 +151,10 @@ def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> d
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": layers or get("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get(f"{ARCHITECTURE}.attention.head_count_kv", heads),
+        "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": get("context_length"),
-        "rope_theta": fields.get(f"{ARCHITECTURE}.rope.freq_base", 10000.0),
+        "rope_theta": get("rope.freq_base", 10000.0),
         # The file holds a float32, where 1e-5 is 9.999999747378752e-06.
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -163,7 +190,8 @@ def llama_entries(described: dict[str, Any]) -> Iterator[GgufEntry]:
         yield entry("output", "lm_head", V, H)
 
 
-def _open(source: Path) -> Any:
+def _open(source: Path) -> tuple[Any, dict[str, Any]]:
+    """The library's reader of a file, and the metadata by name."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -171,9 +199,13 @@ def _open(source: Path) -> Any:
     if not source.is_file():
         raise BadInput(f"{source} does not exist: give a .gguf file.")
     try:
-        return GGUFReader(source)
-    except (ValueError, IndexError, KeyError) as error:
-        raise BadInput(f"{source} is no GGUF file, or a damaged one: {error}.") from None
+        file = GGUFReader(source)
+        return file, {name: field.contents() for name, field in file.fields.items()}
+    except OSError:
+        raise
+    except Exception as error:  # numpy's and the library's, for a length or an offset that is none
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"{source} is no GGUF file, or a damaged one: {reason[:200]}.") from None
 
 
 def _is_cut(name: str, layers: int | None) -> bool:

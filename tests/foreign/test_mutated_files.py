@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llada_megatron.config import compose
-from llada_megatron.config.errors import Refusal
+from llada_megatron.config.errors import BadInput, Refusal
 from llada_megatron.record import events, manifest, metrics
 from llada_megatron.record.json_files import read_json
 from tests.foreign import mutations
@@ -80,10 +80,16 @@ def read_tokenizer(folder: Path) -> None:
 
 
 def read_gguf(folder: Path) -> None:
-    from llada_megatron.convert.gguf import gguf_to_hf
+    from gguf import dequantize
 
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    gguf_to_hf(folder / "model.gguf", folder / "out")
+    from llada_megatron.convert import gguf, gguf_tokenizer
+
+    file, fields, described = gguf.read_description(folder / "model.gguf", None)
+    list(gguf.llama_entries(described))
+    for tensor in file.tensors:
+        dequantize(tensor.data, tensor.tensor_type)
+    with gguf._named(folder / "model.gguf"):
+        gguf_tokenizer.write_tokenizer(fields, folder)
 
 
 def read_shards(folder: Path) -> None:
@@ -97,7 +103,8 @@ def read_shards(folder: Path) -> None:
 def read_manifest(folder: Path) -> None:
     checkpoint = manifest.Checkpoint.read(folder)
     compose.model_of(checkpoint.path, checkpoint.manifest.config)
-    compose.elsewhere(checkpoint.manifest.config, [])
+    with suppress(BadInput):  # it speaks of settings, which may as well be the overrides'
+        compose.elsewhere(checkpoint.manifest.config, [])
     manifest.file_damage(checkpoint, sorted(checkpoint.manifest.files))
 
 
