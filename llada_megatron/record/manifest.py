@@ -100,8 +100,8 @@ def _fault(manifest: Manifest) -> str | None:
     for name, record in manifest.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{name} lies outside the checkpoint"
-        kinds = {key: type(value) for key, value in record.items()} if isinstance(record, dict) else {}
-        if kinds != {"bytes": int, "sha256": str}:
+        held = {key: type(value) for key, value in record.items()} if isinstance(record, dict) else {}
+        if held != {"bytes": int, "sha256": str}:
             return f"{name} has no size and SHA-256"
     return None
 
