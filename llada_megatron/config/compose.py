@@ -119,7 +119,9 @@ def elsewhere(saved: dict[str, object], overrides: Sequence[str]) -> Config:
 
     overrides: `key=value`, the value in YAML. Raises BadInput for what is no setting.
     """
-    trained = cast(dict[str, object], saved.get("layout", {}))
+    trained = saved.get("layout", {})
+    if not isinstance(trained, dict):
+        raise BadInput(f"layout is {type(trained).__name__}, and no settings.")
     names = ("global_batch", "micro_batch")
     layout: dict[str, object] = {name: trained[name] for name in names if name in trained}
     layout["processes"] = 0

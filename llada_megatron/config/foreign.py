@@ -9,6 +9,9 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput
 
+MAX_DEPTH = 100
+"""What reads a value walks it by recursion."""
+
 
 def read_bytes(path: Path, remedy: str) -> bytes:
     """The content of a file; OSError where it cannot be read.
@@ -28,15 +31,17 @@ def read_bytes(path: Path, remedy: str) -> bytes:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value that JSON in UTF-8 holds; ValueError in one line, however deep or wide it is.
+    """The value that JSON in UTF-8 holds; ValueError in one line for anything else, and for more depth.
 
     Text with half of a surrogate pair is refused, since it can neither be written nor tokenized.
     """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
         value = json.loads(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise RecursionError
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
     except json.JSONDecodeError:
         raise
     except ValueError:  # of int(), whose advice is not for users
@@ -47,3 +52,11 @@ def parse_json(content: bytes | str) -> Any:
         except UnicodeEncodeError:
             raise ValueError("a text in it holds half of a surrogate pair") from None
     return value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth

@@ -7,9 +7,7 @@ from pathlib import Path
 import yaml
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.foreign import read_bytes
-
-MAX_DEPTH = 50
+from llada_megatron.config.foreign import MAX_DEPTH, read_bytes
 
 
 def read_plain_yaml(path: Path, remedy: str) -> str:

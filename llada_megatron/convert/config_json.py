@@ -32,7 +32,10 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
             raise BadInput(f"{where} has no '{row.theirs}'.")
         if not isinstance(values[row.ours], int | float):  # a truth value is an int
             raise BadInput(f"{where} sets {row.theirs}={values[row.ours]!r}: it must be a number.")
-    values |= family.fields(described, values)
+    try:
+        values |= family.fields(described, values)
+    except BadInput as fault:
+        raise BadInput(f"{where}: {fault}") from None
     values["rotary_base"] = float(values["rotary_base"])
     model = ModelConfig(mask_token_id=mask_token_id, **values)
     if not 0 <= mask_token_id < model.vocab_size:

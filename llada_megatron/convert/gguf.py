@@ -24,6 +24,7 @@ from llada_megatron.convert import config_json
 from llada_megatron.convert.certificate import Certificate, Ledger
 from llada_megatron.convert.conversion import written_aside
 from llada_megatron.convert.families import llama
+from llada_megatron.convert.gguf_header import require_whole
 from llada_megatron.convert.gguf_tokenizer import write_tokenizer
 from llada_megatron.convert.loaded import model_tensors
 from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
@@ -75,13 +76,12 @@ def gguf_to_hf(
     if not certificate.passed:
         return certificate
     certificate.parameters["architecture"] = model_tensors(model)[1]
-    with written_aside(target) as aside:
+    with written_aside(target) as aside, named(source):
         _convert(certificate, entries, file, aside, dtype)
         if certificate.passed:
             write_json(aside / "config.json", described)
             write_json(aside / "generation_config.json", config_json.generation_config({}, described, -1))
-            with _named(source):
-                write_tokenizer(fields, aside)
+            write_tokenizer(fields, aside)
             certificate.write(aside)
             publish.give_name(aside, target)
     return certificate
@@ -90,7 +90,7 @@ def gguf_to_hf(
 def read_description(source: Path, layers: int | None) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The library's reader of a file, its metadata by name, and config.json; BadInput naming the file."""
     file, fields = _open(source)
-    with _named(source):
+    with named(source):
         described = describe(fields, {tensor.name for tensor in file.tensors}, layers)
         if described["num_hidden_layers"] > len(file.tensors):
             raise BadInput(
@@ -101,7 +101,7 @@ def read_description(source: Path, layers: int | None) -> tuple[Any, dict[str, A
 
 
 @contextmanager
-def _named(source: Path) -> Iterator[None]:
+def named(source: Path) -> Iterator[None]:
     """Puts the file before what is said of its content."""
     try:
         yield
@@ -198,6 +198,7 @@ def _open(source: Path) -> tuple[Any, dict[str, Any]]:
         raise BadInput("Reading GGUF files needs the package gguf: install it, `pip install gguf`.") from None
     if not source.is_file():
         raise BadInput(f"{source} does not exist: give a .gguf file.")
+    require_whole(source)
     try:
         file = GGUFReader(source)
         return file, {name: field.contents() for name, field in file.fields.items()}
@@ -208,6 +209,17 @@ def _open(source: Path) -> tuple[Any, dict[str, Any]]:
         raise BadInput(f"{source} is no GGUF file, or a damaged one: {reason[:200]}.") from None
 
 
+def dequantized(tensor: Any) -> Tensor:
+    """The numbers of a tensor of the library's reader, fp32; BadInput for a kind that it cannot read."""
+    from gguf import dequantize
+
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise BadInput(f"{tensor.name} is of type {tensor.tensor_type.name}, which is not served.") from None
+    return torch.from_numpy(values.copy()).float()
+
+
 def _is_cut(name: str, layers: int | None) -> bool:
     return layers is not None and name.startswith("blk.") and int(name.split(".")[1]) >= layers
 
@@ -216,8 +228,6 @@ def _convert(
     certificate: Certificate, entries: list[GgufEntry], file: Any, aside: Path, dtype: torch.dtype
 ) -> None:
     """Write tensor by tensor, then read the folder and convert it back to compare hashes."""
-    from gguf import dequantize
-
     tensors = {tensor.name: tensor for tensor in file.tensors}
     source, target, again = (Ledger(side) for side in ("source", "target", "the result"))
     writer = SafetensorsWriter(
@@ -225,7 +235,7 @@ def _convert(
     )
     for entry in entries:
         tensor = tensors[entry.source.name]
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        values = dequantized(tensor)
         source.record(entry.source, values)
         converted = entry.to_theirs(values).to(dtype).contiguous()
         target.record(entry.target, converted)

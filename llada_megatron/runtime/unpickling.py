@@ -103,9 +103,9 @@ def read_metadata(shards: Path) -> Metadata:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadInput(f"{path} is damaged ({reason}): take another checkpoint.") from None
+        raise BadInput(f"{path} is damaged ({reason[:100]}): take another checkpoint.") from None
     for fault in _faults(metadata, shards):
-        raise BadInput(f"{path} is damaged: {fault}; take another checkpoint.")
+        raise BadInput(f"{path} is damaged: {' '.join(fault.split())}; take another checkpoint.")
     return metadata
 
 

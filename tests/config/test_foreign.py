@@ -7,8 +7,8 @@ import pytest
 
 from llada_megatron.config import compose
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.foreign import parse_json, read_bytes
-from llada_megatron.config.plain_yaml import MAX_DEPTH, read_plain_yaml
+from llada_megatron.config.foreign import MAX_DEPTH, parse_json, read_bytes
+from llada_megatron.config.plain_yaml import read_plain_yaml
 
 
 def test_a_pipe_is_refused_before_anything_waits_for_it(tmp_path: Path) -> None:
@@ -30,8 +30,9 @@ def test_what_is_not_there_is_named_and_a_directory_is_the_systems_error(tmp_pat
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
-        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested more than 100 deep"),
+        (b'{"a": ' * 100_000, "nested more than 100 deep"),
+        (b"[" * 101 + b"]" * 101, "nested more than 100 deep"),
         (b"9" * 5000, "too many digits"),
         (b'{"a": "\\uD83d"}', "half of a surrogate pair"),
         ('{"a": 1}'.encode("utf-16"), "utf-8"),
@@ -42,6 +43,11 @@ def test_json_that_is_none_is_one_line(content: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         parse_json(content)
     assert "\n" not in str(caught.value)
+
+
+def test_json_as_deep_as_is_served_and_wide_is_read() -> None:
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+    assert len(parse_json("[" + "[1], " * 200 + "[]]")) == 201
 
 
 def test_json_is_read_with_a_byte_order_mark_and_whole_surrogate_pairs() -> None:

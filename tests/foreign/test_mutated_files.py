@@ -80,15 +80,14 @@ def read_tokenizer(folder: Path) -> None:
 
 
 def read_gguf(folder: Path) -> None:
-    from gguf import dequantize
-
     from llada_megatron.convert import gguf, gguf_tokenizer
 
-    file, fields, described = gguf.read_description(folder / "model.gguf", None)
+    source = folder / "model.gguf"
+    file, fields, described = gguf.read_description(source, None)
     list(gguf.llama_entries(described))
-    for tensor in file.tensors:
-        dequantize(tensor.data, tensor.tensor_type)
-    with gguf._named(folder / "model.gguf"):
+    with gguf.named(source):
+        for tensor in file.tensors:
+            gguf.dequantized(tensor)
         gguf_tokenizer.write_tokenizer(fields, folder)
 
 
@@ -141,7 +140,7 @@ KINDS = {
     ".metadata": Kind(".metadata", CHECKPOINT / "shards", read_shards),
     "shards": Kind("__0_0.distcp", CHECKPOINT / "shards", read_shards),
     "manifest": Kind("manifest.json", CHECKPOINT, read_manifest, JSON),
-    "manifest, signed": Kind("manifest.json", CHECKPOINT, read_manifest, JSON, SIGNED),
+    "signed manifest": Kind("manifest.json", CHECKPOINT, read_manifest, JSON, SIGNED),
     "metrics": Kind("metrics.jsonl", OLD / "run" / "metrics.jsonl", read_metrics),
     "a record": Kind("metrics.jsonl", Path("record"), read_metrics, JSON),
     "events": Kind("events.jsonl", OLD / "run" / "events.jsonl", read_events),
@@ -163,7 +162,8 @@ def make_llama(folder: Path) -> None:
     from tests.convert.checkpoints import LLAMA
 
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    (folder / "config.json").write_text(json.dumps(LLAMA | rope))
+    others = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    (folder / "config.json").write_text(json.dumps(others | rope))
 
 
 def make_tokenizer(folder: Path) -> None:
