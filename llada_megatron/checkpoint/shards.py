@@ -18,7 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.runtime import unpickling
 
 FILE_BYTES = 4_000_000_000
 """A new file is begun after this many bytes."""
@@ -116,16 +117,11 @@ class ShardsWriter:
 
 
 class ShardsReader:
-    """Reads weights that were saved in any layout; BadInput where `shards/` is none."""
+    """Reads weights that were saved in any layout; BadInput where `shards/` is none, or damaged."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        try:
-            self._metadata = FileSystemReader(directory).read_metadata()
-        except OSError as error:
-            raise BadInput(
-                f"{directory} holds no weights ({error}): give a checkpoint's directory."
-            ) from None
+        self._metadata = unpickling.read_metadata(directory)
         self._tensors = {
             name: entry
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -158,8 +154,14 @@ class ShardsReader:
 
     def _load(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         stored = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        with open(self._directory / stored.relative_path, "rb") as file:
+        path = self._directory / stored.relative_path
+        with path.open("rb") as file:
             file.seek(stored.offset)
             content = io.BytesIO(file.read(stored.length))
-        loaded = torch.load(content, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes can raise anything
+            raise BadInput(f"{path} cannot be read at {name}: {unpickling.in_words(error)}.") from error
+        if not isinstance(loaded, Tensor) or loaded.numel() != math.prod(chunk.sizes):
+            raise BadInput(f"{path} holds no part of {name}, of shape {list(chunk.sizes)}.")
         return loaded.reshape(chunk.sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME as FORMAT
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.distributed import DistributedDataParallel
@@ -20,12 +23,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llada_megatron.checkpoint import publish
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import BadInput, Refusal
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.record import carried
+from llada_megatron.record.json_files import read_json
 from llada_megatron.record.manifest import Checkpoint, Manifest, file_record
 from llada_megatron.record.run_dir import SHARDS
-from llada_megatron.runtime import device, writer_queue
+from llada_megatron.runtime import device, unpickling, writer_queue
 
 OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -121,35 +125,54 @@ def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: Megatron
     """Load weights, and the optimizer's state where one is given, of a checkpoint that was `verified`.
 
     Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit
-    the model.
+    the model, or holds what could run code; OSError where its files cannot be read.
     """
+    shards = checkpoint / SHARDS
+    remedy = "take another checkpoint"
+    if read_json(shards / FORMAT, remedy).get("sharded_backend") != "torch_dist":
+        raise BadInput(f"{shards / FORMAT} is not of the format torch_dist: {remedy}.")
     sharded = _sharded(model, optimizer, is_loading=True)
     try:
-        loaded = dist_checkpointing.load(sharded, str(checkpoint / SHARDS))
-    except (Exception, CheckpointException) as error:
-        raise BadInput(f"{checkpoint} cannot be loaded: {_reason(error)}") from error
+        with unpickling.read_once(shards):
+            loaded = dist_checkpointing.load(sharded, str(shards))
+    except CheckpointException as error:  # torch's word for whatever was raised while it read
+        [(inner, _), *_] = error.failures.values()
+        if isinstance(inner, OSError | Refusal | MemoryError | torch.OutOfMemoryError):
+            raise inner from None
+        raise BadInput(f"{checkpoint} cannot be loaded: {unpickling.in_words(inner)}.") from error
+    except (CheckpointingException, pickle.UnpicklingError) as error:
+        raise BadInput(f"{checkpoint} cannot be loaded: {unpickling.in_words(error)}.") from error
     for index, chunk in enumerate(model):
         _bare(chunk).load_state_dict(loaded[f"model{index}"])
     if optimizer is not None:
-        _load_optimizer(optimizer, loaded["optimizer"])
+        try:
+            step = _adam_step(loaded["optimizer"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise BadInput(f"{checkpoint} holds no step of Adam to go on from: {remedy}.") from None
+        _load_optimizer(optimizer, loaded["optimizer"], step)
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
+def _adam_step(loaded: dict[Any, Any]) -> int:
+    saved = [loaded, *(state for index, state in loaded.items() if isinstance(index, int))]
+    return max(
+        int(group.get("step", 0))
+        for state in saved
+        if "optimizer" in state
+        for group in state["optimizer"]["param_groups"]
+    )
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[Any, Any], step: int) -> None:
     """Load moments and masters, and Adam's step.
 
     megatron-core chains one optimizer per kind of process group, so the layout decides how many there are,
     and the saved non-tensor part may be of another number. All it holds but the step is configuration.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    saved = [loaded, *(state for index, state in loaded.items() if isinstance(index, int))]
-    groups = [
-        group for state in saved if "optimizer" in state for group in state["optimizer"]["param_groups"]
-    ]
-    adam_step = max(group.get("step", 0) for group in groups)
     for index, part in enumerate(parts):
         state = part.state_dict()
         for group in state["optimizer"]["param_groups"]:
-            group["step"] = adam_step
+            group["step"] = step
         state["param_state"] = (loaded if len(parts) == 1 else loaded[index])["param_state"]
         state["param_state_sharding_type"] = OPTIMIZER_METADATA["distrib_optim_sharding_type"]
         part.load_state_dict(state)

@@ -16,7 +16,7 @@ from llada_megatron.config.quantities import short_count
 from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
 from llada_megatron.record.manifest import readable
-from llada_megatron.record.metrics import read_jsonl
+from llada_megatron.record.metrics import STEP_FIELDS, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada status runs/llada2_flash"
@@ -152,9 +152,8 @@ def _stragglers(record: list[events.Event]) -> str:
 
 
 def _last_record(run_dir: Path) -> dict[str, Any] | None:
-    records: list[Any] = read_jsonl(RunDir(run_dir).metrics)
-    steps = [each for each in records if isinstance(each, dict) and isinstance(each.get("step"), int)]
-    return steps[-1] if steps else None
+    records = read_jsonl(RunDir(run_dir).metrics, *STEP_FIELDS)
+    return records[-1] if records else None
 
 
 def _print(found: list[Status]) -> None:

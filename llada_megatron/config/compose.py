@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import smallest_world
 from llada_megatron.config.overrides import check as check_overrides
 from llada_megatron.config.overrides import check_setting, settings
+from llada_megatron.config.plain_yaml import read_plain_yaml
 from llada_megatron.config.ranges import check_values
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 
@@ -83,9 +85,10 @@ def load(path: str | os.PathLike[str]) -> Config:
 
 def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
     """The mapping that a YAML file holds, whatever its keys; BadInput for anything else."""
+    text = read_plain_yaml(Path(path), "give the config.yaml of a run")
     try:
-        content = OmegaConf.load(os.fspath(path))
-    except (*NOT_YAML, OmegaConfBaseException) as error:
+        content = OmegaConf.load(io.StringIO(text))
+    except (*NOT_YAML, ValueError, OmegaConfBaseException) as error:  # ValueError: of int()
         raise BadInput(f"{path} is not YAML: {_one_line(error)}.") from error
     except OSError as error:
         if error.errno is not None:
@@ -129,12 +132,29 @@ def leaf_differences(saved: object, now: object) -> list[str]:
     ]
 
 
+def model_of(checkpoint: Path, saved: dict[str, object]) -> ModelConfig:
+    """The model of a checkpoint by its manifest's configuration; keys that came later have their defaults.
+
+    Raises BadInput naming the checkpoint for an unknown key, a missing one, a wrong type or a wrong value.
+    """
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(ModelConfig), saved.get("model", {}))
+        model = cast(ModelConfig, OmegaConf.to_object(node))
+        check_values(model, "model")
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise BadInput(f"{checkpoint} describes no model that is known here: {reason}.") from error
+    return model
+
+
 def elsewhere(saved: dict[str, object], overrides: Sequence[str]) -> Config:
     """The configuration of a checkpoint for another use of it: on one process, unless overrides say more.
 
     overrides: `key=value`, the value in YAML. Raises BadInput for what is no setting.
     """
-    trained = cast(dict[str, object], saved.get("layout", {}))
+    trained = saved.get("layout", {})
+    if not isinstance(trained, dict):
+        raise BadInput(f"layout is {type(trained).__name__}, and no settings.")
     names = ("global_batch", "micro_batch")
     layout: dict[str, object] = {name: trained[name] for name in names if name in trained}
     layout["processes"] = 0
@@ -192,20 +212,6 @@ def _setting(override: str) -> DictConfig:
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     check_setting(override, key, plain)
     return tree
-
-
-def saved_model(tree: dict[str, object]) -> ModelConfig:
-    """The architecture of a manifest, where settings that came after it have their defaults.
-
-    tree: `config["model"]`. Raises BadInput for unknown keys and wrong types.
-    """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), tree)
-        model = cast(ModelConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise BadInput(f"A checkpoint's model cannot be read: {_sentence(error)}") from error
-    check_values(model, "model")
-    return model
 
 
 def _own_configs() -> Path | None:

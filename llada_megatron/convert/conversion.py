@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter
-from llada_megatron.config.compose import saved_model
+from llada_megatron.config.compose import model_of
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import ModelConfig
@@ -119,7 +119,7 @@ def mcore_to_hf(
     """
     checkpoint = store.verified(find(source))
     manifest = checkpoint.manifest
-    model = saved_model(manifest.config["model"])
+    model = model_of(checkpoint.path, manifest.config)
     folder = carried.folder_of(checkpoint)
     came_as = _optional_json(folder, "config.json")
     architecture = architecture or _architecture(manifest, model, came_as)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,29 +81,49 @@ def gguf_to_hf(
     Nothing appears at `target` unless the certificate passes. Needs process groups of one process. Raises
     BadInput for a file that cannot be read or is of a kind that is not served, and a target that exists.
     """
-    file = _open(source)
-    fields = file.fields
-    described = describe(fields, {*file.tensors}, layers)
+    file, described = read_description(source, layers)
     described["torch_dtype"] = str(dtype).removeprefix("torch.")
     entries = list(llama_entries(described))
     held = {name: tensor.shape for name, tensor in file.tensors.items()}
     certificate = Certificate("gguf-to-hf", str(source), BECOMES)
     certificate.dropped = {name: f"after the first {layers} layers" for name in held if _is_cut(name, layers)}
     model = config_json.model_config(described, 0, str(source))
-    certificate.parameters["architecture"] = model_tensors(model)[1]
     used = {name: shape for name, shape in held.items() if name not in certificate.dropped}
     certificate.compare(str(source), used, {entry.source.name: entry.source.shape for entry in entries})
     if not certificate.passed:
         return certificate
-    with written_aside(target) as aside:
+    certificate.parameters["architecture"] = model_tensors(model)[1]
+    with written_aside(target) as aside, named(source):
         _convert(certificate, entries, file, aside, dtype)
         if certificate.passed:
             write_json(aside / "config.json", described)
             write_json(aside / "generation_config.json", config_json.generation_config({}, described, -1))
-            write_tokenizer(fields, aside)
+            write_tokenizer(file.fields, aside)
             certificate.write(aside)
             publish.give_name(aside, target)
     return certificate
+
+
+def read_description(source: Path, layers: int | None) -> tuple[GgufFile, dict[str, Any]]:
+    """A file and its config.json; BadInput naming the file."""
+    file = _open(source)
+    with named(source):
+        described = describe(file.fields, {*file.tensors}, layers)
+        if described["num_hidden_layers"] > len(file.tensors):
+            raise BadInput(
+                f"The GGUF speaks of {described['num_hidden_layers']} layers and holds {len(file.tensors)}"
+                " tensors: it is damaged."
+            )
+    return file, described
+
+
+@contextmanager
+def named(source: Path) -> Iterator[None]:
+    """Puts the file before what is said of its content."""
+    try:
+        yield
+    except BadInput as fault:
+        raise BadInput(f"{source}: {fault}") from None
 
 
 def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> dict[str, Any]:
@@ -137,6 +158,8 @@ def describe(fields: dict[str, Any], tensors: set[str], layers: int | None) -> d
         )
     if layers is not None and not 0 < layers <= get("block_count"):
         raise BadInput(f"--layers {layers} is not between 1 and the GGUF's {get('block_count')} layers.")
+    if not isinstance(fields.get("tokenizer.ggml.tokens"), list):
+        raise BadInput("The GGUF has no 'tokenizer.ggml.tokens'.")
     ids = {
         f"{name}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -214,7 +237,7 @@ def _open(source: Path) -> GgufFile:
     return GgufFile(source)
 
 
-def _dequantised(tensor: GgufTensor) -> Tensor:
+def dequantised(tensor: GgufTensor) -> Tensor:
     from gguf import dequantize
     from gguf.quants import quant_shape_to_byte_shape
 
@@ -243,7 +266,7 @@ def _convert(
         aside, {entry.target.name: (dtype, entry.target.shape) for entry in entries}, MAX_FILE_BYTES
     )
     for entry in entries:
-        values = _dequantised(tensors[entry.source.name])
+        values = dequantised(tensors[entry.source.name])
         source.record(entry.source, values)
         converted = entry.to_theirs(values).to(dtype).contiguous()
         target.record(entry.target, converted)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from llada_megatron.checkpoint.shards import Part, whole
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.foreign import distinct_keys
 from llada_megatron.convert import block_fp8
 from llada_megatron.convert.weight_files import INDEX, SINGLE, weight_files
-from llada_megatron.record.json_files import distinct_keys
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """By the format's names, in the order in which the library lays tensors out."""

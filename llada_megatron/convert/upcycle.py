@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.checkpoint.shards import Part, ShardsReader, ShardsWriter, whole
-from llada_megatron.config.compose import saved_model
+from llada_megatron.config.compose import model_of
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
@@ -57,7 +57,7 @@ def upcycle(
     """
     checkpoint = store.verified(find(source))
     path = checkpoint.path
-    dense = saved_model(checkpoint.manifest.config["model"])
+    dense = model_of(checkpoint.path, checkpoint.manifest.config)
     moe = upcycled_config(dense, experts, experts_per_token, dense_layers)
     shards = ShardsReader(path / SHARDS)
     certificate = Certificate("upcycle", str(path), "upcycled", moe.mask_token_id)

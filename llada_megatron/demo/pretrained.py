@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from llada_megatron.config.compose import saved_model
+from llada_megatron.config.compose import model_of
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, LayoutConfig, PrecisionConfig
 from llada_megatron.record.manifest import Checkpoint, file_record
@@ -93,7 +93,7 @@ def autoregressive_nll(config: Config, checkpoint: Path) -> float:
     from llada_megatron.convert.loaded import load_model
     from llada_megatron.evaluate.likelihood import Evaluator
 
-    model = saved_model(Checkpoint.read(checkpoint).manifest.config["model"])
+    model = model_of(checkpoint, Checkpoint.read(checkpoint).manifest.config)
     stage = load_model(checkpoint, model, sequence_length=config.data.sequence_length)
     single = replace(config, model=model, layout=LayoutConfig(), precision=PrecisionConfig())
     nll = Evaluator(single, [stage]).autoregressive()["mean"]

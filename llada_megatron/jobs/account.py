@@ -11,7 +11,7 @@ from llada_megatron.jobs import slurm
 from llada_megatron.jobs.slurm import Allocation
 from llada_megatron.record import events
 from llada_megatron.record.events import Event
-from llada_megatron.record.metrics import Record, read_jsonl, step_seconds
+from llada_megatron.record.metrics import STEP_FIELDS, Record, read_jsonl, step_seconds
 from llada_megatron.record.run_dir import RunDir
 
 LOSSES = ("start-up", "replayed steps", "checkpoints", "evaluation", "other")
@@ -79,7 +79,7 @@ def account(run_dir: Path, record: list[Event], now: float | None = None) -> Cos
 
     Of a running attempt up to `now`, seconds since 1970.
     """
-    steps = read_jsonl(RunDir(run_dir).metrics)
+    steps = read_jsonl(RunDir(run_dir).metrics, *STEP_FIELDS)
     jobs = dict.fromkeys(event["job"] for event in record if event["event"] == "started" and event.get("job"))
     in_slurm = slurm.allocations(jobs) if jobs else {}
     starts = [index for index, event in enumerate(record) if event["event"] == "started"]

@@ -24,7 +24,7 @@ from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import plots
 from llada_megatron.record.json_files import write_json
-from llada_megatron.record.metrics import Record, by_stage, read_jsonl
+from llada_megatron.record.metrics import STEP_FIELDS, Record, by_stage, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
 NOT_YET = "not yet"
@@ -80,14 +80,15 @@ class Run:
             raise BadInput(
                 f"{run_dir} is not the directory of a run: it has no {files.config.name}; give a run.dir"
             )
-        steps = read_jsonl(files.metrics)
+        steps = read_jsonl(files.metrics, *STEP_FIELDS, "mfu", "load_max_over_mean")
         if not steps:
             raise BadInput(
                 f"{run_dir} has no {files.metrics.name} with a step in it; wait for the first step to end"
             )
-        last_of_stage = {record["stage"]: record for record in read_jsonl(files.evaluations)}
+        evaluations = read_jsonl(files.evaluations, "stage", "block_size", "bound", "block1_views")
+        last_of_stage = {record["stage"]: record for record in evaluations}
         config = read_yaml(files.config)
-        return cls(config, steps, list(last_of_stage.values()), read_jsonl(files.samples))
+        return cls(config, steps, list(last_of_stage.values()), read_jsonl(files.samples, "block_size"))
 
     def latest(self, key: str) -> Any:
         """The newest value of `key` among the evaluations that is not null."""

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.config.foreign import parse_json, read_bytes
 from llada_megatron.record.run_dir import RunDir
 
 Event = dict[str, Any]
@@ -37,17 +38,22 @@ def append(run_dir: Path, event: str, **fields: Any) -> None:
 
 
 def read(run_dir: Path) -> list[Event]:
-    """The events of a run, oldest first; a torn line is left out."""
-    try:
-        lines = RunDir(run_dir).events.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    """The events of a run, oldest first; a torn line, and what is no event, is left out."""
+    path = RunDir(run_dir).events
+    if not path.exists():
         return []
     found = []
-    for line in lines:
+    for line in read_bytes(path, "remove it").decode(errors="replace").split("\n"):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = parse_json(line)
+        except ValueError:
             continue
+        if (
+            isinstance(event, dict)
+            and isinstance(event.get("event"), str)
+            and isinstance(event.get("time"), int | float)
+        ):
+            found.append(event)
     return found
 
 

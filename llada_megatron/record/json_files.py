@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.config.errors import BadInput
+from llada_megatron.config.errors import BadInput, Refusal
+from llada_megatron.config.foreign import parse_json, read_bytes
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object that a JSON file holds.
 
-    Raises BadInput, which ends with the `remedy`, where there is no such file or it holds something else.
+    Raises BadInput, which ends with the `remedy`, where there is no such file or it holds something else;
+    OSError where it cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct_keys)
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{path} does not exist: {remedy}.") from None
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError among them
+        content = parse_json(read_bytes(path, remedy))
+    except Refusal:
+        raise
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise BadInput(f"{path} is not JSON ({error}): {remedy}.") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds no JSON object: {remedy}.")
-    return content
-
-
-def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; ValueError where a key comes twice, of which json.loads takes the last."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{key!r} comes twice")
     return content
 
 

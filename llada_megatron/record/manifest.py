@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.foreign import parse_json, read_bytes
 from llada_megatron.record.run_dir import MANIFEST, RunDir
 
 PACKAGES = ("torch", "megatron-core", "numpy", "llada-megatron")
@@ -81,14 +83,41 @@ class Checkpoint:
 
     @staticmethod
     def read(path: Path) -> Checkpoint:
-        """Raises BadInput for a directory that is not a whole checkpoint, or whose manifest is damaged."""
+        """Raises BadInput for a directory that is no whole checkpoint, or whose manifest is damaged.
+
+        OSError where the disk does not answer: that says nothing about the checkpoint.
+        """
         try:
-            content = json.loads((path / MANIFEST).read_text())
-            if content.pop("sha256") != _digest(content):
+            content = parse_json(read_bytes(path / MANIFEST, "give the directory of a checkpoint"))
+            if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
                 raise BadInput("it was changed after it was written")
-            return Checkpoint(path, Manifest(**content))
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            manifest = Manifest(**content)
+        except (TypeError, ValueError) as error:
             raise BadInput(f"{path} is not a whole checkpoint ({MANIFEST}: {error}).") from None
+        if fault := _fault(manifest):
+            raise BadInput(f"{path} is not a whole checkpoint ({MANIFEST}: {fault}).")
+        return Checkpoint(path, manifest)
+
+
+def _fault(manifest: Manifest) -> str | None:
+    """What in a manifest is of another kind than the fields of Manifest."""
+    for entry in fields(manifest):
+        value, plain = getattr(manifest, entry.name), getattr(Manifest(config={}), entry.name)
+        kinds = (int, float) if isinstance(plain, float) else type(plain)
+        if plain is not None and not isinstance(value, kinds):
+            return f"{entry.name} is {type(value).__name__}"
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            return f"{entry.name} is {value}"
+    for name, figure in manifest.metrics.items():
+        if not isinstance(figure, int | float):
+            return f"metrics.{name} is {type(figure).__name__}"
+    for name, record in manifest.files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{name} lies outside the checkpoint"
+        held = {key: type(value) for key, value in record.items()} if isinstance(record, dict) else {}
+        if held != {"bytes": int, "sha256": str}:
+            return f"{name} has no size and SHA-256"
+    return None
 
 
 def _digest(content: dict[str, Any]) -> str:

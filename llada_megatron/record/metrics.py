@@ -14,8 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.foreign import parse_json, read_bytes
 
 Record = dict[str, Any]
+_NUMBER, _OPTIONAL_LIST, _OPTIONAL_DICT = (int, float, type(None)), (list, type(None)), (dict, type(None))
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "stage": str, "block_size": int, "consumed_samples": int, "consumed_tokens": int,
+    "loss": _NUMBER, "grad_norm": _NUMBER, "lr": _NUMBER, "tokens_per_sec": _NUMBER, "mfu": _NUMBER,
+    "load_max_over_mean": _NUMBER, "loss_by_t": _OPTIONAL_LIST, "loss_by_block_position": _OPTIONAL_LIST,
+    "bound": dict, "ar": _OPTIONAL_DICT, "block1_views": _OPTIONAL_DICT, "baselines": _OPTIONAL_DICT,
+}  # fmt: skip
+"""Kinds of the values that are read back, in any of the files; NaN was written as null."""
+STEP_FIELDS = ("step", "stage", "consumed_tokens", "tokens_per_sec")
+"""What every line of metrics.jsonl has."""
 
 
 class MetricsFile:
@@ -41,30 +52,48 @@ class MetricsFile:
         self._file.close()
 
 
-def read_jsonl(path: Path) -> list[Record]:
+def read_jsonl(path: Path, *needed: str) -> list[Record]:
     """Records of a JSONL file that may be in use: a torn last line is left out, a missing file is empty.
 
-    Raises BadInput for a broken line before the last one.
+    Raises BadInput for a broken line before the last one, a record without one of the keys `needed`, and a
+    value of another kind than FIELDS says.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    remedy = "delete that line"
+    lines = read_bytes(path, remedy).decode(errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = parse_json(line)
+        except ValueError:
             if any(lines[number:]):
-                raise BadInput(f"line {number} of {path} is not JSON; delete that line") from None
+                raise BadInput(f"line {number} of {path} is not JSON; {remedy}") from None
+            continue
+        if fault := _fault(record, needed):
+            raise BadInput(f"line {number} of {path} {fault}; {remedy}")
+        records.append(record)
     return records
 
 
+def _fault(record: Any, needed: tuple[str, ...]) -> str | None:
+    if not isinstance(record, dict):
+        return "holds no record"
+    if absent := [key for key in needed if key not in record]:
+        return f"has no {absent[0]!r}"
+    for key, kinds in FIELDS.items():
+        if key in record and not isinstance(record[key], kinds):
+            return f"has {key}={json.dumps(record[key])[:40]}"
+    return None
+
+
 def step_seconds(record: Record) -> float:
-    """How long a step of metrics.jsonl took."""
+    """How long a step of metrics.jsonl took; 0 where it does not say."""
     steps = record["step"] + 1  # of a run that never changed its global batch, which older records do not say
     if "global_batch" in record:
         steps = record["consumed_samples"] / record["global_batch"]
-    return record["consumed_tokens"] / steps / record["tokens_per_sec"]
+    speed = record["tokens_per_sec"]
+    return record["consumed_tokens"] / steps / speed if speed else 0.0
 
 
 def by_stage(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
@@ -73,7 +102,7 @@ def by_stage(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
 
 
 def _drop_repeated(path: Path, first_step: int) -> None:
-    kept = "".join(_to_line(record) for record in read_jsonl(path) if record["step"] < first_step)
+    kept = "".join(_to_line(record) for record in read_jsonl(path, "step") if record["step"] < first_step)
     if kept.encode() == path.read_bytes():
         return
     aside = path.with_name(path.name + ".tmp")

@@ -1,7 +1,7 @@
 """The seam: unmodified megatron-core on a machine without CUDA; a no-op where CUDA is there.
 
 Every patch names the place in megatron-core 0.19.2 that needs it and is checked against the installed
-source by `_expect`, so that an upgrade fails at start-up instead of training wrongly. Two combinations
+source by `expect`, so that an upgrade fails at start-up instead of training wrongly. Two combinations
 that compute wrong results without an error cannot be configured, since `model/families/gpt.py` decides both:
 deallocated pipeline outputs on gloo (storage is freed while gloo still sends), and interleaved PP=2 with
 batched p2p (two messages between one pair of ranks are swapped).
@@ -139,7 +139,7 @@ def install() -> bool:
     return True
 
 
-def _expect(module: str, *fragments: str) -> Any:
+def expect(module: str, *fragments: str) -> Any:
     """The module, after checking that its source still contains what a patch relies on."""
     loaded = importlib.import_module(module)
     with open(str(loaded.__file__), encoding="utf-8") as file:
@@ -147,8 +147,8 @@ def _expect(module: str, *fragments: str) -> Any:
     for fragment in fragments:
         if fragment not in source:
             raise RuntimeError(
-                f"{module} no longer contains '{fragment}': the CPU seam (runtime/mcore_cpu.py) must be"
-                " reviewed for this version of megatron-core."
+                f"{module} no longer contains '{fragment}': what runtime/ changes in it must be reviewed"
+                " for the version that is installed."
             )
     return loaded
 
@@ -200,7 +200,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_megatron() -> None:
-    random = _expect(
+    random = expect(
         "megatron.core.tensor_parallel.random",
         "def _get_cuda_rng_state(",
         "def _set_cuda_rng_state(",
@@ -214,10 +214,10 @@ def _patch_megatron() -> None:
 
     # moe_utils.py:1184: split sizes become numpy arrays only when they were on a GPU, but
     # token_dispatcher.py hands them to all_to_all_single either way.
-    moe_utils = _expect(
+    moe_utils = expect(
         "megatron.core.transformer.moe.moe_utils", "if torch.is_tensor(tensor) and tensor.is_cuda:"
     )
-    dispatcher = _expect(
+    dispatcher = expect(
         "megatron.core.transformer.moe.token_dispatcher",
         "self.input_splits = maybe_move_tensor_to_cpu(",
     )
@@ -231,14 +231,14 @@ def _patch_megatron() -> None:
     moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
 
     # tensor_parallel/mappings.py gathers and scatters uneven splits (EP with ETP); gloo wants even ones.
-    _expect(
+    expect(
         "megatron.core.tensor_parallel.mappings", "torch.distributed.reduce_scatter(", "output_split_sizes"
     )
     dist.all_gather = _uneven_all_gather(dist.all_gather)
     dist.reduce_scatter = _uneven_reduce_scatter(dist.reduce_scatter)
 
-    optimizer = _expect("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER = True", "adam_cls = Adam")
-    distributed = _expect(
+    optimizer = expect("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER = True", "adam_cls = Adam")
+    distributed = expect(
         "megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE = False", "'torch.cuda.FloatTensor"
     )
     optimizer.Adam = distributed.Adam = FusedAdamCPU

@@ -164,7 +164,7 @@ class _Run:
         self.trackers = None
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
-            recorded = read_jsonl(self.files.metrics)
+            recorded = read_jsonl(self.files.metrics, "step")
             self.replayed = max(0, recorded[-1]["step"] + 1 - self.position.step) if recorded else 0
             save(self.config, self.files.config)  # a start that is refused has left the old one
             self.trackers = Trackers(self.dir, config.logging, config.run.name, self.position.step)
@@ -357,7 +357,7 @@ class _Run:
             return None
         losses = [
             record["loss"]
-            for record in read_jsonl(self.files.metrics)
+            for record in read_jsonl(self.files.metrics, "stage", "loss")
             if record["stage"] == stage.name and record["loss"] is not None
         ][-TRAIN_LOSS_STEPS:]
         return sum(losses) / len(losses) if losses else None

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from llada_megatron.checkpoint import publish, store
 from llada_megatron.config import changes
 from llada_megatron.config.changes import setting_of
-from llada_megatron.config.compose import differences, leaf_differences, resolve, saved_model
+from llada_megatron.config.compose import differences, leaf_differences, model_of, resolve
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schedule import Schedule
@@ -120,7 +120,7 @@ def check_same_model(config: Config, checkpoint: Checkpoint) -> None:
     Shapes alone would not tell: another rotary base, norm or mask token loads without an error.
     """
     # A key that came after the checkpoint has the value that its weights were made with, the default.
-    saved = {"model": dataclasses.asdict(saved_model(checkpoint.manifest.config["model"]))}
+    saved = {"model": dataclasses.asdict(model_of(checkpoint.path, checkpoint.manifest.config))}
     now = {"model": OmegaConf.to_container(OmegaConf.structured(config.model), enum_to_str=True)}
     allowed = (*TRAINING_OF_MODEL, *config.run.allow_change)
     if changed := [

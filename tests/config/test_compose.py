@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,9 @@ from llada_megatron.config.compose import (
     compose,
     differences,
     load,
+    model_of,
     resolve,
     save,
-    saved_model,
 )
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Denominator, RotaryScalingConfig
@@ -123,8 +124,8 @@ def test_a_saved_model_has_defaults_for_what_came_later_and_keeps_what_it_says()
     scaling = ["model.rotary_scaling.type=linear", "model.rotary_scaling.factor=2"]
     model = compose([*PARITY, *scaling]).model
     tree = json.loads(json.dumps(asdict(model)))
-    assert saved_model(tree) == model
+    assert model_of(Path("here"), {"model": tree}) == model
     del tree["rotary_scaling"]
-    assert saved_model(tree) == replace(model, rotary_scaling=RotaryScalingConfig())
+    assert model_of(Path("here"), {"model": tree}) == replace(model, rotary_scaling=RotaryScalingConfig())
     with pytest.raises(BadInput, match="nonesuch"):
-        saved_model(tree | {"nonesuch": 1})
+        model_of(Path("here"), {"model": tree | {"nonesuch": 1}})

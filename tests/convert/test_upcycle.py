@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from llada_megatron.checkpoint import store
 from llada_megatron.checkpoint.shards import ShardsReader, whole
 from llada_megatron.cli import main
-from llada_megatron.config.compose import saved_model
+from llada_megatron.config.compose import model_of
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.convert import upcycle as upcycling
 from llada_megatron.convert.loaded import causal_logits, load_model
@@ -44,7 +44,7 @@ def autoregressive_nll(checkpoint: Path) -> tuple[float, list[torch.Tensor]]:
     tokens = torch.tensor(ByteTokenizer().encode(TEXT)[:256])
     groups.initialize(LayoutConfig())
     try:
-        model = saved_model(Checkpoint.read(checkpoint).manifest.config["model"])
+        model = model_of(checkpoint, Checkpoint.read(checkpoint).manifest.config)
         stage = load_model(checkpoint, model, sequence_length=len(tokens))
         logits = causal_logits(stage, tokens)
         counts = [m.local_tokens_per_expert for m in stage.modules() if hasattr(m, "local_tokens_per_expert")]

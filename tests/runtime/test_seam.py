@@ -40,9 +40,9 @@ def test_another_version_of_megatron_core_is_refused():
 
 
 def test_a_place_that_no_longer_looks_as_expected_is_named():
-    assert mcore_cpu._expect("json.decoder", "class JSONDecoder").__name__ == "json.decoder"
+    assert mcore_cpu.expect("json.decoder", "class JSONDecoder").__name__ == "json.decoder"
     with pytest.raises(RuntimeError, match=r"json\.decoder no longer contains 'class Nothing'"):
-        mcore_cpu._expect("json.decoder", "class JSONDecoder", "class Nothing")
+        mcore_cpu.expect("json.decoder", "class JSONDecoder", "class Nothing")
 
 
 def pipeline_settings(vpp):
