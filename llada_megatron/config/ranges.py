@@ -16,8 +16,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from llada_megatron.config.errors import BadInput
 
 Rule = Callable[[Any], str | None]
-LARGEST: dict[type, float] = {int: 2**63 - 1, float: 1e18}
-"""Of a number without a smaller limit: int64, and what fp32 can square."""
+LARGEST: dict[type, float] = {int: 2**63 - 1, float: 1e30}
+"""Of a number without a smaller limit: int64, and what fp32 holds with room to spare."""
 LONGEST_NAME_BYTES = 255
 """Of a file's name, on every file system in use."""
 

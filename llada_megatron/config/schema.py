@@ -274,8 +274,8 @@ class LayoutConfig:
 class OptimizerConfig:
     """AdamW and the learning rate's schedule (which is not the block-size schedule)."""
 
-    lr: Annotated[float, Range(above=0, at_most=1e3)] = MISSING
-    min_lr: Annotated[float, Range(at_least=0, at_most=1e3)] = 0.0
+    lr: Amount = MISSING
+    min_lr: Amount = 0.0
     warmup_tokens: Count = 0
     decay_style: DecayStyle = DecayStyle.WSD
     wsd_decay_tokens: Count = 0

@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
+from llada_megatron.config.ranges import check_values
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert import block_fp8, rope_json
 from llada_megatron.convert.families import family_of
@@ -44,6 +45,7 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
             f"--mask-token-id {mask_token_id} is outside the vocabulary of {model.vocab_size} in {where}."
         )
     try:
+        check_values(model, "model")
         formulas_of(model).check(model)
     except BadInput as error:
         raise BadInput(f"{where} describes a model that cannot be built: {error}") from None
@@ -102,7 +104,7 @@ def describe(
     ends = carried.get("eos_token_id")
     if isinstance(ends, list) and model.mask_token_id in ends:
         values["eos_token_id"] = [token for token in ends if token != model.mask_token_id]
-    dropped = set(block_fp8.KEYS)
+    dropped: set[str] = set()
     if family.rotary is not None and not (same and _same_rotary(model, carried, family)):
         dropped |= rope_json.KEYS
         values |= rope_json.write(model, family.rotary)

@@ -121,7 +121,8 @@ def mcore_to_hf(
     manifest = checkpoint.manifest
     model = model_of(checkpoint.path, manifest.config)
     folder = carried.folder_of(checkpoint)
-    came_as = _optional_json(folder, "config.json")
+    carried_config = _optional_json(folder, "config.json")
+    came_as = block_fp8.without_quantization(carried_config)
     architecture = architecture or _architecture(manifest, model, came_as)
     family = family_of(architecture, "--architecture")
     entries = list(family.table(model, layout))
@@ -133,7 +134,7 @@ def mcore_to_hf(
     written, notes = _written_type(types)
     positions = manifest.config.get("data", {}).get("sequence_length")
     described = config_json.describe(model, architecture, came_as, dtype=written, positions=positions)
-    notes += config_json.changes(came_as, described, positions)
+    notes += config_json.changes(carried_config, described, positions)
     certificate = Certificate(
         "mcore-to-hf", str(checkpoint.path), architecture, model.mask_token_id, layout.value, notes=notes
     )

@@ -23,6 +23,8 @@ REPEATS = 2
 
 remembered: list[int] = []
 """Signals that arrived while `remember` handled them."""
+_held: list[int] | None = None
+"""Under `held_back`: signals that another thread got, which blocks none; handlers run in the first thread."""
 _first_sec = {"Ctrl-C": 0.0, "interrupt": -ONE_KEYPRESS_SEC}
 
 
@@ -40,6 +42,9 @@ def remember(number: int, _frame: Any = None) -> None:
 
 def interrupt(number: int, _frame: Any = None) -> None:
     """Raise Interrupted, as a handler; for one keypress once, since another would break into the clean-up."""
+    if _held is not None:
+        _held.append(number)
+        return
     now_sec = time.monotonic()
     if now_sec - _first_sec["interrupt"] > ONE_KEYPRESS_SEC:
         _first_sec["interrupt"] = now_sec
@@ -69,13 +74,18 @@ def held_back() -> Iterator[None]:
     """Signals wait meanwhile; a process that is started here keeps them waiting until it lets them in."""
     from multiprocessing import resource_tracker  # here: handlers stand before it is imported
 
+    global _held
+    outer, _held = _held, []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         resource_tracker.ensure_running()  # would be started by what follows, and lets SIGINT and SIGTERM in
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         yield
     finally:
+        arrived, _held = _held, outer
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 def let_in() -> None:

@@ -28,7 +28,7 @@ def train(corpus: str, run_dir: Path, model: dict, *overrides: str) -> int:
         [
             "train",
             "experiment=parity",
-            *[f"model.{name}={value}" for name, value in model.items()],
+            *[f"model.{name}={value}" for name, value in model.items() if not isinstance(value, dict)],
             f"data.path=[{corpus}]",
             "data.sequence_length=64",
             "data.split='8,2'",

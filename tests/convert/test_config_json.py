@@ -54,7 +54,7 @@ WRONG = [
     ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30.0, which changes the computation"),
     ({"architectures": LING}, r"of architecture none, which is not served"),
     ({"architectures": [7]}, r"of architecture none, which is not served"),
-    ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"rotary_scaling.factor=0.5 must be at least 1"),
+    ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"rotary_scaling.factor=0.5 is out of range"),
 ]
 
 

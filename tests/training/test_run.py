@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_megatron.config.errors import BadInput, RunFailed
+from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime.launch import WorkerDied
 from llada_megatron.verify.layouts import write_corpus
 from tests.distributed import run_ranks
@@ -145,7 +145,7 @@ REFUSED = [
     (["data.sequence_length=32"], "data.sequence_length must stay, since the run's place in its data"),
     (
         ["run.allow_change=[data.sequence_length]"],
-        "run.allow_change cannot hold data.sequence_length: the run's",
+        "run.allow_change cannot hold data.sequence_length: of data.sequence_length, the run's",
     ),
     (
         ["run.allow_change=[optimizer]"],
@@ -390,33 +390,6 @@ def test_a_damaged_checkpoint_is_named_and_kept_and_the_run_goes_on_from_the_one
     assert comparable(tmp_path) == comparable(straight)
 
 
-def test_a_run_that_diverges_skips_counts_and_stops_at_its_limit_naming_the_samples(corpus, tmp_path):
-    diverging = ["optimizer.lr=1e30", "optimizer.warmup_tokens=0", "training.max_skipped_steps=2"]
-    with pytest.raises(RunFailed, match=r"Step 3 \(samples 12 to 15\).*max_skipped_steps=2"):
-        train(configure(corpus, tmp_path, *diverging))
-    metrics = records(tmp_path)
-    assert [record["skipped_steps"] for record in metrics] == [0, 1, 2, 3]
-    assert [record["loss"] is None or record["grad_norm"] is None for record in metrics] == [
-        False, True, True, True,
-    ]  # fmt: skip
-    assert len({record["mask_row_norm"] for record in metrics[1:]}) == 1
-
-
-def test_a_step_with_an_infinite_input_leaves_no_trace_and_the_run_goes_on(corpus, tmp_path):
-    # Noise of sigma 1e45 overflows in the first step and has faded before the second.
-    noise = "diffusion.embedding_noise={sigma_over_rms: 1e45, fade_tokens: 256}"
-    config = configure(corpus, tmp_path, noise, "checkpoint.every_steps=1", "training.steps=1")
-    go_on = configure(corpus, tmp_path, noise, "training.steps=3")
-    with pytest.raises(RunFailed, match="Every one of the 1 steps was skipped"):
-        train(config)
-    assert train(go_on) == [(3, 0, True)]
-    metrics = records(tmp_path)
-    assert [record["skipped_steps"] for record in metrics] == [1, 1, 1]
-    assert metrics[0]["loss"] is None or metrics[0]["grad_norm"] is None
-    assert all(record["loss"] < 10 for record in metrics[1:])
-    assert metrics[1]["mask_row_norm"] == metrics[0]["mask_row_norm"] != metrics[2]["mask_row_norm"]
-
-
 @pytest.mark.parametrize("layout", [[], pytest.param([TWO, "layout.tp=2"], marks=pytest.mark.slow)])
 def test_tokens_outside_the_model_s_vocabulary_are_refused(corpus, tmp_path, layout):
     small = ["model.vocab_size=256", "model.mask_token_id=255"]
@@ -425,7 +398,7 @@ def test_tokens_outside_the_model_s_vocabulary_are_refused(corpus, tmp_path, lay
     mine = copy_corpus(corpus, tmp_path)
     os.remove(f"{mine}.json")  # a corpus from elsewhere, of unknown tokenizer
     np.memmap(f"{mine}.bin", np.uint16, "r+")[:] = 600
-    with pytest.raises(BadInput, match=r"token 600, outside model\.vocab_size=512"):
+    with pytest.raises(BadInput, match=r"holds the id 600 at its token 0.*outside 0\.\.511"):
         train(configure(mine, tmp_path / "run", *layout))
 
 
