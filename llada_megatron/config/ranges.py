@@ -139,6 +139,8 @@ def check_values(settings: Any, prefix: str = "") -> None:
     prefix: where the tree lies in a configuration, such as `model`; empty for a whole one.
     """
     for key, value, rules in leaves(settings, prefix):
+        if rules and isinstance(value, list | dict):  # as an element of a list it passes omegaconf's check
+            raise BadInput(f"{key}={str(value)[:40]} will not do: give one value.")
         for rule in rules:
             if wanted := rule(value):
                 if isinstance(value, str):

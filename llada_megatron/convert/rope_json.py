@@ -99,7 +99,7 @@ class _Dict:
     def rope_type(self) -> str:
         """A key of SERVED; BadInput for any other."""
         said = [self.inside[key] for key in ("rope_type", "type") if self.inside.get(key) is not None]
-        if any(name != said[0] for name in said):
+        if len(said) > 1 and said[0] != said[1]:
             raise BadInput(
                 f"{self.where} sets two types in {self.name}, {said[0]!r} and {said[1]!r}: keep one."
             )

@@ -92,7 +92,7 @@ class FileTokenizer:
         if not path.is_file():
             raise BadInput(f"Tokenizer file {path} does not exist: set data.tokenizer to a tokenizer.json.")
         content = path.read_bytes()
-        self._tokenizer = _read(content, path)
+        self._path, self._tokenizer = path, _read(content, path)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise BadInput(f"Tokenizer file {path} has an empty vocabulary: choose another.")
@@ -117,9 +117,15 @@ class FileTokenizer:
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Return the ids of a text; the file's post-processor adds nothing."""
+        """Return the ids of a text; the file's post-processor adds nothing.
+
+        Raises BadInput for a text that the file's rules cannot express, as with an unknown token it lacks.
+        """
         self._tokenizer.encode_special_tokens = not parse_special
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise BadInput(f"Tokenizer file {self._path} cannot encode a text: {error}.") from None
 
     def special_strings(self, text: str) -> int:
         """Return how often names of special tokens, the mask's and the end's too, stand in a text."""

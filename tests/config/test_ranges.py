@@ -9,8 +9,9 @@ from functools import cache
 from typing import get_args, get_origin
 
 import pytest
+from omegaconf import OmegaConf
 
-from llada_megatron.config.compose import compose
+from llada_megatron.config.compose import compose, resolve
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import LARGEST, Range, check_values, hints_of, leaves, rules_of, text
 from llada_megatron.config.schema import Config
@@ -186,3 +187,12 @@ def test_nonsense_is_refused_when_a_run_is_composed_and_its_setting_named(overri
     with pytest.raises(BadInput) as caught:
         compose(["experiment=parity", override])
     assert override.partition("=")[0] in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("key", ["data.path", "evaluation.block_sizes"])
+def test_a_list_is_no_element_of_a_list(key):
+    tree = OmegaConf.structured(compose(["experiment=parity"]))
+    plain = OmegaConf.create(OmegaConf.to_container(tree, enum_to_str=True))
+    OmegaConf.update(plain, key, [[]])
+    with pytest.raises(BadInput, match=re.escape(f"{key}[0]=[] will not do: give one value.")):
+        resolve(plain)
