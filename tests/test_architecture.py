@@ -25,10 +25,10 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "observe": {"config", "record", "jobs"},
     "parallel": {"config", "runtime"},
     "attention": {"config", "runtime", "parallel"},
-    "data": {"config", "runtime", "parallel"},
+    "data": {"config", "record", "runtime", "parallel"},
     "model": {"config", "runtime", "attention"},
     "guard": {"config", "record", "runtime", "parallel", "data"},
-    "objectives": {"config", "runtime", "parallel", "attention", "data", "model"},
+    "objectives": {"config", "record", "runtime", "parallel", "attention", "data", "model"},
     "checkpoint": {"config", "record", "runtime", "parallel", "model"},
     "convert": {"config", "record", "runtime", "attention", "data", "model", "checkpoint"},
     "generate": {"config", "runtime", "attention", "model"},
@@ -65,8 +65,8 @@ ROOMS_IMPORT["verify"] = {
 ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "evaluate"}
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
-    "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "checkpoint", "convert",
-    "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
+    "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "objectives", "checkpoint",
+    "convert", "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
 }  # fmt: skip
 ROOMS_IMPORT["__main__"] = {"cli", "config", "runtime"}
 ROOMS_IMPORT["__init__"] = set()

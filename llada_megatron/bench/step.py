@@ -21,7 +21,7 @@ from llada_megatron.config.compose import compose
 from llada_megatron.config.flops import training_flops_per_sequence
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
-from llada_megatron.data.prepare import read_index
+from llada_megatron.data.corpus import read_index
 from llada_megatron.record.json_files import write_json
 from llada_megatron.runtime.launch import already_started, launch, threads_per_process
 

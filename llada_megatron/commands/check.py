@@ -49,7 +49,7 @@ class Findings:
 
     def _data(self) -> dict[str, Any] | None:
         """What a resume compares; None where the data cannot be used."""
-        from llada_megatron.data.prepare import read_index
+        from llada_megatron.data.corpus import read_index
         from llada_megatron.data.tokenizer import check_vocabulary
 
         data, model = self.config.data, self.config.model

@@ -11,16 +11,21 @@ from typing import Any
 import numpy
 
 from llada_megatron.config.errors import FAILED, BadInput
+from llada_megatron.config.schema import DataConfig
+from llada_megatron.data.chat import CONVERSATIONS
+from llada_megatron.data.chat_template import BUILT_IN
 from llada_megatron.data.containers import CONTAINERS
-from llada_megatron.data.formats import FORMATS
-from llada_megatron.data.prepare import (
-    MASK_RULES,
-    CorpusIndex,
-    Preparation,
-    prepare_corpus,
-    read_index,
-    read_sidecar,
+from llada_megatron.data.conversations import (
+    ANSWER,
+    ROLES,
+    PackedConversations,
+    holds_conversations,
+    roles_prefix,
 )
+from llada_megatron.data.corpus import CorpusIndex, read_index, read_sidecar
+from llada_megatron.data.documents import MASK_RULES, Preparation
+from llada_megatron.data.formats import FORMATS
+from llada_megatron.data.prepare import prepare_corpus
 from llada_megatron.data.token_ids import complaint, id_range, outside
 from llada_megatron.data.tokenizer import load_tokenizer
 
@@ -40,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--end-of-document", metavar="TOKEN", help="default: found by name, such as <|endoftext|>")
     add("--parse-special", action="store_true", help="special tokens' names in the text become those tokens")
     add("--container", choices=CONTAINERS, help="what the files are; default: read from their content")
-    add("--format", choices=FORMATS, default="text", help="what a record means")
+    add("--format", choices=[*FORMATS, *CONVERSATIONS], default="text", help="what a record means")
     add("--text-field", default="text", help="field of a record that holds the text")
+    add("--chat-template", metavar="NAME", help=f"{', '.join(BUILT_IN)} or a file; default: the tokenizer's")
+    add("--supervise", choices=("all", "last"), default="all", help="answers of a chat that are learnt")
     add("--skip-bad", type=int, default=0, metavar="N", help="go on without up to N unreadable records")
     add("--mask-token-in-text", choices=MASK_RULES, default="refuse", help="what becomes of such a document")
     add("--workers", type=int, help="processes; default: the cores this process may use")
@@ -55,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     inspect = commands.add_parser("inspect", help="counts, range of ids and first text of a corpus")
     inspect.add_argument("prefix", metavar="PREFIX")
+    inspect.add_argument("--sequence-length", type=int, metavar="L", help="show how conversations would pack")
+    inspect.add_argument("--pad-to", type=int, default=1, metavar="N", help="as data.pad_to")
     inspect.add_argument("--vocab-size", type=int, metavar="N", help="default: what the corpus's .json says")
 
 
@@ -83,6 +92,8 @@ def _prepare(args: argparse.Namespace) -> int:
         parse_special=args.parse_special,
         format=args.format,
         text_field=args.text_field,
+        chat_template=args.chat_template,
+        only_last=args.supervise == "last",
         mask_token_in_text=args.mask_token_in_text,
         skip_bad=args.skip_bad,
     )
@@ -113,10 +124,14 @@ def _python_text(args: argparse.Namespace) -> int:
 
 
 def _report(prefix: str | Path, summary: dict[str, Any]) -> None:
-    end = "id 256" if summary["end_of_document"] is None else summary["end_of_document"]
+    end = summary["end_of_document"]
+    what = "conversations" if summary["format"] in CONVERSATIONS else "documents"
+    after = (
+        f"{summary['answer_tokens']} of them answers" if what == "conversations" else f"each ends with {end}"
+    )
     print(
-        f"{prefix}: {summary['documents']} documents, {summary['tokens']} tokens, {summary['bytes']} bytes "
-        f"of text; {summary['empty_documents']} empty documents skipped; each document ends with {end}"
+        f"{prefix}: {summary['documents']} {what}, {summary['tokens']} tokens, {summary['bytes']} bytes of"
+        f" text; {summary['empty_documents']} empty {what} skipped; {after}"
     )
     became = "became tokens" if summary["parse_special"] else "stayed text"
     rule = {"drop": "dropped", "split": "split there"}.get(summary["mask_token_in_text"])
@@ -170,8 +185,43 @@ def _inspect(args: argparse.Namespace) -> int:
     if found:
         print(f"{complaint(index, found, vocab_size)}.")
         return FAILED
-    print(_first_text(args.prefix, index, sidecar))
+    if holds_conversations(args.prefix):
+        _print_conversations(args, index, sidecar)
+    else:
+        print(_first_text(args.prefix, index, sidecar))
     return 0
+
+
+def _print_conversations(
+    args: argparse.Namespace, index: CorpusIndex, sidecar: dict[str, Any] | None
+) -> None:
+    """How much is supervised, how they would pack, and the first one by its roles, answers in colour."""
+    from rich.console import Console
+    from rich.text import Text
+
+    roles = numpy.memmap(f"{roles_prefix(args.prefix)}.bin", numpy.uint8, "r")
+    print(f"answers {int((roles >= ANSWER).sum())} tokens, {(roles >= ANSWER).mean():.1%}")
+    shares = numpy.quantile(index.document_lengths, [0.5, 0.9, 0.99, 1])
+    print("lengths {:.0f} (median), {:.0f} (90%), {:.0f} (99%), {:.0f} (longest) tokens".format(*shares))
+    if args.sequence_length:
+        data = DataConfig(sequence_length=args.sequence_length, pad_to=args.pad_to)
+        packed = PackedConversations(index, numpy.arange(len(index.document_lengths)), data, seed=1)
+        print(
+            f"packed into {packed.sequences_per_epoch} sequences of {args.sequence_length}:"
+            f" {packed.padding:.2%} padding, {packed.too_long} too long and left out"
+        )
+    tokenizer = load_tokenizer(sidecar["tokenizer"]) if sidecar else None
+    length = int(index.document_lengths[0])
+    tokens = numpy.memmap(f"{args.prefix}.bin", index.dtype, "r")[:length].tolist()
+    shown, start = Text(), 0
+    for stop in range(1, length + 1):
+        if stop == length or roles[stop] != roles[start]:
+            role, part = int(roles[start]), tokens[start:stop]
+            name = "answer" if role >= ANSWER else ROLES[role] or "other"
+            shown.append(f"[{name}] ", style="dim")
+            shown.append(tokenizer.decode(part) if tokenizer else str(part), "bold green" * (role >= ANSWER))
+            start = stop
+    Console(highlight=False).print(shown, soft_wrap=True)
 
 
 def _first_text(prefix: str, index: CorpusIndex, sidecar: dict[str, Any] | None) -> str:

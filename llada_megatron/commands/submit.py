@@ -16,8 +16,9 @@ from typing import Any
 
 from llada_megatron.commands.sweep import sweep
 from llada_megatron.config import compose, rules
+from llada_megatron.config.choices import Container
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import Config, Container
+from llada_megatron.config.schema import Config
 from llada_megatron.jobs import slurm
 from llada_megatron.record import events
 from llada_megatron.record.json_files import read_json, write_json

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands of `llada verify`."""
     commands = parser.add_subparsers(dest="check", required=True, metavar="CHECK")
     golden = commands.add_parser("golden", help="stored numbers of the public reference code, in fp32")
-    golden.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint with its cases")
+    golden.add_argument("directory", type=Path, metavar="DIR", help="cases, with their checkpoint or without")
+    golden.add_argument(
+        "--model", type=Path, metavar="DIR", help="their checkpoint; default: DIR, else golden beside it"
+    )
     golden.add_argument("--json", type=Path, metavar="FILE", help="write every difference to FILE")
     layouts = commands.add_parser("layouts", help="parallel layouts against one process, trained here")
     layouts.add_argument("names", nargs="*", metavar="NAME", help="layouts such as CP2; default: all of them")
@@ -156,7 +159,7 @@ def _golden(args: argparse.Namespace) -> int:
 
     groups.initialize(LayoutConfig())
     try:
-        report = golden.check(args.directory)
+        report = golden.check(args.directory, args.model)
     finally:
         groups.destroy()
     _print(report, golden.TOLERANCES)
@@ -172,6 +175,7 @@ def _as_json(report: GoldenReport, tolerances: dict[str, float]) -> dict[str, ob
         ],
         "worst": report.worst(),
         "tolerances": tolerances,
+        "derived": report.derived,
         "not_served": report.not_served,
         "unknown": report.unknown,
         "passed": report.passed,
@@ -184,9 +188,9 @@ def _print(report: GoldenReport, tolerances: dict[str, float]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("case", "", "worst quantity"):
+    for name in ("case", "", "worst"):
         table.add_column(name, no_wrap=True)
-    for name in ("difference", "tolerance"):
+    for name in ("difference", "allowed"):
         table.add_column(name, justify="right", no_wrap=True)
     for case in report.cases:
         for quantity in case.failed() or [_closest(case, tolerances)]:
@@ -200,6 +204,8 @@ def _print(report: GoldenReport, tolerances: dict[str, float]) -> None:
             )
     console = Console(highlight=False)
     console.print(table)
+    if report.derived:
+        console.print("\nNo numbers of public code:", ", ".join(report.derived))
     if report.not_served:
         console.print("\nNot served yet, not counted:", ", ".join(report.not_served))
     if report.unknown:

@@ -16,6 +16,7 @@ class RatePer(StrEnum):
     """What shares one draw of the mask rate t."""
 
     sequence = "sequence"
+    document = "document"
     block = "block"
 
 
@@ -25,6 +26,7 @@ class Denominator(StrEnum):
     tokens = "tokens"
     masked = "masked"
     sequence = "sequence"
+    document = "document"
     batch = "batch"
 
 
@@ -143,3 +145,19 @@ class BadSamples(StrEnum):
 
     refuse = "refuse"
     skip = "skip"
+
+
+class TooLong(StrEnum):
+    """What happens to a conversation that does not fit into a sequence."""
+
+    drop = "drop"
+    cut = "cut"
+    refuse = "refuse"
+
+
+class PreferenceForm(StrEnum):
+    """The loss of a pair, from how much more than the reference the policy prefers the chosen text."""
+
+    dpo = "dpo"
+    ipo = "ipo"
+    kto = "kto"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from llada_megatron.config.schema import DiffusionConfig
+from llada_megatron.config.schema import Config, DiffusionConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Geometry:
     supervised: Callable[[DiffusionConfig, int], float]
     """Positions of a sequence of L tokens that the head is applied to, on average."""
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    together: Callable[[Config], int] = lambda config: 1
+    """Samples in a row that read one sequence and must be in one micro-batch."""
     denominators: int = 1
     """The loss is a sum of so many terms, each with a denominator of its own over the global batch."""
 
@@ -51,6 +53,16 @@ def mask_rate(diffusion: DiffusionConfig) -> float:
     return 0.5 if diffusion.complementary else (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
 
 
+_DIFFUSION_FIGURES = {
+    "loss_by_t": Figure(
+        10,
+        label="mask rate t",
+        unit="nats per masked token",
+        title="Cross entropy of the masked tokens by mask rate t.",
+    ),
+    "loss_by_block_position": Figure(32),
+}
+
 OBJECTIVES: dict[str, Geometry] = {
     "autoregressive": Geometry(
         module="llada_megatron.objectives.autoregressive",
@@ -63,14 +75,26 @@ OBJECTIVES: dict[str, Geometry] = {
         causal=False,
         reads_clean_half=True,
         supervised=lambda diffusion, length: length * mask_rate(diffusion),
+        figures=_DIFFUSION_FIGURES,
+    ),
+    "confidence": Geometry(
+        module="llada_megatron.objectives.confidence",
+        causal=False,
+        reads_clean_half=True,
+        supervised=lambda diffusion, length: length * mask_rate(diffusion),
+        figures={**_DIFFUSION_FIGURES, "right": Figure(1), "entropy": Figure(1)},
+        denominators=2,
+    ),
+    "preference": Geometry(
+        module="llada_megatron.objectives.preference",
+        causal=False,
+        reads_clean_half=True,
+        supervised=lambda diffusion, length: length / 2,
+        together=lambda config: config.preference.draws,
         figures={
-            "loss_by_t": Figure(
-                10,
-                label="mask rate t",
-                unit="nats per masked token",
-                title="Cross entropy of the masked tokens by mask rate t.",
-            ),
-            "loss_by_block_position": Figure(32),
+            name: Figure(1)
+            for name in ("margin", "accuracy", "margin_variance", "chosen_bound", "rejected_bound")
         },
+        denominators=2,
     ),
 }

@@ -139,7 +139,7 @@ def check_values(settings: Any, prefix: str = "") -> None:
     prefix: where the tree lies in a configuration, such as `model`; empty for a whole one.
     """
     for key, value, rules in leaves(settings, prefix):
-        if rules and isinstance(value, list | dict):  # as an element of a list it passes omegaconf's check
+        if rules and isinstance(value, list | dict):  # an empty one passes omegaconf's check of types
             raise BadInput(f"{key}={str(value)[:40]} will not do: give one value.")
         for rule in rules:
             if wanted := rule(value):

@@ -6,7 +6,7 @@ from llada_megatron.config.changes import check_names
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Batches, Schedule, block_size_of
-from llada_megatron.config.schema import Config
+from llada_megatron.config.schema import BlockGrid, Config
 
 
 def schedule_of(config: Config, batches: Batches = ()) -> Schedule:
@@ -34,6 +34,7 @@ def check(config: Config) -> Schedule:
         f" {schedule.total_tokens} tokens: shorten the warm-up.",
     )
     _check_data(config)
+    _check_conversations(config, schedule)
     for axis in ("pp", "cp"):
         ways = getattr(config.layout, axis)
         require(
@@ -53,6 +54,38 @@ def _check_data(config: Config) -> None:
         len(weights) in (0, len(paths)),
         f"data.weights has {len(weights)} entries and data.path {len(paths)}: give one per path, or none for"
         " shares in proportion to the tokens.",
+    )
+
+
+def _check_conversations(config: Config, schedule: Schedule) -> None:
+    """What lies in one sequence fits its blocks, and what must be in one micro-batch is."""
+    draws, pad_to = config.preference.draws, config.data.pad_to
+    for stage in schedule.stages:
+        where, together = f"schedule.stages[{stage.index}]", stage.geometry.together(config)
+        require(
+            stage.micro_batch % together == 0,
+            f"{where}.micro_batch={stage.micro_batch} is not a multiple of the {together} draws of a pair"
+            f" that objective {stage.objective} has in one micro-batch: set layout.micro_batch={together}, or"
+            " preference.draws.",
+        )
+        require(
+            together == 1 or config.diffusion.block_grid is BlockGrid.document,
+            f"objective {stage.objective} needs diffusion.block_grid=document: a text's masks must not depend"
+            " on where it lies.",
+        )
+        require(
+            pad_to == 1 or not stage.clean_copy or pad_to % stage.block_size == 0,
+            f"data.pad_to={pad_to} is no multiple of the blocks of {where}, of {stage.block_size} tokens: set"
+            f" data.pad_to={stage.block_size}.",
+        )
+    require(
+        draws == 1 or draws % 2 == 0,
+        f"preference.draws={draws} is odd: give 1, or an even number, since draws are pairs of masks and"
+        " their complements.",
+    )
+    require(
+        pad_to <= config.data.sequence_length,
+        f"data.pad_to={pad_to} is more than data.sequence_length={config.data.sequence_length}: lower it.",
     )
 
 

@@ -16,7 +16,6 @@ from llada_megatron.config.choices import (
     AttentionBackend,
     BadSamples,
     BlockGrid,
-    Container,
     DecayStyle,
     Denominator,
     Dispatcher,
@@ -24,10 +23,12 @@ from llada_megatron.config.choices import (
     LayerSpec,
     LearningRateAtStart,
     MomentsAtStart,
+    PreferenceForm,
     RatePer,
     Recompute,
     RecomputeModule,
     RotaryScaling,
+    TooLong,
     Wandb,
     Weight,
 )
@@ -48,9 +49,9 @@ from llada_megatron.config.ranges import (
     Ways,
     block_size,
     metric,
-    one_of,
     shares,
 )
+from llada_megatron.config.site import ClusterConfig, SlurmConfig
 
 
 @dataclass
@@ -175,6 +176,12 @@ class DataConfig:
     """A tokenizer.json, or `bytes`."""
     cache_dir: Text = ""
     """Where indices are kept; empty means `<first path>.cache`."""
+    pad_to: Size = 1
+    """Conversations are padded with end-of-document tokens to multiples of this: the stages' block size."""
+    supervise_padding: bool = True
+    """Whether that padding is learnt, as what comes after an answer; at the end of a sequence it never is."""
+    too_long: TooLong = TooLong.drop
+    """Conversations longer than a sequence: left out, cut after the last answer that fits, or refused."""
 
 
 @dataclass
@@ -202,7 +209,34 @@ class DiffusionConfig:
     complementary: bool = False
     """Pair every sample with its complement: masked where the first was clean, and the reverse."""
     block_grid: BlockGrid = BlockGrid.sequence
+    gives_mask_token: bool = True
+    """False: the mask token's logit counts as minus infinity, as in BD3-LM; a model never has to give it."""
     embedding_noise: EmbeddingNoiseConfig = field(default_factory=EmbeddingNoiseConfig)
+
+
+@dataclass
+class ConfidenceConfig:
+    """Confidence-aware parallel training (CAP, dParallel): objective `confidence` (docs/post_training.md)."""
+
+    weight: Amount = 2.0
+    """Of the mean entropy of right predictions, beside the diffusion loss; dParallel's is 2."""
+    temperature: Factor = 1.0
+    """Entropies are those of softmax(logits / temperature): 0.5 in dParallel, 1 in dFactory."""
+
+
+@dataclass
+class PreferenceConfig:
+    """Preferences over the likelihood bound (DPO, VRPO): objective `preference` (docs/post_training.md)."""
+
+    form: PreferenceForm = PreferenceForm.dpo
+    beta: Factor = 0.1
+    """LLaDA2.0's; VRPO uses 0.2."""
+    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0
+    """Probability that a pair is labelled the wrong way round, of `dpo`."""
+    draws: Annotated[int, Range(at_least=1, at_most=1024)] = 2
+    """Masks per text, the same for policy and reference: 1, or pairs of masks and their complements."""
+    sft_weight: Amount = 0.05
+    """Of the chosen texts' bound in nats per token, beside the preference (VRPO)."""
 
 
 @dataclass
@@ -377,77 +411,6 @@ class LoggingConfig:
 
 
 @dataclass
-class ClusterConfig:
-    """What the machines can do; zero means unknown, and a question that needs the number says so."""
-
-    name: Text = "local"
-    peak_tflops: Amount = 0.0
-    """Dense bf16 peak per device in TFLOP/s, for MFU."""
-    peak_tflops_fp32: Amount = 0.0
-    """Peak per device in TFLOP/s of fp32 matrix products as torch runs them by default (no TF32)."""
-    has_gpus: bool = True
-    """False: each of gpus_per_node is a process of the node's CPUs."""
-    nodes: Extent = 0
-    gpus_per_node: Extent = 0
-    memory_gb: Amount = 0.0
-    """Per device, in 10^9 bytes."""
-    memory_margin: Annotated[float, Range(at_least=0, below=1)] = 0.1
-    """Share of memory_gb that a plan leaves free for what it does not model."""
-    memory_gb_per_sec: Amount = 0.0
-    """Bandwidth of the device's memory in 10^9 bytes per second."""
-    node_gb_per_sec: Amount = 0.0
-    """Per device and direction, between devices of a node, in 10^9 bytes per second."""
-    node_latency_us: Amount = 0.0
-    network_gb_per_sec: Amount = 0.0
-    """Per device and direction, between nodes, in 10^9 bytes per second."""
-    network_latency_us: Amount = 0.0
-    gemm_efficiency: Share = 0.0
-    """Share of the peak that plain matrix products reach."""
-    grouped_gemm_efficiency: Share = 0.0
-    """Share of the peak that the experts' products reach."""
-    attention_efficiency: Share = 0.0
-    """Share of the peak that attention reaches, counted on visible pairs: hidden pairs of tiles and the
-    scores that backward computes again lower it."""
-    memory_efficiency: Share = 0.0
-    """Share of memory_gb_per_sec that operations without matrix products reach."""
-    link_efficiency: Share = 0.0
-    """Share of node_gb_per_sec and network_gb_per_sec that collectives reach."""
-    message_overlap: Share = 1.0
-    """Share of the messages beside computation that it hides; 0 where the processor itself sends them."""
-    price_per_gpu_hour: Amount = 0.0
-    """In any currency; 0: no cost is given."""
-
-
-@dataclass
-class SlurmConfig:
-    """How a run is submitted at a site; what is empty is left to the site's defaults."""
-
-    account: Text = ""
-    partition: Text = ""
-    qos: Text = ""
-    constraint: Text = ""
-    time_limit_min: Count = 0
-    """Of one attempt; the run goes on in the next one."""
-    options: list[Text] = field(default_factory=list)
-    """Further options of sbatch, one each: `--mem=0`."""
-    setup: list[Text] = field(default_factory=list)
-    """Lines of shell before the ranks start: `module load cuda`."""
-    environment: Annotated[str, one_of("", "nccl", "gloo")] = ""
-    """A file of jobs/env/ that the job sources: `nccl` or `gloo`; empty: `nccl` where nodes have GPUs."""
-    container: Container = Container.none
-    image: Text = ""
-    """For a container: a name or path of its image."""
-    mounts: list[Text] = field(default_factory=list)
-    """For a container: `HOST:INSIDE`; the run's directory, the data and this source must be among them."""
-    python: Text = ""
-    """Of the ranks; empty: the one that submits, and `python` in a container."""
-    signal_lead_sec: Count = 300
-    """Warning before the time limit; a submission raises it to what steps and saves have taken so far."""
-    exclude_failed_nodes: bool = False
-    """Leave nodes that fail a preflight out of the job's next start, if enough others are left for it."""
-
-
-@dataclass
 class Config:
     """A complete run."""
 
@@ -455,6 +418,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -78,6 +78,10 @@ class SafetensorsReader:
         """Shape by name."""
         return {name: stored.shape for name, stored in self.tensors.items()}
 
+    def tensor(self, name: str) -> Tensor:
+        """All of a tensor."""
+        return self.read(whole(name, *self.tensors[name].shape))
+
     def read(self, part: Part) -> Tensor:
         """The numbers of a part, of shape `part.size`."""
         stored = self.tensors[part.name]

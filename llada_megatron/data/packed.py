@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +27,15 @@ from megatron.core.datasets.utils import Split
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import shares_of
 from llada_megatron.config.schema import DataConfig, EvaluationConfig
+from llada_megatron.data.conversations import (
+    ANSWER,
+    PackedConversations,
+    holds_conversations,
+    roles_prefix,
+    texts_of,
+)
+from llada_megatron.data.corpus import CorpusIndex, read_index, read_sidecar
 from llada_megatron.data.index_cache import cached
-from llada_megatron.data.prepare import CorpusIndex, read_index, read_sidecar
 from llada_megatron.data.token_ids import check_ids
 from llada_megatron.data.tokenizer import load_tokenizer
 
@@ -48,7 +55,9 @@ class PackedSample:
     corpus: str = ""
     """Prefix of the files that it comes from."""
     document_ids: numpy.ndarray | None = None
-    """int [pieces]: the documents of the pieces, in the corpus's order."""
+    """int [pieces]: number of each piece's document in its corpus, -1 for padding."""
+    supervised: numpy.ndarray | None = None
+    """bool [L]: the tokens that may be masked and predicted; None for all of them (plain text)."""
     is_left_out: bool = False
     """Whether nothing may be learnt from it: it supervises no position and counts for nothing."""
 
@@ -106,6 +115,10 @@ class PackedDocuments(GPTDataset):
         return self._order
 
 
+Member = PackedDocuments | PackedConversations
+"""The sequences of one corpus and split."""
+
+
 class PackedSequences:
     """Packed sequences by global sample index: `sequences[i]` for any i >= 0 is a `PackedSample`.
 
@@ -113,9 +126,7 @@ class PackedSequences:
     mask token, IndexError for i < 0 and, in a blend, for i past the sequences it was built for.
     """
 
-    def __init__(
-        self, members: list[PackedDocuments], blend: BlendedDataset | None, mask_token_id: int
-    ) -> None:
+    def __init__(self, members: list[Member], blend: BlendedDataset | None, mask_token_id: int) -> None:
         self.members = members
         self.blend = blend
         self._mask_token_id = mask_token_id
@@ -131,7 +142,10 @@ class PackedSequences:
             raise IndexError(f"There is no sequence {index}: build with a larger sequences_wanted.")
         drawn = self.members[0][index] if self.blend is None else self.blend[index]
         prefix = self.members[int(drawn.get("dataset_id", 0))].dataset_path
-        sample = PackedSample(drawn["tokens"], drawn["cu_seqlens"], prefix, drawn["document_ids"])
+        supervised = drawn["roles"] >= ANSWER if "roles" in drawn else None
+        sample = PackedSample(
+            drawn["tokens"], drawn["cu_seqlens"], prefix, drawn["document_ids"], supervised=supervised
+        )
         masked = numpy.flatnonzero(sample.tokens == self._mask_token_id)
         if masked.size:
             raise BadSample(
@@ -140,6 +154,22 @@ class PackedSequences:
                 sample,
             )
         return sample
+
+
+class _AnyMember:
+    """A member of any kind, to a blend that wants them all of one class."""
+
+    index_split = Split.train  # the blend compares them; our members know their split
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.unique_identifiers = {"description": member.unique_description}
+
+    def __len__(self) -> int:
+        return len(self.member)
+
+    def __getitem__(self, index: int) -> dict[str, numpy.ndarray]:
+        return self.member[index]
 
 
 BASELINE_SEQUENCES = 4096
@@ -236,9 +266,11 @@ def _documents_of(corpus: CorpusIndex, data: DataConfig, split: str) -> numpy.nd
     train, validation = shares_of(data.split)
     documents = len(corpus.document_lengths)
     boundary = round(documents * train / (train + validation))
+    if holds_conversations(corpus.prefix):
+        boundary -= boundary % texts_of(corpus.prefix)
     first, last = (0, boundary) if split == "train" else (boundary, documents)
     tokens = int(corpus.document_lengths[first:last].sum(dtype=numpy.int64))
-    if tokens < data.sequence_length:
+    if tokens < (1 if holds_conversations(corpus.prefix) else data.sequence_length):
         raise BadInput(
             f"{corpus.prefix}: the {split} split holds {last - first} of {documents} documents and {tokens} "
             f"tokens, less than one sequence: change data.split ({data.split}) or data.sequence_length "
@@ -249,7 +281,9 @@ def _documents_of(corpus: CorpusIndex, data: DataConfig, split: str) -> numpy.nd
 
 def _build_member(
     data: DataConfig, corpus: CorpusIndex, documents: numpy.ndarray, split: str, seed: int
-) -> PackedDocuments:
+) -> Member:
+    if holds_conversations(corpus.prefix):
+        return PackedConversations(corpus, documents, data, seed)
     identity = {
         "prefix": corpus.prefix,
         "index": _sampled_sha256(f"{corpus.prefix}.idx"),
@@ -268,7 +302,7 @@ def _build_member(
 
 
 def _build_blend(
-    data: DataConfig, members: list[PackedDocuments], weights: list[float], sequences_wanted: int
+    data: DataConfig, members: list[Member], weights: list[float], sequences_wanted: int
 ) -> BlendedDataset:
     # The greedy blend of a larger size begins with that of a smaller one; powers of two let runs of about
     # the same length share one index.
@@ -280,8 +314,9 @@ def _build_blend(
     }
 
     def build(directory: Path) -> BlendedDataset:
-        config = replace(members[0].config, path_to_cache=str(directory))
-        return BlendedDataset(members, weights, size, config)
+        config = _megatron_config(data, data.path[0], 0, directory)
+        alike = all(isinstance(member, PackedDocuments) for member in members)
+        return BlendedDataset(members if alike else [*map(_AnyMember, members)], weights, size, config)
 
     return cached(_cache(data), identity, ("dataset_index", "dataset_sample_index"), build)
 
@@ -303,6 +338,7 @@ def fingerprint(data: DataConfig) -> dict[str, Any]:
                 "idx_bytes": os.path.getsize(f"{corpus.prefix}.idx"),
                 "bin_sampled_sha256": _sampled_sha256(f"{corpus.prefix}.bin"),
                 "idx_sha256": _sha256(f"{corpus.prefix}.idx"),
+                **_roles_fingerprint(corpus.prefix),
             }
             for corpus in _check(data)
         ],
@@ -311,6 +347,12 @@ def fingerprint(data: DataConfig) -> dict[str, Any]:
         "sequence_length": data.sequence_length,
         "tokenizer_sha256": load_tokenizer(data.tokenizer).sha256,
     }
+
+
+def _roles_fingerprint(prefix: str) -> dict[str, Any]:
+    if not holds_conversations(prefix):
+        return {}
+    return {"roles_sampled_sha256": _sampled_sha256(f"{roles_prefix(prefix)}.bin")}
 
 
 def fingerprint_difference(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -328,6 +370,8 @@ def fingerprint_difference(saved: dict[str, Any], now: dict[str, Any]) -> list[s
                 )
             elif before[digest] != after[digest]:
                 sentences.append(f"The .{suffix} of {name} has the same size and other content.")
+        if before.get("roles_sampled_sha256") != after.get("roles_sampled_sha256"):
+            sentences.append(f"The roles of {name} are others now.")
     for setting in ("weights", "split", "sequence_length"):
         if saved[setting] != now[setting]:
             sentences.append(f"data.{setting} was {saved[setting]} and is {now[setting]} now.")

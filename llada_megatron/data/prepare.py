@@ -1,8 +1,4 @@
-"""A corpus on disk: files of text in, Megatron's .bin/.idx out, and the reading of an .idx.
-
-The .bin holds the tokens of every document, one after the other. The .idx holds a header of 34 bytes,
-an int32 length and an int64 byte offset per document, and the document numbers.
-"""
+"""Files of text or conversations in, a corpus out (data/corpus.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import functools
 import json
 import multiprocessing
 import os
-import struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,129 +17,16 @@ from typing import Any
 import numpy
 
 from llada_megatron.config.errors import BadInput, RunFailed
-from llada_megatron.config.flops import DocumentLengths
+from llada_megatron.data.chat import CONVERSATIONS
 from llada_megatron.data.containers import CONTAINERS, BadRecord
+from llada_megatron.data.documents import Preparation, conversations, documents
 from llada_megatron.data.durable import write_out
-from llada_megatron.data.formats import FORMATS
 from llada_megatron.data.sources import Source, find_sources
 from llada_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from llada_megatron.runtime import interrupts
 
 SIDECAR_VERSION = 1
 BLOCK_BYTES = 4 * 2**20
-MASK_RULES = ("refuse", "drop", "split")
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
-_TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-
-_SIDECAR_TYPES = {"tokenizer": str, "tokenizer_sha256": str, "vocab_size": int, "tokens": int, "bytes": int}
-
-_worker_tokenizer = functools.cache(load_tokenizer)
-
-
-@dataclass(frozen=True)
-class CorpusIndex:
-    """The .idx of a corpus, checked against its .bin; arrays are memory-mapped."""
-
-    prefix: str
-    dtype: numpy.dtype[Any]
-    document_lengths: numpy.ndarray
-    """int32 [documents], in tokens."""
-    document_offsets: numpy.ndarray
-    """int64 [documents], in bytes of the .bin."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the corpus."""
-        return int(self.document_lengths.sum(dtype=numpy.int64))
-
-    @property
-    def log_normal(self) -> DocumentLengths:
-        """The log-normal distribution with the mean and deviation of the lengths' logarithms."""
-        logs = numpy.log(self.document_lengths[self.document_lengths > 0])
-        return DocumentLengths(float(numpy.exp(logs.mean())), max(float(logs.std()), 0.01))
-
-
-def read_index(prefix: str) -> CorpusIndex:
-    """Return the checked index of `prefix`.bin and `prefix`.idx.
-
-    A document is one sequence of the .idx, as in megatron-core's GPTDataset. Raises BadInput when a file
-    is missing, truncated, damaged, no .idx, or without tokens.
-    """
-    bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
-    for path in (bin_path, idx_path):
-        if not os.path.isfile(path):
-            raise BadInput(f"{path} does not exist: data.path names prefixes of .bin/.idx pairs.")
-    with open(idx_path, "rb") as file:
-        header = file.read(_INDEX_HEADER.size)
-    if len(header) < _INDEX_HEADER.size:
-        raise BadInput(f"{idx_path} is truncated: it is shorter than its header.")
-    magic, version, code, documents, document_indices = _INDEX_HEADER.unpack(header)
-    if magic != _INDEX_MAGIC or version != 1 or code not in _TOKEN_DTYPES:
-        raise BadInput(f"{idx_path} is not an index of Megatron token ids: its header is unknown.")
-    idx_bytes = _INDEX_HEADER.size + 12 * documents + 8 * document_indices
-    if os.path.getsize(idx_path) < idx_bytes:
-        raise BadInput(
-            f"{idx_path} is truncated: {documents} documents need {idx_bytes} bytes, "
-            f"it has {os.path.getsize(idx_path)}."
-        )
-    if documents == 0:
-        raise BadInput(f"{idx_path} holds no documents: prepare the corpus again.")
-    dtype = numpy.dtype(_TOKEN_DTYPES[code])
-    lengths = numpy.memmap(idx_path, "<i4", "r", _INDEX_HEADER.size, (documents,))
-    offsets = numpy.memmap(idx_path, "<i8", "r", _INDEX_HEADER.size + 4 * documents, (documents,))
-    ends = offsets + lengths * numpy.int64(dtype.itemsize)
-    if min(lengths.min(), offsets.min(), ends.min()) < 0 or (offsets % dtype.itemsize).any():
-        raise BadInput(f"{idx_path} is damaged: its lengths and offsets name no tokens. Make it again.")
-    bin_bytes = int(ends.max())
-    if os.path.getsize(bin_path) < bin_bytes:
-        raise BadInput(
-            f"{bin_path} is truncated: its index needs {bin_bytes} bytes, it has {os.path.getsize(bin_path)}."
-        )
-    if bin_bytes == 0:
-        raise BadInput(f"{bin_path} holds no tokens: prepare the corpus again.")
-    return CorpusIndex(prefix, dtype, lengths, offsets)
-
-
-def read_sidecar(prefix: str) -> dict[str, Any] | None:
-    """Return what `prepare_corpus` wrote beside the corpus, or None for a corpus prepared elsewhere.
-
-    Raises BadInput for one that is damaged.
-    """
-    path = Path(f"{prefix}.json")
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        head = file.read(2**16)  # someone else's .json of this name may be a corpus itself
-    if b'"tokenizer_sha256"' not in head:
-        return None
-    try:
-        sidecar = json.loads(head)
-        if all(type(sidecar[key]) is kind for key, kind in _SIDECAR_TYPES.items()):
-            return sidecar
-    except (ValueError, RecursionError, KeyError, TypeError):
-        pass
-    raise BadInput(f"{path}, which tells the corpus's tokenizer, is damaged: prepare the corpus again.")
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How text becomes tokens; every field is an option of `llada data prepare`."""
-
-    tokenizer: str = "bytes"
-    """`bytes`, or the path of a tokenizer.json."""
-    end_of_document: str | None = None
-    """The token appended to every document; None: found by name."""
-    parse_special: bool = False
-    """Names of special tokens in the text become those tokens."""
-    format: str = "text"
-    """A name of data/formats.py's `FORMATS`."""
-    text_field: str = "text"
-    mask_token_in_text: str = "refuse"
-    """What becomes of a document that holds the mask token, one of `MASK_RULES`: the preparation is refused,
-    the document is dropped, or it is split there into documents without it."""
-    skip_bad: int = 0
-    """Go on without up to this many records that cannot be read."""
 
 
 def prepare_corpus(
@@ -160,14 +42,16 @@ def prepare_corpus(
     """Write `output_prefix`.bin, .idx and .json, and return what the .json says.
 
     `inputs` and `container` are those of `find_sources`. An end-of-document token is appended to each
-    document; documents without text are skipped and counted. The files do not depend on the number of
+    document; documents without text are skipped and counted. Of conversations .roles.bin and .roles.idx are
+    written too (data/conversations.py), and nothing is appended. The files do not depend on the number of
     `workers` (None: the cores this process may use). `say` gets a line per input, per setting of the
     tokenizer's file that is not followed and per bad record. Raises BadInput when an input cannot be read,
     when more records are bad than `how` allows, contains the mask token where that is refused, when the
     output exists and `overwrite` is not set, or when nothing is left.
     """
     how = how or Preparation()
-    final = {suffix: Path(f"{output_prefix}.{suffix}") for suffix in ("bin", "json", "idx")}
+    suffixes = ("roles.bin", "roles.idx") if how.format in CONVERSATIONS else ()
+    final = {suffix: Path(f"{output_prefix}.{suffix}") for suffix in (*suffixes, "bin", "json", "idx")}
     aside = {suffix: Path(f"{path}.partial-{os.getpid()}") for suffix, path in final.items()}
     sources, left_out = find_sources(inputs, [*final.values()], container)
     if not overwrite and (there := [path for path in final.values() if path.exists()]):
@@ -189,13 +73,14 @@ def prepare_corpus(
         say(sentence)
     output_prefix.parent.mkdir(parents=True, exist_ok=True)
     try:
-        counts = _write_tokens(aside["bin"], aside["idx"], sources, how, tokenizer, workers, say)
+        counts = _write_tokens(aside, sources, how, tokenizer, workers, say)
         summary = _described(how, tokenizer, sources) | counts
         aside["json"].write_text(json.dumps(summary, indent=1) + "\n")
         write_out(aside.values())
         # An .idx is what makes a .bin a corpus: the old one goes first and the new one comes last,
         # so that no crash pairs the index of one corpus with the tokens of another.
-        final["idx"].unlink(missing_ok=True)
+        for suffix in ("idx", "roles.idx", "roles.bin"):
+            Path(f"{output_prefix}.{suffix}").unlink(missing_ok=True)
         for suffix, path in final.items():
             aside[suffix].rename(path)
         write_out([output_prefix.parent])
@@ -217,6 +102,11 @@ def _described(how: Preparation, tokenizer: Tokenizer, sources: list[Source]) ->
         "mask_token_id": tokenizer.mask_token_id,
         "parse_special": how.parse_special,
         "format": how.format,
+        **(
+            {"chat_template": how.chat_template, "only_last": how.only_last}
+            if how.format in CONVERSATIONS
+            else {}
+        ),
         "mask_token_in_text": how.mask_token_in_text,
         "inputs": dict(Counter(source.kind for source in sources)),
     }
@@ -239,6 +129,8 @@ class _Encoded:
     """The documents of a block, one after the other."""
 
     tokens: numpy.ndarray
+    roles: numpy.ndarray
+    """uint8, as many as tokens, of conversations; else none."""
     lengths: list[int]
     counts: Counter[str]
     bad: list[str]
@@ -247,26 +139,28 @@ class _Encoded:
 
 _COUNTED = (
     "documents", "empty_documents", "tokens", "bytes", "bad_records", "special_strings", "unknown_tokens",
-    "documents_with_replaced_characters", "documents_with_mask_token",
+    "documents_with_replaced_characters", "documents_with_mask_token", "answer_tokens",
 )  # fmt: skip
 
 
 def _write_tokens(
-    bin_path: Path,
-    idx_path: Path,
+    aside: dict[str, Path],
     sources: list[Source],
     how: Preparation,
     tokenizer: Tokenizer,
     workers: int | None,
     say: Callable[[str], None],
 ) -> dict[str, int]:
-    """Write the .bin and .idx of all sources, in their order, and return the counts and the range of ids."""
+    """Write the pairs of files of all sources, in their order, and return the counts and the range of ids."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(str(bin_path), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(aside["bin"]), dtype=dtype)
+    roles = (
+        IndexedDatasetBuilder(str(aside["roles.bin"]), dtype=numpy.uint8) if "roles.bin" in aside else None
+    )
     counts, lowest, highest = Counter(dict.fromkeys(_COUNTED, 0)), tokenizer.vocab_size, 0
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -279,6 +173,8 @@ def _write_tokens(
             stop = 0
             for length in encoded.lengths:
                 builder.add_document(encoded.tokens[stop : stop + length], [length])
+                if roles is not None:
+                    roles.add_document(encoded.roles[stop : stop + length], [length])
                 stop += length
             if stop:
                 lowest = min(lowest, int(encoded.tokens.min()))
@@ -287,7 +183,9 @@ def _write_tokens(
         progress.update(task, completed=total)
     if counts["documents"] == 0:
         raise BadInput(f"The input holds no text ({counts['empty_documents']} empty documents).")
-    builder.finalize(str(idx_path))
+    builder.finalize(str(aside["idx"]))
+    if roles is not None:
+        roles.finalize(str(aside["roles.idx"]))
     return {name: counts[name] for name in _COUNTED} | {"lowest_id": lowest, "highest_id": highest}
 
 
@@ -355,60 +253,26 @@ def _in_order(
 
 
 def _encode(block: _Block, how: Preparation, dtype: type[numpy.number]) -> _Encoded:
-    tokenizer = _worker_tokenizer(how.tokenizer, how.end_of_document)
-    parse, document_of = CONTAINERS[block.source.container].parse, FORMATS[how.format]
+    parse = CONTAINERS[block.source.container].parse
+    documents_of = conversations if how.format in CONVERSATIONS else documents
     pieces: list[numpy.ndarray] = []
+    roles: list[numpy.ndarray] = []
     counts: Counter[str] = Counter()
     bad: list[str] = []
     for number, record in enumerate(block.records, block.first):
         if len(bad) > how.skip_bad:
             break
-        try:
-            text = document_of(parse(record), how.text_field) if record.strip() else ""
-        except BadRecord as phrase:
-            bad.append(f"{block.source.place(number)} {phrase}")
+        if not record.strip():
+            counts["empty_documents"] += 1
             continue
-        for ids in _documents(text, block.source.place(number), tokenizer, how, counts):
-            pieces.append(numpy.array([*ids, tokenizer.end_of_document_id], dtype=dtype))
+        place = block.source.place(number)
+        try:
+            for ids, own_roles in documents_of(parse(record), place, how, counts):
+                pieces.append(ids.astype(dtype))
+                roles.append(own_roles)
+        except BadRecord as phrase:
+            bad.append(f"{place} {phrase}")
     tokens = numpy.concatenate(pieces) if pieces else numpy.zeros(0, dtype)
     counts.update(documents=len(pieces), tokens=tokens.size, bad_records=len(bad))
-    return _Encoded(tokens, [piece.size for piece in pieces], counts, bad)
-
-
-def _documents(
-    text: str, place: str, tokenizer: Tokenizer, how: Preparation, counts: Counter[str]
-) -> list[list[int]]:
-    """Return the ids of each document that a text makes: one, none if it is empty, several if it is split."""
-    # JSON may carry half of a surrogate pair, which no UTF-8 can hold.
-    utf8 = text.encode(errors="replace")
-    encoded = utf8.decode()
-    ids = tokenizer.encode(encoded, how.parse_special) if text.strip() else []
-    if not ids:
-        counts["empty_documents"] += 1
-        return []
-    documents = [ids]
-    if tokenizer.mask_token_id in ids:
-        counts["documents_with_mask_token"] += 1
-        if how.mask_token_in_text == "refuse":
-            raise BadInput(
-                f"{place} contains the mask token (id {tokenizer.mask_token_id}), which no clean document may"
-                " hold: remove it, or set --mask-token-in-text to drop or split."
-            )
-        documents = _split(ids, tokenizer.mask_token_id) if how.mask_token_in_text == "split" else []
-    if documents:
-        counts["bytes"] += len(utf8)
-        counts["documents_with_replaced_characters"] += encoded != text
-        counts["special_strings"] += tokenizer.special_strings(encoded)
-        if tokenizer.unknown_token_id is not None:
-            counts["unknown_tokens"] += ids.count(tokenizer.unknown_token_id)
-    return documents
-
-
-def _split(ids: list[int], at: int) -> list[list[int]]:
-    parts: list[list[int]] = [[]]
-    for token in ids:
-        if token == at:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return [part for part in parts if part]
+    all_roles = numpy.concatenate(roles) if roles else numpy.zeros(0, numpy.uint8)
+    return _Encoded(tokens, all_roles, [piece.size for piece in pieces], counts, bad)

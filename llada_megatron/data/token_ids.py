@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.data.prepare import CorpusIndex, read_sidecar
+from llada_megatron.data.corpus import CorpusIndex, read_sidecar
 from llada_megatron.parallel.ranks import from_first_rank, gathered, rank, ranks, warn
 
 BLOCK_TOKENS = 2**23

@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id."""
     end_of_document: str | None
-    """The token that ends a document, by name; None for bytes, and where a file names none."""
+    """The token that ends a document, by name; None where a file names none."""
     end_of_document_id: int | None
     """None where a file names no such token: only preparing a corpus needs one."""
     mask_token_id: int | None
@@ -52,16 +52,20 @@ class Tokenizer(Protocol):
         """Return how often names of special tokens stand in a text."""
         ...
 
+    def defused(self, text: str, mark: str) -> str:
+        """Return the text with `mark` after the first character of each name of a special token in it."""
+        ...
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; special tokens are left out and broken UTF-8 is replaced."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes: ids 0..255 are bytes, 256 ends a document, 257 is the mask. No text has special tokens."""
+    """UTF-8 bytes: ids 0..255 are bytes, 256 ends a document, 257 is the mask."""
 
     vocab_size: int = 258
-    end_of_document: str | None = None
+    end_of_document: str | None = END_OF_DOCUMENT_NAMES[0]
     end_of_document_id: int | None = 256
     mask_token_id: int | None = 257
     unknown_token_id: int | None = None
@@ -69,12 +73,22 @@ class ByteTokenizer:
     notes: tuple[str, ...] = ()
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Return the UTF-8 bytes of a text."""
-        return list(text.encode())
+        """Return the UTF-8 bytes of a text; with `parse_special` the name of the end of a document is that
+        id.
+        """
+        if not parse_special:
+            return list(text.encode())
+        first, *others = (list(part.encode()) for part in text.split(END_OF_DOCUMENT_NAMES[0]))
+        return first + [token for part in others for token in (256, *part)]
 
     def special_strings(self, text: str) -> int:
-        """Return 0."""
-        return 0
+        """Return how often the name of the end of a document stands in a text."""
+        return text.count(END_OF_DOCUMENT_NAMES[0])
+
+    def defused(self, text: str, mark: str) -> str:
+        """Return the text with the mark inside each such name."""
+        name = END_OF_DOCUMENT_NAMES[0]
+        return text.replace(name, name[0] + mark + name[1:])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of the ids below 256; broken UTF-8 is replaced."""
@@ -130,6 +144,12 @@ class FileTokenizer:
     def special_strings(self, text: str) -> int:
         """Return how often names of special tokens, the mask's and the end's too, stand in a text."""
         return len(self._special.findall(text)) if self._special else 0
+
+    def defused(self, text: str, mark: str) -> str:
+        """Return the text with `mark` after the first character of each such name."""
+        return (
+            self._special.sub(lambda name: name[0][0] + mark + name[0][1:], text) if self._special else text
+        )
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids; special tokens are left out."""

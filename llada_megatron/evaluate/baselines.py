@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from llada_megatron.data.corpus import read_sidecar
 from llada_megatron.data.packed import PackedSample
-from llada_megatron.data.prepare import read_sidecar
 
 
 def bytes_per_token(prefixes: list[str]) -> float | None:
@@ -18,11 +18,18 @@ def bytes_per_token(prefixes: list[str]) -> float | None:
 
 
 def entropies(samples: list[PackedSample]) -> dict[str, float]:
-    """Unigram entropy H(x_i) and bigram entropy H(x_i | x_{i-1}) of the text itself, nats per token."""
+    """Unigram entropy H(x_i) and bigram entropy H(x_i | x_{i-1}) of the text itself, nats per token.
+
+    In chats those of the answers, of which alone a likelihood is given.
+    """
     tokens, previous, following = [], [], []
     for sample in samples:
-        tokens.append(sample.tokens)
         inside = np.setdiff1d(np.arange(len(sample.tokens)), sample.cu_seqlens[1:] - 1)
+        if sample.supervised is None:
+            tokens.append(sample.tokens)
+        else:
+            tokens.append(sample.tokens[sample.supervised])
+            inside = inside[sample.supervised[inside + 1]]
         previous.append(sample.tokens[inside])
         following.append(sample.tokens[inside + 1])
     first, second = np.concatenate(previous), np.concatenate(following)

@@ -33,7 +33,7 @@ from llada_megatron.objectives.batch import MicroBatch, context_part, read_sampl
 from llada_megatron.objectives.bound import exact_count_mask
 from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.parallel import groups
-from llada_megatron.parallel.dealing import data_parallel
+from llada_megatron.parallel.dealing import even_parts
 from llada_megatron.parallel.ranks import warn
 from llada_megatron.runtime import device
 from llada_megatron.runtime.launch import threads_per_process
@@ -87,11 +87,13 @@ class Evaluator:
         return {str(size): self.bound(size) for size in sizes}
 
     def bound(self, block_size: int) -> Estimate:
-        """Upper bound of the NLL in nats per token, its standard error over sequences, bits per byte."""
+        """Upper bound of the NLL in nats per token (of answers, in chats), its standard error over
+        sequences, bits per byte.
+        """
         draws = 1 if block_size == 1 else self.config.evaluation.draws
         sums = [self._sums(partial(self._bound_batch, block_size, draw, draws)) for draw in range(draws)]
-        tokens = np.full(len(self.samples), self.config.data.sequence_length)
-        return self._estimate(np.mean(sums, axis=0), tokens)
+        scored = [len(s.tokens) if s.supervised is None else s.supervised.sum() for s in self.samples]
+        return self._estimate(np.mean(sums, axis=0), np.array(scored))
 
     def autoregressive(self) -> Estimate:
         """Exact next-token NLL in nats per predicted token."""
@@ -111,14 +113,21 @@ class Evaluator:
         return views
 
     def _predicted(self) -> np.ndarray:
-        return np.array([len(s.tokens) - len(s.cu_seqlens) + 1 for s in self.samples])
+        return np.array([autoregressive_batch([sample]).counts[0] for sample in self.samples])
 
     def _bound_batch(
         self, block_size: int, draw: int, draws: int, samples: list[PackedSample], indices: list[int]
     ) -> MicroBatch:
         grid, seed = self.config.diffusion.block_grid, self.config.run.seed
         masks = [
-            exact_count_mask(seed, index, draw, draws, block_starts(sample.cu_seqlens, block_size, grid))
+            exact_count_mask(
+                seed,
+                index,
+                draw,
+                draws,
+                block_starts(sample.cu_seqlens, block_size, grid),
+                sample.supervised,
+            )
             for index, sample in zip(indices, samples, strict=True)
         ]
         inputs = diffusion_inputs(
@@ -146,15 +155,10 @@ class Evaluator:
 
     def _sums(self, build: Callable[[list[PackedSample], list[int]], MicroBatch]) -> np.ndarray:
         """Weighted cross entropies summed per sequence, float64 [sequences], the same on every rank."""
-        rank, ranks = data_parallel()
         size = self.config.layout.micro_batch
         count = len(self.samples)
         # Interleaved pipelines want micro-batches in multiples of their stages.
-        multiple = size * (self.config.layout.pp if self.config.layout.vpp > 1 else 1)
-        per_rank = -(-count // (multiple * ranks)) * multiple
-        padded = [min(index, count - 1) for index in range(per_rank * ranks)]
-        mine = padded[rank * per_rank : (rank + 1) * per_rank]
-        parts = [mine[at : at + size] for at in range(0, per_rank, size)]
+        parts = even_parts(count, size, self.config.layout.pp if self.config.layout.vpp > 1 else 1)
         totals = torch.zeros(count, dtype=torch.float64, device=device.device())
         probe = build([self.samples[index] for index in parts[0]], parts[0])
         reduced = passes.forward_only(
@@ -170,7 +174,7 @@ class Evaluator:
         covered = torch.zeros_like(totals)
         # Context-parallel ranks hold parts of the same sequences: the parts add up to one covering.
         if reduced and parallel_state.get_context_parallel_rank() == 0:
-            covered[mine] = 1.0
+            covered[[index for part in parts for index in part]] = 1.0
         for tensor in (totals, covered):
             dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             dist.all_reduce(tensor, group=parallel_state.get_pipeline_model_parallel_group())

@@ -9,7 +9,8 @@ Legend: n rows of a chunk, V vocabulary, tp tensor-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ def _top_one(logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Tensor:
     return torch.stack([choice_n.double(), sum_n.reciprocal().double()], dim=-1)
 
 
-def _confidence(logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Tensor:
-    return _Confidence.apply(logits_nV.float(), labels_n, group)
+def _confidence(temperature: float, logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Tensor:
+    return _Confidence.apply(logits_nV.float(), labels_n, group, temperature)
 
 
 CROSS_ENTROPY = Readout("cross entropy", columns=1, needs_labels=True, read=_cross_entropy)
@@ -70,39 +71,81 @@ TOP_ONE = Readout("top-1", columns=2, needs_labels=False, read=_top_one)
 
 float64, because float32 has not every id above 2^24, and bfloat16 not even those above 256.
 """
-CONFIDENCE = Readout("confidence", columns=3, needs_labels=True, read=_confidence)
-"""fp32 [n, 3]: cross entropy and entropy in nats, and 1.0 where TOP_ONE's token is the label, else 0.0.
 
-The first two have gradients.
-"""
+
+def confidence(temperature: float = 1.0) -> Readout:
+    """fp32 [n, 3]: cross entropy, entropy of softmax(logits / temperature), whether TOP_ONE's token is right.
+
+    The first two are in nats and have gradients; the third is 1.0 or 0.0.
+    """
+    name = "confidence" if temperature == 1 else f"confidence at {temperature:g}"
+    return Readout(name, columns=3, needs_labels=True, read=partial(_confidence, temperature))
+
+
+CONFIDENCE = confidence()
+
+
+def without_token(readout: Readout, token_id: int) -> Readout:
+    """The readout of a model that never gives one token, the mask: its logit counts as minus infinity."""
+
+    def read(logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Tensor:
+        column = token_id - group.rank() * logits_nV.shape[-1]
+        if 0 <= column < logits_nV.shape[-1]:
+            # The lowest finite number: an entropy multiplies probabilities by logits.
+            hidden_V = torch.arange(logits_nV.shape[-1], device=logits_nV.device) == column
+            logits_nV = logits_nV.masked_fill(hidden_V, torch.finfo(logits_nV.dtype).min / 2)
+        return readout.read(logits_nV, labels_n, group)
+
+    return replace(readout, name=f"{readout.name} without {token_id}", read=read)
 
 
 class _Confidence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_nV: Tensor, labels_n: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, logits_nV: Tensor, labels_n: Tensor, group: Any, temperature: float) -> Tensor:
         largest_n, choice_n = _argmax(logits_nV, group)
         logits_nV = logits_nV - largest_n[:, None]
         label_n1, is_here_n1 = _columns_here(labels_n, logits_nV, group)
-        exp_nV = logits_nV.exp()
         label_logit_n = logits_nV.gather(1, label_n1).where(is_here_n1, 0)[:, 0]
-        sums_3n = torch.stack([label_logit_n, exp_nV.sum(dim=-1), (exp_nV * logits_nV).sum(dim=-1)])
-        dist.all_reduce(sums_3n, group=group)
-        label_logit_n, sum_n, weighted_n = sums_3n
-        log_sum_n = sum_n.log()
-        entropy_n = log_sum_n - weighted_n / sum_n
-        ctx.save_for_backward(logits_nV.sub_(log_sum_n[:, None]), entropy_n, label_n1, is_here_n1)
+        cooled_nV = logits_nV if temperature == 1 else _finite(logits_nV / temperature)
+        exp_nV = cooled_nV.exp()
+        cooled_sum_n = exp_nV.sum(dim=-1)
+        sum_n = cooled_sum_n if temperature == 1 else logits_nV.exp().sum(dim=-1)
+        sums_4n = torch.stack([label_logit_n, sum_n, cooled_sum_n, exp_nV.mul_(cooled_nV).sum(dim=-1)])
+        dist.all_reduce(sums_4n, group=group)
+        label_logit_n, sum_n, cooled_sum_n, weighted_n = sums_4n
+        log_sum_n, cooled_log_sum_n = sum_n.log(), cooled_sum_n.log()
+        entropy_n = cooled_log_sum_n - weighted_n / cooled_sum_n
+        log_p_nV = logits_nV.sub_(log_sum_n[:, None])
+        shift_n = cooled_log_sum_n - log_sum_n / temperature  # log q = log p / T - shift
+        ctx.temperature = temperature
+        ctx.save_for_backward(log_p_nV, shift_n, entropy_n, label_n1, is_here_n1)
         correct_n = (choice_n == labels_n).to(entropy_n.dtype)
         return torch.stack([log_sum_n - label_logit_n, entropy_n, correct_n], dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_n3: Tensor) -> tuple[Tensor | None, ...]:
-        """With p = softmax(z): dCE/dz_i = p_i - [i is the label], dH/dz_i = -p_i (log p_i + H)."""
-        log_p_nV, entropy_n, label_n1, is_here_n1 = ctx.saved_tensors
+        """With p = softmax(z) and q = softmax(z / T):
+
+        dCE/dz_i = p_i - [i is the label],  dH(q)/dz_i = -q_i (log q_i + H) / T.
+        """
+        log_p_nV, shift_n, entropy_n, label_n1, is_here_n1 = ctx.saved_tensors
         of_cross_entropy_n1, of_entropy_n1, _ = gradient_n3.split(1, dim=-1)
-        slope_nV = of_cross_entropy_n1 - of_entropy_n1 * (log_p_nV + entropy_n[:, None])
-        gradient_nV = slope_nV.mul_(log_p_nV.exp())
-        return gradient_nV.scatter_add_(1, label_n1, -of_cross_entropy_n1.where(is_here_n1, 0)), None, None
+        if ctx.temperature == 1:
+            slope_nV = of_cross_entropy_n1 - of_entropy_n1 * (log_p_nV + entropy_n[:, None])
+            gradient_nV = slope_nV.mul_(log_p_nV.exp())
+        else:
+            log_q_nV = _finite((log_p_nV / ctx.temperature).sub_(shift_n[:, None]))
+            q_nV = log_q_nV.exp()
+            gradient_nV = log_q_nV.add_(entropy_n[:, None]).mul_(q_nV).mul_(-of_entropy_n1 / ctx.temperature)
+            gradient_nV += log_p_nV.exp() * of_cross_entropy_n1
+        gradient_nV.scatter_add_(1, label_n1, -of_cross_entropy_n1.where(is_here_n1, 0))
+        return gradient_nV, None, None, None
+
+
+def _finite(logits_nV: Tensor) -> Tensor:
+    """In place: a hidden token's logit over a small temperature overflows, and 0 * inf is no entropy."""
+    return logits_nV.clamp_(min=torch.finfo(logits_nV.dtype).min / 2)
 
 
 def _argmax(logits_nV: Tensor, group: Any) -> tuple[Tensor, Tensor]:

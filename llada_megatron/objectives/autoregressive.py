@@ -17,7 +17,7 @@ from llada_megatron.objectives.objective import Loss, Objective
 
 
 class Autoregressive(Objective):
-    """The mean cross entropy of all tokens but the first of each document."""
+    """The mean cross entropy of all tokens but the first of each document; in chats, of the answers."""
 
     def batch(self, data: PackedSequences, indices: list[int], stage: Stage, **unused: Any) -> MicroBatch:
         """Next-token prediction inside documents."""
@@ -33,6 +33,8 @@ def autoregressive_batch(samples: list[PackedSample]) -> MicroBatch:
     rows, labels = [], []
     for sample in samples:
         row = np.setdiff1d(np.arange(len(sample.tokens)), sample.cu_seqlens[1:] - 1)
+        if sample.supervised is not None:
+            row = row[sample.supervised[row + 1]]
         row = row[:0] if sample.is_left_out else row
         rows.append(row)
         labels.append(sample.tokens[row + 1])

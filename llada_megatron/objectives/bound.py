@@ -15,22 +15,61 @@ GOLDEN_RATIO = 0.6180339887498949
 
 
 def exact_count_mask(
-    seed: int, sequence: int, draw: int, draws: int, starts: np.ndarray
+    seed: int,
+    sequence: int,
+    draw: int,
+    draws: int,
+    starts: np.ndarray,
+    supervised: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """masked bool [L] and weights float64 [L] (m/k where masked) of one draw for one sequence.
 
-    starts: int64 [L], the first position of each position's block (attention/mask.py: block_starts). k is
+    starts: int64 [L], the first position of each position's block (attention/mask.py: block_starts);
+    supervised: bool [L], the tokens to score, which alone are counted in m and masked; None for all. k is
     stratified: over a block's draws it steps evenly through 1..m, over blocks and sequences it follows a
     Weyl sequence with one random shift, which leaves every single k uniform.
     """
     length = len(starts)
-    block, size = np.unique(starts, return_inverse=True, return_counts=True)[1:]
-    first = np.unique(starts)
+    scored = np.arange(length) if supervised is None else np.flatnonzero(supervised)
+    first, block, size = np.unique(starts[scored], return_inverse=True, return_counts=True)
     shift = generator(seed, Purpose.EVALUATION_COUNT, 0).random()
     u = (shift + GOLDEN_RATIO * (sequence * length + first) + draw / draws) % 1.0
     count = 1 + np.floor(u * size).astype(np.int64)
-    score = generator(seed, Purpose.EVALUATION_MASK, sequence * draws + draw).random(length)
-    order = np.lexsort((score, starts))
-    masked = np.zeros(length, dtype=bool)
-    masked[order] = np.arange(length) - first[block[order]] < count[block[order]]
-    return masked, np.where(masked, (size / count)[block], 0.0)
+    score = generator(seed, Purpose.EVALUATION_MASK, sequence * draws + draw).random(length)[scored]
+    order = np.lexsort((score, block))
+    place = np.arange(len(scored)) - (np.cumsum(size) - size)[block[order]]  # by score, within its block
+    masked, weights = np.zeros(length, dtype=bool), np.zeros(length)
+    masked[scored[order]] = place < count[block[order]]
+    weights[scored] = (size / count)[block]
+    return masked, np.where(masked, weights, 0.0)
+
+
+def complementary_count_mask(
+    seed: int, document: int, draw: int, draws: int, starts: np.ndarray, supervised: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `exact_count_mask`, of one document, whose number in its corpus is all that the masks depend on.
+
+    draws: 1, or an even number: draws 2j and 2j + 1 then score a subset of k of each block's m tokens and
+    its complement, k uniform in 0..m, with the weights (m + 1)/k and (m + 1)/(m - k). Every token is scored
+    once by the two, and sum over k in 1..m of 1/(m + 1) (m + 1)/k is that of 1/m m/k, so that the bound is
+    the same.
+    """
+    pairs = max(1, draws // 2)
+    pair, is_complement = divmod(draw, 2) if draws > 1 else (0, 0)
+    scored = np.flatnonzero(supervised)
+    block, size = np.unique(starts[scored], return_inverse=True, return_counts=True)[1:]
+    ways = size + 1 if draws > 1 else size
+    # Stratified over the pairs of draws: u steps evenly through [0, 1) from a random place of each block.
+    u = (generator(seed, Purpose.PREFERENCE_COUNT, document).random(len(size)) + pair / pairs) % 1.0
+    count = np.floor(u * ways).astype(np.int64) + (draws == 1)
+    score = generator(seed, Purpose.PREFERENCE_MASK, document * pairs + pair).random(len(scored))
+    order = np.lexsort((score, block))
+    place = np.arange(len(scored)) - (np.cumsum(size) - size)[block[order]]
+    chosen = np.empty(len(scored), dtype=bool)
+    chosen[order] = place < count[block[order]]
+    if is_complement:
+        chosen, count = ~chosen, size - count
+    masked, weights = np.zeros(len(starts), dtype=bool), np.zeros(len(starts))
+    masked[scored] = chosen
+    weights[scored] = np.where(chosen, (ways / np.maximum(count, 1))[block], 0.0)
+    return masked, weights

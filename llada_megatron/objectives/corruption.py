@@ -24,23 +24,35 @@ class Corruption:
 
 
 def corrupt(
-    seed: int, sample: int, cu_seqlens: np.ndarray, block_size: int, diffusion: DiffusionConfig
+    seed: int,
+    sample: int,
+    cu_seqlens: np.ndarray,
+    block_size: int,
+    diffusion: DiffusionConfig,
+    supervised: np.ndarray | None = None,
 ) -> Corruption:
-    """Draw t ~ U[mask_rate_min, mask_rate_max] per sequence or per block, then mask each token with t.
+    """Draw t ~ U[mask_rate_min, mask_rate_max] per sequence, document or block, then mask each token with t.
 
     With `complementary`, samples 2j and 2j+1 are one sequence masked with m and with its complement, whose
-    rate is 1 - t. Empty masks are kept as they fall. cu_seqlens: int [documents + 1].
+    rate is 1 - t. Empty masks are kept as they fall. cu_seqlens: int [documents + 1]; supervised: bool [L],
+    the tokens that may be masked, None for all.
     """
     pair, is_complement = divmod(sample, 2) if diffusion.complementary else (sample, 0)
     length = int(cu_seqlens[-1])
     low, high = diffusion.mask_rate_min, diffusion.mask_rate_max
     draws = generator(seed, Purpose.MASK_RATE, pair)
-    if diffusion.t_per is RatePer.sequence:
-        rate = np.full(length, draws.uniform(low, high))
-    else:
-        rate = draws.uniform(low, high, length)[block_starts(cu_seqlens, block_size, diffusion.block_grid)]
+    match diffusion.t_per:
+        case RatePer.sequence:
+            rate = np.full(length, draws.uniform(low, high))
+        case RatePer.document:
+            rate = np.repeat(draws.uniform(low, high, len(cu_seqlens) - 1), np.diff(cu_seqlens))
+        case RatePer.block:
+            starts = block_starts(cu_seqlens, block_size, diffusion.block_grid)
+            rate = draws.uniform(low, high, length)[starts]
     masked = generator(seed, Purpose.MASK, pair).random(length) < rate
-    return Corruption(~masked, 1 - rate) if is_complement else Corruption(masked, rate)
+    if is_complement:
+        masked, rate = ~masked, 1 - rate
+    return Corruption(masked if supervised is None else masked & supervised, rate)
 
 
 def data_index(sample: int, diffusion: DiffusionConfig) -> int:

@@ -11,19 +11,27 @@ import torch
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.objectives import OBJECTIVES
-from llada_megatron.config.schedule import Stage
-from llada_megatron.config.schema import BlockGrid
+from llada_megatron.config.schedule import Schedule, Stage
+from llada_megatron.config.schema import BlockGrid, Config
 from llada_megatron.data.packed import PackedSample, PackedSequences
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
+from llada_megatron.model.readout import Readout, without_token
 from llada_megatron.objectives.batch import MicroBatch, flat_outputs, model_mask
 from llada_megatron.objectives.corruption import Corruption, corrupt, data_index
 from llada_megatron.objectives.objective import Loss, Objective
 from llada_megatron.objectives.weights import embedding_noise_sigma, position_weights
 from llada_megatron.parallel.random import Purpose, torch_seed
 
-RATE_BINS, POSITION_BINS = (
-    OBJECTIVES["diffusion"].figures[name].bins for name in ("loss_by_t", "loss_by_block_position")
-)
+BINNED = ("loss_by_t", "loss_by_block_position")
+"""Figures of the cross entropies, whose bins a batch holds under their names."""
+RATE_BINS, POSITION_BINS = (OBJECTIVES["diffusion"].figures[name].bins for name in BINNED)
+
+
+def readout_of(readout: Readout, config: Config) -> Readout:
+    """The readout, of a model that may or may not give the mask token."""
+    if config.diffusion.gives_mask_token:
+        return readout
+    return without_token(readout, config.model.mask_token_id)
 
 
 class Diffusion(Objective):
@@ -31,6 +39,10 @@ class Diffusion(Objective):
 
     corrupt: Callable[..., Corruption] = staticmethod(corrupt)
     """Which tokens are masked, and at what rate."""
+
+    def __init__(self, name: str, config: Config, schedule: Schedule) -> None:
+        super().__init__(name, config, schedule)
+        self.readout = readout_of(self.readout, config)
 
     def batch(
         self,
@@ -43,46 +55,54 @@ class Diffusion(Objective):
     ) -> MicroBatch:
         """`[x_t ; x_0]` of the samples, corrupted as the stage asks."""
         diffusion, seed = self.config.diffusion, self.config.run.seed
-        grid = diffusion.block_grid
         samples = self.read(data, [data_index(index, diffusion) for index in indices])
         corruptions = [
-            self.corrupt(seed, index, sample.cu_seqlens, stage.block_size, diffusion)
+            self.corrupt(seed, index, sample.cu_seqlens, stage.block_size, diffusion, sample.supervised)
             for index, sample in zip(indices, samples, strict=True)
         ]
         for sample, corruption in zip(samples, corruptions, strict=True):
             corruption.masked[:] &= not sample.is_left_out
-        masked = [corruption.masked for corruption in corruptions]
-        inputs = diffusion_inputs(
-            samples,
-            masked,
-            block_size=stage.block_size,
-            grid=grid,
-            mask_token_id=self.config.model.mask_token_id,
-        )
+        batch = self.corrupted(samples, corruptions, stage.block_size)
         if noise_sigma > 0:
-            inputs.noise = EmbeddingNoise(
+            batch.inputs.noise = EmbeddingNoise(
                 sigma=noise_sigma,
                 seeds=[torch_seed(seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
                 rows=[
-                    torch.from_numpy(np.flatnonzero(row)) for row in masked
+                    torch.from_numpy(np.flatnonzero(corruption.masked)) for corruption in corruptions
                 ],  # the clean half gets no noise
             )
+        return batch
+
+    def corrupted(
+        self, samples: list[PackedSample], corruptions: list[Corruption], block_size: int
+    ) -> MicroBatch:
+        """The micro-batch of samples whose masks are given."""
+        grid = self.config.diffusion.block_grid
+        inputs = diffusion_inputs(
+            samples,
+            [corruption.masked for corruption in corruptions],
+            block_size=block_size,
+            grid=grid,
+            mask_token_id=self.config.model.mask_token_id,
+        )
         weights, counts, rates, places = [], [], [], []
         for sample, corruption in zip(samples, corruptions, strict=True):
-            weight, count = position_weights(corruption, diffusion)
-            place = np.arange(len(weight)) - block_starts(sample.cu_seqlens, stage.block_size, grid)
+            weight, count = position_weights(
+                corruption, self.config.diffusion, sample.cu_seqlens, sample.supervised
+            )
+            place = np.arange(len(weight)) - block_starts(sample.cu_seqlens, block_size, grid)
             weights.append(weight[corruption.masked])
             counts.append(0 if sample.is_left_out else count)
             rates.append(corruption.rate[corruption.masked])
             places.append(place[corruption.masked])
         rate_bin = np.minimum((np.concatenate(rates) * RATE_BINS).astype(np.int64), RATE_BINS - 1)
-        bins = min(stage.block_size, POSITION_BINS)
+        bins = min(block_size, POSITION_BINS)
         return MicroBatch(
             inputs=inputs,
             rows={
                 "weights": torch.from_numpy(np.concatenate(weights)).float(),
                 "loss_by_t": torch.from_numpy(rate_bin),
-                "loss_by_block_position": torch.from_numpy(np.concatenate(places) * bins // stage.block_size),
+                "loss_by_block_position": torch.from_numpy(np.concatenate(places) * bins // block_size),
             },
             counts=(sum(counts),),
         )
@@ -92,7 +112,7 @@ class Diffusion(Objective):
         return Loss(
             [(output * batch.rows["weights"]).sum()],
             batch.counts,
-            {name: (batch.rows[name], output) for name in self.geometry.figures},
+            {name: (batch.rows[name], output) for name in BINNED},
         )
 
     def noise_sigma(self, step: int, embedding_rms: float) -> float:

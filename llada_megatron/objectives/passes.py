@@ -5,7 +5,8 @@ sum over k of sums[k] / counts[k], is brought to that form before the backward p
 
     sum over k of sums[k] ratios[k],   ratios[k] = counts[0] / counts[k],   then one division by counts[0]
 
-which takes the global counts beforehand: from the batches where these say them, else from one pass more.
+which takes the global counts beforehand: from the batches where these say them; where only the model tells
+them, from the one micro-batch that each rank has, else from one pass more.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from llada_megatron.runtime import device
 
 
 def forward_step(
-    objective: Objective, ratios: Sequence[float], batches: Iterator[MicroBatch], model: torch.nn.Module
+    objective: Objective,
+    ratios: Sequence[float] | None,
+    batches: Iterator[MicroBatch],
+    model: torch.nn.Module,
 ) -> tuple[torch.Tensor, Any]:
     """megatron-core's forward-step contract: the model's output and what turns it into a loss."""
     batch = next(batches)
@@ -33,10 +37,16 @@ def forward_step(
 
 
 def reduced(
-    objective: Objective, ratios: Sequence[float], batch: MicroBatch, output: torch.Tensor
+    objective: Objective, ratios: Sequence[float] | None, batch: MicroBatch, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss to differentiate, its count, and the sums of `Geometry.sums` numbers, fp64, for the record."""
+    """The loss to differentiate, its count, and the sums of `Geometry.sums` numbers, fp64, for the record.
+
+    ratios: None where every rank has one micro-batch, so that the global counts are there once all were read
+    out.
+    """
     loss = objective.loss(batch, output)
+    if ratios is None:
+        ratios = ratios_of(_over_ranks([float(count) for count in loss.counts]))
     total = loss.sums[0]
     for part, ratio in zip(loss.sums[1:], ratios[1:], strict=True):
         total = total + part * ratio
@@ -93,8 +103,12 @@ def ratios_of(counts: Sequence[float]) -> list[float]:
 
 def known_counts(batches: Sequence[MicroBatch]) -> list[float]:
     """The counts of this rank's micro-batches, after `context_part`, over the global batch."""
-    total = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(dim=0)
-    total = total.to(device.device())
+    return _over_ranks([sum(of_batches) for of_batches in zip(*(b.counts for b in batches), strict=True)])
+
+
+def _over_ranks(counts: Sequence[float]) -> list[float]:
+    """Counts summed over data-parallel replicas and context-parallel parts."""
+    total = torch.tensor(counts, dtype=torch.float64, device=device.device())
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return total.tolist()
 

@@ -6,12 +6,15 @@ the whole batch, so that one division (megatron-core's per-token loss) serves ev
     tokens    w_i = w(t_i)         count = maskable tokens     (default; BD3-LM, LLaDA: sum / (B L))
     masked    w_i = w(t_i)         count = masked tokens       (dFactory, with one sequence per micro-batch)
     sequence  w_i = w(t_i) / n_b   count = sequences           (mean over sequences of sum / n_b)
+    document  w_i = w(t_i) / n_d   count = documents           (mean over documents of sum / n_d)
     batch     w_i = w(t_i)         count = sequences           (sum / B)
 
-n_b are the maskable tokens of the sequence that holds i. w(t) = -alpha'_t / (1 - alpha_t), which is 1/t for
-alpha_t = 1 - t, or 1 (`flat`). LLaDA2.0's equations 1, 2 and 5 print alpha'_t / (1 - alpha_t) behind a
-leading minus, the negative of the loss its prose describes: w(t) >= 0 here. There is no logit shift: the
-output at a masked position predicts that position. An empty mask adds nothing to the sum.
+n_b are the maskable tokens of the sequence that holds i, n_d those of its document (conversation, in packed
+chats). Maskable are all tokens of plain text and the answers of chats; documents without any are not
+counted. w(t) = -alpha'_t / (1 - alpha_t), which is 1/t for alpha_t = 1 - t, or 1 (`flat`). LLaDA2.0's
+equations 1, 2 and 5 print alpha'_t / (1 - alpha_t) behind a leading minus, the negative of the loss its
+prose describes: w(t) >= 0 here. There is no logit shift: the output at a masked position predicts that
+position. An empty mask adds nothing to the sum.
 """
 
 from __future__ import annotations
@@ -23,11 +26,15 @@ from llada_megatron.objectives.corruption import Corruption
 
 
 def position_weights(
-    corruption: Corruption, diffusion: DiffusionConfig, maskable: np.ndarray | None = None
+    corruption: Corruption,
+    diffusion: DiffusionConfig,
+    cu_seqlens: np.ndarray,
+    maskable: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
     """Weights float64 [L] (zero where not masked) of one sequence and what it adds to the count.
 
-    maskable: bool [L], False for positions that are never masked (prompts); default: every position.
+    cu_seqlens: int [documents + 1]. maskable: bool [L], False for positions that are never masked (prompts);
+    default: every position.
     """
     maskable_tokens = len(corruption.masked) if maskable is None else int(maskable.sum())
     weights = corruption.masked.astype(np.float64)
@@ -40,6 +47,11 @@ def position_weights(
             return weights, int(corruption.masked.sum())
         case Denominator.sequence:
             return weights / max(maskable_tokens, 1), 1
+        case Denominator.document:
+            lengths = np.diff(cu_seqlens)
+            ones = np.ones(len(weights), int) if maskable is None else maskable.astype(int)
+            per_document = np.add.reduceat(ones, cu_seqlens[:-1])
+            return weights / np.repeat(np.maximum(per_document, 1), lengths), int((per_document > 0).sum())
         case Denominator.batch:
             return weights, 1
 

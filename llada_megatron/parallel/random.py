@@ -20,6 +20,8 @@ class Purpose(IntEnum):
     EVALUATION_COUNT = 4
     EVALUATION_MASK = 5
     EVALUATION_INFILL = 6
+    PREFERENCE_COUNT = 7
+    PREFERENCE_MASK = 8
 
 
 def generator(seed: int, purpose: Purpose, index: int) -> np.random.Generator:

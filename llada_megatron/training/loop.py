@@ -267,8 +267,10 @@ class _Run:
             found = {index: why for part in gathered(objective.left_out) for index, why in part.items()}
             objective.left_out.clear()
             if found:
-                self._record("left_out", step=step, sequences=sorted(found), why=list(found.values()))
-                skips.add_samples(settings, step, list(found.values()))
+                sequences = sorted(found)
+                why = [found[index] for index in sequences]
+                self._record("left_out", step=step, sequences=sequences, why=why)
+                skips.add_samples(settings, step, why)
         if result.skipped:
             self.position.skipped_steps += 1
             first, end = (self.schedule.samples_before(each) for each in (step, step + 1))

@@ -205,13 +205,15 @@ def _drafts(
 
 def _ratios(
     trainer: Trainer, objective: Objective, build: Callable[[], Iterator[MicroBatch]], sizes: dict[str, int]
-) -> list[float]:
-    """What brings an objective's several denominators to one (objectives/passes.py)."""
+) -> list[float] | None:
+    """What brings the denominators to one; None where the loss finds out (objectives/passes.py)."""
     terms = objective.geometry.denominators
     if terms == 1:
         return [1.0]
     if objective.counts_known:
         return passes.ratios_of(passes.known_counts(list(build())))
+    if sizes["num_microbatches"] == 1:
+        return None
     counted = passes.forward_only(
         trainer.model,
         [build() for _ in trainer.model],

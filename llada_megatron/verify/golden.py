@@ -1,13 +1,14 @@
 """Golden cases: stored inputs, outputs, losses and gradients of public reference code, against this code.
 
-A directory holds a Hugging Face checkpoint (config.json, model.safetensors), which is converted with its
-certificate and loaded from there, and the cases (cases.json, cases.safetensors; described in the README.md
-beside them). Everything is computed in fp32.
+A directory holds cases (cases.json, cases.safetensors; described in the README.md beside them), and a Hugging
+Face checkpoint (config.json, model.safetensors) unless another directory does, which is converted with its
+certificate and loaded from there. Everything is computed in fp32.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,24 @@ from typing import Any
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import read_json, require
 from llada_megatron.verify.golden_cases import (
-    DENOMINATORS,
     KINDS,
     TOLERANCES,
-    WEIGHTS,
     CaseResult,
     forward_case,
     greedy_case,
-    loss_case,
     mask_case,
+)
+from llada_megatron.verify.golden_losses import (
+    DENOMINATORS,
+    WEIGHTS,
+    loss_case,
     next_token_case,
     source_gradients,
 )
+from llada_megatron.verify.golden_post import GROUPS, check_case
 from llada_megatron.verify.golden_set import REMEDY, Golden, load
 
-__all__ = ["TOLERANCES", "CaseResult", "GoldenReport", "check", "load"]
+__all__ = ["TOLERANCES", "CaseResult", "GoldenReport", "check"]
 
 MASK_NAME = re.compile(r"n[1-9]\d{0,3}_bs[1-9]\d{0,3}")
 SECTIONS = ("cases", "losses", "generation", "verification")
@@ -44,6 +48,8 @@ class GoldenReport:
     not_served: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     """Stored tensors, and sections of cases.json, that nothing reads."""
+    derived: list[str] = field(default_factory=list)
+    """Checked groups that are no public code's, and what they say they are."""
 
     @property
     def passed(self) -> bool:
@@ -59,22 +65,25 @@ class GoldenReport:
         return found
 
 
-def check(directory: Path) -> GoldenReport:
+def check(directory: Path, checkpoint: Path | None = None) -> GoldenReport:
     """Run every case of a directory in this process, whose groups must hold one process.
 
-    A case is checked on what it stores; cases of a kind that is not served are listed and not counted.
-    Raises BadInput when the directory lacks a file or its checkpoint cannot be read.
+    checkpoint: what the cases are of; None: the directory itself, or, where it holds none, the sibling
+    `golden`. A case is checked on what it stores; cases of a kind that is not served are listed and not
+    counted. Raises BadInput when the directory lacks a file or its checkpoint cannot be read.
     """
     described = read_json(directory / "cases.json", REMEDY)
     require(described, directory / "cases.json", "mask_token_id", "cases", remedy=REMEDY)
     if type(described["mask_token_id"]) is not int:
         raise BadInput(f"{directory}/cases.json has a mask_token_id that is no number: {REMEDY}.")
-    golden = load(directory, described["mask_token_id"])
+    golden = load(directory, checkpoint or _checkpoint_of(directory), described["mask_token_id"])
     report = GoldenReport()
     for name in (name for name in golden.stored.under("maskfn") if MASK_NAME.fullmatch(name)):
         report.cases.append(mask_case(golden, name))
     left_out = [f"gen.{name}." for name in _section(described, "generation")]
-    for name, case in _section(described, "cases").items():
+    cases = _section(described, "cases")
+    left_out += _grouped(golden, report, {name: case for name, case in cases.items() if "group" in case})
+    for name, case in ((name, case) for name, case in cases.items() if "group" not in case):
         kind = case.get("kind", "none")
         if name == "greedy":
             report.cases.append(greedy_case(golden, name))
@@ -99,9 +108,35 @@ def check(directory: Path) -> GoldenReport:
     return report
 
 
+def _checkpoint_of(directory: Path) -> Path:
+    return directory if (directory / "config.json").is_file() else directory.resolve().parent / "golden"
+
+
+def _grouped(golden: Golden, report: GoldenReport, cases: dict[str, dict[str, Any]]) -> list[str]:
+    """Report cases of groups; returns the beginnings of the names of tensors that were left out."""
+    left_out: list[str] = []
+    unserved: Counter[str] = Counter()
+    for name, case in cases.items():
+        group = str(case["group"])
+        result = check_case(golden, name, case) if group in GROUPS else None
+        if isinstance(result, CaseResult):
+            report.cases.append(result)
+            source = f"{group}: {case.get('source', 'of unknown source')}"
+            if case.get("source") != "reference code" and source not in report.derived:
+                report.derived.append(source)
+            continue
+        left_out += [f"{name}.", f"{name.partition('_')[0]}."]  # its own, and what its group shares
+        if result is None:
+            unserved[group] += 1
+        else:
+            report.not_served.append(result)
+    report.not_served += [f"group {group} (cases: {count})" for group, count in unserved.items()]
+    return left_out
+
+
 def unserved_loss(loss: dict[str, Any]) -> str | None:
     """Why a loss is not served, to be put after its name; None for one that is."""
-    if loss.get("confidence_beta", 0) or not loss.get("same_token_labels", True):
+    if not loss.get("same_token_labels", True):
         return ""
     for key, served in (("loss_norm_type", DENOMINATORS), ("loss_weight_type", WEIGHTS)):
         if ("loss_norm_type" in loss or key in loss) and loss.get(key) not in served:

@@ -18,23 +18,10 @@ from torch import Tensor
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import (
-    BlockGrid,
-    Denominator,
-    DiffusionConfig,
-    Weight,
-)
-from llada_megatron.convert.families import ExpertLayout, family_of
-from llada_megatron.convert.loaded import gradients
-from llada_megatron.data.packed import PackedSample
+from llada_megatron.config.schema import BlockGrid
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.readout import LOGITS
-from llada_megatron.objectives.autoregressive import autoregressive_batch
-from llada_megatron.objectives.batch import MicroBatch
-from llada_megatron.objectives.corruption import Corruption
-from llada_megatron.objectives.diffusion import diffusion_inputs
-from llada_megatron.objectives.weights import position_weights
 from llada_megatron.runtime import device
 from llada_megatron.verify.golden_set import REMEDY, Golden, Stored
 
@@ -42,29 +29,26 @@ TOLERANCES = {
     "mask": 0.0,  # entries that differ
     "routing": 0.0,  # pairs of token and layer with another set of experts
     "tokens": 0.0,  # greedy tokens that differ
+    "lengths": 0.0,  # conversations with another length in blocks
     "logits": 1e-3,
     "hidden_states": 2e-4,
     "final_norm": 2e-4,
     "router_weights": 1e-4,
+    "right": 0.0,  # predictions that are right here and wrong there, or the reverse
     "cross_entropy": 1e-3,
-    "loss": 1e-5,  # relative, as are the two below
+    "entropy": 1e-3,
+    "loss": 1e-5,  # relative, as are all below
     "grad_norms": 1e-3,
     "gradients": 1e-3,
+    "bound": 1e-5,
+    "preference": 1e-4,  # a loss of small differences of large bounds
+    "preference_norms": 2e-3,
 }
 """Largest difference by quantity; absolute unless said otherwise. Their basis is in the cases' README.md."""
 
-DENOMINATORS = {
-    "token": Denominator.tokens,
-    "sequence": Denominator.sequence,
-    "batch": Denominator.batch,
-}
-WEIGHTS = {"scheduler": Weight.inverse, "uniform": Weight.flat}
 KINDS = ("mdlm", "bdlm", "causal", "block_causal")
-IGNORED = -100
 MAX_POSITION = 1 << 24
 """Positions are exact in fp32 below it."""
-UNSUPERVISED_PROMPT = 7
-"""Labels that the next-token loss of case `causal` ignores; cases.json says so in words."""
 
 
 @dataclass
@@ -224,126 +208,3 @@ def greedy_case(golden: Golden, name: str) -> CaseResult:
             logits = golden.stage(inputs)
         tokens = torch.cat([tokens, logits.argmax(-1)])
     return CaseResult(name, {"tokens": float((tokens[len(prompt) :].cpu() != expected).sum())})
-
-
-def next_token_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
-    """The next-token loss of autoregressive training, and its gradient's norm."""
-    tokens = golden.stored.under(name).ids("input_ids", golden.model.vocab_size).numpy()
-    batch = autoregressive_batch([PackedSample(tokens, np.array([0, len(tokens)], dtype=np.int32))])
-    batch.rows["weights"][: UNSUPERVISED_PROMPT - 1] = 0  # row i predicts token i + 1
-    batch.counts = (int(batch.rows["weights"].sum()),)
-    loss, _ = backward(golden.stage, [batch])
-    differences = {"loss": relative(loss, case["loss_next_token"])}
-    if "grad_norm_global" in case:
-        differences["grad_norms"] = relative(global_grad_norm(golden.stage), case["grad_norm_global"])
-    return CaseResult(f"{name} next token", differences)
-
-
-def loss_case(golden: Golden, name: str, loss: dict[str, Any]) -> CaseResult:
-    """A diffusion loss through the project's own batches, weights and denominators, and its gradients."""
-    stored = golden.stored.under(f"loss.{name}")
-    parts = [f"mb{k}." for k in range(loss["n_micro_batches"])] if "n_micro_batches" in loss else [""]
-    batches = [micro_batch(golden, stored, part, loss) for part in parts]
-    total, cross_entropies = backward(golden.stage, batches)
-    gradients, whole = source_gradients(golden), golden.stored.under(f"grad.{name}")
-    norms = [
-        relative(gradients[key].norm(), norm)
-        for key, norm in loss.get("grad_norms", {}).items()
-        if key in gradients
-    ]
-    if "grad_norm_global" in loss:
-        norms.append(relative(global_grad_norm(golden.stage), loss["grad_norm_global"]))
-    found = {
-        "cross_entropy": [
-            _cross_entropies(golden, stored, part, ours)
-            for part, ours in zip(parts, cross_entropies, strict=True)
-            if f"{part}per_token_ce" in stored
-        ],
-        "loss": [relative(total, loss["total_loss"])] if "total_loss" in loss else [],
-        "grad_norms": norms,
-        "gradients": [
-            relative(gradients[key], whole.like(key, gradients[key])) for key in whole if key in gradients
-        ],
-    }
-    return CaseResult(name, {quantity: max(values) for quantity, values in found.items() if values})
-
-
-def _cross_entropies(golden: Golden, stored: Stored, part: str, ours_N: Tensor) -> float:
-    noisy = stored[f"{part}noisy_input_ids"]
-    expected = stored.like(f"{part}per_token_ce", noisy)[noisy == golden.model.mask_token_id]
-    return largest(ours_N.cpu() - expected)
-
-
-def micro_batch(golden: Golden, stored: Stored, part: str, loss: dict[str, Any]) -> MicroBatch:
-    """The stored ids as a micro-batch of training.
-
-    dFactory's losses average over the masked tokens of a micro-batch. dllm's divide by maskable tokens or
-    sequences and weigh with 1 / (t + 1e-6); here the weight is 1 / t, which stays within the tolerance.
-    """
-    clean, noisy = (
-        stored.ids(f"{part}{key}", golden.model.vocab_size).numpy()
-        for key in ("input_ids", "noisy_input_ids")
-    )
-    labels = stored.needed(f"{part}labels").numpy()
-    if not clean.shape == noisy.shape == labels.shape or clean.ndim != 2:
-        raise BadInput(f"cases.safetensors holds ids and labels of a loss that are not all [B, L]: {REMEDY}.")
-    B, L = clean.shape
-    masked, maskable = noisy == golden.model.mask_token_id, labels != IGNORED
-    if "loss_norm_type" in loss:
-        weight = WEIGHTS[loss["loss_weight_type"]]
-        diffusion = DiffusionConfig(weight=weight, denominator=DENOMINATORS[loss["loss_norm_type"]])
-        rates = stored.needed("t").double().numpy()
-    else:
-        diffusion = DiffusionConfig(weight=Weight.flat, denominator=Denominator.masked)
-        rates = np.ones(B)
-    inputs = diffusion_inputs(
-        [PackedSample(tokens, np.array([0, L], dtype=np.int32)) for tokens in clean],
-        list(masked),
-        block_size=loss["block_size"],
-        grid=BlockGrid.sequence,
-        mask_token_id=golden.model.mask_token_id,
-    )
-    weights, counts = zip(
-        *(
-            position_weights(Corruption(masked[b], np.full(L, rates[b])), diffusion, maskable[b])
-            for b in range(B)
-        ),
-        strict=True,
-    )
-    return MicroBatch(
-        inputs=inputs,
-        rows={"weights": torch.from_numpy(np.stack(weights)[masked]).float()},
-        counts=(sum(counts),),
-    )
-
-
-def backward(stage: BlockDiffusionGPT, batches: list[MicroBatch]) -> tuple[float, list[Tensor]]:
-    """Mean over micro-batches of sum / count, and each one's cross entropies [N]; fills the gradients."""
-    stage.zero_grad(set_to_none=True)
-    total, cross_entropies = 0.0, []
-    for batch in batches:
-        batch = batch.to(device.device())
-        cross_entropy = stage(batch.inputs)
-        loss = (cross_entropy * batch.rows["weights"]).sum() / batch.counts[0] / len(batches)
-        loss.backward()
-        total += loss.item()
-        cross_entropies.append(cross_entropy.detach())
-    return total, cross_entropies
-
-
-def global_grad_norm(stage: BlockDiffusionGPT) -> float:
-    """Euclidean norm of all gradients; a parameter that nothing reached has none."""
-    norms = [parameter.grad.double().norm() for parameter in stage.parameters() if parameter.grad is not None]
-    return float(torch.stack(norms).norm())
-
-
-def source_gradients(golden: Golden) -> dict[str, Tensor]:
-    """Gradients under the Hugging Face checkpoint's names and shapes: conversions only move numbers about."""
-    ours = gradients(golden.stage)
-    found: dict[str, Tensor] = {}
-    for entry in family_of(golden.architecture, "config.json").table(golden.model, ExpertLayout.separate):
-        if (part := entry.ours).name in ours:  # expert_bias is no parameter
-            at = tuple(slice(first, first + size) for first, size in zip(part.offset, part.size, strict=True))
-            names = (source.name for source in entry.theirs)
-            found |= zip(names, entry.to_theirs([ours[part.name][at]]), strict=True)
-    return found

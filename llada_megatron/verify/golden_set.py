@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llada_megatron.config.errors import BadInput
@@ -17,6 +17,8 @@ from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.config_json import architecture_of, model_config
 from llada_megatron.convert.conversion import hf_to_mcore
 from llada_megatron.convert.loaded import load_model
+from llada_megatron.convert.safetensors_files import SafetensorsReader
+from llada_megatron.convert.weight_files import SINGLE
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.record.json_files import read_json
 
@@ -54,8 +56,8 @@ class Stored(Mapping[str, Tensor]):
         return self[name]
 
     def like(self, name: str, ours: Tensor) -> Tensor:
-        """One that is compared with `ours`; BadInput where it has another shape."""
-        stored = self[name]
+        """One that is compared with `ours`; BadInput where it is missing or has another shape."""
+        stored = self.needed(name)
         if stored.shape != ours.shape:
             raise BadInput(
                 f"cases.safetensors holds {self._prefix}{name} of shape {list(stored.shape)}, and the model's"
@@ -75,26 +77,49 @@ class Stored(Mapping[str, Tensor]):
 
 @dataclass
 class Golden:
-    """A directory's model and its stored cases."""
+    """A checkpoint as our model, and stored cases of it."""
 
+    directory: Path
     architecture: str
     model: ModelConfig
     stage: BlockDiffusionGPT
     stored: Stored
+    longest: int
+    """Tokens of the longest sequence."""
+    _altered: dict[str, BlockDiffusionGPT] = field(default_factory=dict)
+
+    def altered(self, prefix: str) -> Golden:
+        """The model with the stored tensors under `prefix` in the place of the checkpoint's own."""
+        if prefix not in self._altered:
+            files, others = SafetensorsReader(self.directory), self.stored.under(prefix)
+            if unknown := [name for name in others if name not in files.tensors]:
+                raise BadInput(f"{self.directory} has no {unknown[0]} to put {prefix}'s in place: {REMEDY}.")
+            tensors = {name: files.tensor(name) for name in files.tensors}
+            with tempfile.TemporaryDirectory() as folder:
+                save_file(tensors | dict(others), Path(folder) / SINGLE)
+                (Path(folder) / "config.json").write_bytes((self.directory / "config.json").read_bytes())
+                self._altered[prefix] = _loaded(Path(folder), self.model, self.longest)
+        return replace(self, stage=self._altered[prefix])
 
 
-def load(directory: Path, mask_token_id: int) -> Golden:
-    """Convert the directory's checkpoint, load the result in fp32, and read the cases."""
+def load(directory: Path, checkpoint: Path, mask_token_id: int) -> Golden:
+    """Read the cases of a directory; convert the checkpoint that they are of, and load the result in fp32."""
     try:
         stored = load_file(directory / "cases.safetensors")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{directory}/cases.safetensors cannot be read ({error}): {REMEDY}.") from None
-    inputs = (tensor for name, tensor in stored.items() if name.endswith("input_ids") and tensor.dim())
-    longest = max((tensor.shape[-1] for tensor in inputs), default=1)
-    described = read_json(directory / "config.json", REMEDY)
+    longest = max(
+        (tensor.shape[-1] for tensor in stored.values() if tensor.dim() and tensor.dtype is torch.int64),
+        default=1,
+    )
+    described = read_json(checkpoint / "config.json", REMEDY)
+    model = model_config(described, mask_token_id, f"{checkpoint}/config.json")
+    stage = _loaded(checkpoint, model, longest)
+    return Golden(checkpoint, architecture_of(described), model, stage, Stored(stored, set()), longest)
+
+
+def _loaded(checkpoint: Path, model: ModelConfig, longest: int) -> BlockDiffusionGPT:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "checkpoint"
-        hf_to_mcore(directory, checkpoint, mask_token_id=mask_token_id).require()
-        model = model_config(described, mask_token_id, f"{directory}/config.json")
-        stage = load_model(checkpoint, model, sequence_length=longest)
-    return Golden(architecture_of(described), model, stage, Stored(stored, set()))
+        ours = Path(folder) / "checkpoint"
+        hf_to_mcore(checkpoint, ours, mask_token_id=model.mask_token_id).require()
+        return load_model(ours, model, sequence_length=longest)

@@ -13,7 +13,9 @@ import tokenizers
 from llada_megatron.commands.data import add_arguments, run
 from llada_megatron.config.errors import BadInput, RunFailed
 from llada_megatron.data import prepare
-from llada_megatron.data.prepare import Preparation, prepare_corpus, read_index, read_sidecar
+from llada_megatron.data.corpus import read_index, read_sidecar
+from llada_megatron.data.documents import Preparation
+from llada_megatron.data.prepare import prepare_corpus
 from llada_megatron.data.python_text import MIN_DOCUMENT_BYTES, write_python_text
 from llada_megatron.data.sources import find_sources
 

@@ -10,7 +10,8 @@ import pytest
 from llada_megatron.commands import data as command
 from llada_megatron.config.errors import BadInput
 from llada_megatron.data import token_ids
-from llada_megatron.data.prepare import prepare_corpus, read_index
+from llada_megatron.data.corpus import read_index
+from llada_megatron.data.prepare import prepare_corpus
 from llada_megatron.data.token_ids import Outside, check_ids, id_range, outside
 from tests.distributed import run_ranks
 

@@ -46,7 +46,7 @@ class Kind:
 
 
 def read_corpus(folder: Path) -> None:
-    from llada_megatron.data.prepare import read_index, read_sidecar
+    from llada_megatron.data.corpus import read_index, read_sidecar
 
     read_sidecar(f"{folder}/text")
     index = read_index(f"{folder}/text")

@@ -8,12 +8,29 @@ from tests.distributed import run_ranks
 
 S, B = 16, 2
 ROWS, CHUNKS = (19, 0), (1000, 7)  # 19 = 7 + 7 + 5
-FIGURES = {"cross entropy": 1, "confidence": 3, "top-1": 2, "logits": 0}
+FIGURES = {
+    "cross entropy": 1,
+    "confidence": 3,
+    "confidence at 0.5": 3,
+    "confidence without 3": 3,
+    "confidence at 0.25 without 3": 3,
+    "top-1": 2,
+    "logits": 0,
+}
+HIDDEN = 3
+
+
+def temperature_of(name):
+    _, _, temperature = name.removesuffix(f" without {HIDDEN}").partition(" at ")
+    return float(temperature or 1)
 
 
 def expected_figures(name, logits_NV, labels_N):
     """Float64, from the definition."""
     import torch
+
+    if name.endswith(f"without {HIDDEN}"):
+        logits_NV = logits_NV.masked_fill(torch.arange(logits_NV.shape[1]) == HIDDEN, -1e9)
 
     log_p_NV = logits_NV.log_softmax(dim=-1)
     if name == "logits":
@@ -24,7 +41,8 @@ def expected_figures(name, logits_NV, labels_N):
     cross_entropy_N = -log_p_NV.gather(1, labels_N[:, None])[:, 0]
     if name == "cross entropy":
         return cross_entropy_N
-    entropy_N = -(log_p_NV.exp() * log_p_NV).sum(dim=-1)
+    log_q_NV = (logits_NV / temperature_of(name)).log_softmax(dim=-1)
+    entropy_N = -(log_q_NV.exp() * log_q_NV).sum(dim=-1)
     return torch.stack([cross_entropy_N, entropy_N, logits_NV.argmax(dim=-1) == labels_N], dim=-1)
 
 
@@ -46,7 +64,15 @@ def measured(tp):
     groups.initialize(config.layout)
     group = parallel_state.get_tensor_model_parallel_group()
     stage = build_stage(config)
-    readouts = [readout.CROSS_ENTROPY, readout.CONFIDENCE, readout.TOP_ONE, readout.LOGITS]
+    readouts = [
+        readout.CROSS_ENTROPY,
+        readout.CONFIDENCE,
+        readout.confidence(0.5),
+        readout.without_token(readout.CONFIDENCE, HIDDEN),
+        readout.without_token(readout.confidence(0.25), HIDDEN),
+        readout.TOP_ONE,
+        readout.LOGITS,
+    ]
     try:
         cases = {
             (each.name, rows, chunk): differences(stage, group, each, rows, chunk)
@@ -81,6 +107,7 @@ def differences(stage, group, readout, rows, chunk_tokens):
     whole = [tensor.double().requires_grad_() for tensor in (whole_SBH, whole_VH)]
     logits_NV = whole[0].flatten(0, 1)[outputs_N] @ whole[1].T
     labels_N[::2] = logits_NV.argmax(dim=-1)[::2]  # some are right
+    labels_N[labels_N == HIDDEN] += 1
     expected = expected_figures(readout.name, logits_NV, labels_N)
 
     hidden = whole_SBH.chunk(group.size())[group.rank()].clone().requires_grad_()
@@ -177,7 +204,8 @@ def test_figures_and_gradients_equal_those_of_full_logits(ranks, name):
             found = rank["cases"][name, rows, chunk]
             assert found["figures"] < 1e-6, (rows, chunk)
             assert found.get("choices", True)
-            assert max(found.get(key, 0) for key in ("hidden", "weight")) < 1e-6, (rows, chunk, found)
+            rounding = 1e-6 / temperature_of(name)  # logits grow, and their rounding
+            assert max(found.get(key, 0) for key in ("hidden", "weight")) < rounding, (rows, chunk, found)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -199,7 +227,7 @@ def test_the_lowest_of_equal_ids_is_chosen_whatever_the_split(ranks):
 def test_logits_alone_travel_whole(ranks):
     for rank in ranks:
         messages = rank["messages"]
-        assert all(0 < messages[name] <= 3 for name in FIGURES if name != "logits")
+        assert all(0 < messages[name] <= 4 for name in FIGURES if name != "logits")
         assert messages["logits"] == (0 if len(ranks) == 1 else 512)
 
 

@@ -104,3 +104,15 @@ def test_masks_depend_on_seed_sequence_and_draw_alone():
     first = {key: drawn(*key) for key in keys}
     assert {key: drawn(*key) for key in reversed(keys)} == first
     assert len(set(first.values())) == len(keys)
+
+
+def test_prompts_are_neither_masked_nor_counted():
+    supervised = np.random.default_rng(3).random(L) < 0.6
+    found = []
+    for sequence in range(2000):
+        masked, weights = exact_count_mask(4, sequence, 0, 1, STARTS, supervised)
+        assert not (masked & ~supervised).any()
+        found.append(weights)
+    # E[m/k 1(i in M)] = E_k[m/k k/m] = 1 for every scored position, whatever its block holds besides.
+    mean, error = np.mean(found, axis=0), np.std(found, axis=0) / math.sqrt(len(found))
+    assert (np.abs(mean - supervised) <= 4.5 * error).all()

@@ -88,3 +88,18 @@ def test_complementary_pairs_partition_the_positions(t_per):
 
 def test_without_complements_every_sample_reads_a_sequence_of_its_own():
     assert [data_index(sample, DiffusionConfig()) for sample in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_pair_masks_every_supervised_token_once_and_no_other():
+    supervised = np.random.default_rng(0).random(int(THREE[-1])) < 0.5
+    diffusion = DiffusionConfig(complementary=True, mask_rate_max=0.9)
+    for pair in range(20):
+        first, second = (corrupt(1, 2 * pair + half, THREE, 4, diffusion, supervised) for half in (0, 1))
+        assert (first.masked.astype(int) + second.masked == supervised).all()
+
+
+def test_a_rate_per_document_is_one_number_for_each():
+    rate = corrupt(1, 3, THREE, 4, DiffusionConfig(t_per=RatePer.document)).rate
+    pieces = np.split(rate, THREE[1:-1])
+    assert all((piece == piece[0]).all() for piece in pieces)
+    assert len({piece[0] for piece in pieces}) == len(pieces)

@@ -17,7 +17,8 @@ from llada_megatron.objectives.passes import ratios_of
 from llada_megatron.verify.layouts import write_corpus
 from tests.distributed import run_ranks
 
-NAMES = ("pairs", "confident", "drafts")
+FAKES = ("pairs", "drafts")
+NAMES = (*FAKES, "confidence")
 LAYOUTS = {
     "pp2": ["layout.pp=2"],
     "cp2": ["layout.cp=2"],
@@ -61,7 +62,7 @@ def configure(corpus: str, name: str, *overrides: str) -> Config:
 
 def register() -> None:
     """As docs/extending.md says: a line in OBJECTIVES for the module of each."""
-    for name in NAMES:
+    for name in FAKES:
         OBJECTIVES[name] = importlib.import_module(f"tests.objectives.{name}").GEOMETRY
 
 
@@ -113,13 +114,21 @@ def test_every_layout_trains_the_same(corpus, straight, name, layout):
     ]
 
 
-@pytest.mark.parametrize("name", ["confident", "drafts"])
-def test_micro_batches_change_nothing(corpus, straight, name):
+@pytest.mark.parametrize(("name", "micro_batch"), [("confidence", 4), ("confidence", 8), ("drafts", 4)])
+def test_micro_batches_change_nothing(corpus, straight, name, micro_batch):
     register()
-    [found] = run_ranks(trained, configure(corpus, name, "layout.micro_batch=4"))
+    [found] = run_ranks(trained, configure(corpus, name, f"layout.micro_batch={micro_batch}"))
     assert found["loss"] == pytest.approx(straight[name]["loss"], rel=2e-6)
     assert found["grad_norm"] == pytest.approx(straight[name]["grad_norm"], rel=1e-5)
     assert found["digests"] == straight[name]["digests"]
+
+
+def test_counts_are_exchanged_where_every_rank_has_one_micro_batch(corpus, straight):
+    for found in run_ranks(
+        trained, configure(corpus, "confidence", "layout.micro_batch=4", "layout.processes=2"), processes=2
+    ):
+        assert found["loss"] == pytest.approx(straight["confidence"]["loss"], rel=2e-6)
+        assert found["grad_norm"] == pytest.approx(straight["confidence"]["grad_norm"], rel=1e-5)
 
 
 def gradients_of_the_formula(config: Config) -> tuple[float, float]:
@@ -137,9 +146,8 @@ def gradients_of_the_formula(config: Config) -> tuple[float, float]:
     batch.inputs.readout = CONFIDENCE
     model = trainer.model[0].module
     cross_entropy, entropy, right = model(batch.inputs).unbind(-1)
-    loss = (cross_entropy * batch.rows["weights"]).sum() / batch.counts[0] + (
-        entropy * right
-    ).sum() / right.sum()
+    loss = (cross_entropy * batch.rows["weights"]).sum() / batch.counts[0]
+    loss = loss + config.confidence.weight * (entropy * right).sum() / right.sum()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return float(loss), float(torch.stack([g.norm() for g in found if g is not None]).norm())
@@ -148,8 +156,8 @@ def gradients_of_the_formula(config: Config) -> tuple[float, float]:
 def test_two_denominators_give_the_loss_of_the_formula(corpus):
     register()
     quiet = "diffusion.embedding_noise.sigma_over_rms=0"
-    [found] = run_ranks(trained, configure(corpus, "confident", quiet))
-    [(loss, norm)] = run_ranks(gradients_of_the_formula, configure(corpus, "confident", quiet))
+    [found] = run_ranks(trained, configure(corpus, "confidence", quiet))
+    [(loss, norm)] = run_ranks(gradients_of_the_formula, configure(corpus, "confidence", quiet))
     assert (found["loss"][0], found["grad_norm"][0]) == pytest.approx((loss, norm), rel=2e-6)
 
 

@@ -17,7 +17,7 @@ SAMPLES = 20_000
 
 def sums_and_counts(diffusion: DiffusionConfig, cross_entropy: np.ndarray, samples: int = SAMPLES):
     rows = [
-        position_weights(corrupt(3, index, DOCUMENTS, BLOCK, diffusion), diffusion)
+        position_weights(corrupt(3, index, DOCUMENTS, BLOCK, diffusion), diffusion, DOCUMENTS)
         for index in range(samples)
     ]
     sums = np.array([weights @ cross_entropy for weights, _ in rows])
@@ -36,6 +36,7 @@ def ratio_and_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]
         (Denominator.tokens, math.log(VOCABULARY)),
         (Denominator.masked, math.log(VOCABULARY) * 2 / (LOW + HIGH)),
         (Denominator.sequence, math.log(VOCABULARY)),
+        (Denominator.document, math.log(VOCABULARY)),
         (Denominator.batch, math.log(VOCABULARY) * L),
     ],
 )
@@ -59,8 +60,10 @@ def test_per_block_and_per_sequence_rates_agree_in_expectation():
     for t_per in RatePer:
         diffusion = DiffusionConfig(t_per=t_per, mask_rate_min=LOW, mask_rate_max=HIGH)
         means.append(ratio_and_error(*sums_and_counts(diffusion, cross_entropy)))
-    (sequence, sequence_error), (block, block_error) = means
-    assert abs(sequence - block) < 4 * math.hypot(sequence_error, block_error)
+    (sequence, sequence_error), *others = means
+    for mean, error in others:
+        assert abs(sequence - mean) < 4 * math.hypot(sequence_error, error)
+    block, block_error = others[-1]
     assert abs(block - cross_entropy.mean()) < 4 * block_error
 
 
@@ -76,6 +79,7 @@ def test_complementary_samples_have_the_same_expectation():
 EXAMPLE = Corruption(
     masked=np.array([True, False, True, False]), rate=np.array([0.5, 0.5, 0.25, 0.25])
 )  # 1/t is 2 and 4
+ONE_AND_THREE = np.array([0, 1, 4])
 
 
 @pytest.mark.parametrize(
@@ -84,28 +88,35 @@ EXAMPLE = Corruption(
         (Denominator.tokens, [2, 0, 4, 0], 4),
         (Denominator.masked, [2, 0, 4, 0], 2),
         (Denominator.sequence, [0.5, 0, 1, 0], 1),
+        (Denominator.document, [2, 0, 4 / 3, 0], 2),
         (Denominator.batch, [2, 0, 4, 0], 1),
     ],
 )
 def test_each_denominator_by_hand(denominator, weights, count):
-    made, added = position_weights(EXAMPLE, DiffusionConfig(denominator=denominator))
+    made, added = position_weights(EXAMPLE, DiffusionConfig(denominator=denominator), ONE_AND_THREE)
     assert made.tolist() == weights and added == count
 
 
 def test_prompts_are_not_counted_as_maskable():
     maskable = np.array([True, False, True, False])
-    assert position_weights(EXAMPLE, DiffusionConfig(), maskable)[1] == 2
-    weights, _ = position_weights(EXAMPLE, DiffusionConfig(denominator=Denominator.sequence), maskable)
-    assert weights.tolist() == [1, 0, 2, 0]
+    assert position_weights(EXAMPLE, DiffusionConfig(), ONE_AND_THREE, maskable)[1] == 2
+    sequence = DiffusionConfig(denominator=Denominator.sequence)
+    assert position_weights(EXAMPLE, sequence, ONE_AND_THREE, maskable)[0].tolist() == [1, 0, 2, 0]
+    document = DiffusionConfig(denominator=Denominator.document)
+    weights, count = position_weights(EXAMPLE, document, ONE_AND_THREE, maskable)
+    assert weights.tolist() == [2, 0, 4, 0] and count == 2
+    only_prompt = np.array([False, False, True, False])  # the first document has nothing to learn
+    assert position_weights(EXAMPLE, document, ONE_AND_THREE, only_prompt)[1] == 1
 
 
 @pytest.mark.parametrize("weight", list(Weight))
 @pytest.mark.parametrize("denominator", list(Denominator))
 def test_an_empty_mask_contributes_zero(weight, denominator):
     nothing = Corruption(masked=np.zeros(4, dtype=bool), rate=np.zeros(4))
-    weights, count = position_weights(nothing, DiffusionConfig(weight=weight, denominator=denominator))
+    diffusion = DiffusionConfig(weight=weight, denominator=denominator)
+    weights, count = position_weights(nothing, diffusion, ONE_AND_THREE)
     assert weights.tolist() == [0, 0, 0, 0]
-    assert count == {"tokens": 4, "masked": 0, "sequence": 1, "batch": 1}[denominator]
+    assert count == {"tokens": 4, "masked": 0, "sequence": 1, "document": 2, "batch": 1}[denominator]
 
 
 def test_embedding_noise_fades_linearly_to_zero_and_stays_there():

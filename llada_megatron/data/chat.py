@@ -1,0 +1,161 @@
+"""Conversations as people write them, to messages, and messages to tokens with their roles.
+
+{"messages": [{"role": "user", "content": ...}, ...]}         also "conversations" with from and value
+{"prompt": ..., "response": ...}                              also "completion"; "system" beside it
+{"prompt": ..., "chosen": ..., "rejected": ...}               preferences: texts, or lists of messages
+{"chosen": [messages], "rejected": [messages]}                the same up to their last message
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llada_megatron.config.errors import BadInput
+from llada_megatron.data.chat_template import ASSISTANT, ChatTemplate, Message
+from llada_megatron.data.containers import BadRecord, Record
+from llada_megatron.data.conversations import ANSWER, ROLES
+from llada_megatron.data.tokenizer import Tokenizer
+
+_DEFUSED = "\ue002"  # private use: inside the name of a special token that a message merely mentions
+SHARE_GPT = {"human": "user", "gpt": ASSISTANT, "function_call": ASSISTANT, "observation": "tool"}
+"""Roles of `conversations` by another name."""
+
+
+class ChatEncoder:
+    """Conversations to tokens: a template, the tokenizer that it is for, and which answers are supervised."""
+
+    def __init__(
+        self, template: ChatTemplate, tokenizer: Tokenizer, *, only_last: bool, parse_special: bool = False
+    ) -> None:
+        self.template, self.tokenizer = template, tokenizer
+        self.only_last, self.parse_special = only_last, parse_special
+
+    def encode(self, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [n] and roles uint8 [n] (data/conversations.py), each piece tokenized by itself.
+
+        What a model is given and what it answers are apart in use too. A special token's name in a message
+        is text unless `parse_special`. Raises BadInput as ChatTemplate.spans.
+        """
+        if any(_DEFUSED in str(message) for message in messages):
+            raise BadInput("the text holds the private-use character U+E002: remove it")
+        if not self.parse_special:
+            messages = [{**m, "content": self.tokenizer.defused(m["content"], _DEFUSED)} for m in messages]
+        ids, roles = [], []
+        for span in self.template.spans(messages, only_last=self.only_last):
+            parts = span.text.split(_DEFUSED)
+            found = [token for part in parts for token in self.tokenizer.encode(part, parse_special=True)]
+            role = ROLES.index(span.role) if span.role in ROLES else 0
+            ids += found
+            roles += [role | (ANSWER if span.is_answer else 0)] * len(found)
+        if not any(role & ANSWER for role in roles):
+            raise BadInput("its answers are no tokens")
+        return np.array(ids, np.int64), np.array(roles, np.uint8)
+
+    def conversations(self, record: Record, format: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and roles of each conversation of a record; raises BadRecord for what is not of the format."""
+        try:
+            if isinstance(record, str):
+                raise BadInput("it is plain text")
+            return [self.encode(messages) for messages in CONVERSATIONS[format](record)]
+        except BadInput as fault:
+            raise BadRecord(f"is no {format}: {fault}") from fault
+
+
+def messages_of(record: Mapping[str, Any]) -> list[Message]:
+    """The messages of a chat; raises BadInput, a sentence without its place, for a record that holds none."""
+    if "messages" in record:
+        return _messages(record["messages"], "messages")
+    if "conversations" in record:
+        turns = _list(record["conversations"], "conversations")
+        named = [
+            {"role": SHARE_GPT.get(str(t.get("from")), t.get("from")), "content": t.get("value")}
+            for t in turns
+        ]
+        return _messages(named, "conversations")
+    answer = next((key for key in ("response", "completion") if key in record), None)
+    if "prompt" not in record or answer is None:
+        raise BadInput(
+            "it has neither `messages`, nor `conversations`, nor `prompt` with `response` or `completion`"
+        )
+    return [*_prompt(record), *_side(record, answer)]
+
+
+def preference_of(record: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+    """The chosen and the rejected conversation of a pair; BadInput as `messages_of`."""
+    if missing := [key for key in ("chosen", "rejected") if key not in record]:
+        raise BadInput(f"it has no `{missing[0]}`")
+    prompt = _prompt(record) if "prompt" in record else []
+    chosen, rejected = (_side(record, key) for key in ("chosen", "rejected"))
+    if prompt and chosen[: len(prompt)] != prompt:  # else a side repeats the prompt
+        chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
+    if chosen == rejected:
+        raise BadInput("`chosen` and `rejected` are equal")
+    if chosen[:-1] != rejected[:-1]:
+        raise BadInput("`chosen` and `rejected` differ before their last message")
+    return chosen, rejected
+
+
+CONVERSATIONS: dict[str, Callable[[Mapping[str, Any]], Sequence[list[Message]]]] = {
+    "chat": lambda record: [messages_of(record)],
+    "preference": preference_of,
+}
+"""By `--format`: a record's conversations."""
+
+
+def _prompt(record: Mapping[str, Any]) -> list[Message]:
+    prompt = record["prompt"]
+    messages = _messages(prompt, "prompt") if isinstance(prompt, list) else _text_as("user", prompt, "prompt")
+    if record.get("system"):
+        return [*_text_as("system", record["system"], "system"), *messages]
+    return messages
+
+
+def _side(record: Mapping[str, Any], key: str) -> list[Message]:
+    value = record[key]
+    messages = _messages(value, key) if isinstance(value, list) else _text_as(ASSISTANT, value, key)
+    if messages[-1]["role"] != ASSISTANT:
+        raise BadInput(f"`{key}` does not end with a message of the role `assistant`")
+    return messages
+
+
+def _text_as(role: str, text: Any, key: str) -> list[Message]:
+    if not isinstance(text, str) or not text.strip():
+        raise BadInput(
+            f"`{key}` is {'empty' if text in ('', None) or isinstance(text, str) else 'not a text'}"
+        )
+    return [{"role": role, "content": text.encode(errors="replace").decode()}]
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    messages: list[Message] = []
+    for number, message in enumerate(_list(value, key), 1):
+        role = message.get("role")
+        if role not in ROLES[1:-1]:
+            raise BadInput(
+                f"message {number} of `{key}` has the role {role!r}: roles are {', '.join(ROLES[1:-1])}"
+            )
+        content = _content(message.get("content"), number, key)
+        if not content.strip() and (role == ASSISTANT and not message.get("tool_calls")):
+            raise BadInput(f"message {number} of `{key}`, an answer, is empty")
+        messages.append({**message, "content": content})
+    return messages
+
+
+def _list(value: Any, key: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, Mapping) for one in value):
+        raise BadInput(f"`{key}` is not a list of messages")
+    return value
+
+
+def _content(content: Any, number: int, key: str) -> str:
+    """Text, or parts of type text one after the other."""
+    if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None:
+        return ""
+    if not isinstance(content, str):
+        raise BadInput(f"the content of message {number} of `{key}` is not text")
+    return content.encode(errors="replace").decode()  # JSON may carry half of a surrogate pair

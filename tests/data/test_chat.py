@@ -1,0 +1,91 @@
+"""Conversations as people write them, and the tokens that are learnt of them."""
+
+import numpy as np
+import pytest
+
+from llada_megatron.config.errors import BadInput
+from llada_megatron.data.chat import ChatEncoder, messages_of, preference_of
+from llada_megatron.data.chat_template import BUILT_IN, ChatTemplate
+from llada_megatron.data.conversations import ANSWER, ROLES
+from llada_megatron.data.tokenizer import load_tokenizer
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q", "response": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ASSISTANT]},
+    ],
+)
+def test_every_way_of_writing_gives_the_same_messages(record):
+    found = [{"role": message["role"], "content": message["content"]} for message in messages_of(record)]
+    assert found == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"text": "plain"}, "neither `messages`"),
+        ({"messages": []}, "not a list of messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "the role 'robot'"),
+        ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "an answer, is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}, "is not text"),
+        ({"prompt": "q", "response": ""}, "`response` is empty"),
+        ({"prompt": 3, "response": "a"}, "`prompt` is not a text"),
+    ],
+)
+def test_what_is_no_chat_is_a_sentence(record, reason):
+    with pytest.raises(BadInput, match=reason):
+        messages_of(record)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "b"}]},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "b"}]},
+        {
+            "prompt": "q",
+            "chosen": [USER, ASSISTANT],
+            "rejected": [USER, {"role": "assistant", "content": "b"}],
+        },
+    ],
+)
+def test_every_way_of_writing_a_preference_gives_the_same_pair(record):
+    chosen, rejected = preference_of(record)
+    assert [m["content"] for m in chosen] == ["q", "a"] and [m["content"] for m in rejected] == ["q", "b"]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "q", "chosen": "a"}, "no `rejected`"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are equal"),
+        (
+            {"chosen": [USER, ASSISTANT], "rejected": [{**USER, "content": "other"}, ASSISTANT]},
+            "differ before",
+        ),
+        ({"chosen": [USER], "rejected": [ASSISTANT]}, "does not end with"),
+    ],
+)
+def test_what_is_no_preference_is_a_sentence(record, reason):
+    with pytest.raises(BadInput, match=reason):
+        preference_of(record)
+
+
+def test_as_many_tokens_are_learnt_as_were_rendered():
+    template = ChatTemplate(BUILT_IN["plain"][0], "plain", {"eos_token": "."})
+    encoder = ChatEncoder(template, load_tokenizer("bytes"), only_last=False)
+    chat = [USER, ASSISTANT, USER, {"role": "assistant", "content": "äh"}]
+    ids, roles = encoder.encode(chat)
+    assert bytes(ids.tolist()).decode() == template.render(chat)
+    learnt = bytes(ids[roles >= ANSWER].tolist()).decode()
+    assert learnt == "a.äh."
+    assert np.array([ROLES[role & ~ANSWER] for role in roles])[roles >= ANSWER].tolist() == ["assistant"] * 6
