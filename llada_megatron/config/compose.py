@@ -85,7 +85,7 @@ def load(path: str | os.PathLike[str]) -> Config:
 
 def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
     """The mapping that a YAML file holds, whatever its keys; BadInput for anything else."""
-    text = read_plain_yaml(Path(path), "give the config.yaml of a run")
+    text = read_plain_yaml(Path(path), "write `key: value` lines")
     try:
         content = OmegaConf.load(io.StringIO(text))
     except (*NOT_YAML, ValueError, OmegaConfBaseException) as error:  # ValueError: of int()

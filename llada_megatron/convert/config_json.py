@@ -38,7 +38,10 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
         values[row.ours] = _typed(value, _TYPES[row.ours], row.theirs, where)
     if family.rotary is not None:
         values |= rope_json.read(described, family.rotary, architecture, where)._asdict()
-    values |= family.fields(described, values)
+    try:
+        values |= family.fields(described, values)
+    except BadInput as fault:
+        raise BadInput(f"{where}: {fault}") from None
     model = ModelConfig(mask_token_id=mask_token_id, **values)
     if not 0 <= mask_token_id < model.vocab_size:
         raise BadInput(

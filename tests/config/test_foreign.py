@@ -86,10 +86,6 @@ def test_yaml_with_a_few_aliases_is_read(tmp_path: Path) -> None:
 
 
 def test_a_checkpoints_model_of_another_version_is_refused_by_name() -> None:
-    for tree, reason in (
-        ({"wings": 2}, "wings"),
-        ([1], "nothing of its model"),
-        (None, "nothing of its model"),
-    ):
-        with pytest.raises(BadInput, match=f"step_1 .*{reason}"):
-            compose.saved_model(tree, Path("step_1"))
+    for model, reason in (({"wings": 2}, "wings"), ([1], ""), ({}, "vocab_size")):
+        with pytest.raises(BadInput, match=f"step_1 describes no model .*{reason}"):
+            compose.model_of(Path("step_1"), {"model": model})

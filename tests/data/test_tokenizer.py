@@ -169,3 +169,11 @@ def test_the_mask_in_the_plain_vocabulary_is_still_seen(tmp_path):
     assert loaded.encode("a [MASK] </s> b") == [1, 3, 2, 0]
     assert loaded.special_strings("a [MASK] </s> b") == 2
     assert (loaded.mask_token_id, loaded.end_of_document_id, loaded.unknown_token_id) == (3, 2, 0)
+
+
+def test_a_text_that_the_file_cannot_express_is_a_sentence(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.save(str(path))
+    with pytest.raises(BadInput, match=rf"{path} cannot encode a text: "):
+        load_tokenizer(str(path)).encode("b")
