@@ -127,7 +127,9 @@ def _report(prefix: str | Path, summary: dict[str, Any]) -> None:
     end = summary["end_of_document"]
     what = "conversations" if summary["format"] in CONVERSATIONS else "documents"
     after = (
-        f"{summary['answer_tokens']} of them answers" if what == "conversations" else f"each ends with {end}"
+        f"{summary['answer_tokens']} of them answers"
+        if what == "conversations"
+        else f"each document ends with {end}"
     )
     print(
         f"{prefix}: {summary['documents']} {what}, {summary['tokens']} tokens, {summary['bytes']} bytes of"

@@ -58,7 +58,7 @@ def test_a_folder_without_a_run_is_a_line(good, tmp_path, capsys):
     assert ["holds no run" in line for line in lines] == [False, True, True, False]
 
 
-def test_records_of_no_step_are_left_out(good, capsys):
-    (good / "metrics.jsonl").write_text('{"a": 1}\n[1]\n3\n{"step": 4}\n{"step": null}\n')
-    assert main(["status", str(good)]) == 0
-    assert "5/12" in capsys.readouterr().out
+def test_a_record_of_no_step_is_named(good, capsys):
+    (good / "metrics.jsonl").write_text('{"a": 1}\n')
+    assert main(["status", str(good)]) == 2
+    assert "metrics.jsonl has no 'step'" in "".join(capsys.readouterr())

@@ -243,7 +243,7 @@ def _read_in_a_group(rank, init_file, data, results):
 
 
 def test_every_process_of_a_group_reads_the_same_sequences(blend, tmp_path):
-    context = multiprocessing.get_context("fork")  # the imports of this file take longer than the test
+    context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may never go on
     results = context.Queue()
     processes = [
         context.Process(target=_read_in_a_group, args=(rank, tmp_path / "init", blend, results))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from llada_megatron.config.schema import BlockGrid, LayoutConfig
 from llada_megatron.generate.infill import infill
 from llada_megatron.parallel import groups
-from llada_megatron.verify import golden
+from llada_megatron.verify import golden_set
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -21,8 +21,10 @@ WITHOUT_END = [name for name, case in CASES["generation"].items() if case["eos_i
 @pytest.fixture(scope="module")
 def model():
     groups.initialize(LayoutConfig())
-    yield golden.load(GOLDEN, CASES["mask_token_id"]).stage
-    groups.destroy()
+    try:
+        yield golden_set.load(GOLDEN, GOLDEN, CASES["mask_token_id"]).stage
+    finally:  # else every later test of this process would find groups
+        groups.destroy()
 
 
 @pytest.mark.parametrize("name", WITHOUT_END)

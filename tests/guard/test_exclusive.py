@@ -23,7 +23,7 @@ def hold(run_dir: Path) -> None:
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[multiprocessing.process.BaseProcess]:
     """Another process that trains in tmp_path."""
-    process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,))
+    process = multiprocessing.get_context("forkserver").Process(target=hold, args=(tmp_path,))
     process.start()
     while not (tmp_path / "held").exists():
         assert process.is_alive()

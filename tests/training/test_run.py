@@ -152,7 +152,7 @@ REFUSED = [
         "run.allow_change holds optimizer, which is no setting: name one exactly",
     ),
     (["run.allow_change=[optimizer.l]", "optimizer.lr=0.5"], "such as optimizer.lr"),
-    (["run.allow_change=[data]"], "such as data.cache_dir, data.path"),
+    (["run.allow_change=[data]"], "such as data.cache_dir, data.pad_to, data.path"),
     (["run.allow_change=[optimizer.min_lr]", "optimizer.lr=0.5"], "optimizer.lr: 0.001 -> 0.5"),
 ]
 
