@@ -4,7 +4,6 @@ import argparse
 import collections
 import hashlib
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from llada_megatron.data.packed import (
     fingerprint_difference,
     held_out_sequences,
 )
+from tests.distributed import forked
 
 L = 16
 MASK = 2**31 - 1
@@ -243,7 +243,7 @@ def _read_in_a_group(rank, init_file, data, results):
 
 
 def test_every_process_of_a_group_reads_the_same_sequences(blend, tmp_path):
-    context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may never go on
+    context = forked()
     results = context.Queue()
     processes = [
         context.Process(target=_read_in_a_group, args=(rank, tmp_path / "init", blend, results))

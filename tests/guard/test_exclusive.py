@@ -12,6 +12,7 @@ import pytest
 from llada_megatron.config.errors import RunHeld
 from llada_megatron.guard.exclusive import only_training_of
 from llada_megatron.record.run_dir import RunDir
+from tests.distributed import forked
 
 
 def hold(run_dir: Path) -> None:
@@ -23,7 +24,7 @@ def hold(run_dir: Path) -> None:
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[multiprocessing.process.BaseProcess]:
     """Another process that trains in tmp_path."""
-    process = multiprocessing.get_context("forkserver").Process(target=hold, args=(tmp_path,))
+    process = forked().Process(target=hold, args=(tmp_path,))
     process.start()
     while not (tmp_path / "held").exists():
         assert process.is_alive()
