@@ -26,7 +26,6 @@ from llada_megatron.data.corpus import CorpusIndex, read_index, read_sidecar
 from llada_megatron.data.documents import MASK_RULES, Preparation
 from llada_megatron.data.formats import FORMATS
 from llada_megatron.data.prepare import prepare_corpus
-from llada_megatron.data.token_ids import complaint, id_range, outside
 from llada_megatron.data.tokenizer import load_tokenizer
 
 SHOWN_CHARACTERS = 300
@@ -171,6 +170,8 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from llada_megatron.data.token_ids import complaint, id_range, outside  # which import torch
+
     if args.vocab_size is not None and args.vocab_size < 1:
         raise BadInput(f"--vocab-size must be at least 1, not {args.vocab_size}.")
     index, sidecar = read_index(args.prefix), read_sidecar(args.prefix)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import DataConfig, TooLong
@@ -64,6 +63,9 @@ class PackedConversations:
         """The texts of these documents. Raises BadInput where roles and tokens do not belong together, for a
         conversation that is too long where data.too_long says so, and for a split without a sequence.
         """
+        # Not above: whoever prepares or encodes conversations would wait for torch in every worker.
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
         self.dataset_path, self._data, self._seed = corpus.prefix, data, seed
         self._end_of_document_id = _said(corpus.prefix)["end_of_document_id"]
         self._tokens = IndexedDataset(corpus.prefix)

@@ -67,7 +67,7 @@ class ReferenceScores:
         start = find(config.checkpoint.init_from) if config.checkpoint.init_from else None
         bounds = {}
         for prefix, tokens in zip(config.data.path, fingerprint(config.data)["corpora"], strict=True):
-            found, said = _read(scores_file(prefix))
+            found, said = _read(prefix)
             expected = {"tokens": tokens, **scored_under(config, block_size)}
             if start is not None:
                 expected["weights"] = weights_digest(start)
@@ -98,13 +98,12 @@ def write_scores(prefix: str, bounds: np.ndarray, said: dict[str, Any]) -> Path:
     return path
 
 
-def _read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def _read(prefix: str) -> tuple[np.ndarray, dict[str, Any]]:
+    path = scores_file(prefix)
     try:
         with safe_open(path, "numpy") as file:
             return file.get_tensor(BOUNDS), json.loads(file.metadata()[SAID])
     except FileNotFoundError:
-        raise BadInput(
-            f"{path} does not exist: run `llada score CHECKPOINT {path.name.split('.')[0]}`."
-        ) from None
+        raise BadInput(f"{path} does not exist: run `llada score CHECKPOINT {prefix}`.") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} holds no scores ({error}): run `llada score` again.") from None

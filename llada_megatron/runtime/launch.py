@@ -96,9 +96,7 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    with (
-        interrupts.held_back()
-    ):  # neither the parent of the ranks nor its import ends by a signal to the group
+    with interrupts.held_back():  # a signal to the group ends neither the ranks' parent nor its imports
         forkserver.ensure_running()
     meeting = tempfile.mkdtemp(prefix="llada_ranks_")  # a file: a port could be taken by others meanwhile
     ranks: list[Any] = []
