@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from llada_megatron.config.schema import Config
 from llada_megatron.data.corpus import read_index
 from llada_megatron.data.packed import build_sequences
 from llada_megatron.objectives import passes
-from llada_megatron.objectives.batch import context_part
+from llada_megatron.objectives.batch import MicroBatch, context_part
 from llada_megatron.objectives.preference import Preference, bounds
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import even_parts
@@ -53,22 +53,29 @@ def bounds_of(config: Config, model: Sequence[torch.nn.Module], block_size: int)
         data.sequences_per_epoch, layout.micro_batch // draws, layout.pp if layout.vpp > 1 else 1
     )
     samples = [[s * draws + draw for s in part for draw in range(draws)] for part in parts]
-    made = [objective.scored(data, indices, block_size) for indices in samples]
-    for batch, _ in made:
-        batch.inputs.readout = objective.readout
+    scored: list[list[int]] = []  # documents of each micro-batch
+
+    def batches(chunk: int) -> Iterator[MicroBatch]:  # one at a time: a corpus has more than a host holds
+        for indices in samples:
+            batch, texts = objective.scored(data, indices, block_size)
+            if chunk == 0:
+                scored.append([document for _, document in texts])
+            batch.inputs.readout = objective.readout
+            yield context_part(batch).to(device.device())
+
+    length = config.data.sequence_length
     found = passes.forward_only(
         model,
-        [(context_part(batch).to(device.device()) for batch, _ in made) for _ in model],
+        [batches(chunk) for chunk in range(len(model))],
         bounds,
         num_microbatches=len(parts),
-        seq_length=made[0][0].inputs.tokens.shape[1],
+        seq_length=length if block_size == length else 2 * length,
         micro_batch_size=layout.micro_batch,
     )
     documents = len(read_index(config.data.path[0]).document_lengths)
     totals = torch.zeros(documents, draws, dtype=torch.float64, device=device.device())
     covered = torch.zeros_like(totals)
-    for (_, texts), sums in zip(made, found, strict=False):  # nothing was found on the earlier pp_stages
-        numbers = [document for _, document in texts]
+    for numbers, sums in zip(scored, found, strict=False):  # nothing was found on the earlier pp_stages
         totals[numbers] = sums.reshape(draws, -1).T
         # Context-parallel ranks hold parts of the same texts: the parts add up to one covering.
         covered[numbers] = float(parallel_state.get_context_parallel_rank() == 0)

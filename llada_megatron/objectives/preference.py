@@ -54,8 +54,8 @@ class Preference(Diffusion):
         if self.scores is None:
             self.scores = ReferenceScores.load(self.config, stage.block_size)
         batch, texts = self.scored(data, indices, stage.block_size)
-        known = np.stack([self.scores.of(prefix, document) for prefix, document in texts], axis=-1)
-        batch.whole["reference"] = torch.from_numpy(known).view_as(batch.whole["reference"])
+        known = np.array([self.scores.of(prefix, document) for prefix, document in texts]).T  # [D, texts]
+        batch.whole["reference"] = torch.from_numpy(known).reshape(batch.whole["reference"].shape)
         return batch
 
     def scored(
@@ -74,7 +74,7 @@ class Preference(Diffusion):
         masks, weights, slots = [], [], []
         for index, sample in zip(indices, samples, strict=True):
             assert sample.document_ids is not None and sample.supervised is not None
-            own = sample.document_ids[sample.document_ids >= 0].tolist()
+            own = [] if sample.is_left_out else sample.document_ids[sample.document_ids >= 0].tolist()
             if index // draws not in first_text:
                 first_text[index // draws] = len(texts)
                 texts += [(sample.corpus, document) for document in own]

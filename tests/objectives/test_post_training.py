@@ -1,6 +1,7 @@
 """SFT, CAP and DPO: what is supervised, packed as one by one, and the same in every layout."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSample, build_sequences, fingerprint
 from llada_megatron.objectives.corruption import Corruption
+from llada_megatron.objectives.preference import Preference
 from llada_megatron.objectives.reference import scored_under, scores_file, write_scores
 from tests.distributed import run_ranks
 from tests.objectives.conversations import BLOCK, OBJECTIVES, L, configure, write
@@ -41,8 +43,6 @@ def corpora(tmp_path_factory) -> dict[str, str]:
 
 def reference_bounds(config: Config) -> np.ndarray:
     """Those of another model than the one that is trained: of another seed."""
-    from dataclasses import replace
-
     from llada_megatron.evaluate.score import bounds_of
     from llada_megatron.model.provider import build_model
     from llada_megatron.parallel import groups
@@ -208,3 +208,13 @@ def test_a_corpus_without_scores_is_refused(corpora, tmp_path):
     assert not scores_file(pairs).exists()
     with pytest.raises(BadInput, match="run `llada score"):
         run_ranks(trained, configure(pairs, "dpo"))
+
+
+def test_a_sequence_that_is_left_out_counts_no_pair(corpora):
+    config = configure(corpora["dpo"], "dpo")
+    objective = Preference("preference", config, rules.schedule_of(config))
+    good = sequences(config)[0]
+    for sample, pairs in ((good, len(good.document_ids) // 2), (replace(good, is_left_out=True), 0)):
+        batch, texts = objective.scored({0: sample}, [0, 1], BLOCK)
+        assert (batch.counts[0], len(texts)) == (pairs, 2 * pairs)
+        assert (len(batch.inputs.outputs) > 0) == (pairs > 0)
