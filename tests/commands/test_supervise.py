@@ -2,7 +2,6 @@
 
 import fcntl
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -41,16 +40,17 @@ def refused(run_dir):
 
 
 def kill_ranks(run_dir, when, times):
-    """Kill the ranks as soon as `when(run_dir)` holds, `times` times, each time another process."""
+    """Kill the ranks of the first `times` attempts, each as soon as `when(run_dir)` holds."""
 
     def watch():
-        killed = set()
-        while len(killed) < times:
-            ranks = {child.pid for child in multiprocessing.active_children()} - killed
-            if ranks and when(run_dir):
-                for pid in ranks:
-                    os.kill(pid, signal.SIGKILL)
-                killed |= ranks
+        while True:
+            # Listed before the count is read: none of these belongs to an attempt past the last to kill.
+            ranks = multiprocessing.active_children()
+            if len(ended(run_dir)) >= times:
+                return
+            if when(run_dir):
+                for rank in ranks:
+                    rank.kill()
             time.sleep(0.01)
 
     threading.Thread(target=watch, daemon=True).start()
