@@ -83,7 +83,7 @@ def look(model: Any, canvas: Canvas, start: int, end: int, figures: Figures) -> 
         outputs=torch.arange(start, end, device=device.device()),
         readout=figures.readout(canvas.mask_token_id),
     )
-    return figures_of(figures, model(inputs), canvas.mask_token_id)
+    return figures_of(figures, model(inputs).double().cpu().numpy(), canvas.mask_token_id)
 
 
 def block_forwards(

@@ -109,8 +109,9 @@ def proposal(mask_token_id: int, *, entropy: bool = False) -> Readout:
     The most probable token but the mask, the lowest id among equals, and its probability among all tokens.
     With `entropy` float64 [n, 3]: and the entropy of the distribution over all tokens, in nats.
     """
+    name, columns = ("proposal and entropy", 3) if entropy else ("proposal", 2)
     read = partial(_proposal, mask_token_id, entropy)
-    return Readout("proposal", columns=3 if entropy else 2, needs_labels=False, read=read)
+    return Readout(name, columns, needs_labels=False, read=read)
 
 
 @torch.no_grad()

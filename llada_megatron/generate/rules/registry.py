@@ -63,7 +63,7 @@ def rule_of(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
     for key, value in (settings or {}).items():
         if key not in known:
             raise BadInput(f"Rule {name} has no setting {key}: give {', '.join(known)}.")
-        values[key] = _value(f"{key} of rule {name}", value, known[key].kind)
+        values[key] = converted(f"{key} of rule {name}", value, known[key].kind)
     drawing = {key: values.pop(key) for key in _settings(Sampling) if key in values}
     rule, sampling = RULES[name](**values), Sampling(**drawing)
     check_values(rule)
@@ -80,7 +80,8 @@ def _settings(kind: type) -> dict[str, Setting]:
     return {each.name: Setting(rules_of(hints[each.name])[0], each.default) for each in fields(kind)}
 
 
-def _value(what: str, value: Any, kind: type) -> Any:
+def converted(what: str, value: Any, kind: type) -> Any:
+    """A bool, int or float from text or a number; raises BadInput, which calls it `what`, for another one."""
     if kind is bool:
         value = {"true": True, "false": False}.get(str(value).lower(), value)
         if isinstance(value, bool):

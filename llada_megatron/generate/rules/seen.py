@@ -22,7 +22,6 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from llada_megatron.model.readout import LOGITS, Readout, proposal
 from llada_megatron.parallel.random import Purpose, generator
@@ -135,13 +134,13 @@ class Rule:
         return self.decide(*self.read(seen, state))
 
 
-def figures_of(figures: Figures, output_mC: Tensor, mask_token_id: int) -> dict[str, np.ndarray]:
+def figures_of(figures: Figures, output_mC: np.ndarray, mask_token_id: int) -> dict[str, np.ndarray]:
     """The fields of `Seen` that the output of `figures.readout(mask_token_id)` holds, for its m rows."""
     if figures is Figures.logits:
-        logits_mV = output_mC.float().cpu().numpy()
+        logits_mV = output_mC.astype(np.float32)
         choice_m, probability_m = proposed(logits_mV, mask_token_id)
         return {"choice_m": choice_m, "probability_m": probability_m, "logits_mV": logits_mV}
-    columns = output_mC.double().cpu().numpy().T
+    columns = output_mC.astype(np.float64).T
     found = dict(zip(("choice_m", "probability_m", "entropy_m"), columns, strict=False))
     return found | {"choice_m": found["choice_m"].astype(np.int64)}
 
