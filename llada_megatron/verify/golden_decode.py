@@ -170,30 +170,31 @@ def dinfer(rule: Rule, trace: Trace, case: DInfer) -> np.ndarray:
 def sglang(rule: Rule, trace: Trace, case: SGLang) -> np.ndarray:
     """Each whole block of the prompt by itself, each other block until its keys are stored.
 
-    A block is left when a forward changes nothing, and stored by one more. An edited block that reaches its
-    limit has one that changes nothing first. Returns the answer up to its first end.
+    A block is left when a forward changes nothing, and stored by one more, whose figures nobody penalises. An
+    edited block that reaches its limit has one that changes nothing first. Returns the answer up to its first
+    end.
     """
     for start, end in trace.canvas.blocks()[: trace.prompt // case.block_length]:
         trace.skip(PREFILL, start, end)
-    keep = Keep(rule)
     for start, end in trace.blocks():
         state, step, is_done = None, 0, False
         while not is_done:
             change = trace.forward(DENOISE, start, end, rule, step, state)
             state, step, is_done = change.state, step + 1, change.is_done
         if rule.edits and trace.forwards[-1][-1]:
-            trace.forward(DENOISE, start, end, keep, step, state)
-        trace.forward(STORE, start, end, keep, step, state)
+            trace.forward(DENOISE, start, end, Kept(rule, is_stored=False), step, state)
+        trace.forward(STORE, start, end, Kept(rule, is_stored=True), step, state)
         if (trace.canvas.tokens[max(start, trace.prompt) : end] == case.eos_id).any():
             break
     return up_to(trace.canvas.tokens[trace.prompt :][: case.gen_length], case.eos_id)
 
 
 @dataclass(frozen=True)
-class Keep(Rule):
-    """Reads as a rule does and changes nothing."""
+class Kept(Rule):
+    """Changes nothing; reads what the rule does, or, when the block is stored, the model's own figures."""
 
     rule: Rule
+    is_stored: bool
 
     @property
     def figures(self) -> Figures:
@@ -204,7 +205,7 @@ class Keep(Rule):
         return self.rule.edits
 
     def read(self, seen: Seen, state: Any) -> tuple[Seen, Any]:
-        return self.rule.read(seen, state)
+        return (seen, state) if self.is_stored else self.rule.read(seen, state)
 
     def decide(self, seen: Seen, state: Any) -> Change:
         return Change(seen.tokens_m.copy(), True, state)

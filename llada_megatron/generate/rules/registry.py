@@ -71,7 +71,8 @@ def rule_of(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
     if sampling.temperature:
         return Sampled(rule, sampling)
     if sampling != Sampling():
-        raise BadInput(f"Nothing is drawn at temperature 0: give one above 0 with {' and '.join(drawing)}.")
+        idle = " and ".join(key for key in drawing if key != "temperature")
+        raise BadInput(f"Nothing is drawn at temperature 0: give one above 0 with {idle}.")
     return rule
 
 
