@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.ranges import Amount, Count, Positive, check_values, hints_of, rules_of
+from llada_megatron.config.ranges import Amount, Count, Positive, check_values
 from llada_megatron.generate.reference_loop import Canvas
 from llada_megatron.generate.rules import Change, Figures, Rule, Seen
 from llada_megatron.generate.rules.editing import JointThreshold
 from llada_megatron.generate.rules.filling import Credit, Hierarchical, Quota, Threshold
-from llada_megatron.generate.rules.registry import converted
+from llada_megatron.generate.rules.registry import converted, settings_in
 from llada_megatron.record.json_files import require
 from llada_megatron.verify import golden_bidirectional
 from llada_megatron.verify.golden_cases import CaseResult
@@ -273,16 +273,13 @@ def _settings(kind: type[Settings], name: str, case: dict[str, Any]) -> Settings
     """What a case says for the fields of `kind`; those with a default may be missing."""
     where = Path("cases.json") / name
     given = {key: value for key, value in case.items() if value is not None} | case.get(RULES_OWN, {})
-    hints, values = hints_of(kind), {}
-    for each in fields(kind):
-        if each.name in given:
-            bare, _ = rules_of(hints[each.name])
-            values[each.name] = converted(f"{each.name} of case {name}", given[each.name], bare)
-    require(given, where, *(each.name for each in fields(kind) if _is_needed(each)), remedy=REMEDY)
+    known = settings_in(kind)
+    require(given, where, *(key for key, each in known.items() if each.default is MISSING), remedy=REMEDY)
+    values = {
+        key: converted(f"{key} of case {name}", given[key], each.kind)
+        for key, each in known.items()
+        if key in given
+    }
     settings = kind(**values)
     check_values(settings, name)
     return settings
-
-
-def _is_needed(setting: Any) -> bool:
-    return setting.default is MISSING
