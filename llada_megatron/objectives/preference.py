@@ -1,11 +1,12 @@
 """Preferences over the likelihood bound: DPO for block diffusion (LLaDA2.0, eq. 7 and 8; VRPO, arXiv
 2505.19223).
 
-    B(y)  = mean over draws of sum over masked i of weight_i log p(y_i | its masked block, clean text before)
-    r(y)  = B_policy(y) - B_reference(y)                              of the same masks dpo   - (1 - e) log
-    sigmoid(s) - e log sigmoid(-s),   s = beta (r(chosen) - r(rejected)), e = label smoothing ipo
-    (r(chosen) - r(rejected) - 1 / (2 beta))^2                  (arXiv 2310.12036) kto   mean of 1 -
-    sigmoid(beta r(chosen)) and 1 - sigmoid(-beta r(rejected))   (arXiv 2402.01306, z0 = 0)
+    B(y) = mean over draws of sum over masked i of weight_i log p(y_i | its masked block, clean text before)
+    r(y) = B_policy(y) - B_reference(y), of the same masks
+
+    dpo   -(1 - e) log sigmoid(s) - e log sigmoid(-s), s = beta (r(chosen) - r(rejected)), e = label smoothing
+    ipo   (r(chosen) - r(rejected) - 1 / (2 beta))^2                               (arXiv 2310.12036)
+    kto   mean of 1 - sigmoid(beta r(chosen)) and 1 - sigmoid(-beta r(rejected))   (arXiv 2402.01306, z0 = 0)
 
 plus sft_weight times the chosen texts' bound per token. B is minus the bound of the negative log-likelihood.
 A pair lies in one sequence and its draws in one micro-batch, so that the gradient is that of the formula;
@@ -39,7 +40,18 @@ class Preference(Diffusion):
     """The loss over pairs, and the chosen texts' bound over their tokens."""
 
     scores: ReferenceScores | None = None
-    """None until the first batch: planning makes no batch and has no file."""
+    """None until a stage is opened: planning makes no batch and has no file."""
+
+    def open(self, stage: Stage) -> None:
+        """Read the reference's scores; BadInput for those of other texts, masks or weights."""
+        self.scores = ReferenceScores.load(self.config, stage.block_size, self.identity.get("reference"))
+        self.identity = {"reference": self.scores.reference}
+
+    def _scores(self, stage: Stage) -> ReferenceScores:
+        if self.scores is None or self.scores.block_size != stage.block_size:
+            self.open(stage)
+        assert self.scores is not None
+        return self.scores
 
     def batch(
         self,
@@ -51,10 +63,9 @@ class Preference(Diffusion):
         draft: torch.Tensor | None = None,
     ) -> MicroBatch:
         """`[x_t ; x_0]` of whole groups of draws: sample i is draw i mod n of sequence i // n."""
-        if self.scores is None:
-            self.scores = ReferenceScores.load(self.config, stage.block_size)
+        scores = self._scores(stage)
         batch, texts = self.scored(data, indices, stage.block_size)
-        known = np.array([self.scores.of(prefix, document) for prefix, document in texts]).T  # [D, texts]
+        known = np.array([scores.of(prefix, document) for prefix, document in texts]).T  # [D, texts]
         batch.whole["reference"] = torch.from_numpy(known).reshape(batch.whole["reference"].shape)
         return batch
 
