@@ -94,6 +94,12 @@ class Objective:
         """A step's figures for its record, from the means in every bin; None where nothing was counted."""
         return dict(means)
 
+    def held_out(
+        self, model: Sequence[torch.nn.Module], samples: Sequence[PackedSample], stage: Stage
+    ) -> dict[str, dict[str, float | None]]:
+        """Figures of held-out sequences besides the bound, `mean` and `se` by name; every rank calls it."""
+        return {}
+
     def read(self, data: Samples, sequences: Sequence[int]) -> list[PackedSample]:
         """Sequences of the data by their index; one that cannot be trained on is `is_left_out`, or BadSample.
 

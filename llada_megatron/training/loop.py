@@ -348,6 +348,10 @@ class _Run:
             "vocab_size": self.config.model.vocab_size,
             "wall_sec": self._wall_sec(),
         }
+        if stage is not None:
+            objective = self.trainer.objectives[stage.objective]
+            if held_out := objective.held_out(self.trainer.model, self.evaluator.samples, stage):
+                record["held_out"] = held_out
         if self.trackers is not None:
             self.trackers.evaluation(record)
         if stage is not None and is_diffusion:
