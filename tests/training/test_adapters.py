@@ -21,6 +21,7 @@ LAYOUTS = {
     "tp2_etp2": ["layout.tp=2", "layout.etp=2"],
     "ep2": ["layout.processes=2", "layout.ep=2"],
     "cp2": ["layout.cp=2"],
+    "overlap": ["layout.processes=2", "layout.overlap_grad_reduce=true", "layout.overlap_param_gather=true"],
     "recompute": ["layout.processes=2", "layout.recompute=full"],
 }
 FAST = ("pp2", "tp2_etp2")
