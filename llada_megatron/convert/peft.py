@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llada_megatron.checkpoint import publish, store
-from llada_megatron.checkpoint.shards import ShardsReader
+from llada_megatron.checkpoint.shards import ShardsReader, whole
 from llada_megatron.config.compose import model_of
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import LoraConfig
 from llada_megatron.convert.adapted import WEIGHT, MergedReader, without_adapters
-from llada_megatron.convert.certificate import Certificate
+from llada_megatron.convert.certificate import Certificate, Ledger
 from llada_megatron.convert.conversion import architecture_for, carried_config, written_aside
 from llada_megatron.convert.families import ExpertLayout, family_of
 from llada_megatron.convert.mapping import Entry
@@ -52,16 +52,16 @@ def mcore_to_peft(source: str, target: Path, *, architecture: str | None = None)
     certificate = Certificate("mcore-to-peft", str(checkpoint.path), architecture, model.mask_token_id)
     adapted = [entry for entry in entries if reader.has_adapter(entry.ours.name)]
     with written_aside(target) as aside:
-        factors = {module: pair for entry in adapted for module, pair in _factors(entry, reader)}
-        names = {
-            f"{PREFIX}{module}.lora_{side}{WEIGHT}": pair["AB".index(side)].contiguous().clone()
-            for module, pair in factors.items()
-            for side in "AB"
+        tensors = {
+            f"{PREFIX}{module}.lora_{side}{WEIGHT}": factor.contiguous().clone()
+            for entry in adapted
+            for module, factors in _factors(entry, reader)
+            for side, factor in zip("AB", factors, strict=True)
         }
-        save_file(names, aside / TENSORS, metadata={"format": "pt"})
-        write_json(aside / CONFIG, _described(model.lora, list(factors)))
+        save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
+        modules = [name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors]
+        write_json(aside / CONFIG, _described(model.lora, modules))
         _check(certificate, adapted, reader, load_file(aside / TENSORS))
-        certificate.parameters["written"] = sum(tensor.numel() for tensor in names.values())
         if certificate.passed:
             certificate.write(aside)
             publish.give_name(aside, target)
@@ -102,6 +102,11 @@ def _check(
 ) -> None:
     """Note where the files add other numbers than the checkpoint's adapters, under the names of theirs."""
     worst, scale = 0.0, reader.lora.alpha / reader.lora.rank
+    result = Ledger("the result")
+    for name, factor in written.items():
+        result.record(whole(name, *factor.shape), factor)
+    certificate.hugging_face, certificate.problems = result.as_json(), result.problems
+    certificate.parameters["written"] = sum(factor.numel() for factor in written.values())
     for entry in entries:
         for part, expected in zip(entry.theirs, entry.to_theirs([reader.added(entry.ours)]), strict=True):
             module = PREFIX + part.name.removesuffix(WEIGHT)
@@ -110,5 +115,5 @@ def _check(
             worst = max(worst, difference / largest if largest else difference)
             if not difference <= TOLERANCE * largest:
                 certificate.problems.append(f"{module} adds other numbers than the checkpoint's adapter")
-    said = f"adapters alone; what they add differs by {worst:.1e} of the largest at most"
+    said = f"adapters alone; what they add to a matrix differs by {worst:.0e} of its largest number at most"
     certificate.logits = {"compared": False, "reason": said}
