@@ -15,6 +15,7 @@ are numbers of a file that `llada score` wrote: no second model is kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,9 @@ class Preference(Diffusion):
     """The loss over pairs, and the chosen texts' bound over their tokens."""
 
     scores: ReferenceScores | None = None
-    """None until the first batch: planning makes no batch and has no file."""
+    """None until the first batch, unless somebody has set them: a benchmark, a dry run."""
+    mask: Callable[..., tuple[np.ndarray, np.ndarray]] = staticmethod(complementary_count_mask)
+    """Which tokens of a text a draw scores, and their weights."""
 
     def batch(
         self,
@@ -108,7 +111,7 @@ class Preference(Diffusion):
         masked, weights = np.zeros(len(starts), dtype=bool), np.zeros(len(starts))
         for text, document in enumerate(own):
             part = slice(sample.cu_seqlens[text], sample.cu_seqlens[text + 1])
-            masked[part], weights[part] = complementary_count_mask(
+            masked[part], weights[part] = self.mask(
                 seed, document, draw, self.config.preference.draws, starts[part], sample.supervised[part]
             )
         lengths = np.diff(sample.cu_seqlens)
