@@ -164,7 +164,8 @@ def _messages_found(report: dict[str, Any], real: int, dry: int) -> Traffic:
     found: Traffic = Counter()
     for message in report["messages"]:
         between_stages = message["operation"] == "send"
-        if message["operation"] == "recv" or (message["phase"] == "step" and not between_stages):
+        aside = message["phase"] == "loss" or (message["phase"] == "step" and not between_stages)
+        if message["operation"] == "recv" or aside:
             continue
         if message["bytes"] > SCALAR_BYTES * message["calls"]:
             group = GROUPS.get(message["group"], message["group"])

@@ -26,8 +26,8 @@ FIRST = 0
 
 def objective(name: str) -> list[str]:
     """One stage of an objective on conversations."""
-    stage = f"{{name: {name}, block_size: '32', tokens: 4096, objective: {name}}}"
-    return ["diffusion=sft", "data.pad_to=32", f"schedule.stages=[{stage}]"]
+    stage = f"{{name: {name}, block_size: '8', tokens: 4096, objective: {name}}}"
+    return ["diffusion=sft", "data.pad_to=8", f"schedule.stages=[{stage}]"]
 
 
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
