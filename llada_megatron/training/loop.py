@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
-from llada_megatron.config.compose import save
+from llada_megatron.config.compose import model_of, save
 from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.schedule import Schedule, Stage
@@ -29,6 +29,7 @@ from llada_megatron.guard.preflight import check_nodes
 from llada_megatron.guard.signals import StopRequest
 from llada_megatron.guard.stragglers import Stragglers
 from llada_megatron.guard.watchdog import Watchdog
+from llada_megatron.model.adapters import is_adapter
 from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
@@ -241,7 +242,9 @@ class _Run:
         if self.config.checkpoint.init_from:
             checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
             check_same_model(self.config, checkpoint)
-            store.load(checkpoint.path, self.trainer.model, None)
+            had_adapters = model_of(checkpoint.path, checkpoint.manifest.config).lora.rank > 0
+            keep = None if had_adapters else is_adapter
+            store.load(checkpoint.path, self.trainer.model, None, keep=keep)
             self.trainer.optimizer.reload_model_params()
             self._keep(checkpoint, str(checkpoint.path.absolute()))
             return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
