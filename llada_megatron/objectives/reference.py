@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,10 @@ class ReferenceScores:
 
     bounds: dict[str, np.ndarray]
     """By the prefix of the corpus."""
-    reference: list[dict[str, str | None]]
+    reference: list[dict[str, str | None]] = field(default_factory=list)
     """Of each corpus the digest of the `weights` that scored it, and their `checkpoint`."""
-    block_size: int
+    block_size: int = 0
+    """Of the stage whose masks were scored; 0: zeros that stand for any."""
 
     @classmethod
     def load(
