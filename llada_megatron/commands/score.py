@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from llada_megatron.config import compose
     from llada_megatron.config.layout_rules import check_layout
     from llada_megatron.config.schedule import block_size_of
-    from llada_megatron.data.packed import fingerprint
+    from llada_megatron.data.packed import check_kinds, fingerprint
     from llada_megatron.objectives.reference import scored_under, weights_digest, write_scores
     from llada_megatron.record.manifest import find
 
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         "tokens": fingerprint(config.data)["corpora"][0],
         **scored_under(config, block_size),
     }
+    check_kinds(config.data, ["preference"])
     bounds = score(config, checkpoint.path, block_size)
     path = write_scores(args.data, bounds, said)
     texts = int(np.isfinite(bounds).all(axis=1).sum())

@@ -12,7 +12,9 @@ corpora without such tokens work.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.ranges import shares_of
 from llada_megatron.config.schema import DataConfig, EvaluationConfig
 from llada_megatron.data.conversations import (
@@ -222,6 +225,22 @@ def check_split(data: DataConfig, split: str) -> None:
     """Raise BadInput for what `build_sequences` would refuse before it builds an index."""
     for corpus in _check(data):
         _documents_of(corpus, data, split)
+
+
+def check_kinds(data: DataConfig, objectives: Iterable[str]) -> None:
+    """Raise BadInput where a corpus is not of the kind that an objective learns from."""
+    for prefix, objective in itertools.product(data.path, objectives):
+        pairs = holds_conversations(prefix) and texts_of(prefix) == 2
+        if OBJECTIVES[objective].pairs and not pairs:
+            raise BadInput(
+                f"{prefix} holds no pairs of chosen and rejected answers, which objective {objective} needs:"
+                " prepare it with `llada data prepare --format preference`."
+            )
+        if pairs and not OBJECTIVES[objective].pairs:
+            raise BadInput(
+                f"{prefix} holds pairs of answers, and objective {objective} would learn the rejected ones"
+                " too: name a corpus of chats or documents."
+            )
 
 
 def _check(data: DataConfig) -> list[CorpusIndex]:
