@@ -37,16 +37,16 @@ def run(args: argparse.Namespace) -> int:
     from llada_megatron.config import compose
     from llada_megatron.config.layout_rules import check_layout
     from llada_megatron.config.schedule import block_size_of
-    from llada_megatron.data.packed import check_kinds, fingerprint
-    from llada_megatron.objectives.reference import scored_under, weights_digest, write_scores
+    from llada_megatron.data.packed import fingerprint
+    from llada_megatron.objectives.reference import check_pairs, scored_under, weights_digest, write_scores
     from llada_megatron.record.manifest import find
 
     checkpoint = find(args.checkpoint)
     settings = [f"data.path={json.dumps([args.data])}", "data.weights=[]", "data.split=1,0"]
     config = compose.elsewhere(checkpoint.manifest.config, settings + args.overrides)
     draws = config.preference.draws
-    config.layout.micro_batch = -(-config.layout.micro_batch // draws) * draws
     check_layout(config)
+    check_pairs(args.data)
     length = config.data.sequence_length
     block_size = block_size_of(args.block_size or str(checkpoint.manifest.block_size), length, "--block-size")
     said = {
@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
         "tokens": fingerprint(config.data)["corpora"][0],
         **scored_under(config, block_size),
     }
-    check_kinds(config.data, ["preference"])
     bounds = score(config, checkpoint.path, block_size)
     path = write_scores(args.data, bounds, said)
     texts = int(np.isfinite(bounds).all(axis=1).sum())

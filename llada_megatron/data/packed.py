@@ -12,7 +12,6 @@ corpora without such tokens work.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -227,20 +226,17 @@ def check_split(data: DataConfig, split: str) -> None:
         _documents_of(corpus, data, split)
 
 
-def check_kinds(data: DataConfig, objectives: Iterable[str]) -> None:
-    """Raise BadInput where a corpus is not of the kind that an objective learns from."""
-    for prefix, objective in itertools.product(data.path, objectives):
-        pairs = holds_conversations(prefix) and texts_of(prefix) == 2
-        if OBJECTIVES[objective].pairs and not pairs:
-            raise BadInput(
-                f"{prefix} holds no pairs of chosen and rejected answers, which objective {objective} needs:"
-                " prepare it with `llada data prepare --format preference`."
-            )
-        if pairs and not OBJECTIVES[objective].pairs:
-            raise BadInput(
-                f"{prefix} holds pairs of answers, and objective {objective} would learn the rejected ones"
-                " too: name a corpus of chats or documents."
-            )
+def refuse_pairs(data: DataConfig, objectives: Iterable[str]) -> None:
+    """Raise BadInput for a corpus of preferences where an objective would learn the rejected answers."""
+    for objective in objectives:
+        if OBJECTIVES[objective].pairs:
+            continue
+        for prefix in data.path:
+            if holds_conversations(prefix) and texts_of(prefix) == 2:
+                raise BadInput(
+                    f"{prefix} holds pairs of answers, and objective {objective} would learn the rejected"
+                    " ones too: name a corpus of chats or documents."
+                )
 
 
 def _check(data: DataConfig) -> list[CorpusIndex]:

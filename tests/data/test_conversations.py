@@ -10,7 +10,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import DataConfig
 from llada_megatron.data.conversations import PackedConversations
 from llada_megatron.data.corpus import read_index
-from llada_megatron.data.packed import check_kinds
+from llada_megatron.data.packed import refuse_pairs
 from tests.foreign.conversations import make_corpus
 
 DATA = DataConfig(sequence_length=32, pad_to=4)
@@ -44,13 +44,11 @@ def test_what_says_which_texts_are_pairs_is_asked_for(tmp_path, format):
         assert len(packed(tmp_path / "pairs")[0]["document_ids"]) == 4
 
 
-def test_preferences_need_pairs_and_other_objectives_refuse_them(tmp_path):
+def test_other_objectives_than_a_preference_refuse_pairs(tmp_path):
     make_corpus(tmp_path)
     pairs = DataConfig(path=[f"{tmp_path}/pairs"])
-    check_kinds(pairs, ["preference"])
+    refuse_pairs(pairs, ["preference"])
     with pytest.raises(BadInput, match="objective diffusion would learn the rejected ones"):
-        check_kinds(pairs, ["preference", "diffusion"])
+        refuse_pairs(pairs, ["preference", "diffusion"])
     (tmp_path / "pairs.roles.idx").unlink()
-    check_kinds(pairs, ["diffusion"])
-    with pytest.raises(BadInput, match="holds no pairs"):
-        check_kinds(pairs, ["preference"])
+    refuse_pairs(pairs, ["diffusion"])

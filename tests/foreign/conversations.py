@@ -131,7 +131,7 @@ def read_scores(folder: Path) -> None:
 
     prefix = f"{folder}/pairs"
     bounds, said = _read(prefix)
-    scores = ReferenceScores({prefix: bounds})
+    scores = ReferenceScores({prefix: bounds}, [], 32)
     said.get("run.seed")
     for document in range(4):
         assert scores.of(prefix, document).dtype == np.float64
