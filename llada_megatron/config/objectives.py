@@ -55,6 +55,8 @@ class Geometry:
     figures: Mapping[str, Figure] = field(default_factory=dict)
     together: Callable[[Config], int] = lambda config: 1
     """Samples in a row that read one sequence and must be in one micro-batch."""
+    pairs: bool = False
+    """Whether its corpora are pairs of a chosen and a rejected text."""
     denominators: int = 1
     """The loss is a sum of so many terms, each with a denominator of its own over the global batch."""
     passes_before: Callable[[int], int] = lambda micro_batches: 0
@@ -117,6 +119,7 @@ OBJECTIVES: dict[str, Geometry] = {
         reads_clean_half=True,
         supervised=lambda diffusion, length: length / 2,
         together=lambda config: config.preference.draws,
+        pairs=True,
         figures={
             name: Figure(1)
             for name in ("margin", "accuracy", "margin_variance", "chosen_bound", "rejected_bound")
