@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.families.gpt import attention_weights, expert_weights
@@ -73,10 +73,14 @@ class Pass:
     again: frozenset[str] = frozenset()
     """Modules whose forward recompute repeats."""
     forward_only: bool = False
+    frozen: bool = False
+    """Whether weights have no gradient: adapters have, whose own products are left out."""
 
     def products(self, module: str) -> int:
-        """How often a product of the module's forward runs; backward counts twice."""
-        return 1 if self.forward_only else 3 + (module in self.again)
+        """How often a product of the module's forward runs; backward is two, one for frozen weights."""
+        if self.forward_only:
+            return 1
+        return 3 - (self.frozen and module != "core_attn") + (module in self.again)
 
     def memory(self, *, dropped: bool) -> int:
         """How often a byte passes through memory, one that is kept or one that recompute drops."""
@@ -136,7 +140,7 @@ def seconds_of(
     forward_only: bool = False,
 ) -> Seconds:
     """Seconds of every building block under a layout, forward and backward or in a pass without gradients."""
-    runs, b = Pass(activations.recomputed_modules(layout), forward_only), at.b
+    runs, b = Pass(activations.recomputed_modules(layout), forward_only, model.lora.rank > 0), at.b
 
     def layer(moe: bool) -> Parts:
         parts = layer_products(model, shape, layout, at, runs, moe=moe)
@@ -193,7 +197,7 @@ def _head(
 ) -> Parts:
     """Chunked logits run forward twice; they pass through memory in bf16 (or fp32) and in fp32."""
     chunks = -(-shape.supervised // model.head_chunk_tokens)
-    runs = Pass(frozenset({"head"} if chunks > 1 else ()), runs.forward_only)
+    runs = replace(runs, again=frozenset({"head"} if chunks > 1 else ()))
     weights = model.vocab_size / layout.tp * model.hidden_size
     passes = runs.products("head")
     logits = (4 + at.b) * shape.supervised * model.vocab_size / layout.tp
