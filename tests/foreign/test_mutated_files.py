@@ -24,6 +24,7 @@ from llada_megatron.config import compose
 from llada_megatron.config.errors import BadInput, Refusal
 from llada_megatron.record import events, manifest, metrics
 from llada_megatron.record.json_files import read_json
+from tests import packages
 from tests.foreign import conversations, mutations
 
 TESTS = Path(__file__).parents[1]
@@ -183,7 +184,7 @@ def make_llama(folder: Path) -> None:
 
 
 def make_gguf(folder: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+    gguf = packages.gguf()
     import numpy as np
 
     H, W, V = 8, 16, 6
