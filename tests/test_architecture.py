@@ -31,7 +31,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "objectives": {"config", "record", "runtime", "parallel", "attention", "data", "model"},
     "checkpoint": {"config", "record", "runtime", "parallel", "model"},
     "convert": {"config", "record", "runtime", "attention", "data", "model", "checkpoint"},
-    "generate": {"config", "runtime", "attention", "model"},
+    "generate": {"config", "runtime", "parallel", "attention", "model"},
     "evaluate": {
         "config",
         "runtime",
@@ -60,7 +60,7 @@ ROOMS_IMPORT["bench"] = {
 }  # fmt: skip
 ROOMS_IMPORT["verify"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",
-    "evaluate", "training",
+    "generate", "evaluate", "training",
 }  # fmt: skip
 ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "evaluate"}
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called

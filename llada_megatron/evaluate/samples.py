@@ -10,7 +10,8 @@ import torch
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.data.tokenizer import load_tokenizer
-from llada_megatron.generate.infill import infill
+from llada_megatron.generate.reference_loop import Canvas, reference_loop
+from llada_megatron.generate.rules import rule_of
 from llada_megatron.objectives.passes import evaluating
 from llada_megatron.parallel.random import Purpose, generator
 
@@ -29,14 +30,9 @@ def infilled(
         hidden = (score < 0.5) & (np.arange(length) >= length // 2)
         tokens = np.where(hidden, mask_token_id, sample.tokens)
         with evaluating([model]):
-            filled, _ = infill(
-                model,
-                tokens,
-                block_size=block_size,
-                mask_token_id=mask_token_id,
-                grid=config.diffusion.block_grid,
-                cu_seqlens=sample.cu_seqlens,
-            )
+            grid = config.diffusion.block_grid
+            canvas = Canvas(tokens.copy(), block_size, mask_token_id, grid, sample.cu_seqlens)
+            filled, _ = reference_loop(model, canvas, rule_of("threshold"))
         shown = [
             MASK_CHARACTER if h else tokenizer.decode([int(t)]) for h, t in zip(hidden, tokens, strict=True)
         ]

@@ -89,14 +89,45 @@ def without_token(readout: Readout, token_id: int) -> Readout:
     """The readout of a model that never gives one token, the mask: its logit counts as minus infinity."""
 
     def read(logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Tensor:
-        column = token_id - group.rank() * logits_nV.shape[-1]
-        if 0 <= column < logits_nV.shape[-1]:
-            # The lowest finite number: an entropy multiplies probabilities by logits.
-            hidden_V = torch.arange(logits_nV.shape[-1], device=logits_nV.device) == column
-            logits_nV = logits_nV.masked_fill(hidden_V, torch.finfo(logits_nV.dtype).min / 2)
-        return readout.read(logits_nV, labels_n, group)
+        return readout.read(_hidden(logits_nV, token_id, group), labels_n, group)
 
     return replace(readout, name=f"{readout.name} without {token_id}", read=read)
+
+
+def _hidden(logits_nV: Tensor, token_id: int, group: Any) -> Tensor:
+    column = token_id - group.rank() * logits_nV.shape[-1]
+    if not 0 <= column < logits_nV.shape[-1]:
+        return logits_nV
+    hidden_V = torch.arange(logits_nV.shape[-1], device=logits_nV.device) == column
+    # The lowest finite number: an entropy multiplies probabilities by logits.
+    return logits_nV.masked_fill(hidden_V, torch.finfo(logits_nV.dtype).min / 2)
+
+
+def proposal(mask_token_id: int, *, entropy: bool = False) -> Readout:
+    """float64 [n, 2]: what a decoder may put in place of a mask, no gradient.
+
+    The most probable token but the mask, the lowest id among equals, and its probability among all tokens.
+    With `entropy` float64 [n, 3]: and the entropy of the distribution over all tokens, in nats.
+    """
+    name, columns = ("proposal and entropy", 3) if entropy else ("proposal", 2)
+    read = partial(_proposal, mask_token_id, entropy)
+    return Readout(name, columns, needs_labels=False, read=read)
+
+
+@torch.no_grad()
+def _proposal(
+    mask_token_id: int, entropy: bool, logits_nV: Tensor, labels_n: Tensor | None, group: Any
+) -> Tensor:
+    logits_nV = logits_nV.float()
+    largest_n, choice_n = _argmax(_hidden(logits_nV, mask_token_id, group), group)
+    shifted_nV = logits_nV - largest_n[:, None]
+    shifted_nV.clamp_(max=60)  # the mask's own logit may be the larger one, by any amount
+    exp_nV = shifted_nV.exp()
+    sums_2n = torch.stack([exp_nV.sum(dim=-1), exp_nV.mul_(shifted_nV).sum(dim=-1)])
+    dist.all_reduce(sums_2n, group=group)
+    sum_n, weighted_n = sums_2n.double()
+    figures = [choice_n.double(), sum_n.reciprocal()]
+    return torch.stack([*figures, sum_n.log() - weighted_n / sum_n] if entropy else figures, dim=-1)
 
 
 class _Confidence(torch.autograd.Function):

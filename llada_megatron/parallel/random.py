@@ -22,11 +22,14 @@ class Purpose(IntEnum):
     EVALUATION_INFILL = 6
     PREFERENCE_COUNT = 7
     PREFERENCE_MASK = 8
+    DECODING = 9
 
 
-def generator(seed: int, purpose: Purpose, index: int) -> np.random.Generator:
-    """The generator of sample `index` for one purpose."""
-    bits = np.random.Philox(key=[seed, int(purpose)], counter=[0, 0, 0, index])
+def generator(
+    seed: int, purpose: Purpose, index: int, position: int = 0, step: int = 0
+) -> np.random.Generator:
+    """The generator of sample `index` for one purpose, or of a position in it and a step."""
+    bits = np.random.Philox(key=[seed, int(purpose)], counter=[0, step, position, index])
     return np.random.Generator(bits)
 
 

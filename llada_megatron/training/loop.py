@@ -155,6 +155,7 @@ class _Run:
         self.trainer = build_trainer(config, self.schedule)
         self.carried_along: dict[str, bytes] = {}
         self.position = self._load(checkpoint)
+        self._open_stage()
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(self.config, self.trainer, data_fingerprint, self.carried_along)
         self.replayed = 0
@@ -227,6 +228,9 @@ class _Run:
         if checkpoint is not None:
             manifest = checkpoint.manifest
             store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
+            for name, identity in manifest.data_fingerprint.get("objectives", {}).items():
+                if name in self.trainer.objectives:
+                    self.trainer.objectives[name].identity = identity
             self._keep(checkpoint, manifest.config.get("checkpoint", {}).get("init_from", ""))
             if (change := batch_change(self.schedule, manifest)) and self.is_writer:
                 print(change[0], flush=True)
@@ -249,6 +253,12 @@ class _Run:
             self._keep(checkpoint, str(checkpoint.path.absolute()))
             return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
         return Position()
+
+    def _open_stage(self) -> None:
+        """Let the objective that goes on refuse what does not fit before this start has written anything."""
+        if self.position.step < self.schedule.total_steps:
+            stage = self.schedule.stage_at(self.position.step)
+            self.trainer.objectives[stage.objective].open(stage)
 
     def _keep(self, checkpoint: Checkpoint, origin: str) -> None:
         """Keep, for the checkpoints to come, what came with the weights, and where they came from."""
@@ -341,6 +351,10 @@ class _Run:
             "vocab_size": self.config.model.vocab_size,
             "wall_sec": self._wall_sec(),
         }
+        if stage is not None:
+            objective = self.trainer.objectives[stage.objective]
+            if held_out := objective.held_out(self.trainer.model, self.evaluator.samples, stage):
+                record["held_out"] = held_out
         if self.trackers is not None:
             self.trackers.evaluation(record)
         if stage is not None and is_diffusion:

@@ -1,4 +1,4 @@
-"""The decoder against the public reference's greedy block generation (tests/golden/README.md)."""
+"""The loop without a cache against the public reference's block generation (tests/golden/README.md)."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from llada_megatron.config.schema import BlockGrid, LayoutConfig
-from llada_megatron.generate.infill import infill
+from llada_megatron.generate.reference_loop import Canvas, reference_loop
+from llada_megatron.generate.rules import rule_of
 from llada_megatron.parallel import groups
 from llada_megatron.verify import golden_set
 
@@ -36,14 +37,8 @@ def test_tokens_and_forward_count_equal_the_reference(model, name):
     length = -(-(len(prompt) + case["gen_length"]) // block) * block
     tokens = np.full(length, CASES["mask_token_id"], dtype=np.int64)
     tokens[: len(prompt)] = prompt
-    filled, forwards = infill(
-        model,
-        tokens,
-        block_size=block,
-        mask_token_id=CASES["mask_token_id"],
-        threshold=case["threshold"],
-        steps=case["steps"],
-    )
+    rule = rule_of("quota", {"threshold": case["threshold"], "steps": case["steps"]})
+    filled, forwards = reference_loop(model, Canvas(tokens, block, CASES["mask_token_id"]), rule)
     np.testing.assert_array_equal(filled[len(prompt) :][: len(expected)], expected)
     assert forwards == case["n_forward"]
     assert not (filled == CASES["mask_token_id"]).any()
@@ -56,9 +51,9 @@ def masked_twice():
     return tokens, np.array([0, 5, 12])
 
 
-def decode(model, tokens, **options):
-    options = {"block_size": 4, "grid": BlockGrid.document, "threshold": 0.0} | options
-    return infill(model, tokens, mask_token_id=CASES["mask_token_id"], **options)
+def decode(model, tokens, *, grid=BlockGrid.document, threshold=0.0, **options):
+    canvas = Canvas(tokens.copy(), 4, CASES["mask_token_id"], grid, **options)
+    return reference_loop(model, canvas, rule_of("threshold", {"threshold": threshold}))
 
 
 def test_on_the_documents_grid_packed_documents_are_filled_as_each_alone(model):
@@ -75,7 +70,7 @@ def test_no_forward_cuts_a_block_of_its_mask_or_changes_the_models_mode(grid):
     class Recorder(torch.nn.Module):
         def forward(self, inputs):
             seen.append((inputs.keys.mask, inputs.outputs, self.training))
-            return torch.zeros(len(inputs.outputs), 64)
+            return torch.tensor([[7.0, 0.5]]).expand(len(inputs.outputs), 2)
 
     seen = []
     tokens, boundaries = masked_twice()
@@ -90,8 +85,3 @@ def test_no_forward_cuts_a_block_of_its_mask_or_changes_the_models_mode(grid):
         for mask, outputs, _ in seen:
             assert {whole_end[grid][position] for position in outputs.tolist()} == {mask.length}
         seen.clear()
-
-
-def test_an_unknown_rule_is_refused_with_the_choices(model):
-    with pytest.raises(ValueError, match="rule must be one of threshold, got 'best'"):
-        decode(model, masked_twice()[0], rule="best")
