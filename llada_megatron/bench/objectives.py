@@ -132,10 +132,11 @@ def trainers(config: Config) -> dict[str, Any]:
     groups.initialize(config.layout, threads=step.threads(config))
     schedule, data = rules.schedule_of(config), data_of(config)
     one = assemble(config, schedule, cast(PackedSequences, None))
-    for objective in one.objectives.values():
+    for stage in schedule.stages:
+        objective = one.objectives[stage.objective]
         if isinstance(objective, Preference):
             zero = np.zeros((2 * CONVERSATIONS, config.preference.draws))
-            objective.scores = ReferenceScores({"": zero})
+            objective.scores = ReferenceScores({"": zero}, reference=[], block_size=stage.block_size)
     return {
         stage.name: replace(
             one,
