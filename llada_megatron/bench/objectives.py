@@ -132,11 +132,10 @@ def trainers(config: Config) -> dict[str, Any]:
     groups.initialize(config.layout, threads=step.threads(config))
     schedule, data = rules.schedule_of(config), data_of(config)
     one = assemble(config, schedule, cast(PackedSequences, None))
-    for stage in schedule.stages:
-        objective = one.objectives[stage.objective]
+    for objective in one.objectives.values():
         if isinstance(objective, Preference):
             zero = np.zeros((2 * CONVERSATIONS, config.preference.draws))
-            objective.scores = ReferenceScores({"": zero}, reference=[], block_size=stage.block_size)
+            objective.scores = ReferenceScores({"": zero})
     return {
         stage.name: replace(
             one,

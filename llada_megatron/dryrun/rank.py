@@ -244,9 +244,7 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
                 PackedSequences, OneDocument(trainer.config.data.sequence_length, texts=SIDES)
             )
             objective.mask = half_scored
-            zero = np.zeros((SIDES, trainer.config.preference.draws))
-            block_size = trainer.schedule.stages[0].block_size
-            objective.scores = ReferenceScores({"": zero}, reference=[], block_size=block_size)
+            objective.scores = ReferenceScores({"": np.zeros((SIDES, trainer.config.preference.draws))})
     trainer.micro_batches = partial(_onto_device, recorder, mode)
     forward = _first_forwards(recorder, trainer, report)
     backward, gradients, weights = (
