@@ -40,8 +40,8 @@ class Keys(Protocol):
 class KeyPool:
     """Keys and values of every layer at numbered places, which outlive the forward that wrote them.
 
-    A layer's tensors, key [places, Hkv, D] and value [places, Hkv, Dv], are made when it first has something to
-    keep: in the dtype of its rows, and zero, so that whatever nobody wrote is finite.
+    A layer's tensors, key [places, Hkv, D] and value [places, Hkv, Dv], are made when it first has something
+    to keep: in the dtype of its rows, and zero, so that whatever nobody wrote is finite.
     """
 
     def __init__(self, places: int) -> None:
@@ -63,14 +63,15 @@ class KeyPool:
 class PooledKeys:
     """The last rows of several sequences, against all keys of each: those kept in a pool, and their own.
 
-    The sequences lie one after the other as the documents of one sample, so that rows of any number, blocks at
-    any step and prompts of any length make one forward without padding. `of` writes the keys of the rows to their
-    places: they are kept from then on, and a later forward that finds other tokens there writes them anew.
+    The sequences lie one after the other as the documents of one sample, so that rows of any number, blocks
+    at any step and prompts of any length make one forward without padding. `of` writes the keys of the rows
+    to their places: they are kept from then on, and a later forward that finds other tokens there writes them
+    anew.
 
     Attributes:
-        parts: for each sequence the number of its first tokens that are kept, and int64 [n], the place in the pool
-            of each of its n tokens up to the last row; the rows are those from the first number on. Its blocks
-            of `block_size` count from its first token, the last one ending with the last row.
+        parts: for each sequence the number of its first tokens that are kept, and int64 [n], the place in
+            the pool of each of its n tokens up to the last row; the rows are those from the first number on.
+            Its blocks of `block_size` count from its first token, the last one ending with the last row.
         positions: int64 [S], of each row in its sequence.
     """
 

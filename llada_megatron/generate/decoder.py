@@ -1,12 +1,13 @@
 """The decoder: prompts in, blocks and results out, with a cache, in batches, in any layout of one pp_stage.
 
-LLaDA2.0, section 5.4: forwards over a block change the tokens that a rule says (rules/); the finished block is then
-history for the next. A forward reads the active blocks of all sequences at hand, each at its own step, and in front
-of each block those of its tokens that are final and not kept yet: its prompt at first, later the block that has just
-been done. So finished ones leave and waiting ones enter between any two forwards.
+LLaDA2.0, section 5.4: forwards over a block change the tokens that a rule says (rules/); the finished block
+is then history for the next. A forward reads the active blocks of all sequences at hand, each at its own
+step, and in front of each block those of its tokens that are final and not kept yet: its prompt at first,
+later the block that has just been done. So finished ones leave and waiting ones enter between any two
+forwards.
 
-Keys and values are kept from a forward that read final tokens and saw nothing behind them, so they are those of a
-forward over the whole sequence, but for rounding.
+Keys and values are kept from a forward that read final tokens and saw nothing behind them, so they are those
+of a forward over the whole sequence, but for rounding.
 
 Legend: S rows of a forward, N of them read by a rule, C figures per row.
 """
@@ -60,10 +61,10 @@ class Counts:
 class Decoder:
     """Decodes prompts with one model.
 
-    What is kept of a prompt stays for the next ones that begin alike, as the turns of a chat do, until its room is
-    needed. Under data parallelism every rank is given all prompts, decodes its share of them, and yields the results
-    of all; every rank must run the iterator to its end. Raises BadInput where it is made for a layout with pipeline
-    or context parallelism.
+    What is kept of a prompt stays for the next ones that begin alike, as the turns of a chat do, until its
+    room is needed. Under data parallelism every rank is given all prompts, decodes its share of them, and
+    yields the results of all; every rank must run the iterator to its end. Raises BadInput where it is made
+    for a layout with pipeline or context parallelism.
     """
 
     model: torch.nn.Module
@@ -77,8 +78,8 @@ class Decoder:
     batch: int = 8
     """Sequences of a forward, at most."""
     max_cached_tokens: int = 0
-    """Room for keys and values, in tokens, of all sequences together: others wait, and the youngest is put back and
-    computed again where the older ones need its room. 0: as many as `batch` sequences can have."""
+    """Room for keys and values, in tokens, of all sequences together: others wait, and the youngest is put
+    back and computed again where the older ones need its room. 0: as many as `batch` sequences can have."""
     prefill_tokens: int = 1024
     """Rows of a forward beside those of the active blocks: longer prompts take several."""
     seed: int = 0
@@ -93,7 +94,7 @@ class Decoder:
             ("cp", parallel_state.get_context_parallel_world_size()),
         ):
             if ranks > 1:
-                raise BadInput(f"{_REFUSED[axis]}: set layout.{axis}=1, and layout.tp, ep or dp instead.")
+                raise BadInput(f"{_REFUSED[axis]}. Set layout.{axis}=1.")
         whole = -(-self.context // self.block_size) * self.block_size
         self.max_cached_tokens = self.max_cached_tokens or self.batch * whole
         self.pages = Pages(self.max_cached_tokens // self.block_size)
@@ -110,10 +111,11 @@ class Decoder:
         return self._pool.bytes
 
     def run(self, prompts: Iterable[Prompt | Sequence[int]], limits: Limits = Limits()) -> Iterator[Event]:  # noqa: B008
-        """Each change of a block as it happens, and each result as it is there: not in the order of the prompts.
+        """Each change of a block as it happens, and each result as it is there: not in the order of the
+        prompts.
 
-        Changes are those of this rank's replica. Raises BadInput for a prompt that cannot be decoded, naming it by
-        its number, when it is its turn; `check` says so beforehand.
+        Changes are those of this rank's replica. Raises BadInput for a prompt that cannot be decoded, naming
+        it by its number, when it is its turn; `check` says so beforehand.
         """
         mine = (
             (number, prompt)
@@ -144,8 +146,9 @@ class Decoder:
         )
         if running.largest > self.pages.count:
             raise BadInput(
-                f"Prompt {number} takes {running.largest * self.block_size} cached tokens with what is generated, and"
-                f" max_cached_tokens is {self.max_cached_tokens}: raise it, or ask for fewer new tokens."
+                f"Prompt {number} takes {running.largest * self.block_size} cached tokens with what is"
+                f" generated, and max_cached_tokens is {self.max_cached_tokens}: raise it, or ask for fewer"
+                " new tokens."
             )
         return running
 
@@ -171,7 +174,9 @@ class Decoder:
             done = []
             feeds = batch.feeds()
             output = self._forward(feeds)
-            for feed, rows in zip(feeds, np.split(output, np.cumsum([len(f.rows) for f in feeds])), strict=False):
+            for feed, rows in zip(
+                feeds, np.split(output, np.cumsum([len(f.rows) for f in feeds])), strict=False
+            ):
                 changed, result = batch.read(feed, rows)
                 if changed is not None:
                     yield changed
@@ -180,8 +185,8 @@ class Decoder:
 
     @torch.inference_mode()
     def _forward(self, feeds: list[Feed]) -> np.ndarray:
-        """The head's figures for the rows that the rule reads, [N, C]. Without feeds the other replicas' experts are
-        served all the same: ranks of one expert-parallel group call the model equally often.
+        """The head's figures for the rows that the rule reads, [N, C]. Without feeds the other replicas'
+        experts are served all the same: ranks of one expert-parallel group call the model equally often.
         """
         parts = [(feed.running.kept, feed.running.places(feed.stop)) for feed in feeds]
         tokens = [feed.running.tokens[feed.running.kept : feed.stop] for feed in feeds]
@@ -216,8 +221,8 @@ class Decoder:
 
 
 _REFUSED = {
-    "pp": "Decoding serves one pipeline stage, since each forward waits for the tokens that the last one chose",
-    "cp": "Decoding serves no context parallelism, since a forward has the rows of a few blocks alone",
+    "pp": "Decoding serves one pipeline stage: a forward waits for the tokens that the last one chose",
+    "cp": "Decoding serves no context parallelism: a forward has the rows of a few blocks alone",
 }
 
 
@@ -280,7 +285,8 @@ class _Batch:
         self.running = []
 
     def feeds(self) -> list[Feed]:
-        """What the next forward reads: at most `prefill_tokens` beside active blocks, the oldest ones first."""
+        """What the next forward reads: at most `prefill_tokens` beside active blocks, the oldest ones
+        first."""
         size, budget = self.decoder.block_size, max(self.decoder.prefill_tokens, self.decoder.block_size)
         feeds = []
         for running in list(self.running):
@@ -294,7 +300,8 @@ class _Batch:
         return feeds
 
     def _make_room(self, running: Running, stop: int) -> bool:
-        """Pages for the tokens before `stop`; False where the sequence itself had to be put back for older ones."""
+        """Pages for the tokens before `stop`; False where the sequence itself had to be put back for older
+        ones."""
         for _ in range(self._missing(running, stop)):
             while (page := self.pages.take()) is None:
                 youngest = self.running.pop()

@@ -1,6 +1,7 @@
 """Where a cache keeps the blocks of which sequence: pages of one block, shared by sequences that begin alike.
 
-What a page holds is a function of the tokens up to its end, so a prefix is known by the digest of those tokens.
+What a page holds is a function of the tokens up to its end, so a prefix is known by the digest of those
+tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def prefix(before: bytes, block: np.ndarray) -> bytes:
 class Pages:
     """Which of `count` pages are in use, and what the others still hold.
 
-    A page that nobody uses any more keeps its block until room is needed: the least recently used one goes first.
+    A page that nobody uses any more keeps its block until room is needed: the least recently used one goes
+    first.
     """
 
     def __init__(self, count: int) -> None:

@@ -72,8 +72,8 @@ class Result:
     """Of the tokens, where the decoder was given a `text`; cut before a stop string."""
     stop: Stop
     forwards: dict[str, int]
-    """`prefill`: read the prompt alone. `denoise`: changed a block, and read what was not kept before it. `store`: only
-    kept a finished block, which none does: the next block's first forward does it as well."""
+    """`prefill`: read the prompt alone. `denoise`: changed a block, and read what was not kept before it.
+    `store`: only kept a finished block, which none does: the next block's first forward does it as well."""
     filled: int
     """Masked positions that were filled, those behind the end included."""
     seconds: float

@@ -1,9 +1,10 @@
 """A prompt that is being decoded: its tokens, its active block, and how much of it a cache holds.
 
-Everything but the pages is a function of the forwards so far, so a prompt whose pages are taken away loses nothing:
-what they held is computed again from its tokens.
+Everything but the pages is a function of the forwards so far, so a prompt whose pages are taken away loses
+nothing: what they held is computed again from its tokens.
 
-Legend: T tokens of the sequence with room for what is generated, m positions of the active block, C figures per row.
+Legend: T tokens of the sequence with room for what is generated, m positions of the active block, C figures
+per row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -30,7 +30,14 @@ class Running:
     """
 
     def __init__(
-        self, number: int, prompt: Prompt, limits: Limits, *, block_size: int, mask_token_id: int, context: int
+        self,
+        number: int,
+        prompt: Prompt,
+        limits: Limits,
+        *,
+        block_size: int,
+        mask_token_id: int,
+        context: int,
     ) -> None:
         given = np.asarray(prompt.tokens, np.int64)
         self.number, self.limits = number, limits
@@ -40,8 +47,8 @@ class Running:
         room = context - len(given)
         if room < 0 or (room == 0 and limits.new_tokens):
             raise BadInput(
-                f"Prompt {number} has {len(given)} tokens, and the model's context of {context} has no room for more:"
-                " shorten it, or raise data.sequence_length if the model reads further."
+                f"Prompt {number} has {len(given)} tokens, and the model's context of {context} has no room"
+                " for more: shorten it, or raise data.sequence_length if the model reads further."
             )
         masks = np.flatnonzero(given == mask_token_id)
         if len(masks) and not prompt.has_holes:
@@ -123,12 +130,15 @@ class Running:
         return changed, change.is_done and not change.changes(seen)
 
     def next_block(self) -> None:
-        """The active block is done: the next one that is not given as a whole becomes active, if any is left."""
+        """The active block is done: the next one that is not given as a whole becomes active, if any is
+        left."""
         self._activate(self.stop)
 
     def _activate(self, at: int) -> None:
         holes = np.flatnonzero(~self.is_given[at:])
-        self.first = (at + int(holes[0])) // self.block_size * self.block_size if len(holes) else len(self.tokens)
+        self.first = (
+            (at + int(holes[0])) // self.block_size * self.block_size if len(holes) else len(self.tokens)
+        )
         self.stop = min(self.first + self.block_size, len(self.tokens))
         self._step, self._state = 0, None
 
@@ -140,9 +150,8 @@ class Running:
             ends = np.isin(self.tokens[behind : min(decided, self.wanted)], list(self.limits.end_tokens))
             if ends.any():
                 return self._result(behind + int(ends.argmax()) + 1, Stop.end, text)
-        if changed.is_done and self.limits.strings and text is not None:
-            if found := self._stop_string(min(decided, self.wanted), text):
-                return self._result(*found)
+        if changed.is_done and (found := self._stop_string(min(decided, self.wanted), text)):
+            return self._result(*found)
         if changed.is_done and not (~self.is_given[self.stop : self.wanted]).any():
             reason = Stop.context if self.is_cut else Stop.length
             return self._result(min(self.wanted, len(self.tokens)), reason, text)
@@ -154,7 +163,10 @@ class Running:
         """The result of a prompt without anything to fill."""
         return self._result(len(self.tokens), Stop.length, text)
 
-    def _stop_string(self, stop: int, text: Text) -> tuple[int, Stop, Text, int] | None:
+    def _stop_string(self, stop: int, text: Text | None) -> tuple[int, Stop, Text, int] | None:
+        """Where the first stop string ends in tokens, and where it begins in the text's characters."""
+        if text is None or not self.limits.strings:
+            return None
         generated = self.tokens[self.given : stop].tolist()
         whole = text(generated)
         places = [at for string in self.limits.strings if (at := whole.find(string)) >= 0]
