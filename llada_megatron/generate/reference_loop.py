@@ -1,9 +1,9 @@
-"""The decoder that everything else is compared with: block by block, without a cache, one sequence at a time.
+"""The decoder that others are compared with: block by block, without a cache, one sequence at a time.
 
-LLaDA2.0, section 5.4: forwards over a block change the tokens that a rule says (rules/); the finished block is then
-history for the next. Each forward computes the whole sequence up to the block's end anew.
+LLaDA2.0, section 5.4: forwards over a block change the tokens that a rule says (rules/); the finished block
+is then history for the next. Each forward computes the whole sequence up to the block's end anew.
 
-Legend: L tokens of a sequence, m positions of a block, C figures per row.
+Legend: L tokens of a sequence, m positions of a block.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ def look(model: Any, canvas: Canvas, start: int, end: int, figures: Figures) -> 
         outputs=torch.arange(start, end, device=device.device()),
         readout=figures.readout(canvas.mask_token_id),
     )
-    output_mC = model(inputs).double().cpu().numpy()
-    return figures_of(figures, output_mC, canvas.mask_token_id)
+    return figures_of(figures, model(inputs).double().cpu().numpy(), canvas.mask_token_id)
 
 
 def block_forwards(
@@ -118,7 +117,7 @@ def block_forwards(
 def reference_loop(
     model: Any, canvas: Canvas, rule: Rule, draws: Draws | None = None
 ) -> tuple[np.ndarray, int]:
-    """Fill every mask token of a canvas, block by block; returns the tokens, int64 [L], and the forwards used.
+    """Fill every mask token of a canvas, block by block; returns the tokens, int64 [L], and the forwards.
 
     The canvas itself is changed. Without `draws` a rule that draws has those of seed 0.
     """

@@ -106,11 +106,12 @@ def _hidden(logits_nV: Tensor, token_id: int, group: Any) -> Tensor:
 def proposal(mask_token_id: int, *, entropy: bool = False) -> Readout:
     """float64 [n, 2]: what a decoder may put in place of a mask, no gradient.
 
-    The most probable token but the mask, the lowest id among equals, and its probability among all tokens. With
-    `entropy` float64 [n, 3]: and the entropy of the distribution over all tokens, in nats.
+    The most probable token but the mask, the lowest id among equals, and its probability among all tokens.
+    With `entropy` float64 [n, 3]: and the entropy of the distribution over all tokens, in nats.
     """
+    name, columns = ("proposal and entropy", 3) if entropy else ("proposal", 2)
     read = partial(_proposal, mask_token_id, entropy)
-    return Readout("proposal", columns=3 if entropy else 2, needs_labels=False, read=read)
+    return Readout(name, columns, needs_labels=False, read=read)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class Purpose(IntEnum):
 def generator(
     seed: int, purpose: Purpose, index: int, position: int = 0, step: int = 0
 ) -> np.random.Generator:
-    """The generator of sample `index` for one purpose; of a position in it and a step, where it has several."""
+    """The generator of sample `index` for one purpose, or of a position in it and a step."""
     bits = np.random.Philox(key=[seed, int(purpose)], counter=[0, step, position, index])
     return np.random.Generator(bits)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import read_json, require
+from llada_megatron.verify import golden_decode, golden_post
 from llada_megatron.verify.golden_cases import (
     KINDS,
     TOLERANCES,
@@ -30,7 +31,6 @@ from llada_megatron.verify.golden_losses import (
     next_token_case,
     source_gradients,
 )
-from llada_megatron.verify.golden_post import GROUPS, check_case
 from llada_megatron.verify.golden_set import REMEDY, Golden, load
 
 __all__ = ["TOLERANCES", "CaseResult", "GoldenReport", "check"]
@@ -118,9 +118,15 @@ def _grouped(golden: Golden, report: GoldenReport, cases: dict[str, dict[str, An
     unserved: Counter[str] = Counter()
     for name, case in cases.items():
         group = str(case["group"])
-        result = check_case(golden, name, case) if group in GROUPS else None
+        result: CaseResult | str | None = None
+        if group in golden_decode.GROUPS:
+            result = golden_decode.check_case(golden, name, case)
+        elif group in golden_post.GROUPS:
+            result = golden_post.check_case(golden, name, case)
         if isinstance(result, CaseResult):
             report.cases.append(result)
+            if group in golden_decode.GROUPS:
+                continue  # all of public code; the README.md beside the cases names it
             source = f"{group}: {case.get('source', 'of unknown source')}"
             if case.get("source") != "reference code" and source not in report.derived:
                 report.derived.append(source)

@@ -28,7 +28,9 @@ from llada_megatron.verify.golden_set import REMEDY, Golden, Stored
 TOLERANCES = {
     "mask": 0.0,  # entries that differ
     "routing": 0.0,  # pairs of token and layer with another set of experts
-    "tokens": 0.0,  # greedy tokens that differ
+    "tokens": 0.0,  # greedy tokens that differ; of decoding also what was read, proposed and filled in
+    "forwards": 0.0,  # of decoding that differ in their kind, their positions or the number of changes
+    "confidence": 1e-4,  # probability that a decoding rule judged
     "lengths": 0.0,  # conversations with another length in blocks
     "logits": 1e-3,
     "hidden_states": 2e-4,

@@ -1,4 +1,4 @@
-"""The loop without a cache against the public reference's greedy block generation (tests/golden/README.md)."""
+"""The loop without a cache against the public reference's block generation (tests/golden/README.md)."""
 
 import json
 from pathlib import Path

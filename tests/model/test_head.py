@@ -15,6 +15,8 @@ FIGURES = {
     "confidence without 3": 3,
     "confidence at 0.25 without 3": 3,
     "top-1": 2,
+    "proposal": 2,
+    "proposal and entropy": 3,
     "logits": 0,
 }
 HIDDEN = 3
@@ -38,6 +40,12 @@ def expected_figures(name, logits_NV, labels_N):
     if name == "top-1":
         probability_N, choice_N = log_p_NV.exp().max(dim=-1)
         return torch.stack([choice_N, probability_N], dim=-1)
+    if name.startswith("proposal"):
+        is_hidden_V = torch.arange(logits_NV.shape[1]) == HIDDEN
+        choice_N = logits_NV.masked_fill(is_hidden_V, -1e9).argmax(dim=-1)
+        probability_N = log_p_NV.gather(1, choice_N[:, None])[:, 0].exp()
+        entropy_N = -(log_p_NV.exp() * log_p_NV).sum(dim=-1)
+        return torch.stack([choice_N, probability_N, entropy_N], dim=-1)[:, : FIGURES[name]]
     cross_entropy_N = -log_p_NV.gather(1, labels_N[:, None])[:, 0]
     if name == "cross entropy":
         return cross_entropy_N
@@ -71,6 +79,8 @@ def measured(tp):
         readout.without_token(readout.CONFIDENCE, HIDDEN),
         readout.without_token(readout.confidence(0.25), HIDDEN),
         readout.TOP_ONE,
+        readout.proposal(HIDDEN),
+        readout.proposal(HIDDEN, entropy=True),
         readout.LOGITS,
     ]
     try:
@@ -123,7 +133,7 @@ def differences(stage, group, readout, rows, chunk_tokens):
         config=stage.config,
     )
     found = {"shape": tuple(figures.shape), "figures": relative(figures, expected)}
-    if readout.name == "top-1":
+    if readout.name == "top-1" or readout.name.startswith("proposal"):
         return found | {"choices": torch.equal(figures[:, 0], expected[:, 0])}
     slope = torch.randn(figures.shape, generator=generator)
     figures.backward(slope)

@@ -1,4 +1,4 @@
-"""The rules by name, and a rule from its name and settings as a command line or a configuration gives them."""
+"""The rules by name, and a rule from its name and the settings that a user gives."""
 
 from __future__ import annotations
 
@@ -8,11 +8,32 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import check_values, hints_of, rules_of
-from llada_megatron.generate.rules.filling import Quota, Threshold
+from llada_megatron.generate.rules.editing import JointThreshold
+from llada_megatron.generate.rules.filling import (
+    Credit,
+    EntropyBound,
+    FactorRule,
+    Hierarchical,
+    Klass,
+    Quota,
+    Threshold,
+)
+from llada_megatron.generate.rules.insertion import InDel
+from llada_megatron.generate.rules.sampling import Sampled, Sampling
 from llada_megatron.generate.rules.seen import Rule
 
-RULES: dict[str, type] = {"threshold": Threshold, "quota": Quota}
-"""Frozen dataclasses; see `Rule`."""
+RULES: dict[str, type[Rule]] = {
+    "threshold": Threshold,
+    "quota": Quota,
+    "factor": FactorRule,
+    "hierarchical": Hierarchical,
+    "credit": Credit,
+    "entropy": EntropyBound,
+    "klass": Klass,
+    "joint": JointThreshold,
+    "indel": InDel,
+}
+"""Frozen dataclasses of their settings; a setting that several have is of one kind and meaning."""
 
 
 @dataclass(frozen=True)
@@ -20,40 +41,47 @@ class Setting:
     """One setting of a rule."""
 
     kind: type
-    """bool, int, float or str."""
+    """bool, int or float."""
     default: Any
 
 
 def settings_of(name: str) -> dict[str, Setting]:
-    """The settings of a rule by name; raises BadInput for a rule that is none."""
-    kind = _kind(name)
-    hints = hints_of(kind)
-    return {each.name: Setting(rules_of(hints[each.name])[0], each.default) for each in fields(kind)}
+    """The settings of a rule, those of drawing tokens last; raises BadInput for a name that is none."""
+    if name not in RULES:
+        raise BadInput(f"There is no rule {name!r}: give {', '.join(RULES)}.")
+    return _settings(RULES[name]) | _settings(Sampling)
 
 
 def rule_of(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
     """The rule of a name with these settings, the others being its defaults.
 
-    Values may be text. Raises BadInput for a rule or a setting that is none, and for a value out of its range.
+    Values may be text. Raises BadInput for a rule or a setting that is none, and for a value out of its
+    range.
     """
     known = settings_of(name)
     values = {}
     for key, value in (settings or {}).items():
         if key not in known:
-            raise BadInput(f"Rule {name} has no setting {key}: give {' or '.join(known)}.")
-        values[key] = _value(f"{key} of rule {name}", value, known[key].kind)
-    rule = _kind(name)(**values)
+            raise BadInput(f"Rule {name} has no setting {key}: give {', '.join(known)}.")
+        values[key] = converted(f"{key} of rule {name}", value, known[key].kind)
+    drawing = {key: values.pop(key) for key in _settings(Sampling) if key in values}
+    rule, sampling = RULES[name](**values), Sampling(**drawing)
     check_values(rule)
+    check_values(sampling)
+    if sampling.temperature:
+        return Sampled(rule, sampling)
+    if sampling != Sampling():
+        raise BadInput(f"Nothing is drawn at temperature 0: give one above 0 with {' and '.join(drawing)}.")
     return rule
 
 
-def _kind(name: str) -> type:
-    if name not in RULES:
-        raise BadInput(f"There is no rule {name!r}: give {', '.join(RULES)}.")
-    return RULES[name]
+def _settings(kind: type) -> dict[str, Setting]:
+    hints = hints_of(kind)
+    return {each.name: Setting(rules_of(hints[each.name])[0], each.default) for each in fields(kind)}
 
 
-def _value(what: str, value: Any, kind: type) -> Any:
+def converted(what: str, value: Any, kind: type) -> Any:
+    """A bool, int or float from text or a number; raises BadInput, which calls it `what`, for another one."""
     if kind is bool:
         value = {"true": True, "false": False}.get(str(value).lower(), value)
         if isinstance(value, bool):
@@ -66,5 +94,5 @@ def _value(what: str, value: Any, kind: type) -> Any:
         else:
             if isinstance(value, str) or converted == value:
                 return converted
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
     raise BadInput(f"{what} is {value!r}: give {wanted}.")

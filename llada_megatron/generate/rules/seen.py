@@ -9,8 +9,8 @@ An engine (a loop, caches, batches, layouts) calls it once per forward of the bl
         tokens, state = change.tokens_m, change.state
         if change.is_done: break
 
-Keys and values of a block may be kept from a forward that read its final tokens: from the last one if that changed
-nothing (`change.is_done and not change.changes(seen)`), else from one more, which no rule sees.
+Keys and values of a block may be kept from a forward that read its final tokens: from the last one if that
+changed nothing (`change.is_done and not change.changes(seen)`), else from one more, which no rule sees.
 
 Legend: m positions of a block, k of them, V vocabulary.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Figures(StrEnum):
     entropy = "entropy"
     """Those, and the entropy of the distribution in nats."""
     logits = "logits"
-    """All logits of each row; what is above is computed from them on the host."""
+    """All logits of each row; the token and its probability are computed from them on the host."""
 
     def readout(self, mask_token_id: int) -> Readout:
         """The readout whose output `figures_of` takes."""
@@ -61,8 +61,8 @@ class Draws:
 class Seen:
     """What one forward read of one block and said about it.
 
-    A row that is given holds figures that mean nothing; so does one that is not masked, for a rule that does not
-    edit: no engine needs to apply the head to them.
+    A row that is given holds figures that mean nothing; so does one that is not masked, for a rule that does
+    not edit: no engine needs to apply the head to them.
     """
 
     tokens_m: np.ndarray
@@ -76,9 +76,9 @@ class Seen:
     probability_m: np.ndarray
     """float64: of `choice_m`, among all tokens."""
     entropy_m: np.ndarray | None = None
-    """float64, nats: where `rule.figures` is `entropy` or `logits`."""
+    """float64, nats: where `rule.figures` is `entropy`."""
     logits_mV: np.ndarray | None = None
-    """float32 or float64: where `rule.figures` is `logits`."""
+    """float32: where `rule.figures` is `logits`."""
     step: int = 0
     """Forwards that this block has had before."""
     first: int = 0
@@ -94,7 +94,7 @@ class Change:
     tokens_m: np.ndarray
     """int64, an array of its own."""
     is_done: bool
-    """`tokens_m` is final. A rule that edits may go on without any mask, one that does not is done without."""
+    """`tokens_m` is final. A rule that edits may go on without masks; one that does not is done then."""
     state: Any = None
     """Handed back with the block's next forward."""
 
@@ -103,55 +103,71 @@ class Change:
         return not np.array_equal(self.tokens_m, seen.tokens_m)
 
 
-class Rule(Protocol):
-    """A frozen dataclass with the rule's settings as its fields, which `rule_of` checks.
+class Rule:
+    """A frozen dataclass whose fields are its settings, with their ranges, which `rule_of` checks.
 
-    After some number of forwards of its own it is done, whatever the model says; until then each forward fills a
-    masked position or is counted against a limit.
+    `step` is what an engine calls; a rule defines `decide`, and `read` where it decides on other figures than
+    the model's own. It must be done after some number of forwards whatever the model says: each forward that
+    it is not fills a masked position or counts against a limit.
     """
 
     @property
     def figures(self) -> Figures:
-        """What it reads of the head."""
+        """What it needs of the head."""
+        return Figures.top_one
 
     @property
     def edits(self) -> bool:
         """Whether it may change tokens that are neither masked nor given."""
+        return False
+
+    def read(self, seen: Seen, state: Any) -> tuple[Seen, Any]:
+        """What it decides on: figures in the place of the model's, and the state that goes with them."""
+        return seen, state
+
+    def decide(self, seen: Seen, state: Any) -> Change:
+        """What becomes of the block, of what `read` returned."""
+        raise NotImplementedError
 
     def step(self, seen: Seen, state: Any) -> Change:
-        """The block after one forward; state: None at the block's first, then what the last one returned."""
-
-
-def proposed(logits_mV: np.ndarray, *hidden: int) -> tuple[np.ndarray, np.ndarray]:
-    """The most probable token but for the `hidden` ones, int64 [m], and its probability among all, float64 [m]."""
-    allowed_mV = logits_mV.astype(np.float64)
-    log_sum_m = log_sum_exp(allowed_mV)
-    allowed_mV[:, list(hidden)] = -np.inf
-    choice_m = allowed_mV.argmax(axis=-1)
-    return choice_m, np.exp(allowed_mV[np.arange(len(choice_m)), choice_m] - log_sum_m)
-
-
-def log_sum_exp(logits_mV: np.ndarray) -> np.ndarray:
-    """float64 [m]."""
-    largest_m1 = logits_mV.max(axis=-1, keepdims=True)
-    return np.log(np.exp(logits_mV - largest_m1).sum(axis=-1)) + largest_m1[:, 0]
+        """The block after a forward; state: None at the block's first, then what the last change brought."""
+        return self.decide(*self.read(seen, state))
 
 
 def figures_of(figures: Figures, output_mC: np.ndarray, mask_token_id: int) -> dict[str, np.ndarray]:
     """The fields of `Seen` that the output of `figures.readout(mask_token_id)` holds, for its m rows."""
-    if figures is not Figures.logits:
-        named = zip(("choice_m", "probability_m", "entropy_m"), output_mC.astype(np.float64).T, strict=False)
-        found = dict(named)
-        return found | {"choice_m": found["choice_m"].astype(np.int64)}
-    logits_mV = output_mC.astype(np.float64)
-    choice_m, probability_m = proposed(logits_mV, mask_token_id)
-    log_p_mV = logits_mV - log_sum_exp(logits_mV)[:, None]
-    return {
-        "choice_m": choice_m,
-        "probability_m": probability_m,
-        "entropy_m": -(np.exp(log_p_mV) * log_p_mV).sum(axis=-1),
-        "logits_mV": logits_mV,
-    }
+    if figures is Figures.logits:
+        logits_mV = output_mC.astype(np.float32)
+        choice_m, probability_m = proposed(logits_mV, mask_token_id)
+        return {"choice_m": choice_m, "probability_m": probability_m, "logits_mV": logits_mV}
+    columns = output_mC.astype(np.float64).T
+    found = dict(zip(("choice_m", "probability_m", "entropy_m"), columns, strict=False))
+    return found | {"choice_m": found["choice_m"].astype(np.int64)}
+
+
+def proposed(logits_mV: np.ndarray, *hidden: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable token but the `hidden` ones, int64 [m]; its probability among all, float64 [m]."""
+    choice_m = without(logits_mV, *hidden).argmax(axis=-1)
+    return choice_m, np.exp(log_probability(logits_mV)[np.arange(len(choice_m)), choice_m])
+
+
+def without(logits_mV: np.ndarray, *hidden: int) -> np.ndarray:
+    """A copy of the logits in which these tokens have none."""
+    allowed_mV = logits_mV.copy()
+    allowed_mV[:, [token for token in hidden if 0 <= token < logits_mV.shape[-1]]] = -np.inf
+    return allowed_mV
+
+
+def log_probability(logits_mV: np.ndarray) -> np.ndarray:
+    """log softmax, float64 [m, V]."""
+    shifted_mV = logits_mV.astype(np.float64) - logits_mV.max(axis=-1, keepdims=True)
+    return shifted_mV - np.log(np.exp(shifted_mV).sum(axis=-1, keepdims=True))
+
+
+def entropy(log_p_mV: np.ndarray) -> np.ndarray:
+    """float64 [m], nats; what has no probability adds nothing."""
+    p_mV = np.exp(log_p_mV)
+    return -(p_mV * np.where(p_mV > 0, log_p_mV, 0)).sum(axis=-1)
 
 
 def filled(seen: Seen, accepted_k: np.ndarray, state: Any = None) -> Change:
@@ -161,3 +177,23 @@ def filled(seen: Seen, accepted_k: np.ndarray, state: Any = None) -> Change:
     is_masked_m = seen.is_masked_m.copy()
     is_masked_m[accepted_k] = False
     return Change(tokens_m, not is_masked_m.any(), state)
+
+
+def above(seen: Seen, threshold: float, need: int) -> np.ndarray:
+    """int64 [k]: masks with p > threshold if they are at least `need`, else the `need` most probable."""
+    masked_n = np.flatnonzero(seen.is_masked_m)
+    accepted_k = masked_n[seen.probability_m[masked_n] > threshold]
+    return accepted_k if len(accepted_k) >= need else most_probable(seen, masked_n)[:need]
+
+
+def most_probable(seen: Seen, among_n: np.ndarray) -> np.ndarray:
+    """int64 [n]: positions by falling probability, the first ones first among equals."""
+    return among_n[np.argsort(-seen.probability_m[among_n], kind="stable")]
+
+
+def share(total: int, steps: int, step: int) -> int:
+    """The share of forward `step` of `steps`: total // steps, one more in the first total % steps.
+
+    At least one; steps 0: one each.
+    """
+    return 1 if not steps else max(total // steps + int(step < total % steps), 1)
