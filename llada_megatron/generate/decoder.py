@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.utils import get_attr_wrapped_model
 
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
@@ -103,6 +104,8 @@ class Decoder:
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
         self._replicas = parallel_state.get_data_parallel_world_size()
         self._replica = parallel_state.get_data_parallel_rank()
+        gathers = get_attr_wrapped_model(self.model, "config").moe_token_dispatcher_type == "allgather"
+        self._even = gathers and self._replicas > 1
         self._keys: tuple[Any, PooledKeys, torch.Tensor] | None = None
 
     @property
@@ -118,9 +121,9 @@ class Decoder:
         it by its number, when it is its turn; `check` says so beforehand.
         """
         mine = (
-            (number, prompt)
-            for number, prompt in enumerate(prompts)
-            if number % self._replicas == self._replica
+            _numbered(place, prompt)
+            for place, prompt in enumerate(prompts)
+            if place % self._replicas == self._replica
         )
         batch = _Batch(self, mine, limits)
         try:
@@ -135,7 +138,7 @@ class Decoder:
 
     def check(self, number: int, prompt: Prompt | Sequence[int], limits: Limits) -> Running:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
-        prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+        number, prompt = _numbered(number, prompt)
         running = Running(
             number,
             prompt,
@@ -183,7 +186,7 @@ class Decoder:
                 if result is not None:
                     done.append(result)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, feeds: list[Feed]) -> np.ndarray:
         """The head's figures for the rows that the rule reads, [N, C]. Without feeds the other replicas'
         experts are served all the same: ranks of one expert-parallel group call the model equally often.
@@ -192,7 +195,7 @@ class Decoder:
         tokens = [feed.running.tokens[feed.running.kept : feed.stop] for feed in feeds]
         ends = np.cumsum([len(each) for each in tokens], dtype=np.int64)
         S = int(ends[-1]) if feeds else 0
-        if unused := -S % self._tp or (0 if S else self._tp):  # sequence parallelism splits the rows evenly
+        if unused := self._rows_beside(S):
             parts.append((0, np.full(unused, self._unused_place)))
             tokens.append(np.zeros(unused, np.int64))
         chosen = [end - feed.stop + feed.rows for end, feed in zip(ends, feeds, strict=True)]
@@ -211,6 +214,17 @@ class Decoder:
         self.counts.rows += S
         return (output if output.dtype is torch.float64 else output.float()).cpu().numpy()
 
+    def _rows_beside(self, S: int) -> int:
+        """Rows that belong to no sequence: without any the experts of other replicas would wait, sequence
+        parallelism splits them evenly, and the dispatcher `allgather` wants as many on every rank.
+        """
+        rows = -(-max(S, 1) // self._tp) * self._tp
+        if self._even:
+            most = torch.tensor(rows, device=device.device())
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+            rows = int(most)
+        return rows - S
+
     def _keys_of(self, parts: list[tuple[int, np.ndarray]]) -> tuple[PooledKeys, torch.Tensor]:
         """The keys and the positions of the rows, [1, S]: the last forward's, as long as no block is done."""
         asked = [(kept, places.tobytes()) for kept, places in parts]
@@ -226,12 +240,15 @@ _REFUSED = {
 }
 
 
+def _numbered(place: int, prompt: Prompt | Sequence[int]) -> tuple[int, Prompt]:
+    prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+    return place if prompt.number is None else prompt.number, prompt
+
+
 class _Batch:
     """The sequences at hand, oldest first, and those that wait."""
 
-    def __init__(
-        self, decoder: Decoder, prompts: Iterator[tuple[int, Prompt | Sequence[int]]], limits: Limits
-    ) -> None:
+    def __init__(self, decoder: Decoder, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> None:
         self.decoder, self.pages, self.limits = decoder, decoder.pages, limits
         self.running: list[Running] = []
         self._put_back: deque[Running] = deque()

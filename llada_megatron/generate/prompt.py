@@ -17,6 +17,8 @@ class Prompt:
     tokens: Sequence[int] | npt.NDArray[np.int64]
     has_holes: bool = False
     """Mask tokens among them are filled; else they are refused."""
+    number: int | None = None
+    """Names it in results and decides its draws; None: its place among the prompts, from 0."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,236 @@
+"""`llada generate`: what a model writes after prompts, with a cache, in batches, in any layout of one
+pp_stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.foreign import parse_json, read_bytes
+
+if TYPE_CHECKING:
+    from llada_megatron.config.schema import Config
+    from llada_megatron.data.chat import ChatEncoder
+    from llada_megatron.data.tokenizer import Tokenizer
+    from llada_megatron.record.manifest import Checkpoint
+
+EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
+RULE_SETTINGS = (
+    "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
+    "credit_beta", "credit_gamma", "kl_threshold", "kl_history", "edit_threshold", "max_post_edits",
+    "at_least", "penalty_lambda", "delete_id", "split_id", "temperature", "top_k", "top_p",
+    "plain_confidence",
+)  # fmt: skip
+"""Of all rules (generate/rules/registry.py), whose module takes torch along."""
+READS = "a line is an object with `prompt` (text), `messages` (a chat) or `tokens` (ids)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run: its newest")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="once for each prompt")
+    prompts.add_argument("--input", type=Path, metavar="FILE", help=f"JSON lines: {READS}")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines; default: texts are printed")
+    parser.add_argument("--chat", action="store_true", help="prompts are a user's: apply the chat template")
+    parser.add_argument("--chat-template", metavar="NAME", help="llada2, plain or a file; default: its own")
+    for name, default, what in (
+        ("max-new-tokens", 256, "of a prompt"),
+        ("max-forwards", 0, "of a prompt, 0: no limit"),
+        ("batch", 8, "prompts of a forward"),
+        ("max-cached-tokens", 0, "of all prompts at hand, 0: as many as they can have"),
+        ("seed", 0, "of draws"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})"
+        )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
+    parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")
+    add_rule_arguments(parser)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
+
+
+def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--rule`, and an option for each setting that some rule has."""
+    rules = parser.add_argument_group("rule", "which tokens a forward changes, docs/decoding.md")
+    rules.add_argument("--rule", default="threshold", metavar="NAME", help="default threshold")
+    for name in RULE_SETTINGS:
+        rules.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode and write: 0; BadInput for a checkpoint, prompts, rule or layout that do not fit."""
+    from llada_megatron.runtime.launch import launch
+
+    config, job = prepare(args)
+    lines, figures = launch(
+        _on_this_rank, config, job, processes=config.layout.processes, preload="llada_megatron.generate.job"
+    )[0]
+    for number, line in enumerate(lines):
+        print("\n" * bool(number) + json.loads(line)["text"])
+    print(
+        f"{figures['prompts']} prompts, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
+        f" ({figures['tokens'] / figures['seconds']:.1f} tokens/s, {figures['tokens_per_forward']:.2f} a"
+        f" forward), cache {figures['cache_bytes'] / 2**20:.1f} MiB per rank",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
+    from llada_megatron.generate.job import Job, decode
+
+    return decode(config, Job(**job))
+
+
+def prepare(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the arguments of Job; BadInput for what cannot be served.
+
+    Job itself takes torch along, which the ranks' parent has imported already.
+    """
+    from llada_megatron.data.tokenizer import load_tokenizer
+    from llada_megatron.record.manifest import find
+
+    for name, least in (("max_new_tokens", 1), ("batch", 1), ("max_forwards", 0), ("max_cached_tokens", 0)):
+        if getattr(args, name) < least:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
+    checkpoint = find(args.checkpoint)
+    config = configuration(checkpoint, args.overrides)
+    name = tokenizer_of(checkpoint, config, args.overrides)
+    tokenizer = load_tokenizer(name)
+    records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
+    encoder = chat_encoder(args.chat_template, name, tokenizer) if args.chat else None
+    ends = [] if tokenizer.end_of_document_id is None else [tokenizer.end_of_document_id]
+    if encoder and (end := encoder.end_of_answer([{"role": "user", "content": "."}])) is not None:
+        ends.append(end)
+    return config, dict(
+        checkpoint=checkpoint.path,
+        records=records,
+        prompts=[_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)],
+        rule=args.rule,
+        settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
+        new_tokens=args.max_new_tokens,
+        end_tokens=ends,
+        strings=args.stop,
+        max_forwards=args.max_forwards,
+        block_size=block_size_for(checkpoint, args.block_size),
+        tokenizer=name,
+        output=args.output,
+        batch=args.batch,
+        max_cached_tokens=args.max_cached_tokens,
+        seed=args.seed,
+    )
+
+
+def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
+    """The checkpoint's configuration on one process, or in the layout that the overrides ask for."""
+    from llada_megatron.config import compose
+    from llada_megatron.config.layout_rules import check_layout
+
+    saved = dict(checkpoint.manifest.config)
+    if "data" not in saved:  # no run wrote it, and its model alone is known
+        saved |= {"run": {"name": "generate"}, "optimizer": {"lr": 0.0}, "data": _context(checkpoint)}
+    config = compose.elsewhere(saved, overrides)
+    for axis in ("pp", "cp"):
+        if getattr(config.layout, axis) > 1:
+            raise BadInput(f"Decoding serves tp, ep and dp, not {axis}: set layout.{axis}=1.")
+    check_layout(config)
+    return config
+
+
+def _context(checkpoint: Checkpoint) -> dict[str, Any]:
+    """As many positions as config.json says that the model was trained for."""
+    from llada_megatron.record.carried import folder_of
+
+    folder = folder_of(checkpoint)
+    path = folder / "config.json" if folder else None
+    described = parse_json(read_bytes(path, "mend it")) if path and path.is_file() else {}
+    positions = described.get("max_position_embeddings") if isinstance(described, dict) else None
+    return {"sequence_length": positions} if isinstance(positions, int) else {}
+
+
+def tokenizer_of(checkpoint: Checkpoint, config: Config, overrides: list[str]) -> str:
+    """The tokenizer.json that came with the weights, unless a setting names another one."""
+    from llada_megatron.record.carried import folder_of
+
+    carried = (folder_of(checkpoint) or Path()) / "tokenizer.json"
+    is_named = any(each.startswith("data.tokenizer=") for each in overrides)
+    return str(carried) if carried.is_file() and not is_named else config.data.tokenizer
+
+
+def chat_encoder(template: str | None, tokenizer_name: str, tokenizer: Tokenizer) -> ChatEncoder:
+    """What renders messages, by the template of that name or the one that came with the tokenizer."""
+    from llada_megatron.data.chat import ChatEncoder
+    from llada_megatron.data.chat_template import load_template
+
+    return ChatEncoder(load_template(template, tokenizer_name, tokenizer), tokenizer, only_last=True)
+
+
+def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:
+    """The block size to decode with; warns about one that the model was not trained with last."""
+    from llada_megatron.config.objectives import OBJECTIVES
+
+    manifest = checkpoint.manifest
+    stages = manifest.config.get("schedule", {}).get("stages", [])
+    objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
+    if objective in OBJECTIVES and OBJECTIVES[objective].causal:
+        raise BadInput(
+            f"{checkpoint.path} is of stage {manifest.stage}, an autoregressive model, which has not learnt"
+            " to fill masks: train it in a diffusion stage first."
+        )
+    trained = manifest.block_size
+    if asked is not None and asked < 1:
+        raise BadInput(f"--block-size {asked}: give at least 1.")
+    if not trained and asked is None:
+        raise BadInput(f"{checkpoint.path} does not say its block size: give --block-size, 32 for LLaDA2.")
+    if trained and asked not in (None, trained):
+        print(
+            f"warning: --block-size {asked} is not the {trained} that the model was trained with last",
+            file=sys.stderr,
+        )
+    return asked or trained
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; BadInput, with the line, for anything else."""
+    records = []
+    for number, line in enumerate(read_bytes(path, "give a file of prompts").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            raise BadInput(f"{path}, line {number} is not JSON ({error}): {READS}.") from None
+        if not isinstance(record, dict) or len({"prompt", "messages", "tokens"} & record.keys()) != 1:
+            raise BadInput(f"{path}, line {number} holds no prompt: {READS}.")
+        records.append(record)
+    if not records:
+        raise BadInput(f"{path} holds no prompts: {READS}.")
+    return records
+
+
+def _tokens(
+    number: int, record: dict[str, Any], tokenizer: Tokenizer, encoder: ChatEncoder | None, config: Config
+) -> list[int]:
+    """A prompt's ids; BadInput, with its number, for what is none."""
+    from llada_megatron.data.chat import messages_to_answer
+
+    try:
+        if "tokens" in record:
+            ids, limit = record["tokens"], config.model.vocab_size
+            if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < limit for each in ids):
+                raise BadInput(f"`tokens` is no list of ids below {limit}")
+            return ids
+        if "messages" in record and encoder is None:
+            raise BadInput("it is a chat: give --chat")
+        if encoder is not None:
+            return encoder.prompt(messages_to_answer(record))
+        if not isinstance(record["prompt"], str):
+            raise BadInput("`prompt` is not text")
+        return tokenizer.encode(record["prompt"])
+    except BadInput as fault:
+        raise BadInput(f"Prompt {number}: {str(fault).removesuffix('.')}.") from None
