@@ -6,6 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
     from llada_megatron.data.tokenizer import Tokenizer
     from llada_megatron.record.manifest import Checkpoint
 
+PRELOAD = "llada_megatron.generate.job"
+HUGGING_FACE = "hf:"
+LLADA2_BLOCK = 32
+"""Of LLaDA2.0's last stage (arXiv 2512.15745), which its config.json does not say."""
 EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
 RULE_SETTINGS = (
     "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
@@ -26,12 +33,15 @@ RULE_SETTINGS = (
     "plain_confidence",
 )  # fmt: skip
 """Of all rules (generate/rules/registry.py), whose module takes torch along."""
+NO_TOKENIZER = "no tokenizer.json came with the checkpoint: set data.tokenizer, or give `tokens`"
 READS = "a line is an object with `prompt` (text), `messages` (a chat) or `tokens` (ids)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run: its newest")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run: its newest, or hf:FOLDER"
+    )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="once for each prompt")
     prompts.add_argument("--input", type=Path, metavar="FILE", help=f"JSON lines: {READS}")
@@ -66,12 +76,14 @@ def run(args: argparse.Namespace) -> int:
     """Decode and write: 0; BadInput for a checkpoint, prompts, rule or layout that do not fit."""
     from llada_megatron.runtime.launch import launch
 
-    config, job = prepare(args)
-    lines, figures = launch(
-        _on_this_rank, config, job, processes=config.layout.processes, preload="llada_megatron.generate.job"
-    )[0]
+    with opened(args.checkpoint, args.overrides) as checkpoint:
+        config, job = prepare(args, checkpoint)
+        lines, figures = launch(
+            _on_this_rank, config, job, processes=config.layout.processes, preload=PRELOAD
+        )[0]
     for number, line in enumerate(lines):
-        print("\n" * bool(number) + json.loads(line)["text"])
+        said = json.loads(line)
+        print("\n" * bool(number) + (said["text"] if said["text"] is not None else str(said["tokens"])))
     print(
         f"{figures['prompts']} prompts, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
         f" ({figures['tokens'] / figures['seconds']:.1f} tokens/s, {figures['tokens_per_forward']:.2f} a"
@@ -87,24 +99,61 @@ def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[str], dict[
     return decode(config, Job(**job))
 
 
-def prepare(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
+@contextmanager
+def opened(where: str, overrides: list[str]) -> Iterator[Checkpoint]:
+    """The checkpoint, or the run's newest, at a path; of `hf:DIR` one that is converted and lasts as long.
+
+    Raises BadInput where there is none, and for a folder that cannot be converted.
+    """
+    from llada_megatron.record.manifest import find
+    from llada_megatron.runtime.launch import launch
+
+    if not where.startswith(HUGGING_FACE):
+        yield find(where)
+        return
+    mask = next(
+        (each.split("=", 1)[1] for each in overrides if each.startswith("model.mask_token_id=")), None
+    )
+    with tempfile.TemporaryDirectory(prefix="llada_generate_") as folder:
+        target = Path(folder) / "checkpoint"
+        source = Path(where.removeprefix(HUGGING_FACE))
+        launch(_convert, source, target, mask, processes=1, preload=PRELOAD)
+        yield find(str(target))
+
+
+def _convert(source: Path, target: Path, mask_token_id: str | None) -> None:
+    from llada_megatron.config.schema import LayoutConfig
+    from llada_megatron.convert.conversion import hf_to_mcore
+    from llada_megatron.parallel import groups
+
+    groups.initialize(LayoutConfig())
+    try:
+        hf_to_mcore(
+            source, target, mask_token_id=None if mask_token_id is None else int(mask_token_id)
+        ).require()
+    finally:
+        groups.destroy()
+
+
+def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, dict[str, Any]]:
     """The configuration and the arguments of Job; BadInput for what cannot be served.
 
     Job itself takes torch along, which the ranks' parent has imported already.
     """
-    from llada_megatron.data.tokenizer import load_tokenizer
-    from llada_megatron.record.manifest import find
+    from llada_megatron.data.tokenizer import check_vocabulary, load_tokenizer
 
     for name, least in (("max_new_tokens", 1), ("batch", 1), ("max_forwards", 0), ("max_cached_tokens", 0)):
         if getattr(args, name) < least:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
-    checkpoint = find(args.checkpoint)
     config = configuration(checkpoint, args.overrides)
     name = tokenizer_of(checkpoint, config, args.overrides)
-    tokenizer = load_tokenizer(name)
+    tokenizer: Tokenizer | None = None
+    if name is not None:
+        check_vocabulary(name, config.model.vocab_size)
+        tokenizer = load_tokenizer(name)
     records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
     encoder = chat_encoder(args.chat_template, name, tokenizer) if args.chat else None
-    ends = [] if tokenizer.end_of_document_id is None else [tokenizer.end_of_document_id]
+    ends = [] if tokenizer is None or tokenizer.end_of_document_id is None else [tokenizer.end_of_document_id]
     if encoder and (end := encoder.end_of_answer([{"role": "user", "content": "."}])) is not None:
         ends.append(end)
     return config, dict(
@@ -153,17 +202,26 @@ def _context(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"sequence_length": positions} if isinstance(positions, int) else {}
 
 
-def tokenizer_of(checkpoint: Checkpoint, config: Config, overrides: list[str]) -> str:
-    """The tokenizer.json that came with the weights, unless a setting names another one."""
+def tokenizer_of(checkpoint: Checkpoint, config: Config, overrides: list[str]) -> str | None:
+    """The tokenizer.json that came with the weights, unless a setting names another one; else the run's.
+
+    None where no run was, and none came.
+    """
     from llada_megatron.record.carried import folder_of
 
     carried = (folder_of(checkpoint) or Path()) / "tokenizer.json"
     is_named = any(each.startswith("data.tokenizer=") for each in overrides)
-    return str(carried) if carried.is_file() and not is_named else config.data.tokenizer
+    if carried.is_file() and not is_named:
+        return str(carried)
+    return config.data.tokenizer if is_named or "data" in checkpoint.manifest.config else None
 
 
-def chat_encoder(template: str | None, tokenizer_name: str, tokenizer: Tokenizer) -> ChatEncoder:
+def chat_encoder(
+    template: str | None, tokenizer_name: str | None, tokenizer: Tokenizer | None
+) -> ChatEncoder:
     """What renders messages, by the template of that name or the one that came with the tokenizer."""
+    if tokenizer_name is None or tokenizer is None:
+        raise BadInput(f"--chat needs a tokenizer: {NO_TOKENIZER}.")
     from llada_megatron.data.chat import ChatEncoder
     from llada_megatron.data.chat_template import load_template
 
@@ -183,10 +241,12 @@ def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:
             " to fill masks: train it in a diffusion stage first."
         )
     trained = manifest.block_size
+    if not trained and str(manifest.lineage.get("architecture")).startswith("LLaDA2"):
+        trained = LLADA2_BLOCK
     if asked is not None and asked < 1:
         raise BadInput(f"--block-size {asked}: give at least 1.")
     if not trained and asked is None:
-        raise BadInput(f"{checkpoint.path} does not say its block size: give --block-size, 32 for LLaDA2.")
+        raise BadInput(f"{checkpoint.path} does not say its block size: give --block-size.")
     if trained and asked not in (None, trained):
         print(
             f"warning: --block-size {asked} is not the {trained} that the model was trained with last",
@@ -214,7 +274,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _tokens(
-    number: int, record: dict[str, Any], tokenizer: Tokenizer, encoder: ChatEncoder | None, config: Config
+    number: int,
+    record: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    encoder: ChatEncoder | None,
+    config: Config,
 ) -> list[int]:
     """A prompt's ids; BadInput, with its number, for what is none."""
     from llada_megatron.data.chat import messages_to_answer
@@ -229,6 +293,8 @@ def _tokens(
             raise BadInput("it is a chat: give --chat")
         if encoder is not None:
             return encoder.prompt(messages_to_answer(record))
+        if tokenizer is None:
+            raise BadInput(NO_TOKENIZER)
         if not isinstance(record["prompt"], str):
             raise BadInput("`prompt` is not text")
         return tokenizer.encode(record["prompt"])

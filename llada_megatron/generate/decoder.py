@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
 from llada_megatron.generate.pages import Pages
-from llada_megatron.generate.prompt import BlockChanged, Event, Limits, Prompt, Result
+from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, Result
 from llada_megatron.generate.rules import Rule
 from llada_megatron.generate.running import Running, Text
 from llada_megatron.model.inputs import ModelInputs
@@ -113,7 +113,7 @@ class Decoder:
         """What the keys and values take on this rank, once there was a forward."""
         return self._pool.bytes
 
-    def run(self, prompts: Iterable[Prompt | Sequence[int]], limits: Limits = Limits()) -> Iterator[Event]:  # noqa: B008
+    def run(self, prompts: Iterable[Prompt | Ids], limits: Limits = Limits()) -> Iterator[Event]:  # noqa: B008
         """Each change of a block as it happens, and each result as it is there: not in the order of the
         prompts.
 
@@ -131,12 +131,12 @@ class Decoder:
         finally:
             batch.leave_all()
 
-    def results(self, prompts: Iterable[Prompt | Sequence[int]], limits: Limits = Limits()) -> list[Result]:  # noqa: B008
+    def results(self, prompts: Iterable[Prompt | Ids], limits: Limits = Limits()) -> list[Result]:  # noqa: B008
         """The results of all prompts, in their order."""
         found = [event for event in self.run(prompts, limits) if isinstance(event, Result)]
         return sorted(found, key=lambda result: result.prompt)
 
-    def check(self, number: int, prompt: Prompt | Sequence[int], limits: Limits) -> Running:
+    def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
         number, prompt = _numbered(number, prompt)
         running = Running(
@@ -240,7 +240,7 @@ _REFUSED = {
 }
 
 
-def _numbered(place: int, prompt: Prompt | Sequence[int]) -> tuple[int, Prompt]:
+def _numbered(place: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
     prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
     return place if prompt.number is None else prompt.number, prompt
 
@@ -268,6 +268,7 @@ class _Batch:
                 self._put_back.appendleft(waiting)
                 break
             self.running.append(waiting)
+            self.decoder.counts.shared_tokens += waiting.kept
         return done
 
     def _next(self) -> Running | None:
@@ -285,7 +286,6 @@ class _Batch:
                 break
             running.pages.append(page)
         running.kept = len(running.pages) * size
-        self.decoder.counts.shared_tokens += running.kept
 
     def _missing(self, running: Running, stop: int) -> int:
         return -(-stop // self.decoder.block_size) - len(running.pages)

@@ -38,7 +38,8 @@ class Job:
     rule: str
     settings: Mapping[str, str]
     block_size: int
-    tokenizer: str
+    tokenizer: str | None
+    """Without one there are no texts."""
     new_tokens: int
     end_tokens: Sequence[int] = ()
     strings: Sequence[str] = ()
@@ -81,7 +82,7 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
             batch=job.batch,
             max_cached_tokens=job.max_cached_tokens,
             seed=job.seed,
-            text=load_tokenizer(job.tokenizer).decode,
+            text=None if job.tokenizer is None else load_tokenizer(job.tokenizer).decode,
         )
         for number, tokens in enumerate(job.prompts):
             decoder.check(number, tokens, job.limits)

@@ -10,7 +10,7 @@ from llada_megatron import cli
 from llada_megatron.commands.generate import RULE_SETTINGS
 
 OLD = Path(__file__).parents[1] / "old_run"
-RECORDS = [{"prompt": "The cat", "id": "a"}, {"prompt": ""}, {"tokens": [84, 104, 101]}, {"prompt": "né" * 9}]
+RECORDS = [{"prompt": "The cat", "id": "a"}, {"prompt": ""}, {"tokens": [84, 104, 101]}, {"prompt": "né" * 3}]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,11 @@ def interrupted(run, prompts, output, whole) -> str:
     """The first line that the command leaves behind when it is interrupted."""
     from llada_megatron.commands.generate import prepare
     from llada_megatron.generate.job import Job
+    from llada_megatron.record.manifest import find
 
     arguments = ["--input", prompts, "--output", str(output), "--max-new-tokens", "9"]
     _, args = cli.parse("generate", [run, *arguments, "--temperature", "0.8", "--seed", "4"])
-    return json.dumps({"job": Job(**prepare(args)[1]).identity}) + "\n"
+    return json.dumps({"job": Job(**prepare(args, find(run))[1]).identity}) + "\n"
 
 
 def test_texts_are_printed_and_a_chat_is_rendered(run, capsys):
@@ -145,3 +146,40 @@ def test_an_autoregressive_checkpoint_is_refused_and_another_block_size_is_a_war
     ):
         with pytest.raises(BadInput, match=said):
             block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **change)), None)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.slow
+def test_a_hugging_face_folder_is_decoded_as_the_public_code_decodes_it(tmp_path, capsys):
+    """The reference's `generate` on its own checkpoint (tests/golden/README.md)."""
+    from safetensors import safe_open
+
+    cases = json.loads((GOLDEN / "cases.json").read_text())
+    name, case = next(
+        (name, case)
+        for name, case in cases["generation"].items()
+        if case["eos_id"] >= 1_000_000 and case["steps"] == case["block_length"]
+    )
+    with safe_open(str(GOLDEN / "cases.safetensors"), "np") as tensors:
+        prompt, expected = (
+            tensors.get_tensor(f"gen.{name}.{part}").tolist() for part in ("prompt", "output")
+        )
+    (tmp_path / "in.jsonl").write_text(json.dumps({"tokens": prompt}))
+    command = ["generate", f"hf:{GOLDEN}", "--input", str(tmp_path / "in.jsonl"), "--rule", "quota"]
+    options = {
+        "--max-new-tokens": len(expected),
+        "--block-size": case["block_length"],
+        "--threshold": case["threshold"],
+        "--output": tmp_path / "out.jsonl",
+    }
+    command += [f"model.mask_token_id={cases['mask_token_id']}"]
+    command += [str(part) for pair in options.items() for part in pair]
+    assert cli.main(command) == 0
+    line = json.loads((tmp_path / "out.jsonl").read_text())
+    assert line["tokens"] == expected and line["text"] is None
+    assert line["forwards"]["denoise"] == case["n_forward"]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "text"}))
+    assert cli.main(command) == 2
+    assert "Prompt 0: no tokenizer.json came with the checkpoint" in capsys.readouterr().err

@@ -151,7 +151,7 @@ def test_holes_are_filled_and_what_was_given_stays(model):
     expected, forwards = reference_loop(model, Canvas(tokens.copy(), 4, MASK), RULE)
     (result,) = decoder(model).results([Prompt(tokens, has_holes=True)], Limits(new_tokens=0))
     np.testing.assert_array_equal(result.tokens, expected)
-    assert (result.filled, result.forwards["denoise"], result.stop) == (7, forwards, Stop.length)
+    assert (result.generated, result.forwards["denoise"], result.stop) == (7, forwards, Stop.length)
     (untouched,) = decoder(model).results([Prompt(expected, has_holes=True)], Limits(new_tokens=0))
     np.testing.assert_array_equal(untouched.tokens, expected)
 
@@ -193,6 +193,17 @@ def test_decoding_ends_at_an_end_token_a_string_the_length_the_context_or_after_
     assert (
         result.tokens.tolist() == whole.tokens[: len(result.tokens)].tolist() and 1 <= len(result.tokens) < 30
     )
+
+
+@pytest.mark.usefixtures("model")  # its process groups
+def test_a_model_in_bf16_keeps_its_keys_in_bf16_and_decodes_the_same_tokens():
+    half = tiny(settings("precision=bf16"))
+    ours = decoder(half, max_cached_tokens=64)
+    for length in (9, 16):
+        prompt = prompt_of(length)
+        (result,) = ours.results([prompt], Limits(new_tokens=8))
+        np.testing.assert_array_equal(result.tokens, uncached(half, prompt, 8, 4, RULE)[0])
+    assert ours.cache_bytes == 2 * 4 * (64 + 1) * 2 * 32 * 2
 
 
 def test_the_cache_takes_the_bytes_that_are_known_beforehand(model):
