@@ -2,7 +2,8 @@
 
 For each rule the same prompts are decoded by `Decoder`, one at a time and in a batch, and by the loop without
 a cache, whose tokens they must equal. The bound of the first is one forward of a block's rows alone for each
-forward that there was: its matrix products read every weight that the rows need, history or not.
+forward that there was: its matrix products read every weight that the rows need, history or not. Seconds on a
+CPU are those that one thread computed, so that other processes cost nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class Setting:
     prompt_tokens: int
     new_tokens: int
     batch: int
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
             f"{setting.prompt_tokens} tokens of a prompt and {setting.new_tokens} new ones are more than the"
             f" context of {length}: ask for fewer (--prompt-tokens, --new-tokens)."
         )
-    groups.initialize(LayoutConfig(), threads=setting.threads)
+    groups.initialize(LayoutConfig(), threads=1)
     try:
         stages = load_model(config, checkpoint) if checkpoint else build_model(config)
         model = stages[0].eval().requires_grad_(False)
@@ -87,7 +87,6 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
         groups.destroy()
     record = {
         "device": device.name(),
-        "threads": setting.threads,
         "block_size": setting.block_size,
         "prompt_tokens": setting.prompt_tokens,
         "new_tokens": setting.new_tokens,
@@ -112,9 +111,7 @@ def forward_seconds(model: torch.nn.Module, rows: int) -> float:
     )
     seconds = []
     for _ in range(FORWARDS):
-        began = device.seconds()
-        model(inputs)
-        seconds.append(device.seconds() - began)
+        seconds.append(device.timed(lambda: model(inputs))[1])
     return statistics.median(seconds)
 
 
@@ -149,9 +146,8 @@ def _measure(
     length = -(-(setting.prompt_tokens + setting.new_tokens) // setting.block_size) * setting.block_size
     tokens = np.full(length, mask)
     tokens[: setting.prompt_tokens] = prompts[0]
-    began = device.seconds()
-    filled, _ = reference_loop(model, Canvas(tokens, setting.block_size, mask), rule, Draws(0))
-    uncached_sec = device.seconds() - began
+    canvas = Canvas(tokens, setting.block_size, mask)
+    (filled, _), uncached_sec = device.timed(lambda: reference_loop(model, canvas, rule, Draws(0)))
     expected = filled[setting.prompt_tokens :][: setting.new_tokens]
     equal = all(np.array_equal(result.tokens, expected) for result in (alone[0], together[0]))
     speed, batch_speed = len(expected) / alone_sec, len(together) * len(expected) / together_sec
@@ -188,9 +184,7 @@ def _decoded(
         context=config.data.sequence_length,
         batch=batch,
     )
-    began = device.seconds()
-    results = decoder.results(prompts, Limits(new_tokens=setting.new_tokens))
-    return results, device.seconds() - began
+    return device.timed(lambda: decoder.results(prompts, Limits(new_tokens=setting.new_tokens)))
 
 
 def _print(record: dict[str, Any]) -> None:

@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("prompt-tokens", 512, "of each prompt"),
         ("new-tokens", 512, "behind each prompt"),
         ("batch", 8, "prompts at a time"),
-        ("threads", 1, "of the CPU"),
     ):
         decode.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})"
@@ -71,7 +70,7 @@ def _decode(args: argparse.Namespace) -> int:
     from llada_megatron.commands.generate import block_size_for, configuration, opened
     from llada_megatron.config.compose import compose
 
-    for name in ("prompt_tokens", "new_tokens", "batch", "threads"):
+    for name in ("prompt_tokens", "new_tokens", "batch"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1.")
     if args.checkpoint and "=" in args.checkpoint:
@@ -80,7 +79,7 @@ def _decode(args: argparse.Namespace) -> int:
 
     def measured(path: Path | None, config: Config, block_size: int) -> int:
         tokens = args.prompt_tokens, args.new_tokens
-        setting = decode.Setting(args.rules.split(","), block_size, *tokens, args.batch, args.threads)
+        setting = decode.Setting(args.rules.split(","), block_size, *tokens, args.batch)
         return decode.run(config, path, setting, args.json)
 
     if not args.checkpoint:

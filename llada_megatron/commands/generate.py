@@ -39,19 +39,22 @@ READS = "a line is an object with `prompt` (text), `messages` (a chat) or `token
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run: its newest, or hf:FOLDER"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="or a run: its newest, or hf:FOLDER")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="once for each prompt")
     prompts.add_argument("--input", type=Path, metavar="FILE", help=f"JSON lines: {READS}")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines; default: texts are printed")
     parser.add_argument("--chat", action="store_true", help="prompts are a user's: apply the chat template")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of a forward (default 8)")
+    add_decoding_arguments(parser, new_tokens=256)
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
+    """How it is decoded, whatever is: limits, the cache, the rule and settings."""
     parser.add_argument("--chat-template", metavar="NAME", help="llada2, plain or a file; default: its own")
     for name, default, what in (
-        ("max-new-tokens", 256, "of a prompt"),
+        ("max-new-tokens", new_tokens, "of a prompt"),
         ("max-forwards", 0, "of a prompt, 0: no limit"),
-        ("batch", 8, "prompts of a forward"),
         ("max-cached-tokens", 0, "of all prompts at hand, 0: as many as they can have"),
         ("seed", 0, "of draws"),
     ):
@@ -60,16 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
     parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")
-    add_rule_arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
-
-
-def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--rule`, and an option for each setting that some rule has."""
     rules = parser.add_argument_group("rule", "which tokens a forward changes, docs/decoding.md")
     rules.add_argument("--rule", default="threshold", metavar="NAME", help="default threshold")
     for name in RULE_SETTINGS:
         rules.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,39 +138,52 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, d
 
     Job itself takes torch along, which the ranks' parent has imported already.
     """
-    from llada_megatron.data.tokenizer import check_vocabulary, load_tokenizer
+    config, job, encoder = decoding(args, checkpoint, as_chat=args.chat)
+    records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
+    tokenizer = encoder.tokenizer if encoder else _tokenizer(job["tokenizer"])
+    prompts = [_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)]
+    return config, job | {"records": records, "prompts": prompts, "output": args.output, "batch": args.batch}
 
-    for name, least in (("max_new_tokens", 1), ("batch", 1), ("max_forwards", 0), ("max_cached_tokens", 0)):
-        if getattr(args, name) < least:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
+
+def decoding(
+    args: argparse.Namespace, checkpoint: Checkpoint, *, as_chat: bool
+) -> tuple[Config, dict[str, Any], ChatEncoder | None]:
+    """The configuration, the arguments of Job that prompts have no part in, and what renders chats."""
+    from llada_megatron.data.tokenizer import check_vocabulary
+
+    for option in ("max_new_tokens", "batch", "max_forwards", "max_cached_tokens"):
+        least = int(option in ("max_new_tokens", "batch"))
+        if getattr(args, option, least) < least:
+            raise BadInput(f"--{option.replace('_', '-')} {getattr(args, option)}: give at least {least}.")
     config = configuration(checkpoint, args.overrides)
     name = tokenizer_of(checkpoint, config, args.overrides)
-    tokenizer: Tokenizer | None = None
     if name is not None:
         check_vocabulary(name, config.model.vocab_size)
-        tokenizer = load_tokenizer(name)
-    records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
-    encoder = chat_encoder(args.chat_template, name, tokenizer) if args.chat else None
-    ends = [] if tokenizer is None or tokenizer.end_of_document_id is None else [tokenizer.end_of_document_id]
-    if encoder and (end := encoder.end_of_answer([{"role": "user", "content": "."}])) is not None:
-        ends.append(end)
-    return config, dict(
+    tokenizer = _tokenizer(name)
+    encoder = chat_encoder(args.chat_template, name, tokenizer) if as_chat else None
+    ends = [tokenizer.end_of_document_id] if tokenizer else []
+    if encoder:
+        ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
+    job = dict(
         checkpoint=checkpoint.path,
-        records=records,
-        prompts=[_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)],
         rule=args.rule,
         settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
         new_tokens=args.max_new_tokens,
-        end_tokens=ends,
+        end_tokens=[end for end in ends if end is not None],
         strings=args.stop,
         max_forwards=args.max_forwards,
         block_size=block_size_for(checkpoint, args.block_size),
         tokenizer=name,
-        output=args.output,
-        batch=args.batch,
         max_cached_tokens=args.max_cached_tokens,
         seed=args.seed,
     )
+    return config, job, encoder
+
+
+def _tokenizer(name: str | None) -> Tokenizer | None:
+    from llada_megatron.data.tokenizer import load_tokenizer
+
+    return None if name is None else load_tokenizer(name)
 
 
 def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
@@ -225,7 +236,7 @@ def chat_encoder(
     from llada_megatron.data.chat import ChatEncoder
     from llada_megatron.data.chat_template import load_template
 
-    return ChatEncoder(load_template(template, tokenizer_name, tokenizer), tokenizer, only_last=True)
+    return ChatEncoder(load_template(template, tokenizer_name, tokenizer), tokenizer, only_last=False)
 
 
 def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:

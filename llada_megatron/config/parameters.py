@@ -5,6 +5,9 @@ from __future__ import annotations
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import LayoutConfig, ModelConfig, PrecisionConfig
 
+BYTES = {"fp32": 4, "bf16": 2}
+"""Of a number, by precision.dtype."""
+
 
 def total_parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, expert_bias included, as checkpoints count them."""
@@ -24,4 +27,9 @@ def active_parameters(model: ModelConfig) -> int:
 
 def checkpoint_bytes(model: ModelConfig, precision: PrecisionConfig) -> int:
     """Of a training checkpoint: weights, and the optimizer's fp32 masters and two moments."""
-    return total_parameters(model) * ({"fp32": 4, "bf16": 2}[precision.dtype] + 12)
+    return total_parameters(model) * (BYTES[precision.dtype] + 12)
+
+
+def cached_token_bytes(model: ModelConfig, precision: PrecisionConfig, layout: LayoutConfig) -> int:
+    """What decoding keeps of a token on each rank: keys and values, of the rank's heads alone."""
+    return formulas_of(model).kept_numbers(model) // layout.tp * BYTES[precision.dtype]

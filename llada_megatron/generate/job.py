@@ -32,9 +32,6 @@ class Job:
     """What is decoded, and how."""
 
     checkpoint: Path
-    records: Sequence[Mapping[str, Any]]
-    """What was asked for each prompt, which comes back with its result."""
-    prompts: Sequence[Sequence[int]]
     rule: str
     settings: Mapping[str, str]
     block_size: int
@@ -49,6 +46,9 @@ class Job:
     batch: int = 8
     max_cached_tokens: int = 0
     seed: int = 0
+    records: Sequence[Mapping[str, Any]] = ()
+    """What was asked for each prompt, which comes back with its result."""
+    prompts: Sequence[Sequence[int]] = ()
 
     @property
     def limits(self) -> Limits:
@@ -71,19 +71,7 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
     device.seed_everything(job.seed, config.precision.deterministic)
     groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
     try:
-        rule = rule_of(job.rule, job.settings)
-        stages = load_model(config, job.checkpoint)
-        decoder = Decoder(
-            stages[0],
-            rule,
-            block_size=job.block_size,
-            mask_token_id=config.model.mask_token_id,
-            context=config.data.sequence_length,
-            batch=job.batch,
-            max_cached_tokens=job.max_cached_tokens,
-            seed=job.seed,
-            text=None if job.tokenizer is None else load_tokenizer(job.tokenizer).decode,
-        )
+        decoder = decoder_of(config, job)
         for number, tokens in enumerate(job.prompts):
             decoder.check(number, tokens, job.limits)
         lines = ranks.from_first_rank(Lines, job)
@@ -95,6 +83,23 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
         return _decode(decoder, job, waiting, lines)
     finally:
         groups.destroy()
+
+
+def decoder_of(config: Config, job: Job) -> Decoder:
+    """The decoder that a job asks for, in the process groups of config.layout."""
+    rule = rule_of(job.rule, job.settings)  # before the weights, which take longer
+    (model,) = load_model(config, job.checkpoint)
+    return Decoder(
+        model,
+        rule,
+        block_size=job.block_size,
+        mask_token_id=config.model.mask_token_id,
+        context=config.data.sequence_length,
+        batch=job.batch,
+        max_cached_tokens=job.max_cached_tokens,
+        seed=job.seed,
+        text=None if job.tokenizer is None else load_tokenizer(job.tokenizer).decode,
+    )
 
 
 def _decode(

@@ -44,7 +44,9 @@ def test_each_prompt_has_its_line_in_order_and_every_layout_gives_the_same(run, 
         assert (line["stop"] == "length" and len(ids) == 9) or (line["stop"] == "end" and ids[-1] == 256)
         assert line["forwards"]["denoise"] >= 1 and line["tokens_per_forward"] > 0
     assert alone[0]["id"] == "a" and alone[0]["prompt"] == "The cat"
-    split = generated(run, prompts, tmp_path / "two.jsonl", "--threshold", "0.01", "layout.tp=2", "--batch=2")
+    split = generated(
+        run, prompts, tmp_path / "two.jsonl", "--threshold", "0.01", "layout.processes=2", "--batch=2"
+    )
     assert [line["tokens"] for line in split] == [line["tokens"] for line in alone]
 
 

@@ -9,6 +9,7 @@ import torch
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.generate import BlockChanged, Decoder, Limits, Prompt, Stop
 from llada_megatron.generate.reference_loop import Canvas, reference_loop
@@ -207,16 +208,17 @@ def test_a_model_in_bf16_keeps_its_keys_in_bf16_and_decodes_the_same_tokens():
 
 
 def test_the_cache_takes_the_bytes_that_are_known_beforehand(model):
-    ours = decoder(model, max_cached_tokens=64)
+    ours, config = decoder(model, max_cached_tokens=64), settings()
     ours.results([prompt_of(5)], Limits(new_tokens=4))
-    layers, heads, width = 4, 2, 32
-    assert ours.cache_bytes == 2 * layers * (64 + 1) * heads * width * 4
+    assert ours.cache_bytes == (64 + 1) * cached_token_bytes(config.model, config.precision, config.layout)
+    assert ours.cache_bytes == 2 * 4 * (64 + 1) * 2 * 32 * 4  # layers, tokens, heads, width, bytes
 
 
 def test_what_cannot_be_decoded_is_refused_in_a_sentence(model):
     for options, prompt, new, sentence in (
         ({}, prompt_of(97), 1, "Prompt 0 has 97 tokens, and the model's context of 96 has no room for more"),
         ({}, prompt_of(96), 1, "Prompt 0 has 96 tokens"),
+        ({"block_size": 97}, [1], 1, "A block of 97 is no part of the model's context of 96"),
         ({}, [1, MASK, 2], 1, "Prompt 0 holds the mask token, 500, at position 1: remove it."),
         (
             {"max_cached_tokens": 32},
