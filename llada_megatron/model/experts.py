@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.fusions.fused_bias_swiglu import weighted_swiglu
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
@@ -22,7 +23,9 @@ class Experts(SequentialMLP):
         self, rows_NH: Tensor, rows_per_expert: Tensor, weight_N: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What the experts make of their rows, [N, H], each row times its weight; no bias."""
-        if self.training or torch.is_grad_enabled():
+        layers = self.local_experts[0].linear_fc1, self.local_experts[0].linear_fc2
+        has_adapters = [type(layer) for layer in layers] != [ColumnParallelLinear, RowParallelLinear]
+        if self.training or torch.is_grad_enabled() or has_adapters:
             return super().forward(rows_NH, rows_per_expert, weight_N)
         counts = rows_per_expert.tolist()
         first = [expert.linear_fc1.weight for expert in self.local_experts]  # [2F, H]

@@ -28,6 +28,7 @@ class Doubled:
     stage_contents = staticmethod(gpt.stage_contents)
     pair_flops = staticmethod(gpt.pair_flops)
     kept_numbers = staticmethod(gpt.kept_numbers)
+    active_adapters = staticmethod(gpt.active_adapters)
 
     @staticmethod
     def parameters(model, contents, **ways):
