@@ -127,7 +127,7 @@ def _proposal(
     if entropy:
         sums.append(exp_nV.mul_(shifted_nV).sum(dim=-1))
     reduced = torch.stack(sums)
-    _over_ranks(reduced, ReduceOp.SUM, group)
+    dist.all_reduce(reduced, group=group)
     sum_n, *weighted_n = reduced.double()
     figures = [choice_n.double(), sum_n.reciprocal()]
     return torch.stack(figures + [sum_n.log() - part_n / sum_n for part_n in weighted_n], dim=-1)
@@ -187,16 +187,10 @@ def _argmax(logits_nV: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     width = logits_nV.shape[-1]
     here_n, choice_n = logits_nV.max(dim=-1)
     largest_n = here_n.clone()
-    _over_ranks(largest_n, ReduceOp.MAX, group)
+    dist.all_reduce(largest_n, ReduceOp.MAX, group=group)
     choice_n = (choice_n + group.rank() * width).where(here_n == largest_n, group.size() * width)
-    _over_ranks(choice_n, ReduceOp.MIN, group)
+    dist.all_reduce(choice_n, ReduceOp.MIN, group=group)
     return largest_n, choice_n
-
-
-def _over_ranks(tensor: Tensor, operation: Any, group: Any) -> None:
-    """All-reduce in place; one rank has nobody to wait for, and a decoding step is short."""
-    if group.size() > 1:
-        dist.all_reduce(tensor, operation, group=group)
 
 
 def _columns_here(labels_n: Tensor, logits_nV: Tensor, group: Any) -> tuple[Tensor, Tensor]:
