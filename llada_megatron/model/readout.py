@@ -134,10 +134,14 @@ def _proposal(
 
 
 class _Confidence(torch.autograd.Function):
+    """Works in place, on the logits in forward and on what it kept in backward, as megatron-core's cross
+    entropy does: passes over n V numbers are what a readout costs.
+    """
+
     @staticmethod
     def forward(ctx: Any, logits_nV: Tensor, labels_n: Tensor, group: Any, temperature: float) -> Tensor:
         largest_n, choice_n = _argmax(logits_nV, group)
-        logits_nV = logits_nV - largest_n[:, None]
+        logits_nV.sub_(largest_n[:, None])
         label_n1, is_here_n1 = _columns_here(labels_n, logits_nV, group)
         label_logit_n = logits_nV.gather(1, label_n1).where(is_here_n1, 0)[:, 0]
         cooled_nV = logits_nV if temperature == 1 else _finite(logits_nV / temperature)
@@ -166,13 +170,13 @@ class _Confidence(torch.autograd.Function):
         log_p_nV, shift_n, entropy_n, label_n1, is_here_n1 = ctx.saved_tensors
         of_cross_entropy_n1, of_entropy_n1, _ = gradient_n3.split(1, dim=-1)
         if ctx.temperature == 1:
-            slope_nV = of_cross_entropy_n1 - of_entropy_n1 * (log_p_nV + entropy_n[:, None])
-            gradient_nV = slope_nV.mul_(log_p_nV.exp())
+            slope_nV = (log_p_nV + entropy_n[:, None]).mul_(-of_entropy_n1).add_(of_cross_entropy_n1)
+            gradient_nV = slope_nV.mul_(log_p_nV.exp_())
         else:
             log_q_nV = _finite((log_p_nV / ctx.temperature).sub_(shift_n[:, None]))
             q_nV = log_q_nV.exp()
             gradient_nV = log_q_nV.add_(entropy_n[:, None]).mul_(q_nV).mul_(-of_entropy_n1 / ctx.temperature)
-            gradient_nV += log_p_nV.exp() * of_cross_entropy_n1
+            gradient_nV += log_p_nV.exp_().mul_(of_cross_entropy_n1)
         gradient_nV.scatter_add_(1, label_n1, -of_cross_entropy_n1.where(is_here_n1, 0))
         return gradient_nV, None, None, None
 
