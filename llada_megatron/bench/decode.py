@@ -98,7 +98,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
     return 0 if all(one.tokens_equal for one in found) else 1
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def forward_seconds(model: torch.nn.Module, rows: int) -> float:
     """Median seconds of a forward of so many rows that see each other alone, their head included."""
     at = device.device()
@@ -109,10 +109,8 @@ def forward_seconds(model: torch.nn.Module, rows: int) -> float:
         outputs=torch.arange(rows, device=at),
         readout=rule_of("threshold").figures.readout(0),
     )
-    seconds = []
-    for _ in range(FORWARDS):
-        seconds.append(device.timed(lambda: model(inputs))[1])
-    return statistics.median(seconds)
+    seconds = [device.timed(lambda: model(inputs))[1] for _ in range(2 * FORWARDS)]
+    return statistics.median(seconds[FORWARDS:])  # the first ones warm up
 
 
 def _prompts(config: Config, setting: Setting) -> list[np.ndarray]:
