@@ -31,7 +31,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "objectives": {"config", "record", "runtime", "parallel", "attention", "data", "model"},
     "checkpoint": {"config", "record", "runtime", "parallel", "model"},
     "convert": {"config", "record", "runtime", "attention", "data", "model", "checkpoint"},
-    "generate": {"config", "runtime", "parallel", "attention", "model"},
+    "generate": {"config", "runtime", "parallel", "attention", "data", "model", "checkpoint"},
     "evaluate": {
         "config",
         "runtime",
@@ -56,7 +56,7 @@ ROOMS_IMPORT["dryrun"] = {
 }
 ROOMS_IMPORT["bench"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "checkpoint",
-    "convert", "observe", "training",
+    "convert", "generate", "observe", "training",
 }  # fmt: skip
 ROOMS_IMPORT["verify"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",
@@ -66,7 +66,7 @@ ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "e
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "objectives", "checkpoint",
-    "convert", "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
+    "convert", "generate", "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
 }  # fmt: skip
 ROOMS_IMPORT["__main__"] = {"cli", "config", "runtime"}
 ROOMS_IMPORT["__init__"] = set()

@@ -5,8 +5,7 @@ Legend: S rows of a rank, K keys of a call, B batch, Hkv key and value heads, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 
 from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
+from llada_megatron.config.schema import BlockGrid
 
 
 class Keys(Protocol):
-    """`ContextShard`: a rank's part of a batch, whose keys lie on several ranks. `KeyRange`: a cache's."""
+    """`ContextShard`: a rank's part of a batch, whose keys lie on several ranks. `PooledKeys`: a cache's."""
 
     @property
     def mask(self) -> BlockDiffusionMask:
@@ -37,37 +37,76 @@ class Keys(Protocol):
         """The same keys with their index tensors on `device`."""
 
 
-class KeyRange:
-    """Rows [start, L) of a sequence against all its keys [0, L), of which the earlier ones were kept.
+class KeyPool:
+    """Keys and values of every layer at numbered places, which outlive the forward that wrote them.
 
-    `mask` is causal over blocks and spans the L tokens; `kept` holds key [start, B, Hkv, D] and value
-    [start, B, Hkv, Dv] of each layer, as `of` returned them, and is not asked where start = 0. Rows may be
-    kept once their block is complete: an earlier row never sees a later block.
+    A layer's tensors, key [places, Hkv, D] and value [places, Hkv, Dv], are made when it first has something
+    to keep: in the dtype of its rows, and zero, so that whatever nobody wrote is finite.
     """
 
-    def __init__(
-        self, mask: BlockDiffusionMask, start: int, kept: Mapping[int, tuple[Tensor, Tensor]]
-    ) -> None:
-        if not mask.causal or not 0 <= start < mask.length:
-            raise ValueError(
-                f"KeyRange needs a causal mask and a start from 0 to {mask.length - 1}, got {start}"
-                f" and causal={mask.causal}"
-            )
-        self.mask, self.start, self.kept = mask, start, kept
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @cached_property
-    def rectangle(self) -> Rectangle:
-        """The last rows against all keys."""
-        tokens = np.tile(np.arange(self.start, self.mask.length), (self.mask.batch, 1))
-        return Rectangle(self.mask, tokens, tokens[:, :0])
+    def of_layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's own key and value tensors, to hold rows such as [S, B, Hkv, D] and [S, B, Hkv, Dv]."""
+        if layer not in self._layers:
+            self._layers[layer] = tuple(rows.new_zeros(self.places, *rows.shape[2:]) for rows in (key, value))
+        return self._layers[layer]
+
+    @property
+    def bytes(self) -> int:
+        """What the tensors take on this rank."""
+        return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
+
+
+class PooledKeys:
+    """The last rows of several sequences, against all keys of each: those kept in a pool, and their own.
+
+    The sequences lie one after the other as the documents of one sample, so that rows of any number, blocks
+    at any step and prompts of any length make one forward without padding. `of` writes the keys of the rows
+    to their places: they are kept from then on, and a later forward that finds other tokens there writes them
+    anew.
+
+    Attributes:
+        parts: for each sequence the number of its first tokens that are kept, and int64 [n], the place in
+            the pool of each of its n tokens up to the last row; the rows are those from the first number on.
+            Its blocks of `block_size` count from its first token, the last one ending with the last row.
+        positions: int64 [S], of each row in its sequence.
+    """
+
+    def __init__(self, pool: KeyPool, parts: Sequence[tuple[int, np.ndarray]], block_size: int) -> None:
+        ends = np.cumsum([len(places) for _, places in parts])
+        self.pool, self.parts = pool, parts
+        self.mask = BlockDiffusionMask(
+            [torch.from_numpy(np.append(0, ends))],
+            min(block_size, int(ends[-1])),
+            block_grid=BlockGrid.document,
+            clean_copy=False,
+            causal=True,
+        )
+        self.positions = np.concatenate([np.arange(kept, len(places)) for kept, places in parts])
+        rows = np.repeat(ends - [len(places) for _, places in parts], [len(p) - kept for kept, p in parts])
+        rows += self.positions
+        self.rectangle = Rectangle(self.mask, rows[None], rows[None, :0], few_rows=True)
+        places = np.concatenate([places for _, places in parts])
+        self._row_places = torch.from_numpy(places[rows])
+        self._key_places = torch.from_numpy(places)
+        # The keys of one sequence mostly lie one after the other: then they are read where they are.
+        self._in_order = slice(int(places[0]), int(places[0]) + len(places))
+        self._are_in_order = bool((np.diff(places) == 1).all())
 
     def of(self, key: Tensor, value: Tensor, layer: int, group: Any) -> tuple[Tensor, Tensor]:
-        """The kept keys and values, then these."""
-        if self.start == 0:
-            return key, value
-        kept_key, kept_value = self.kept[layer]
-        return torch.cat([kept_key, key]), torch.cat([kept_value, value])
+        """All keys and values of the sequences, those of the rows at hand among them."""
+        found = []
+        for kept, rows in zip(self.pool.of_layer(layer, key, value), (key, value), strict=True):
+            kept.index_copy_(0, self._row_places, rows[:, 0])
+            found.append(
+                kept[self._in_order] if self._are_in_order else kept.index_select(0, self._key_places)
+            )
+        return found[0][:, None], found[1][:, None]
 
-    def to(self, device: torch.device) -> KeyRange:
-        """This object: it has no tensors of its own."""
+    def to(self, device: torch.device) -> PooledKeys:
+        """These keys with their index tensors on `device`."""
+        self._row_places, self._key_places = self._row_places.to(device), self._key_places.to(device)
         return self

@@ -212,6 +212,8 @@ class Rectangle:
         tokens: int64 [B, n], data tokens in rising order.
         noisy_keys: int64 [B, Kn], data tokens in rising order, every token of the blocks of `tokens` among
             them; entries equal to L are padding that no query sees. Kn = 0 without a clean copy.
+        few_rows: a document's rows are few beside its keys, as in decoding: an executor may rather compute
+            a hidden pair than make another call.
 
     Compared and hashed by identity, so that an executor can keep what it derives from one.
     """
@@ -219,6 +221,7 @@ class Rectangle:
     mask: BlockDiffusionMask
     tokens: PerToken
     noisy_keys: PerToken
+    few_rows: bool = False
 
     @property
     def batch(self) -> int:

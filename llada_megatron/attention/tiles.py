@@ -195,7 +195,7 @@ class _Layout:
         self.by_chunk: list[Tiles] = []
         self.as_given: list[Tiles] = []
         if self.mask.clean_copy or self.mask.causal:
-            self._growing_sight()
+            self._growing_sight(rectangle)
         else:
             self._whole_documents()
 
@@ -206,7 +206,7 @@ class _Layout:
         keys = Spans(self.document.start[rows.start], self.document.stop[rows.stop - 1])
         self.as_given.append(Tiles(rows, keys, self.document))
 
-    def _growing_sight(self) -> None:
+    def _growing_sight(self, rectangle: Rectangle) -> None:
         """A row sees its document up to its block, or to the end of its block."""
         self.chunk_start = self._block_starts(CHUNK_TOKENS)
         by_chunk = self.mask.clean_copy and self.mask.block_size < LONG_BLOCK_TOKENS
@@ -216,13 +216,16 @@ class _Layout:
             first_token = np.searchsorted(self.document.start, segment_start)
             self.segment_edges = np.unique(np.append(first_token, self.count)) * 2
         self.chunk = np.searchsorted(self.chunk_start, self.block.start, side="right") - 1
-        chunks = _runs(self.chunk)
+        chunks = _runs(self.chunk, self.document.start) if rectangle.few_rows else _runs(self.chunk)
         # What the rows see of the clean keys, and its part in their chunk.
         clean_rows = Spans(self.document.start, self.block.stop) + self.first_clean_key
         in_chunk = np.maximum(self.document.start, self.chunk_start[self.chunk]) + self.first_clean_key
         own_chunk = Spans(in_chunk[chunks.start], clean_rows.stop[chunks.stop - 1])
         if not self.mask.clean_copy:
-            self.as_given = [Tiles(*tiles, clean_rows) for tiles in [(chunks, own_chunk), *self._past()]]
+            tiles = [(chunks, own_chunk), *self._past()]
+            if rectangle.few_rows:
+                tiles = self._in_one_piece(tiles, clean_rows)
+            self.as_given = [Tiles(*each, clean_rows) for each in tiles]
             return
         noisy_rows = Spans(self.document.start, self.block.start) + self.first_clean_key
         seen = noisy_rows.followed_by(clean_rows)
@@ -239,6 +242,18 @@ class _Layout:
         skipped = Spans(in_chunk, noisy_rows.stop)[chunks.start]
         gap = has_one_block & (skipped.lengths > 0)
         self.as_given.append(Tiles(chunks[gap], skipped[gap], seen))
+
+    def _in_one_piece(self, tiles: list[tuple[Spans, Spans]], seen: Spans) -> list[tuple[Spans, Spans]]:
+        """The same tiles, but for documents of few rows: each is one tile of the first stage."""
+        documents = _runs(self.document.start)
+        is_short = documents.lengths <= max(CHUNK_TOKENS, 2 * self.mask.block_size)
+        is_of_short = np.repeat(is_short, documents.lengths)
+        (rows, keys), *past = [
+            (rows[~is_of_short[rows.start]], keys[~is_of_short[rows.start]]) for rows, keys in tiles
+        ]
+        short = documents[is_short]
+        sight = Spans(seen.start[short.start], seen.stop[short.stop - 1])
+        return [(rows.followed_by(short), keys.followed_by(sight)), *past]
 
     def _own_blocks(self, chunks: Spans, own_chunk: Spans, clean_rows: Spans) -> None:
         """Own blocks of noisy rows, and own chunks of clean rows where a chunk is one block."""

@@ -7,6 +7,9 @@ from dataclasses import replace
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import LayoutConfig, LoraConfig, ModelConfig, PrecisionConfig
 
+BYTES = {"fp32": 4, "bf16": 2}
+"""Of a number, by precision.dtype."""
+
 
 def total_parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, expert_bias included, as checkpoints count them."""
@@ -32,4 +35,9 @@ def checkpoint_bytes(model: ModelConfig, precision: PrecisionConfig) -> int:
     formulas = formulas_of(model)
     frozen = formulas.parameters(model, *formulas.stage_contents(model, LayoutConfig())).frozen
     total = total_parameters(model)
-    return total * {"fp32": 4, "bf16": 2}[precision.dtype] + 12 * (total - frozen)
+    return total * BYTES[precision.dtype] + 12 * (total - frozen)
+
+
+def cached_token_bytes(model: ModelConfig, precision: PrecisionConfig, layout: LayoutConfig) -> int:
+    """What decoding keeps of a token on each rank: keys and values, of the rank's heads alone."""
+    return formulas_of(model).kept_numbers(model) // layout.tp * BYTES[precision.dtype]

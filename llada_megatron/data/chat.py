@@ -57,6 +57,21 @@ class ChatEncoder:
             raise BadInput("its answers are no tokens")
         return np.array(ids, np.int64), np.array(roles, np.uint8)
 
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Ids of a conversation up to where an answer begins, as `encode` has them. Raises BadInput."""
+        if any(_DEFUSED in str(message) for message in messages):
+            raise BadInput("the text holds the private-use character U+E002: remove it")
+        if not self.parse_special:
+            messages = [{**m, "content": self.tokenizer.defused(m["content"], _DEFUSED)} for m in messages]
+        parts = [part for piece in self.template.prompt(messages) for part in piece.split(_DEFUSED)]
+        return [token for part in parts for token in self.tokenizer.encode(part, parse_special=True)]
+
+    def end_of_answer(self, messages: list[Message]) -> int | None:
+        """The special token that the template writes behind an answer; None where it writes none."""
+        tail = self.template.after_answer(messages)
+        ids = self.tokenizer.encode(tail, parse_special=True)
+        return ids[0] if ids and ids[:1] != self.tokenizer.encode(tail)[:1] else None
+
     def conversations(self, record: Record, format: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and roles of each conversation of a record; raises BadRecord for what is not of the format."""
         try:
@@ -88,6 +103,14 @@ def messages_of(record: Mapping[str, Any]) -> list[Message]:
             "it has neither `messages`, nor `conversations`, nor `prompt` with `response` or `completion`"
         )
     return [*_prompt(record), *_side(record, answer)]
+
+
+def messages_to_answer(record: Mapping[str, Any]) -> list[Message]:
+    """The messages of a chat that waits for an answer; BadInput as `messages_of`, and where it has one."""
+    messages = _messages(record["messages"], "messages") if "messages" in record else _prompt(record)
+    if messages[-1]["role"] == ASSISTANT:
+        raise BadInput("its last message is an answer already")
+    return messages
 
 
 def megatron_lm_of(record: Mapping[str, Any]) -> list[list[Message]]:

@@ -127,6 +127,29 @@ class ChatTemplate:
             self._require_written(messages, index, text)
         return self._cut(messages, text, stretches)
 
+    def prompt(self, messages: Sequence[Message]) -> list[str]:
+        """The text of a conversation up to where an answer begins, in the pieces that `spans` would cut.
+
+        Raises BadInput as `render`.
+        """
+        text = self.render(messages, add_generation_prompt=True)
+        cuts = {0, len(text)}
+        for count in range(1, len(messages) + 1):
+            for with_prompt in (False, True):
+                try:
+                    beginning = self.render(messages[:count], add_generation_prompt=with_prompt)
+                except BadInput:  # it refuses a conversation that stops here
+                    continue
+                if text.startswith(beginning):
+                    cuts.add(len(beginning))
+        return [text[first:last] for first, last in pairwise(sorted(cuts))]
+
+    def after_answer(self, messages: Sequence[Message]) -> str:
+        """What the template writes behind an answer to these messages: the mark of its end, if it has one."""
+        answer = "\ue003"
+        text = self.render([*messages, {"role": ASSISTANT, "content": answer}])
+        return text.partition(answer)[2]
+
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         given = {"messages": list(messages), "tools": None, "documents": None}
         pieces, length = [], 0

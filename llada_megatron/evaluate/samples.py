@@ -10,7 +10,7 @@ import torch
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.data.tokenizer import load_tokenizer
-from llada_megatron.generate.reference_loop import Canvas, reference_loop
+from llada_megatron.generate import Decoder, Limits, Prompt
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.objectives.passes import evaluating
 from llada_megatron.parallel.random import Purpose, generator
@@ -21,19 +21,34 @@ MASK_CHARACTER = "░"
 def infilled(
     config: Config, model: torch.nn.Module, samples: list[PackedSample], block_size: int
 ) -> Iterator[tuple[str, str, str]]:
-    """(original, masked, filled) texts of held-out sequences, half masked in their second half."""
+    """(original, masked, filled) texts of held-out sequences, half masked in their second half.
+
+    Each document is decoded by itself, its blocks counted from its first token, as a prompt's are. Every rank
+    calls it with the same samples, and has all texts.
+    """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    mask_token_id = config.model.mask_token_id
+    mask_token_id, length = config.model.mask_token_id, config.data.sequence_length
+    masked, documents = [], []
     for index, sample in enumerate(samples):
-        length = len(sample.tokens)
         score = generator(config.run.seed, Purpose.EVALUATION_INFILL, index).random(length)
         hidden = (score < 0.5) & (np.arange(length) >= length // 2)
-        tokens = np.where(hidden, mask_token_id, sample.tokens)
-        with evaluating([model]):
-            grid = config.diffusion.block_grid
-            canvas = Canvas(tokens.copy(), block_size, mask_token_id, grid, sample.cu_seqlens)
-            filled, _ = reference_loop(model, canvas, rule_of("threshold"))
+        masked.append(np.where(hidden, mask_token_id, sample.tokens))
+        documents += np.split(masked[-1], sample.cu_seqlens[1:-1])
+    decoder = Decoder(
+        model,
+        rule_of("threshold"),
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        context=length,
+    )
+    with evaluating([model]):
+        results = decoder.results(
+            [Prompt(tokens, has_holes=True) for tokens in documents], Limits(new_tokens=0)
+        )
+    filled = iter(result.tokens for result in results)
+    for sample, tokens in zip(samples, masked, strict=True):
+        text = np.concatenate([next(filled) for _ in sample.cu_seqlens[1:]])
         shown = [
-            MASK_CHARACTER if h else tokenizer.decode([int(t)]) for h, t in zip(hidden, tokens, strict=True)
+            MASK_CHARACTER if t == mask_token_id else tokenizer.decode([int(t)]) for t in tokens.tolist()
         ]
-        yield tokenizer.decode(sample.tokens.tolist()), "".join(shown), tokenizer.decode(filled.tolist())
+        yield tokenizer.decode(sample.tokens.tolist()), "".join(shown), tokenizer.decode(text.tolist())

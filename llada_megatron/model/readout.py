@@ -122,12 +122,15 @@ def _proposal(
     largest_n, choice_n = _argmax(_hidden(logits_nV, mask_token_id, group), group)
     shifted_nV = logits_nV - largest_n[:, None]
     shifted_nV.clamp_(max=60)  # the mask's own logit may be the larger one, by any amount
-    exp_nV = shifted_nV.exp()
-    sums_2n = torch.stack([exp_nV.sum(dim=-1), exp_nV.mul_(shifted_nV).sum(dim=-1)])
-    dist.all_reduce(sums_2n, group=group)
-    sum_n, weighted_n = sums_2n.double()
+    exp_nV = shifted_nV.exp() if entropy else shifted_nV.exp_()
+    sums = [exp_nV.sum(dim=-1)]
+    if entropy:
+        sums.append(exp_nV.mul_(shifted_nV).sum(dim=-1))
+    reduced = torch.stack(sums)
+    dist.all_reduce(reduced, group=group)
+    sum_n, *weighted_n = reduced.double()
     figures = [choice_n.double(), sum_n.reciprocal()]
-    return torch.stack([*figures, sum_n.log() - weighted_n / sum_n] if entropy else figures, dim=-1)
+    return torch.stack(figures + [sum_n.log() - part_n / sum_n for part_n in weighted_n], dim=-1)
 
 
 class _Confidence(torch.autograd.Function):

@@ -19,6 +19,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import LoraConfig, ModelConfig
 from llada_megatron.model.adapters import adapt
 from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
+from llada_megatron.model.experts import Experts
 from llada_megatron.model.router import BalancedRouter
 from llada_megatron.runtime import device
 
@@ -60,7 +61,7 @@ def block_spec(
     vp_stage: int | None,
     lora: LoraConfig,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage with our attention and router, and in the local spec our norms.
+    """The layers of this pipeline stage with our attention, router, and in the local spec norms and experts.
 
     `attention` is a setting of model.attention_backend, or an executor itself.
 
@@ -77,8 +78,10 @@ def block_spec(
         submodules.self_attention.submodules.core_attention = core_attention
         is_moe = submodules.mlp.func is MoELayer
         if is_moe:
-            experts = submodules.mlp.keywords["submodules"]
-            submodules.mlp = partial(MoELayer, submodules=replace(experts, router=BalancedRouter))
+            moe = replace(submodules.mlp.keywords["submodules"], router=BalancedRouter)
+            if not transformer_engine:
+                moe = replace(moe, experts=partial(Experts, **moe.experts.keywords))
+            submodules.mlp = partial(MoELayer, submodules=moe)
         if transformer_engine:
             continue
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llada_megatron.config.layout import data_parallel_size
-from llada_megatron.config.parameters import active_parameters, total_parameters
+from llada_megatron.config.parameters import active_parameters, cached_token_bytes, total_parameters
 from llada_megatron.config.quantities import GB, amount, duration, quantity
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
 from llada_megatron.plan.estimate import Plan, StageTime
@@ -23,6 +23,12 @@ def print_plan(plan: Plan, config: Config) -> None:
     """Everything about one layout."""
     console = Console(highlight=False)
     _verdict(console, plan, config.model)
+    kept = cached_token_bytes(config.model, config.precision, plan.layout)
+    length = config.data.sequence_length
+    console.print(
+        f"  decode  keys and values take {kept / 1e3:,.1f} kB a token on each process,"
+        f" {amount(kept * length)} a sequence of {length}"
+    )
     _memory(console, plan)
     longest = max(plan.stages, key=lambda stage: stage.hours)
     _schedule(console, plan)

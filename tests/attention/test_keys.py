@@ -1,10 +1,11 @@
 """Rows against kept keys are the same rows of a full forward; values may be narrower or wider than keys."""
 
+import numpy as np
 import pytest
 import torch
 
 from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, select_backend
-from llada_megatron.attention.keys import KeyRange
+from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
 
 L = 24
@@ -17,33 +18,46 @@ def tensors(mask: BlockDiffusionMask, value_dim: int) -> list[torch.Tensor]:
     return [torch.randn(mask.total, mask.batch, *s, generator=generator, dtype=torch.float64) for s in sizes]
 
 
+PARTS = {
+    "one": [(16, 24)],
+    "one from its first token": [(0, 24)],
+    "blocks at several steps": [(16, 24), (0, 8), (8, 16)],
+    "a long prompt beside a short last block": [(0, 240), (16, 19), (40, 56)],
+}
+"""By name: of each sequence the tokens that are kept, and its length."""
+
+
 @pytest.mark.parametrize("backend", EXECUTORS)
-@pytest.mark.parametrize("boundaries", [[0, L], [0, 9, L]], ids=["one document", "two documents"])
-@pytest.mark.parametrize("block_size", [1, 4, 7, L])
-def test_the_last_block_with_kept_keys_equals_its_rows_of_a_full_forward(
-    block_size: int, boundaries: list[int], backend: str
+@pytest.mark.parametrize("parts", list(PARTS))
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+def test_rows_with_kept_keys_equal_those_of_each_sequence_alone(
+    block_size: int, parts: str, backend: str
 ) -> None:
-    cu_seqlens = [torch.tensor([0, L]), torch.tensor(boundaries)]
-    mask = BlockDiffusionMask(cu_seqlens, block_size, clean_copy=False, causal=True)
-    query, key, value = tensors(mask, value_dim=6)
-    full = block_diffusion_attention(query, key, value, mask, backend)
-    start = int(mask.block_start[0, -1])
-    kept = {layer: (layer * key[:start], layer * value[:start]) for layer in (1, 2)}
-    keys = KeyRange(mask, start, kept).to(torch.device("cpu"))
-    own = query[start:], key[start:], value[start:]
-    all_keys = keys.of(*own[1:], layer=1, group=None)
-    rows = block_diffusion_attention(own[0], *all_keys, keys.rectangle, backend)
-    torch.testing.assert_close(rows, full[start:], atol=1e-12, rtol=0)
-    if start:
-        assert torch.equal(keys.of(*own[1:], layer=2, group=None)[0][:start], 2 * key[:start])
-
-
-def test_a_range_needs_rows_of_a_causal_mask() -> None:
-    causal = BlockDiffusionMask([torch.tensor([0, L])], 4, clean_copy=False, causal=True)
-    with pytest.raises(ValueError, match="start from 0 to 23, got 24"):
-        KeyRange(causal, L, {})
-    with pytest.raises(ValueError, match="causal=False"):
-        KeyRange(BlockDiffusionMask([torch.tensor([0, L])], 4), 0, {})
+    pool, rows, expected = KeyPool(400), [], []
+    places = np.random.default_rng(3).permutation(400) if len(PARTS[parts]) > 1 else np.arange(7, 400)
+    asked, at = [], 0
+    for kept, length in PARTS[parts]:
+        mask = BlockDiffusionMask(
+            [torch.tensor([0, length])], min(block_size, length), clean_copy=False, causal=True
+        )
+        query, key, value = tensors(mask, value_dim=6)
+        expected.append(block_diffusion_attention(query, key, value, mask, "reference")[kept:])
+        own = places[at : at + length]
+        for layer in (1, 2):
+            for pooled, seen in zip(pool.of_layer(layer, key, value), (key, value), strict=True):
+                pooled[torch.from_numpy(own[:kept])] = layer * seen[:kept, 0]
+        rows.append([tensor[kept:] for tensor in (query, key, value)])
+        asked.append((kept, own))
+        at += length
+    keys = PooledKeys(pool, asked, block_size).to(torch.device("cpu"))
+    assert keys.positions.tolist() == [p for kept, length in PARTS[parts] for p in range(kept, length)]
+    query, key, value = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
+    found = block_diffusion_attention(query, *keys.of(key, value, 1, None), keys.rectangle, backend)
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-12, rtol=0)
+    if asked[0][0]:
+        assert torch.equal(keys.of(key, value, 2, None)[0][0], 2 * keys.of(key, value, 1, None)[0][0])
+    # What was written stays: the rows of a next forward find it.
+    assert torch.equal(pool.of_layer(1, key, value)[0][torch.from_numpy(asked[0][1])[-1]], rows[0][1][-1, 0])
 
 
 @pytest.mark.parametrize("value_dim", [3, 8, 12])

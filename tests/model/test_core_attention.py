@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
-from llada_megatron.attention.keys import KeyRange, Keys
+from llada_megatron.attention.keys import KeyPool, Keys, PooledKeys
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import Config
 from llada_megatron.model.inputs import ModelInputs
@@ -27,15 +28,6 @@ def config() -> Iterator[Config]:
     groups.initialize(composed.layout)
     yield composed
     groups.destroy()
-
-
-class Keeping(KeyRange):
-    """Keeps what every layer saw."""
-
-    def of(self, key, value, layer, group):
-        found = super().of(key, value, layer, group)
-        self.seen = getattr(self, "seen", {}) | {layer: found}
-        return found
 
 
 def causal(length: int, block_size: int) -> BlockDiffusionMask:
@@ -62,14 +54,22 @@ def test_blocks_read_one_after_another_with_kept_keys_equal_a_full_forward(
     stage = build_stage(config)
     tokens = torch.randint(400, (B, L), generator=torch.Generator().manual_seed(1))
     full = stage(inputs(tokens, 0, ContextShard(causal(L, block_size)))).view(L, B, -1)
-    kept: dict = {}
-    for start in range(0, L, block_size):
-        stop = min(start + block_size, L)
-        keys = Keeping(causal(stop, block_size), start, kept)
-        rows = stage(inputs(tokens[:, :stop], start, keys)).view(stop - start, B, -1)
-        assert (rows - full[start:stop]).norm() <= SAME * full[start:stop].norm()
-        kept = keys.seen
-    assert sorted(kept) == list(range(1, config.model.layers + 1))
+    pool, places = KeyPool(B * L), [np.arange(L) + b * L for b in range(B)]
+    starts = [*range(0, L, block_size)]
+    for first, second in zip(starts, [0, *starts], strict=False):  # the second sequence is one block behind
+        spans = [(start, min(start + block_size, L)) for start in (first, second)]
+        keys = PooledKeys(pool, [(a, p[:z]) for (a, z), p in zip(spans, places, strict=True)], block_size)
+        rows = stage(
+            ModelInputs(
+                tokens=torch.cat([tokens[b, a:z] for b, (a, z) in enumerate(spans)])[None],
+                positions=torch.from_numpy(keys.positions)[None],
+                keys=keys,
+                outputs=torch.arange(len(keys.positions)),
+                readout=LOGITS,
+            )
+        )
+        expected = torch.cat([full[a:z, b] for b, (a, z) in enumerate(spans)])
+        assert (rows - expected).norm() <= SAME * expected.norm()
 
 
 @torch.no_grad()

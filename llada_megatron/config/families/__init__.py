@@ -43,6 +43,10 @@ class Formulas(Protocol):
         """Forward FLOPs of a visible query-key pair in all layers."""
         ...
 
+    def kept_numbers(self, model: ModelConfig) -> int:
+        """Numbers that decoding keeps of a token in all layers: its keys and values."""
+        ...
+
 
 FAMILIES: dict[str, Formulas] = {"gpt": gpt}
 

@@ -192,3 +192,8 @@ def attention_weights(model: ModelConfig) -> int:
 def expert_weights(model: ModelConfig) -> int:
     """Of one routed expert."""
     return 3 * model.hidden_size * model.expert_hidden_size
+
+
+def kept_numbers(model: ModelConfig) -> int:
+    """A key and a value for each head of them, in every layer."""
+    return 2 * model.layers * model.kv_heads * model.head_dim

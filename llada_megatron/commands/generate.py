@@ -1,0 +1,313 @@
+"""`llada generate`: what a model writes after prompts, with a cache, in batches, in any layout of one
+pp_stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.foreign import parse_json, read_bytes
+
+if TYPE_CHECKING:
+    from llada_megatron.config.schema import Config
+    from llada_megatron.data.chat import ChatEncoder
+    from llada_megatron.data.tokenizer import Tokenizer
+    from llada_megatron.record.manifest import Checkpoint
+
+PRELOAD = "llada_megatron.generate.job"
+HUGGING_FACE = "hf:"
+LLADA2_BLOCK = 32
+"""Of LLaDA2.0's last stage (arXiv 2512.15745), which its config.json does not say."""
+EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
+RULE_SETTINGS = (
+    "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
+    "credit_beta", "credit_gamma", "kl_threshold", "kl_history", "edit_threshold", "max_post_edits",
+    "at_least", "penalty_lambda", "delete_id", "split_id", "temperature", "top_k", "top_p",
+    "plain_confidence",
+)  # fmt: skip
+"""Of all rules (generate/rules/registry.py), whose module takes torch along."""
+NO_TOKENIZER = "no tokenizer.json came with the checkpoint: set data.tokenizer, or give `tokens`"
+READS = "a line is an object with `prompt` (text), `messages` (a chat) or `tokens` (ids)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="or a run: its newest, or hf:FOLDER")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="once for each prompt")
+    prompts.add_argument("--input", type=Path, metavar="FILE", help=f"JSON lines: {READS}")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines; default: texts are printed")
+    parser.add_argument("--chat", action="store_true", help="prompts are a user's: apply the chat template")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of a forward (default 8)")
+    add_decoding_arguments(parser, new_tokens=256)
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
+    """How it is decoded, whatever is: limits, the cache, the rule and settings."""
+    parser.add_argument("--chat-template", metavar="NAME", help="llada2, plain or a file; default: its own")
+    for name, default, what in (
+        ("max-new-tokens", new_tokens, "of a prompt"),
+        ("max-forwards", 0, "of a prompt, 0: no limit"),
+        ("max-cached-tokens", 0, "of all prompts at hand, 0: as many as they can have"),
+        ("seed", 0, "of draws"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})"
+        )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
+    parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")
+    rules = parser.add_argument_group("rule", "which tokens a forward changes, docs/decoding.md")
+    rules.add_argument("--rule", default="threshold", metavar="NAME", help="default threshold")
+    for name in RULE_SETTINGS:
+        rules.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decode and write: 0; BadInput for a checkpoint, prompts, rule or layout that do not fit."""
+    from llada_megatron.runtime.launch import launch
+
+    with opened(args.checkpoint, args.overrides) as checkpoint:
+        config, job = prepare(args, checkpoint)
+        lines, figures = launch(
+            _on_this_rank, config, job, processes=config.layout.processes, preload=PRELOAD
+        )[0]
+    for number, line in enumerate(lines):
+        said = json.loads(line)
+        print("\n" * bool(number) + (said["text"] if said["text"] is not None else str(said["tokens"])))
+    print(
+        f"{figures['prompts']} prompts, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
+        f" ({figures['tokens'] / figures['seconds']:.1f} tokens/s, {figures['tokens_per_forward']:.2f} a"
+        f" forward), cache {figures['cache_bytes'] / 2**20:.1f} MiB per rank",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
+    from llada_megatron.generate.job import Job, decode
+
+    return decode(config, Job(**job))
+
+
+@contextmanager
+def opened(where: str, overrides: list[str]) -> Iterator[Checkpoint]:
+    """The checkpoint, or the run's newest, at a path; of `hf:DIR` one that is converted and lasts as long.
+
+    Raises BadInput where there is none, and for a folder that cannot be converted.
+    """
+    from llada_megatron.record.manifest import find
+    from llada_megatron.runtime.launch import launch
+
+    if not where.startswith(HUGGING_FACE):
+        yield find(where)
+        return
+    mask = next(
+        (each.split("=", 1)[1] for each in overrides if each.startswith("model.mask_token_id=")), None
+    )
+    with tempfile.TemporaryDirectory(prefix="llada_generate_") as folder:
+        target = Path(folder) / "checkpoint"
+        source = Path(where.removeprefix(HUGGING_FACE))
+        launch(_convert, source, target, mask, processes=1, preload=PRELOAD)
+        yield find(str(target))
+
+
+def _convert(source: Path, target: Path, mask_token_id: str | None) -> None:
+    from llada_megatron.config.schema import LayoutConfig
+    from llada_megatron.convert.conversion import hf_to_mcore
+    from llada_megatron.parallel import groups
+
+    groups.initialize(LayoutConfig())
+    try:
+        hf_to_mcore(
+            source, target, mask_token_id=None if mask_token_id is None else int(mask_token_id)
+        ).require()
+    finally:
+        groups.destroy()
+
+
+def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the arguments of Job; BadInput for what cannot be served.
+
+    Job itself takes torch along, which the ranks' parent has imported already.
+    """
+    config, job, encoder = decoding(args, checkpoint, as_chat=args.chat)
+    records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
+    tokenizer = encoder.tokenizer if encoder else _tokenizer(job["tokenizer"])
+    prompts = [_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)]
+    return config, job | {"records": records, "prompts": prompts, "output": args.output, "batch": args.batch}
+
+
+def decoding(
+    args: argparse.Namespace, checkpoint: Checkpoint, *, as_chat: bool
+) -> tuple[Config, dict[str, Any], ChatEncoder | None]:
+    """The configuration, the arguments of Job that prompts have no part in, and what renders chats."""
+    from llada_megatron.data.tokenizer import check_vocabulary
+
+    for option in ("max_new_tokens", "batch", "max_forwards", "max_cached_tokens"):
+        least = int(option in ("max_new_tokens", "batch"))
+        if getattr(args, option, least) < least:
+            raise BadInput(f"--{option.replace('_', '-')} {getattr(args, option)}: give at least {least}.")
+    config = configuration(checkpoint, args.overrides)
+    name = tokenizer_of(checkpoint, config, args.overrides)
+    if name is not None:
+        check_vocabulary(name, config.model.vocab_size)
+    tokenizer = _tokenizer(name)
+    encoder = chat_encoder(args.chat_template, name, tokenizer) if as_chat else None
+    ends = [tokenizer.end_of_document_id] if tokenizer else []
+    if encoder:
+        ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
+    job = dict(
+        checkpoint=checkpoint.path,
+        rule=args.rule,
+        settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
+        new_tokens=args.max_new_tokens,
+        end_tokens=[end for end in ends if end is not None],
+        strings=args.stop,
+        max_forwards=args.max_forwards,
+        block_size=block_size_for(checkpoint, args.block_size),
+        tokenizer=name,
+        max_cached_tokens=args.max_cached_tokens,
+        seed=args.seed,
+    )
+    return config, job, encoder
+
+
+def _tokenizer(name: str | None) -> Tokenizer | None:
+    from llada_megatron.data.tokenizer import load_tokenizer
+
+    return None if name is None else load_tokenizer(name)
+
+
+def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
+    """The checkpoint's configuration on one process, or in the layout that the overrides ask for."""
+    from llada_megatron.config import compose
+    from llada_megatron.config.layout_rules import check_layout
+
+    saved = dict(checkpoint.manifest.config)
+    if "data" not in saved:  # no run wrote it, and its model alone is known
+        saved |= {"run": {"name": "generate"}, "optimizer": {"lr": 0.0}, "data": _context(checkpoint)}
+    config = compose.elsewhere(saved, overrides)
+    for axis in ("pp", "cp"):
+        if getattr(config.layout, axis) > 1:
+            raise BadInput(f"Decoding serves tp, ep and dp, not {axis}: set layout.{axis}=1.")
+    check_layout(config)
+    return config
+
+
+def _context(checkpoint: Checkpoint) -> dict[str, Any]:
+    """As many positions as config.json says that the model was trained for."""
+    from llada_megatron.record.carried import folder_of
+
+    folder = folder_of(checkpoint)
+    path = folder / "config.json" if folder else None
+    described = parse_json(read_bytes(path, "mend it")) if path and path.is_file() else {}
+    positions = described.get("max_position_embeddings") if isinstance(described, dict) else None
+    return {"sequence_length": positions} if isinstance(positions, int) else {}
+
+
+def tokenizer_of(checkpoint: Checkpoint, config: Config, overrides: list[str]) -> str | None:
+    """The tokenizer.json that came with the weights, unless a setting names another one; else the run's.
+
+    None where no run was, and none came.
+    """
+    from llada_megatron.record.carried import folder_of
+
+    carried = (folder_of(checkpoint) or Path()) / "tokenizer.json"
+    is_named = any(each.startswith("data.tokenizer=") for each in overrides)
+    if carried.is_file() and not is_named:
+        return str(carried)
+    return config.data.tokenizer if is_named or "data" in checkpoint.manifest.config else None
+
+
+def chat_encoder(
+    template: str | None, tokenizer_name: str | None, tokenizer: Tokenizer | None
+) -> ChatEncoder:
+    """What renders messages, by the template of that name or the one that came with the tokenizer."""
+    if tokenizer_name is None or tokenizer is None:
+        raise BadInput(f"--chat needs a tokenizer: {NO_TOKENIZER}.")
+    from llada_megatron.data.chat import ChatEncoder
+    from llada_megatron.data.chat_template import load_template
+
+    return ChatEncoder(load_template(template, tokenizer_name, tokenizer), tokenizer, only_last=False)
+
+
+def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:
+    """The block size to decode with; warns about one that the model was not trained with last."""
+    from llada_megatron.config.objectives import OBJECTIVES
+
+    manifest = checkpoint.manifest
+    stages = manifest.config.get("schedule", {}).get("stages", [])
+    objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
+    if objective in OBJECTIVES and OBJECTIVES[objective].causal:
+        raise BadInput(
+            f"{checkpoint.path} is of stage {manifest.stage}, an autoregressive model, which has not learnt"
+            " to fill masks: train it in a diffusion stage first."
+        )
+    trained = manifest.block_size
+    if not trained and str(manifest.lineage.get("architecture")).startswith("LLaDA2"):
+        trained = LLADA2_BLOCK
+    if asked is not None and asked < 1:
+        raise BadInput(f"--block-size {asked}: give at least 1.")
+    if not trained and asked is None:
+        raise BadInput(f"{checkpoint.path} does not say its block size: give --block-size.")
+    if trained and asked not in (None, trained):
+        print(
+            f"warning: --block-size {asked} is not the {trained} that the model was trained with last",
+            file=sys.stderr,
+        )
+    return asked or trained
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; BadInput, with the line, for anything else."""
+    records = []
+    for number, line in enumerate(read_bytes(path, "give a file of prompts").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            raise BadInput(f"{path}, line {number} is not JSON ({error}): {READS}.") from None
+        if not isinstance(record, dict) or len({"prompt", "messages", "tokens"} & record.keys()) != 1:
+            raise BadInput(f"{path}, line {number} holds no prompt: {READS}.")
+        records.append(record)
+    if not records:
+        raise BadInput(f"{path} holds no prompts: {READS}.")
+    return records
+
+
+def _tokens(
+    number: int,
+    record: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    encoder: ChatEncoder | None,
+    config: Config,
+) -> list[int]:
+    """A prompt's ids; BadInput, with its number, for what is none."""
+    from llada_megatron.data.chat import messages_to_answer
+
+    try:
+        if "tokens" in record:
+            ids, limit = record["tokens"], config.model.vocab_size
+            if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < limit for each in ids):
+                raise BadInput(f"`tokens` is no list of ids below {limit}")
+            return ids
+        if "messages" in record and encoder is None:
+            raise BadInput("it is a chat: give --chat")
+        if encoder is not None:
+            return encoder.prompt(messages_to_answer(record))
+        if tokenizer is None:
+            raise BadInput(NO_TOKENIZER)
+        if not isinstance(record["prompt"], str):
+            raise BadInput("`prompt` is not text")
+        return tokenizer.encode(record["prompt"])
+    except BadInput as fault:
+        raise BadInput(f"Prompt {number}: {str(fault).removesuffix('.')}.") from None

@@ -1,0 +1,189 @@
+"""Prompts decoded with a checkpoint, on every rank of a layout; rank 0 writes each result when it is there.
+
+OUT.partial holds what is done, in the order of completion, until all is: a job that was interrupted goes on
+from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.checkpoint.load import load_model
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.foreign import parse_json
+from llada_megatron.config.schema import Config
+from llada_megatron.data.tokenizer import load_tokenizer
+from llada_megatron.generate.decoder import Decoder
+from llada_megatron.generate.prompt import Limits, Prompt, Result
+from llada_megatron.generate.rules import rule_of
+from llada_megatron.parallel import groups, ranks
+from llada_megatron.runtime import device
+from llada_megatron.runtime.launch import threads_per_process
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is decoded, and how."""
+
+    checkpoint: Path
+    rule: str
+    settings: Mapping[str, str]
+    block_size: int
+    tokenizer: str | None
+    """Without one there are no texts."""
+    new_tokens: int
+    end_tokens: Sequence[int] = ()
+    strings: Sequence[str] = ()
+    max_forwards: int = 0
+    output: Path | None = None
+    """JSON lines; without it the lines are returned."""
+    batch: int = 8
+    max_cached_tokens: int = 0
+    seed: int = 0
+    records: Sequence[Mapping[str, Any]] = ()
+    """What was asked for each prompt, which comes back with its result."""
+    prompts: Sequence[Sequence[int]] = ()
+
+    @property
+    def limits(self) -> Limits:
+        """Where each prompt ends."""
+        return Limits(self.new_tokens, self.end_tokens, self.strings, self.max_forwards)
+
+    @property
+    def identity(self) -> str:
+        """What decides the results, as far as a command says it: not the batch and its memory."""
+        said = asdict(replace(self, output=None, batch=0, max_cached_tokens=0))
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
+    """Lines of JSON in the order of the prompts, on rank 0 (none where they were written), and figures of
+    all.
+
+    For every rank of config.layout. Raises BadInput before the first forward for whatever cannot be decoded.
+    """
+    device.seed_everything(job.seed, config.precision.deterministic)
+    groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
+    try:
+        decoder = decoder_of(config, job)
+        for number, tokens in enumerate(job.prompts):
+            decoder.check(number, tokens, job.limits)
+        lines = ranks.from_first_rank(Lines, job)
+        waiting = [
+            Prompt(tokens, number=number)
+            for number, tokens in enumerate(job.prompts)
+            if number not in lines.done
+        ]
+        return _decode(decoder, job, waiting, lines)
+    finally:
+        groups.destroy()
+
+
+def decoder_of(config: Config, job: Job) -> Decoder:
+    """The decoder that a job asks for, in the process groups of config.layout."""
+    rule = rule_of(job.rule, job.settings)  # before the weights, which take longer
+    (model,) = load_model(config, job.checkpoint)
+    return Decoder(
+        model,
+        rule,
+        block_size=job.block_size,
+        mask_token_id=config.model.mask_token_id,
+        context=config.data.sequence_length,
+        batch=job.batch,
+        max_cached_tokens=job.max_cached_tokens,
+        seed=job.seed,
+        text=None if job.tokenizer is None else load_tokenizer(job.tokenizer).decode,
+    )
+
+
+def _decode(
+    decoder: Decoder, job: Job, prompts: list[Prompt], lines: Lines
+) -> tuple[list[str], dict[str, float]]:
+    began = device.seconds()
+    tokens = denoised = 0
+    for event in decoder.run(prompts, job.limits):
+        if isinstance(event, Result):
+            tokens += len(event.tokens)
+            denoised += event.forwards["denoise"] + event.forwards["store"]
+            if ranks.rank() == 0:
+                lines.add(event)
+    figures = {
+        "prompts": len(prompts),
+        "tokens": tokens,
+        "tokens_per_forward": tokens / max(1, denoised),
+        "forwards": decoder.counts.forwards,
+        "seconds": device.seconds() - began,
+        "cache_bytes": decoder.cache_bytes,
+        "shared_tokens": decoder.counts.shared_tokens,
+        "put_back": decoder.counts.put_back,
+    }
+    return (lines.finish() if ranks.rank() == 0 else []), figures
+
+
+class Lines:
+    """The results of a job as lines of JSON, written as they come and put in order at the end.
+
+    Raises BadInput where OUT.partial is another job's.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.done: dict[int, str] = {}
+        self.partial = None if job.output is None else job.output.with_name(f"{job.output.name}.partial")
+        if self.partial is None:
+            return
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        if not self.partial.exists():
+            self._append(json.dumps({"job": job.identity}))
+            return
+        head, *lines = self.partial.read_text(encoding="utf-8").split("\n")
+        if head and head != json.dumps({"job": job.identity}):
+            raise BadInput(
+                f"{self.partial} holds results of another command, which was interrupted: run that one again,"
+                " remove the file, or choose another --output."
+            )
+        for line in lines[:-1]:  # a last one without an end was being written
+            self.done[int(parse_json(line)["index"])] = line
+        self._rewrite(self.partial, [json.dumps({"job": job.identity}), *self.done.values()])
+
+    def add(self, result: Result) -> None:
+        """One prompt is done."""
+        record = dict(self.job.records[result.prompt])
+        said = {
+            "index": result.prompt,
+            **record,
+            "text": result.text,
+            "tokens": result.tokens.tolist(),
+            "stop": result.stop.value,
+            "forwards": result.forwards,
+            "tokens_per_forward": result.tokens_per_forward,
+            "seconds": round(result.seconds, 4),
+        }
+        self.done[result.prompt] = json.dumps(said, ensure_ascii=False)
+        if self.partial is not None:
+            self._append(self.done[result.prompt])
+
+    def finish(self) -> list[str]:
+        """All lines in the order of the prompts; or none, where they are in the file that was asked for."""
+        in_order = [self.done[number] for number in sorted(self.done)]
+        if self.partial is None or self.job.output is None:
+            return in_order
+        self._rewrite(self.partial, in_order)
+        self.partial.replace(self.job.output)
+        return []
+
+    def _append(self, line: str) -> None:
+        assert self.partial is not None
+        with self.partial.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _rewrite(self, path: Path, lines: list[str]) -> None:
+        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        aside.replace(path)

@@ -1,0 +1,231 @@
+"""Decoding with a cache, in batches and in any order gives the tokens of the loop without either."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.parameters import cached_token_bytes
+from llada_megatron.config.schema import LayoutConfig
+from llada_megatron.generate import BlockChanged, Decoder, Limits, Prompt, Stop
+from llada_megatron.generate.reference_loop import Canvas, reference_loop
+from llada_megatron.generate.rules import RULES, rule_of
+from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.readout import LOGITS
+from llada_megatron.parallel import groups
+from tests.generate.models import CONTEXT, MASK, prompt_of, settings, tiny, uncached
+
+RULE = rule_of("threshold", {"threshold": 0.05})
+"""Of a random model's probabilities some are higher: blocks take a few forwards, unequal in number."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    groups.initialize(LayoutConfig())
+    try:
+        yield tiny(settings())
+    finally:
+        groups.destroy()
+
+
+def decoder(model, **options):
+    return Decoder(
+        model, **({"rule": RULE, "block_size": 4, "mask_token_id": MASK, "context": CONTEXT} | options)
+    )
+
+
+@pytest.mark.parametrize("length", [0, 5, 31, 32, 33], ids="prompt{}".format)
+@pytest.mark.parametrize("block_size", [1, 4, 32], ids="block{}".format)
+def test_a_cached_prompt_equals_the_loop_without_a_cache(model, block_size, length):
+    prompt = prompt_of(length)
+    (result,) = decoder(model, block_size=block_size).results([prompt], Limits(new_tokens=23))
+    expected, forwards = uncached(model, prompt, 23, block_size, RULE)
+    np.testing.assert_array_equal(result.tokens, expected)
+    assert result.stop is Stop.length and result.forwards == {"prefill": 0, "denoise": forwards, "store": 0}
+    assert 1 <= result.forwards["denoise"] <= 23 + 4
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_every_rule_in_a_batch_equals_itself_alone_without_a_cache(model, name):
+    rule, lengths = rule_of(name), (3, 8, 13)
+    prompts = [prompt_of(length) for length in lengths]
+    results = decoder(model, rule=rule, batch=2, seed=3).results(prompts, Limits(new_tokens=10))
+    for number, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        expected, _ = uncached(model, prompt, 10, 4, rule, number=number, seed=3)
+        np.testing.assert_array_equal(result.tokens, expected, err_msg=f"prompt {number}")
+
+
+LENGTHS = (17, 2, 40, 9, 33, 1, 24)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The tokens behind each of the prompts, without a cache."""
+    return [uncached(model, prompt_of(length), 21, 4, RULE)[0] for length in LENGTHS]
+
+
+@pytest.mark.parametrize(
+    ("batch", "cached", "prefill_tokens"), [(1, 64, 4), (2, 0, 1024), (3, 64, 1024), (8, 80, 4), (8, 0, 4)]
+)
+def test_no_batch_bound_or_chunk_changes_a_token(model, alone, batch, cached, prefill_tokens):
+    prompts = [prompt_of(length) for length in LENGTHS]
+    limits = Limits(new_tokens=21)
+    ours = decoder(model, batch=batch, max_cached_tokens=cached, prefill_tokens=prefill_tokens)
+    largest = 0
+    results = []
+    for event in ours.run(prompts, limits):
+        largest = max(largest, ours.pages.count - ours.pages.available)
+        results += [] if isinstance(event, BlockChanged) else [event]
+    assert sorted(result.prompt for result in results) == list(range(len(prompts)))
+    for result in results:
+        np.testing.assert_array_equal(result.tokens, alone[result.prompt], err_msg=f"prompt {result.prompt}")
+    assert ours.pages.count - ours.pages.available == 0  # nobody holds a page any more
+    if cached:
+        assert largest <= cached // 4 and (ours.counts.put_back > 0) == (batch > 1)
+
+
+@torch.no_grad()
+def test_block_one_equals_a_loop_that_appends_one_mask_and_reads_its_position(model):
+    tokens = prompt_of(9).tolist()
+    for _ in range(12):
+        longer = torch.tensor([[*tokens, MASK]])
+        mask = BlockDiffusionMask([torch.tensor([0, longer.numel()])], 1, clean_copy=False, causal=True)
+        inputs = ModelInputs(
+            tokens=longer,
+            positions=torch.arange(longer.numel())[None],
+            keys=ContextShard(mask),
+            outputs=torch.tensor([len(tokens)]),
+            readout=LOGITS,
+        )
+        logits = model(inputs)[0]
+        logits[MASK] = -torch.inf
+        tokens.append(int(logits.argmax()))
+    (result,) = decoder(model, block_size=1).results([tokens[:9]], Limits(new_tokens=12))
+    assert result.tokens.tolist() == tokens[9:]
+    assert result.forwards["denoise"] == 12
+
+
+def test_a_prefix_that_was_read_before_is_not_read_again(model):
+    prompt = prompt_of(40)
+    ours = decoder(model)
+    (first,) = ours.results([prompt], Limits(new_tokens=22))
+    rows = ours.counts.rows
+    turn = np.concatenate([prompt, first.tokens, prompt_of(5, seed=1)])  # 67 tokens, the last 7 of them new
+    (second,) = ours.results([turn], Limits(new_tokens=6))
+    assert ours.counts.shared_tokens == 60  # whole blocks that a later one has seen: the last one nobody kept
+    assert ours.counts.rows - rows == 4 + 4 * second.forwards["denoise"] + 4 * 2
+    np.testing.assert_array_equal(second.tokens, uncached(model, turn, 6, 4, RULE)[0])
+    # Under a bound what nobody uses makes room, and what it held is computed again.
+    small = decoder(model, max_cached_tokens=72)
+    for each in (prompt, prompt_of(44, seed=2), prompt):
+        (result,) = small.results([each], Limits(new_tokens=22))
+        np.testing.assert_array_equal(result.tokens, uncached(model, each, 22, 4, RULE)[0])
+
+
+def test_prompts_of_one_batch_that_begin_alike_share_pages_as_far_as_they_are_alike(model):
+    prompt = prompt_of(32)
+    prompts = [prompt, np.append(prompt[:30], [7, 8]), np.append(prompt, 9)]
+    ours = decoder(model, batch=1)
+    for each, result in zip(prompts, ours.results(prompts, Limits(new_tokens=9)), strict=True):
+        np.testing.assert_array_equal(result.tokens, uncached(model, each, 9, 4, RULE)[0])
+    assert ours.counts.shared_tokens == 28 + 32
+
+
+def test_an_abandoned_run_leaves_no_page_behind_and_the_next_one_is_right(model):
+    ours = decoder(model, batch=2)
+    events = ours.run([prompt_of(20), prompt_of(30)], Limits(new_tokens=20))
+    next(events)
+    assert ours.pages.available < ours.pages.count
+    events.close()
+    assert ours.pages.available == ours.pages.count
+    (result,) = ours.results([prompt_of(30)], Limits(new_tokens=20))
+    np.testing.assert_array_equal(result.tokens, uncached(model, prompt_of(30), 20, 4, RULE)[0])
+
+
+def test_holes_are_filled_and_what_was_given_stays(model):
+    tokens = prompt_of(30)
+    tokens[[3, 9, 10, 17, 18, 19, 29]] = MASK
+    expected, forwards = reference_loop(model, Canvas(tokens.copy(), 4, MASK), RULE)
+    (result,) = decoder(model).results([Prompt(tokens, has_holes=True)], Limits(new_tokens=0))
+    np.testing.assert_array_equal(result.tokens, expected)
+    assert (result.generated, result.forwards["denoise"], result.stop) == (7, forwards, Stop.length)
+    (untouched,) = decoder(model).results([Prompt(expected, has_holes=True)], Limits(new_tokens=0))
+    np.testing.assert_array_equal(untouched.tokens, expected)
+
+
+def test_changes_of_blocks_add_up_to_the_result(model):
+    prompt = prompt_of(6)
+    text, events = np.full(32, -1), 0
+    for event in decoder(model).run([prompt], Limits(new_tokens=17)):
+        if isinstance(event, BlockChanged):
+            text[event.first : event.first + 4] = np.where(event.is_masked, -1, event.tokens)
+            assert event.is_done == (not event.is_masked.any())
+            events += 1
+    np.testing.assert_array_equal(text[4:23], [*prompt[4:], *event.tokens])
+    assert events == event.forwards["denoise"] and event.tokens_per_forward == 17 / events
+
+
+def words(ids):
+    return "".join(f"{token} " for token in ids)
+
+
+def test_decoding_ends_at_an_end_token_a_string_the_length_the_context_or_after_forwards(model):
+    prompt = prompt_of(10)
+    ours = decoder(model, text=words)
+    (whole,) = ours.results([prompt], Limits(new_tokens=30))
+    assert whole.stop is Stop.length and len(whole.tokens) == 30 and whole.text == words(whole.tokens)
+    at = next(n for n in range(9, 30) if whole.tokens[n] not in whole.tokens[:n])
+    end = int(whole.tokens[at])
+    (result,) = ours.results([prompt], Limits(new_tokens=30, end_tokens=[end]))
+    assert result.stop is Stop.end and result.tokens.tolist() == whole.tokens[: at + 1].tolist()
+    assert result.forwards["denoise"] < whole.forwards["denoise"]
+    string = words(whole.tokens[at : at + 1])[:-1] + " "
+    (result,) = ours.results([prompt], Limits(new_tokens=30, strings=["no such", " " + string]))
+    assert result.stop is Stop.string and result.text == words(whole.tokens[:at])[:-1]
+    assert result.tokens.tolist() == whole.tokens[: at + 1].tolist()
+    (result,) = ours.results([prompt], Limits(new_tokens=200))
+    assert result.stop is Stop.context and len(result.tokens) == CONTEXT - 10
+    (result,) = ours.results([prompt], Limits(new_tokens=30, forwards=3))
+    assert result.stop is Stop.forwards and sum(result.forwards.values()) == 3
+    assert (
+        result.tokens.tolist() == whole.tokens[: len(result.tokens)].tolist() and 1 <= len(result.tokens) < 30
+    )
+
+
+@pytest.mark.usefixtures("model")  # its process groups
+def test_a_model_in_bf16_keeps_its_keys_in_bf16_and_decodes_the_same_tokens():
+    half = tiny(settings("precision=bf16"))
+    ours = decoder(half, max_cached_tokens=64)
+    for length in (9, 16):
+        prompt = prompt_of(length)
+        (result,) = ours.results([prompt], Limits(new_tokens=8))
+        np.testing.assert_array_equal(result.tokens, uncached(half, prompt, 8, 4, RULE)[0])
+    assert ours.cache_bytes == 2 * 4 * (64 + 1) * 2 * 32 * 2
+
+
+def test_the_cache_takes_the_bytes_that_are_known_beforehand(model):
+    ours, config = decoder(model, max_cached_tokens=64), settings()
+    ours.results([prompt_of(5)], Limits(new_tokens=4))
+    assert ours.cache_bytes == (64 + 1) * cached_token_bytes(config.model, config.precision, config.layout)
+    assert ours.cache_bytes == 2 * 4 * (64 + 1) * 2 * 32 * 4  # layers, tokens, heads, width, bytes
+
+
+def test_what_cannot_be_decoded_is_refused_in_a_sentence(model):
+    for options, prompt, new, sentence in (
+        ({}, prompt_of(97), 1, "Prompt 0 has 97 tokens, and the model's context of 96 has no room for more"),
+        ({}, prompt_of(96), 1, "Prompt 0 has 96 tokens"),
+        ({"block_size": 97}, [1], 1, "A block of 97 is no part of the model's context of 96"),
+        ({}, [1, MASK, 2], 1, "Prompt 0 holds the mask token, 500, at position 1: remove it."),
+        (
+            {"max_cached_tokens": 32},
+            prompt_of(9),
+            24,
+            "takes 36 cached tokens with what is generated",
+        ),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            decoder(model, **options).results([prompt], Limits(new_tokens=new))
