@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llada_megatron.commands import opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.foreign import parse_json, read_bytes
 
@@ -31,18 +32,23 @@ READS = "a line is an object with `prompt` (text), `messages` (a chat) or `token
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run: its newest")
+    opened.add_arguments(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="once for each prompt")
     prompts.add_argument("--input", type=Path, metavar="FILE", help=f"JSON lines: {READS}")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines; default: texts are printed")
     parser.add_argument("--chat", action="store_true", help="prompts are a user's: apply the chat template")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of a forward (default 8)")
+    add_decoding_arguments(parser)
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `generate` and `chat` say of how a text is decoded."""
     parser.add_argument("--chat-template", metavar="NAME", help="llada2, plain or a file; default: its own")
     for name, default, what in (
-        ("max-new-tokens", 256, "of a prompt"),
-        ("max-forwards", 0, "of a prompt, 0: no limit"),
-        ("batch", 8, "prompts of a forward"),
-        ("max-cached-tokens", 0, "of all prompts at hand, 0: as many as they can have"),
+        ("max-new-tokens", 256, "of a text"),
+        ("max-forwards", 0, "of a text, 0: no limit"),
+        ("max-cached-tokens", 0, "of all texts at hand, 0: as many as they can have"),
         ("seed", 0, "of draws"),
     ):
         parser.add_argument(
@@ -66,10 +72,15 @@ def run(args: argparse.Namespace) -> int:
     """Decode and write: 0; BadInput for a checkpoint, prompts, rule or layout that do not fit."""
     from llada_megatron.runtime.launch import launch
 
-    config, job = prepare(args)
-    lines, figures = launch(
-        _on_this_rank, config, job, processes=config.layout.processes, preload="llada_megatron.generate.job"
-    )[0]
+    with opened.opened(args) as checkpoint:
+        config, job = prepare(args, checkpoint)
+        lines, figures = launch(
+            _on_this_rank,
+            config,
+            job,
+            processes=config.layout.processes,
+            preload="llada_megatron.generate.job",
+        )[0]
     for number, line in enumerate(lines):
         print("\n" * bool(number) + json.loads(line)["text"])
     print(
@@ -87,43 +98,64 @@ def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[str], dict[
     return decode(config, Job(**job))
 
 
-def prepare(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the arguments of Job; BadInput for what cannot be served.
+def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the arguments of Job; BadInput for what cannot be served."""
+    require_at_least(args, batch=1)
+    config, tokenizer, decoding = decoding_of(args, checkpoint)
+    records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
+    encoder = chat_encoder(args.chat_template, decoding["tokenizer"], tokenizer) if args.chat else None
+    return config, decoding | dict(
+        records=records,
+        prompts=[_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)],
+        end_tokens=end_tokens(tokenizer, encoder),
+        output=args.output,
+        batch=args.batch,
+    )
 
-    Job itself takes torch along, which the ranks' parent has imported already.
+
+def decoding_of(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, Tokenizer, dict[str, Any]]:
+    """The configuration, the tokenizer, and the arguments of Job that `add_decoding_arguments` gives.
+
+    Job itself takes torch along, which the ranks' parent has imported already. Raises BadInput for what
+    cannot be served.
     """
     from llada_megatron.data.tokenizer import load_tokenizer
-    from llada_megatron.record.manifest import find
 
-    for name, least in (("max_new_tokens", 1), ("batch", 1), ("max_forwards", 0), ("max_cached_tokens", 0)):
-        if getattr(args, name) < least:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
-    checkpoint = find(args.checkpoint)
+    require_at_least(args, max_new_tokens=1, max_forwards=0, max_cached_tokens=0)
     config = configuration(checkpoint, args.overrides)
     name = tokenizer_of(checkpoint, config, args.overrides)
-    tokenizer = load_tokenizer(name)
-    records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
-    encoder = chat_encoder(args.chat_template, name, tokenizer) if args.chat else None
+    return (
+        config,
+        load_tokenizer(name),
+        dict(
+            checkpoint=checkpoint.path,
+            origin=opened.origin_of(args, checkpoint),
+            rule=args.rule,
+            settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
+            new_tokens=args.max_new_tokens,
+            strings=args.stop,
+            max_forwards=args.max_forwards,
+            block_size=block_size_for(checkpoint, args.block_size),
+            tokenizer=name,
+            max_cached_tokens=args.max_cached_tokens,
+            seed=args.seed,
+        ),
+    )
+
+
+def require_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise BadInput for an option below its smallest value."""
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {number}.")
+
+
+def end_tokens(tokenizer: Tokenizer, encoder: ChatEncoder | None) -> list[int]:
+    """Ids that end a text: of a document, and of an answer in a chat."""
     ends = [] if tokenizer.end_of_document_id is None else [tokenizer.end_of_document_id]
     if encoder and (end := encoder.end_of_answer([{"role": "user", "content": "."}])) is not None:
         ends.append(end)
-    return config, dict(
-        checkpoint=checkpoint.path,
-        records=records,
-        prompts=[_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)],
-        rule=args.rule,
-        settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
-        new_tokens=args.max_new_tokens,
-        end_tokens=ends,
-        strings=args.stop,
-        max_forwards=args.max_forwards,
-        block_size=block_size_for(checkpoint, args.block_size),
-        tokenizer=name,
-        output=args.output,
-        batch=args.batch,
-        max_cached_tokens=args.max_cached_tokens,
-        seed=args.seed,
-    )
+    return ends
 
 
 def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:

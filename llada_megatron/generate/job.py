@@ -48,6 +48,8 @@ class Job:
     batch: int = 8
     max_cached_tokens: int = 0
     seed: int = 0
+    origin: str = ""
+    """What a temporary checkpoint was made from."""
 
     @property
     def limits(self) -> Limits:
@@ -58,7 +60,10 @@ class Job:
     def identity(self) -> str:
         """What decides the results, as far as a command says it: not the batch and its memory."""
         said = asdict(replace(self, output=None, batch=0, max_cached_tokens=0))
-        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+        text = json.dumps(said, sort_keys=True, default=str)
+        if self.origin:  # which the next command finds elsewhere
+            text = text.replace(str(self.checkpoint), "")
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
@@ -67,22 +72,9 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
 
     For every rank of config.layout. Raises BadInput before the first forward for whatever cannot be decoded.
     """
-    device.seed_everything(job.seed, config.precision.deterministic)
     groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
     try:
-        rule = rule_of(job.rule, job.settings)
-        stages = load_model(config, job.checkpoint)
-        decoder = Decoder(
-            stages[0],
-            rule,
-            block_size=job.block_size,
-            mask_token_id=config.model.mask_token_id,
-            context=config.data.sequence_length,
-            batch=job.batch,
-            max_cached_tokens=job.max_cached_tokens,
-            seed=job.seed,
-            text=load_tokenizer(job.tokenizer).decode,
-        )
+        decoder = decoder_of(config, job)
         for number, tokens in enumerate(job.prompts):
             decoder.check(number, tokens, job.limits)
         lines = ranks.from_first_rank(Lines, job)
@@ -94,6 +86,26 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
         return _decode(decoder, job, waiting, lines)
     finally:
         groups.destroy()
+
+
+def decoder_of(config: Config, job: Job) -> Decoder:
+    """The decoder of a job, on every rank of config.layout, whose process groups exist.
+
+    Raises BadInput for a rule or a checkpoint that does not fit.
+    """
+    device.seed_everything(job.seed, config.precision.deterministic)
+    rule = rule_of(job.rule, job.settings)
+    return Decoder(
+        load_model(config, job.checkpoint)[0],
+        rule,
+        block_size=job.block_size,
+        mask_token_id=config.model.mask_token_id,
+        context=config.data.sequence_length,
+        batch=job.batch,
+        max_cached_tokens=job.max_cached_tokens,
+        seed=job.seed,
+        text=load_tokenizer(job.tokenizer).decode,
+    )
 
 
 def _decode(

@@ -18,6 +18,7 @@ from llada_megatron.config.layout import micro_batches_per_step
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan.activations import recomputed_modules
+from llada_megatron.plan.decoding import Decoding, decoding_of
 from llada_megatron.plan.planner import Placement, Planner, Step
 from llada_megatron.plan.topology import gpus
 
@@ -97,6 +98,8 @@ class Plan:
     ranks: list[RankMemory]
     stages: list[StageTime]
     price_per_gpu_hour: float
+    decoding: Decoding | None
+    """None where the last stage of the schedule trains no model that fills masks."""
 
     @property
     def fullest(self) -> RankMemory:
@@ -141,6 +144,11 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
         ranks=[_rank_memory(planner, layout, placement, schedule, rank) for rank in range(layout.pp)],
         stages=[_stage_time(planner, layout, placement, stage) for stage in schedule.stages],
         price_per_gpu_hour=cluster.price_per_gpu_hour,
+        decoding=decoding_of(
+            schedule.stages,
+            planner.formulas.cached_bytes(planner.model, layout, b=planner.b),
+            context=planner.config.data.sequence_length,
+        ),
     )
 
 

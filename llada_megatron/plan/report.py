@@ -43,6 +43,11 @@ def _verdict(console: Console, plan: Plan, model: ModelConfig) -> None:
         f"  memory  {amount(fullest.peak)} on pipeline stage {fullest.rank}, of {usable:.1f} GB"
         f" ({plan.memory_bytes / GB:.0f} less {1 - plan.usable_bytes / plan.memory_bytes:.0%} margin)"
     )
+    if kept := plan.decoding:
+        console.print(
+            f"  decoding {amount(1000 * kept.bytes_per_token)} of keys and values per 1,000 tokens on each"
+            f" process,\n           {amount(kept.bytes)} for {kept.batch} sequences of {kept.context:,}"
+        )
     tokens = sum(stage.tokens for stage in plan.stages)
     cost = "" if plan.cost is None else f", cost {plan.cost:,.0f}"
     console.print(

@@ -66,10 +66,11 @@ def interrupted(run, prompts, output, whole) -> str:
     """The first line that the command leaves behind when it is interrupted."""
     from llada_megatron.commands.generate import prepare
     from llada_megatron.generate.job import Job
+    from llada_megatron.record.manifest import find
 
     arguments = ["--input", prompts, "--output", str(output), "--max-new-tokens", "9"]
     _, args = cli.parse("generate", [run, *arguments, "--temperature", "0.8", "--seed", "4"])
-    return json.dumps({"job": Job(**prepare(args)[1]).identity}) + "\n"
+    return json.dumps({"job": Job(**prepare(args, find(run))[1]).identity}) + "\n"
 
 
 def test_texts_are_printed_and_a_chat_is_rendered(run, capsys):

@@ -1,0 +1,129 @@
+"""A checkpoint to decode with, as a command names it: a path, a run, or `hf:DIR`, a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.config.errors import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    from llada_megatron.convert.certificate import Certificate
+    from llada_megatron.record.manifest import Checkpoint
+
+HUGGING_FACE = "hf:"
+PUBLISHED_BLOCK_SIZE = 32
+"""Of LLaDA2 (arXiv 2512.15745): no config.json says it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that name a checkpoint."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run: its newest, or hf:DIR, Hugging Face's"
+    )
+    parser.add_argument(
+        "--mask-token-id",
+        type=int,
+        metavar="N",
+        help="of hf:DIR, where its files do not say",
+    )
+    parser.add_argument("--mask-token", metavar="TEXT", help="of hf:DIR, as in `llada convert hf-to-mcore`")
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[Checkpoint]:
+    """The checkpoint; of a Hugging Face folder a temporary one, which is gone afterwards.
+
+    Raises BadInput for what is no checkpoint, and RunFailed where a conversion fails its certificate.
+    """
+    from llada_megatron.record.manifest import find
+
+    if args.checkpoint.startswith(HUGGING_FACE):
+        with tempfile.TemporaryDirectory(prefix="llada_hf_") as folder:
+            yield _converted(args, Path(args.checkpoint.removeprefix(HUGGING_FACE)), Path(folder))
+    elif args.mask_token_id is not None or args.mask_token is not None:
+        raise BadInput("--mask-token-id and --mask-token are for hf:DIR: a checkpoint says its mask token.")
+    else:
+        yield find(args.checkpoint)
+
+
+def origin_of(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    """What a temporary checkpoint was made from, with a digest of its tensors; empty for any other one."""
+    if not args.checkpoint.startswith(HUGGING_FACE):
+        return ""
+    lineage = checkpoint.manifest.lineage
+    return f"{lineage['source']} {lineage['tensors_sha256']}"
+
+
+def _converted(args: argparse.Namespace, source: Path, folder: Path) -> Checkpoint:
+    from llada_megatron.config.schema import LayoutConfig
+    from llada_megatron.convert import conversion
+    from llada_megatron.parallel import groups
+    from llada_megatron.record.manifest import find
+
+    mask_token_id, block_size = _not_in_the_weights(args, source)
+    groups.initialize(LayoutConfig())
+    began = time.monotonic()
+    try:
+        certificate = conversion.hf_to_mcore(
+            source, folder / "checkpoint", mask_token_id=mask_token_id, mask_token=args.mask_token
+        )
+    finally:
+        groups.destroy()
+    if not certificate.passed:
+        more = f" (and {len(certificate.problems) - 1} more)" if len(certificate.problems) > 1 else ""
+        raise RunFailed(
+            f"The conversion of {source} fails its certificate: {certificate.problems[0]}{more};"
+            " `llada convert hf-to-mcore` shows all."
+        )
+    _say(args, certificate, block_size, time.monotonic() - began)
+    checkpoint = find(str(folder / "checkpoint"))
+    return replace(checkpoint, manifest=replace(checkpoint.manifest, block_size=block_size))
+
+
+def _not_in_the_weights(args: argparse.Namespace, source: Path) -> tuple[int | None, int]:
+    """The mask token, None where the conversion shall ask for it, and the block size to decode with."""
+    from llada_megatron.convert.families import family_of
+    from llada_megatron.convert.families.family import architecture_of
+    from llada_megatron.convert.weight_files import REMEDY
+    from llada_megatron.data.tokenizer import load_tokenizer
+    from llada_megatron.parallel.ranks import warn
+    from llada_megatron.record.json_files import read_json
+
+    described: dict[str, Any] = read_json(source / "config.json", REMEDY)
+    architecture = architecture_of(described)
+    is_diffusion = architecture == family_of(architecture, source).after_diffusion
+    known = [args.mask_token_id]
+    if (source / "tokenizer.json").is_file():
+        known.append(load_tokenizer(str(source / "tokenizer.json")).mask_token_id)
+    known.append(described.get("mask_token_id"))
+    mask_token_id = next((each for each in known if type(each) is int), None)
+    if not is_diffusion and mask_token_id is None:
+        raise BadInput(
+            f"{args.checkpoint} is of architecture {architecture}, an autoregressive model, which has not"
+            " learnt to fill masks: train it in a diffusion stage first, or give --mask-token-id if it was."
+        )
+    if args.block_size is None and not is_diffusion:
+        raise BadInput(f"{args.checkpoint} does not say its block size: give --block-size.")
+    if not is_diffusion:
+        warn(
+            f"{architecture} is the architecture of autoregressive models: is {source} one that fills masks?"
+        )
+    return mask_token_id, args.block_size or PUBLISHED_BLOCK_SIZE
+
+
+def _say(args: argparse.Namespace, certificate: Certificate, block_size: int, seconds: float) -> None:
+    logits = certificate.logits
+    differ = f"differ by {logits['max_difference']:.1e}" if logits["compared"] else "were not compared"
+    print(
+        f"{args.checkpoint}: {certificate.architecture}, mask token {certificate.mask_token_id}, block size"
+        f" {block_size}; converted in {seconds:.1f} s with its certificate, logits {differ}",
+        file=sys.stderr,
+    )
