@@ -4,8 +4,9 @@ BIN := .venv/bin
 TRANSFORMER_ENGINE := .venv/transformer-engine
 CUDNN := .venv/cudnn
 SMOLLM2 := .venv/smollm2
+CHATS := .venv/chats
 
-.PHONY: help setup test test-slow test-full test-gpu gpu-compile demo demo-smollm2 check lock
+.PHONY: help setup test test-slow test-full test-gpu gpu-compile demo demo-smollm2 sft-small check lock
 
 help:
 	@echo "make setup        environment in .venv, with .venv/bin/llada"
@@ -16,6 +17,7 @@ help:
 	@echo "make gpu-compile  cuDNN's attention kernels, compiled without a CUDA device"
 	@echo "make demo         the whole pipeline, small, on this machine"
 	@echo "make demo-smollm2 a real pretrained model, converted on this machine"
+	@echo "make sft-small    a small model learns to answer, from conversations that a package ships"
 	@echo "make check        format, lint and types"
 	@echo "make lock         requirements.txt anew from pyproject.toml"
 
@@ -34,11 +36,11 @@ PYTEST := $(BIN)/pytest -q -n $(WORKERS)
 test: $(STAMP) $(TRANSFORMER_ENGINE)/.setup-done
 	$(PYTEST) -m "not slow and not full"
 
-test-slow: $(STAMP) $(SMOLLM2)/.setup-done
+test-slow: $(STAMP) $(SMOLLM2)/.setup-done $(CHATS)/.setup-done
 	$(PYTEST) -m "slow and not full"
 
 # Before a change to what it covers counts as done.
-test-full: $(STAMP) $(SMOLLM2)/.setup-done
+test-full: $(STAMP) $(SMOLLM2)/.setup-done $(CHATS)/.setup-done
 	$(PYTEST) -m full
 
 # For a machine with a CUDA device, after `pip install '.[cuda]'` there; elsewhere everything is skipped.
@@ -55,9 +57,10 @@ gpu-compile: $(STAMP) $(CUDNN)/.setup-done
 # modules without a GPU, would look to megatron-core like an installation that works.
 $(TRANSFORMER_ENGINE)/.setup-done: tests/transformer-engine-requirements.txt $(STAMP)
 $(CUDNN)/.setup-done: tests/cudnn-requirements.txt $(STAMP)
-# Data of a demo, and a reader that nothing else needs.
+# Data of two demos, and a reader that nothing else needs.
 $(SMOLLM2)/.setup-done: launch/smollm2-requirements.txt $(STAMP)
-$(TRANSFORMER_ENGINE)/.setup-done $(CUDNN)/.setup-done $(SMOLLM2)/.setup-done:
+$(CHATS)/.setup-done: launch/chats-requirements.txt $(STAMP)
+$(TRANSFORMER_ENGINE)/.setup-done $(CUDNN)/.setup-done $(SMOLLM2)/.setup-done $(CHATS)/.setup-done:
 	@rm -rf $(@D)
 	@UV_SYSTEM_CERTS=1 UV_HTTP_TIMEOUT=300 $(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) \
 		--compile-bytecode --no-deps --require-hashes -r $<
@@ -68,6 +71,9 @@ demo: $(STAMP)
 
 demo-smollm2: $(STAMP) $(SMOLLM2)/.setup-done
 	PYTHONPATH=$(SMOLLM2) $(BIN)/llada demo --experiment demo_smollm2
+
+sft-small: $(STAMP) $(CHATS)/.setup-done
+	PYTHONPATH=$(CHATS) $(BIN)/llada demo --experiment sft_small
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -56,7 +56,7 @@ ROOMS_IMPORT["dryrun"] = {
 }
 ROOMS_IMPORT["bench"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "checkpoint",
-    "convert", "observe", "training",
+    "convert", "generate", "observe", "training",
 }  # fmt: skip
 ROOMS_IMPORT["verify"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",

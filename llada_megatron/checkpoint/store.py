@@ -6,7 +6,7 @@ import errno
 import pickle
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,17 @@ def verified(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
+def load(
+    checkpoint: Path,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    *,
+    keep: Callable[[str], bool] | None = None,
+) -> None:
     """Load weights, and the optimizer's state where one is given, of a checkpoint that was `verified`.
 
-    Stages may be wrapped for training or bare. Raises BadInput naming the checkpoint when it does not fit
+    Stages may be wrapped for training or bare. A tensor whose name `keep` accepts is not in the checkpoint
+    and stays as it is. Raises BadInput naming the checkpoint when it does not fit
     the model, or holds what could run code; OSError where its files cannot be read.
     """
     shards = checkpoint / SHARDS
@@ -132,6 +139,7 @@ def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: Megatron
     if read_json(shards / FORMAT, remedy).get("sharded_backend") != "torch_dist":
         raise BadInput(f"{shards / FORMAT} is not of the format torch_dist: {remedy}.")
     sharded = _sharded(model, optimizer, is_loading=True)
+    kept = [_taken_out(sharded[f"model{index}"], keep) for index in range(len(model))]
     try:
         with unpickling.read_once(shards):
             loaded = dist_checkpointing.load(sharded, str(shards))
@@ -143,13 +151,19 @@ def load(checkpoint: Path, model: Sequence[torch.nn.Module], optimizer: Megatron
     except (CheckpointingException, pickle.UnpicklingError) as error:
         raise BadInput(f"{checkpoint} cannot be loaded: {unpickling.in_words(error)}.") from error
     for index, chunk in enumerate(model):
-        _bare(chunk).load_state_dict(loaded[f"model{index}"])
+        _bare(chunk).load_state_dict(loaded[f"model{index}"] | kept[index])
     if optimizer is not None:
         try:
             step = _adam_step(loaded["optimizer"])
         except (AttributeError, KeyError, TypeError, ValueError):
             raise BadInput(f"{checkpoint} holds no step of Adam to go on from: {remedy}.") from None
         _load_optimizer(optimizer, loaded["optimizer"], step)
+
+
+def _taken_out(sharded: dict[str, Any], keep: Callable[[str], bool] | None) -> dict[str, torch.Tensor]:
+    """The tensors that stay as they are, by their names in the model; `sharded` loses them."""
+    names = [name for name, entry in sharded.items() if keep is not None and keep(entry.key)]
+    return {name: sharded.pop(name).data for name in names}
 
 
 def _adam_step(loaded: dict[Any, Any]) -> int:

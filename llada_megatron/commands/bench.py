@@ -7,7 +7,9 @@ from pathlib import Path
 
 from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
+from llada_megatron.commands import opened
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import Config
 
 EXAMPLE = "llada bench step --json step.json"
 
@@ -29,6 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--directory", type=Path, metavar="DIR", help="the disk to measure; default: /tmp"
     )
     checkpoint.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    decode = benches.add_parser("decode", help="decoding with a cache: equal tokens first, then speed")
+    opened.add_arguments(decode, default="first weights of model=small")
+    decode.add_argument("--rules", default="threshold", metavar="NAME,NAME", help="default threshold")
+    for name, default, what in (
+        ("prompt-tokens", 512, "of each prompt"),
+        ("new-tokens", 512, "behind each prompt"),
+        ("batch", 8, "prompts at a time"),
+    ):
+        decode.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})"
+        )
+    decode.add_argument("--block-size", type=int, metavar="B", help="default: of the last stage, or 32")
+    decode.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    decode.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,9 +57,35 @@ def run(args: argparse.Namespace) -> int:
         from llada_megatron.bench import checkpoint
 
         return checkpoint.run(args.sizes, directory=args.directory, json_file=args.json)
+    if args.bench == "decode":
+        return _decode(args)
     from llada_megatron.bench import step
 
     return step.run(args.overrides, rounds=args.rounds, json_file=args.json)
+
+
+def _decode(args: argparse.Namespace) -> int:
+    from llada_megatron.bench import decode
+    from llada_megatron.commands.generate import block_size_for, configuration
+    from llada_megatron.config.compose import compose
+
+    for name in ("prompt_tokens", "new_tokens", "batch"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1.")
+    if args.checkpoint and "=" in args.checkpoint:
+        args.overrides, args.checkpoint = [args.checkpoint, *args.overrides], None
+    block_size = args.block_size or 32
+
+    def measured(path: Path | None, config: Config, block_size: int) -> int:
+        tokens = args.prompt_tokens, args.new_tokens
+        setting = decode.Setting(args.rules.split(","), block_size, *tokens, args.batch)
+        return decode.run(config, path, setting, args.json)
+
+    if not args.checkpoint:
+        return measured(None, compose(["experiment=bench", "data.path=[]", *args.overrides]), block_size)
+    with opened.opened(args) as checkpoint:
+        config = configuration(checkpoint, args.overrides)
+        return measured(checkpoint.path, config, block_size_for(checkpoint, args.block_size))
 
 
 def _attention(args: argparse.Namespace) -> int:

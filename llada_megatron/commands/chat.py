@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     opened.add_arguments(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the system message")
-    generate.add_decoding_arguments(parser)
+    generate.add_decoding_arguments(parser, new_tokens=512)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
                 _on_this_rank,
                 *told,
                 processes=config.layout.processes,
-                preload="llada_megatron.generate.job",
+                preload=generate.PRELOAD,
             )[0]
         finally:
             signal.signal(signal.SIGINT, heard)
@@ -65,21 +65,19 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, d
     """The configuration, the arguments of Job, and what a terminal is told first; BadInput as `run`."""
     from llada_megatron.config.layout import data_parallel_size
 
-    config, tokenizer, decoding = generate.decoding_of(args, checkpoint)
+    config, job, _ = generate.decoding(args, checkpoint, as_chat=True)
     if (replicas := data_parallel_size(config.layout)) > 1:
         raise BadInput(
             f"A chat is one conversation, and {config.layout.processes} processes with"
             f" layout.tp={config.layout.tp} are {replicas} replicas of the model: set"
             f" layout.tp={config.layout.processes}, with layout.ep for the experts."
         )
-    encoder = generate.chat_encoder(args.chat_template, decoding["tokenizer"], tokenizer)
     step = f", step {checkpoint.manifest.step}" if checkpoint.manifest.step else ""
     title = (
-        f"{args.checkpoint}{step}: block size {decoding['block_size']}, rule {args.rule}, context"
+        f"{args.checkpoint}{step}: block size {job['block_size']}, rule {args.rule}, context"
         f" {config.data.sequence_length:,}"
     )
-    job = decoding | dict(records=(), prompts=(), end_tokens=generate.end_tokens(tokenizer, encoder), batch=1)
-    return config, job, title
+    return config, job | {"batch": 1}, title
 
 
 def _on_this_rank(
@@ -93,6 +91,7 @@ def _on_this_rank(
     from llada_megatron.runtime.launch import threads_per_process
 
     made = Job(**job)
+    assert made.tokenizer is not None
     if config.layout.processes > 1 and os.environ["RANK"] == "0":
         signal.signal(signal.SIGINT, interrupts.interrupt)  # until `talk` has its own
     threads = threads_per_process(config.layout.processes)

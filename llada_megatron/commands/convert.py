@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     inward = directions.add_parser("hf-to-mcore", help="a Hugging Face checkpoint into one to train from")
     outward = directions.add_parser("mcore-to-hf", help="a checkpoint, or a run's newest, to Hugging Face")
+    adapters = directions.add_parser("mcore-to-peft", help="a checkpoint's adapters alone, for PEFT")
     gguf = directions.add_parser("gguf-to-hf", help="a GGUF file of the llama architecture to Hugging Face")
     upcycling = directions.add_parser("upcycle", help="a dense checkpoint into a MoE that computes the same")
     sources = {
         inward: "with config.json and safetensors",
-        outward: "a checkpoint, or a run: its newest",
+        outward: "a checkpoint, or a run: its newest; adapters are merged",
+        adapters: "a checkpoint, or a run: its newest",
         gguf: "a .gguf file",
         upcycling: "a checkpoint, or a run: its newest",
     }
@@ -41,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="states which token the mask's id is, where it is another token's and that is meant",
         )
     inward.add_argument("--mask-token-id", type=int, metavar="N", help="default: the tokenizer's mask token")
-    outward.add_argument(
-        "--architecture", metavar="NAME", help="default: LLaDA2MoeModelLM for a MoE trained with diffusion"
-    )
+    for direction in (outward, adapters):
+        direction.add_argument(
+            "--architecture",
+            metavar="NAME",
+            help="default: LLaDA2MoeModelLM for a MoE after diffusion",
+        )
     outward.add_argument("--expert-layout", choices=("separate", "stacked"), default="separate")
     outward.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as in the checkpoint")
     outward.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: what came with the weights")
@@ -82,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> Certificate:
-    from llada_megatron.convert import conversion, gguf, upcycle
+    from llada_megatron.convert import conversion, gguf, peft, upcycle
     from llada_megatron.convert.families import ExpertLayout
     from llada_megatron.runtime import device
 
@@ -93,6 +98,8 @@ def _convert(args: argparse.Namespace) -> Certificate:
         )
     if args.direction == "gguf-to-hf":
         return gguf.gguf_to_hf(Path(args.source), args.target, dtype=dtype, layers=args.layers)
+    if args.direction == "mcore-to-peft":
+        return peft.mcore_to_peft(args.source, args.target, architecture=args.architecture)
     if args.direction == "upcycle":
         return upcycle.upcycle(
             args.source,

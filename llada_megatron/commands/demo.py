@@ -1,6 +1,7 @@
 """`llada demo`: text, an autoregressive MoE, its conversion through the block-size schedule, and a report.
 
-The MoE is trained here, or comes from a pretrained model (demo/pretrained.py).
+The MoE is trained here, or comes from a pretrained model (demo/pretrained.py). In another demo a small model
+learns to answer (demo/conversations.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import Interrupted, RunFailed
 from llada_megatron.config.schema import Config
-from llada_megatron.demo import pretrained
+from llada_megatron.demo import conversations, pretrained
 
 EXAMPLE = "llada demo"
 DATA_DIR = Path("runs/data")
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experiment",
         default="demo",
-        help="demo, demo_direct (block 32 at once), or demo_smollm2 (a pretrained model: make demo-smollm2)",
+        help="demo, demo_direct (block 32 at once), demo_smollm2 (a pretrained model: make demo-smollm2), or"
+        " sft_small (conversations: make sft-small)",
     )
     parser.add_argument(
         "--processes", type=int, help="processes that share the CPU (default 2; 1 for demo_smollm2)"
@@ -46,13 +48,17 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     name = f"{args.experiment}_short" if args.short else args.experiment
     base = Path("runs") / name
-    start = _pretrained if args.experiment == pretrained.EXPERIMENT else _trained_here
-    conversion = start(args, [f"run.dir={base}", f"run.name={name}"])
-    _say("3/4  it becomes a block-diffusion model, stage by stage")
-    _train(conversion)
+    starts = {pretrained.EXPERIMENT: _pretrained, conversations.EXPERIMENT: _on_text}
+    start = starts.get(args.experiment, _trained_here)
+    config = start(args, [f"run.dir={base}", f"run.name={name}"])
+    is_chat = args.experiment == conversations.EXPERIMENT
+    _say(f"3/4  it {'learns to answer' if is_chat else 'becomes a block-diffusion model, stage by stage'}")
+    _train(config)
     _say("4/4  report")
     write_report(base)
     print_summary(base)
+    for step in conversations.evaluations(config) if is_chat else []:
+        run_step(step)
     minutes = (time.monotonic() - began) / 60
     print(f"The demo took {minutes:.1f} minutes.")
     return 0
@@ -72,6 +78,23 @@ def _trained_here(args: argparse.Namespace, overrides: list[str]) -> Config:
     _say("2/4  an autoregressive Mixture-of-Experts model learns the text")
     _train(autoregressive)
     return conversion
+
+
+def _on_text(args: argparse.Namespace, overrides: list[str]) -> Config:
+    """The configuration of learning conversations, once the base model has learnt text."""
+    processes = f"layout.processes={args.processes or 2}"
+    directory = Path("runs/sft_small_short" if args.short else "runs/sft_small") / "base"
+    origin = [processes, f"run.dir={directory}", *args.overrides]
+    base = _compose(args, conversations.BASE, origin)
+    start = f"checkpoint.init_from={directory}"
+    chats = _compose(args, args.experiment, [*overrides, processes, start, *args.overrides])
+    _say("1/4  text and conversations: of this Python, and of the package chatterbot-corpus")
+    files = conversations.yaml_files()
+    _prepare_text()
+    _prepare_chats(files, Path(chats.data.path[0]))
+    _say("2/4  a small model learns the text: next tokens, then blocks of 32")
+    _train(base)
+    return chats
 
 
 def _pretrained(args: argparse.Namespace, overrides: list[str]) -> Config:
@@ -130,6 +153,14 @@ def _prepare_text() -> None:
     _write_text()
     summary = prepare_corpus([TEXT], DATA_DIR / "python")
     print(f"{summary['documents']} documents, {summary['tokens']:,} tokens (bytes)")
+
+
+def _prepare_chats(files: list[Path], prefix: Path) -> None:
+    lines = prefix.with_suffix(".jsonl")
+    if not lines.is_file():
+        print(f"{lines}: {conversations.write_chats(files, lines)} conversations")
+    prepare = ["data", "prepare", "--format", "chat", "--input", str(lines), "--output", str(prefix)]
+    run_step(pretrained.Step(Path(f"{prefix}.idx"), prepare))
 
 
 def _write_text() -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from llada_megatron.data.tokenizer import Tokenizer
     from llada_megatron.record.manifest import Checkpoint
 
+PRELOAD = "llada_megatron.generate.job"
+LLADA2_BLOCK = 32
+"""Of LLaDA2.0's last stage (arXiv 2512.15745), which its config.json does not say."""
 EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
 RULE_SETTINGS = (
     "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
@@ -27,6 +30,7 @@ RULE_SETTINGS = (
     "plain_confidence",
 )  # fmt: skip
 """Of all rules (generate/rules/registry.py), whose module takes torch along."""
+NO_TOKENIZER = "no tokenizer.json came with the checkpoint: set data.tokenizer, or give `tokens`"
 READS = "a line is an object with `prompt` (text), `messages` (a chat) or `tokens` (ids)"
 
 
@@ -39,16 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines; default: texts are printed")
     parser.add_argument("--chat", action="store_true", help="prompts are a user's: apply the chat template")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="prompts of a forward (default 8)")
-    add_decoding_arguments(parser)
+    add_decoding_arguments(parser, new_tokens=256)
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `generate` and `chat` say of how a text is decoded."""
+def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
+    """How it is decoded, whatever is: limits, the cache, the rule and settings."""
     parser.add_argument("--chat-template", metavar="NAME", help="llada2, plain or a file; default: its own")
     for name, default, what in (
-        ("max-new-tokens", 256, "of a text"),
-        ("max-forwards", 0, "of a text, 0: no limit"),
-        ("max-cached-tokens", 0, "of all texts at hand, 0: as many as they can have"),
+        ("max-new-tokens", new_tokens, "of a prompt"),
+        ("max-forwards", 0, "of a prompt, 0: no limit"),
+        ("max-cached-tokens", 0, "of all prompts at hand, 0: as many as they can have"),
         ("seed", 0, "of draws"),
     ):
         parser.add_argument(
@@ -56,16 +60,11 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
     parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")
-    add_rule_arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
-
-
-def add_rule_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--rule`, and an option for each setting that some rule has."""
     rules = parser.add_argument_group("rule", "which tokens a forward changes, docs/decoding.md")
     rules.add_argument("--rule", default="threshold", metavar="NAME", help="default threshold")
     for name in RULE_SETTINGS:
         rules.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,14 +74,11 @@ def run(args: argparse.Namespace) -> int:
     with opened.opened(args) as checkpoint:
         config, job = prepare(args, checkpoint)
         lines, figures = launch(
-            _on_this_rank,
-            config,
-            job,
-            processes=config.layout.processes,
-            preload="llada_megatron.generate.job",
+            _on_this_rank, config, job, processes=config.layout.processes, preload=PRELOAD
         )[0]
     for number, line in enumerate(lines):
-        print("\n" * bool(number) + json.loads(line)["text"])
+        said = json.loads(line)
+        print("\n" * bool(number) + (said["text"] if said["text"] is not None else str(said["tokens"])))
     print(
         f"{figures['prompts']} prompts, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
         f" ({figures['tokens'] / figures['seconds']:.1f} tokens/s, {figures['tokens_per_forward']:.2f} a"
@@ -99,63 +95,57 @@ def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[str], dict[
 
 
 def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the arguments of Job; BadInput for what cannot be served."""
-    require_at_least(args, batch=1)
-    config, tokenizer, decoding = decoding_of(args, checkpoint)
-    records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
-    encoder = chat_encoder(args.chat_template, decoding["tokenizer"], tokenizer) if args.chat else None
-    return config, decoding | dict(
-        records=records,
-        prompts=[_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)],
-        end_tokens=end_tokens(tokenizer, encoder),
-        output=args.output,
-        batch=args.batch,
-    )
+    """The configuration and the arguments of Job; BadInput for what cannot be served.
 
-
-def decoding_of(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, Tokenizer, dict[str, Any]]:
-    """The configuration, the tokenizer, and the arguments of Job that `add_decoding_arguments` gives.
-
-    Job itself takes torch along, which the ranks' parent has imported already. Raises BadInput for what
-    cannot be served.
+    Job itself takes torch along, which the ranks' parent has imported already.
     """
-    from llada_megatron.data.tokenizer import load_tokenizer
+    config, job, encoder = decoding(args, checkpoint, as_chat=args.chat)
+    records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
+    tokenizer = encoder.tokenizer if encoder else _tokenizer(job["tokenizer"])
+    prompts = [_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)]
+    return config, job | {"records": records, "prompts": prompts, "output": args.output, "batch": args.batch}
 
-    require_at_least(args, max_new_tokens=1, max_forwards=0, max_cached_tokens=0)
+
+def decoding(
+    args: argparse.Namespace, checkpoint: Checkpoint, *, as_chat: bool
+) -> tuple[Config, dict[str, Any], ChatEncoder | None]:
+    """The configuration, the arguments of Job that prompts have no part in, and what renders chats."""
+    from llada_megatron.data.tokenizer import check_vocabulary
+
+    for option in ("max_new_tokens", "batch", "max_forwards", "max_cached_tokens"):
+        least = int(option in ("max_new_tokens", "batch"))
+        if getattr(args, option, least) < least:
+            raise BadInput(f"--{option.replace('_', '-')} {getattr(args, option)}: give at least {least}.")
     config = configuration(checkpoint, args.overrides)
     name = tokenizer_of(checkpoint, config, args.overrides)
-    return (
-        config,
-        load_tokenizer(name),
-        dict(
-            checkpoint=checkpoint.path,
-            origin=opened.origin_of(args, checkpoint),
-            rule=args.rule,
-            settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
-            new_tokens=args.max_new_tokens,
-            strings=args.stop,
-            max_forwards=args.max_forwards,
-            block_size=block_size_for(checkpoint, args.block_size),
-            tokenizer=name,
-            max_cached_tokens=args.max_cached_tokens,
-            seed=args.seed,
-        ),
+    if name is not None:
+        check_vocabulary(name, config.model.vocab_size)
+    tokenizer = _tokenizer(name)
+    encoder = chat_encoder(args.chat_template, name, tokenizer) if as_chat else None
+    ends = [tokenizer.end_of_document_id] if tokenizer else []
+    if encoder:
+        ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
+    job = dict(
+        checkpoint=checkpoint.path,
+        origin=opened.origin_of(args.checkpoint, checkpoint),
+        rule=args.rule,
+        settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
+        new_tokens=args.max_new_tokens,
+        end_tokens=[end for end in ends if end is not None],
+        strings=args.stop,
+        max_forwards=args.max_forwards,
+        block_size=block_size_for(checkpoint, args.block_size),
+        tokenizer=name,
+        max_cached_tokens=args.max_cached_tokens,
+        seed=args.seed,
     )
+    return config, job, encoder
 
 
-def require_at_least(args: argparse.Namespace, **least: int) -> None:
-    """Raise BadInput for an option below its smallest value."""
-    for name, number in least.items():
-        if getattr(args, name) < number:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {number}.")
+def _tokenizer(name: str | None) -> Tokenizer | None:
+    from llada_megatron.data.tokenizer import load_tokenizer
 
-
-def end_tokens(tokenizer: Tokenizer, encoder: ChatEncoder | None) -> list[int]:
-    """Ids that end a text: of a document, and of an answer in a chat."""
-    ends = [] if tokenizer.end_of_document_id is None else [tokenizer.end_of_document_id]
-    if encoder and (end := encoder.end_of_answer([{"role": "user", "content": "."}])) is not None:
-        ends.append(end)
-    return ends
+    return None if name is None else load_tokenizer(name)
 
 
 def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
@@ -185,21 +175,30 @@ def _context(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"sequence_length": positions} if isinstance(positions, int) else {}
 
 
-def tokenizer_of(checkpoint: Checkpoint, config: Config, overrides: list[str]) -> str:
-    """The tokenizer.json that came with the weights, unless a setting names another one."""
+def tokenizer_of(checkpoint: Checkpoint, config: Config, overrides: list[str]) -> str | None:
+    """The tokenizer.json that came with the weights, unless a setting names another one; else the run's.
+
+    None where no run was, and none came.
+    """
     from llada_megatron.record.carried import folder_of
 
     carried = (folder_of(checkpoint) or Path()) / "tokenizer.json"
     is_named = any(each.startswith("data.tokenizer=") for each in overrides)
-    return str(carried) if carried.is_file() and not is_named else config.data.tokenizer
+    if carried.is_file() and not is_named:
+        return str(carried)
+    return config.data.tokenizer if is_named or "data" in checkpoint.manifest.config else None
 
 
-def chat_encoder(template: str | None, tokenizer_name: str, tokenizer: Tokenizer) -> ChatEncoder:
+def chat_encoder(
+    template: str | None, tokenizer_name: str | None, tokenizer: Tokenizer | None
+) -> ChatEncoder:
     """What renders messages, by the template of that name or the one that came with the tokenizer."""
+    if tokenizer_name is None or tokenizer is None:
+        raise BadInput(f"--chat needs a tokenizer: {NO_TOKENIZER}.")
     from llada_megatron.data.chat import ChatEncoder
     from llada_megatron.data.chat_template import load_template
 
-    return ChatEncoder(load_template(template, tokenizer_name, tokenizer), tokenizer, only_last=True)
+    return ChatEncoder(load_template(template, tokenizer_name, tokenizer), tokenizer, only_last=False)
 
 
 def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:
@@ -215,10 +214,12 @@ def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:
             " to fill masks: train it in a diffusion stage first."
         )
     trained = manifest.block_size
+    if not trained and str(manifest.lineage.get("architecture")).startswith("LLaDA2"):
+        trained = LLADA2_BLOCK
     if asked is not None and asked < 1:
         raise BadInput(f"--block-size {asked}: give at least 1.")
     if not trained and asked is None:
-        raise BadInput(f"{checkpoint.path} does not say its block size: give --block-size, 32 for LLaDA2.")
+        raise BadInput(f"{checkpoint.path} does not say its block size: give --block-size.")
     if trained and asked not in (None, trained):
         print(
             f"warning: --block-size {asked} is not the {trained} that the model was trained with last",
@@ -246,7 +247,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _tokens(
-    number: int, record: dict[str, Any], tokenizer: Tokenizer, encoder: ChatEncoder | None, config: Config
+    number: int,
+    record: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    encoder: ChatEncoder | None,
+    config: Config,
 ) -> list[int]:
     """A prompt's ids; BadInput, with its number, for what is none."""
     from llada_megatron.data.chat import messages_to_answer
@@ -261,6 +266,8 @@ def _tokens(
             raise BadInput("it is a chat: give --chat")
         if encoder is not None:
             return encoder.prompt(messages_to_answer(record))
+        if tokenizer is None:
+            raise BadInput(NO_TOKENIZER)
         if not isinstance(record["prompt"], str):
             raise BadInput("`prompt` is not text")
         return tokenizer.encode(record["prompt"])

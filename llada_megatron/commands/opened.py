@@ -8,25 +8,25 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.config.errors import BadInput, RunFailed
+from llada_megatron.config.errors import BadInput
 
 if TYPE_CHECKING:
     from llada_megatron.convert.certificate import Certificate
     from llada_megatron.record.manifest import Checkpoint
 
 HUGGING_FACE = "hf:"
-PUBLISHED_BLOCK_SIZE = 32
-"""Of LLaDA2 (arXiv 2512.15745): no config.json says it."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that name a checkpoint."""
+def add_arguments(parser: argparse.ArgumentParser, *, default: str = "") -> None:
+    """Arguments that name a checkpoint; `default` says what is taken without one, where that is served."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run: its newest, or hf:DIR, Hugging Face's"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="?" if default else None,
+        help="or a run: its newest, or hf:DIR, Hugging Face's" + (f"; default: {default}" if default else ""),
     )
     parser.add_argument(
         "--mask-token-id",
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def opened(args: argparse.Namespace) -> Iterator[Checkpoint]:
-    """The checkpoint; of a Hugging Face folder a temporary one, which is gone afterwards.
+    """The checkpoint that `add_arguments` names; of a Hugging Face folder one that lasts as long.
 
-    Raises BadInput for what is no checkpoint, and RunFailed where a conversion fails its certificate.
+    Raises BadInput for what is no checkpoint, and for a folder that does not convert with its certificate.
     """
     from llada_megatron.record.manifest import find
 
@@ -54,9 +54,9 @@ def opened(args: argparse.Namespace) -> Iterator[Checkpoint]:
         yield find(args.checkpoint)
 
 
-def origin_of(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
+def origin_of(where: str, checkpoint: Checkpoint) -> str:
     """What a temporary checkpoint was made from, with a digest of its tensors; empty for any other one."""
-    if not args.checkpoint.startswith(HUGGING_FACE):
+    if not where.startswith(HUGGING_FACE):
         return ""
     lineage = checkpoint.manifest.lineage
     return f"{lineage['source']} {lineage['tensors_sha256']}"
@@ -68,7 +68,7 @@ def _converted(args: argparse.Namespace, source: Path, folder: Path) -> Checkpoi
     from llada_megatron.parallel import groups
     from llada_megatron.record.manifest import find
 
-    mask_token_id, block_size = _not_in_the_weights(args, source)
+    mask_token_id = _mask_token(args, source)
     groups.initialize(LayoutConfig())
     began = time.monotonic()
     try:
@@ -77,19 +77,16 @@ def _converted(args: argparse.Namespace, source: Path, folder: Path) -> Checkpoi
         )
     finally:
         groups.destroy()
-    if not certificate.passed:
-        more = f" (and {len(certificate.problems) - 1} more)" if len(certificate.problems) > 1 else ""
-        raise RunFailed(
-            f"The conversion of {source} fails its certificate: {certificate.problems[0]}{more};"
-            " `llada convert hf-to-mcore` shows all."
-        )
-    _say(args, certificate, block_size, time.monotonic() - began)
-    checkpoint = find(str(folder / "checkpoint"))
-    return replace(checkpoint, manifest=replace(checkpoint.manifest, block_size=block_size))
+    certificate.require()
+    _say(args, certificate, time.monotonic() - began)
+    return find(str(folder / "checkpoint"))
 
 
-def _not_in_the_weights(args: argparse.Namespace, source: Path) -> tuple[int | None, int]:
-    """The mask token, None where the conversion shall ask for it, and the block size to decode with."""
+def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
+    """As far as the folder says it: None where the conversion shall ask for it.
+
+    Raises BadInput for a model that has not learnt to fill masks, or that needs a block size.
+    """
     from llada_megatron.convert.families import family_of
     from llada_megatron.convert.families.family import architecture_of
     from llada_megatron.convert.weight_files import REMEDY
@@ -116,14 +113,14 @@ def _not_in_the_weights(args: argparse.Namespace, source: Path) -> tuple[int | N
         warn(
             f"{architecture} is the architecture of autoregressive models: is {source} one that fills masks?"
         )
-    return mask_token_id, args.block_size or PUBLISHED_BLOCK_SIZE
+    return mask_token_id
 
 
-def _say(args: argparse.Namespace, certificate: Certificate, block_size: int, seconds: float) -> None:
+def _say(args: argparse.Namespace, certificate: Certificate, seconds: float) -> None:
     logits = certificate.logits
     differ = f"differ by {logits['max_difference']:.1e}" if logits["compared"] else "were not compared"
     print(
-        f"{args.checkpoint}: {certificate.architecture}, mask token {certificate.mask_token_id}, block size"
-        f" {block_size}; converted in {seconds:.1f} s with its certificate, logits {differ}",
+        f"{args.checkpoint}: {certificate.architecture}, mask token {certificate.mask_token_id};"
+        f" converted in {seconds:.1f} s with its certificate, logits {differ}",
         file=sys.stderr,
     )

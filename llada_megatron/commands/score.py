@@ -38,15 +38,15 @@ def run(args: argparse.Namespace) -> int:
     from llada_megatron.config.layout_rules import check_layout
     from llada_megatron.config.schedule import block_size_of
     from llada_megatron.data.packed import fingerprint
-    from llada_megatron.objectives.reference import scored_under, weights_digest, write_scores
+    from llada_megatron.objectives.reference import check_pairs, scored_under, weights_digest, write_scores
     from llada_megatron.record.manifest import find
 
     checkpoint = find(args.checkpoint)
     settings = [f"data.path={json.dumps([args.data])}", "data.weights=[]", "data.split=1,0"]
     config = compose.elsewhere(checkpoint.manifest.config, settings + args.overrides)
     draws = config.preference.draws
-    config.layout.micro_batch = -(-config.layout.micro_batch // draws) * draws
     check_layout(config)
+    check_pairs(args.data)
     length = config.data.sequence_length
     block_size = block_size_of(args.block_size or str(checkpoint.manifest.block_size), length, "--block-size")
     said = {

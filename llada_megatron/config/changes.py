@@ -54,6 +54,7 @@ NEVER = {
     "data.weights": _PLACE,
     "data.split": _PLACE,
     "diffusion.complementary": _PLACE,
+    "training.freeze": "the optimizer has moments of what was trained alone",
     **{
         f"model.{name}": _SHAPE
         for name in (
@@ -72,11 +73,18 @@ NEVER = {
             "expert_bias",
             "qk_norm",
             "tied_head",
+            "lora.rank",
+            "lora.targets",
         )
     },
 }
 """Why a setting cannot be allowed to change, by its name."""
 NAMES_SHOWN = 6
+
+
+def is_free(setting: str) -> bool:
+    """Whether a resume may change a setting unasked."""
+    return setting not in NEVER and covers(FREE, setting)
 
 
 def setting_of(difference: str) -> str:

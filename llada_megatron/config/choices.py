@@ -100,6 +100,15 @@ class RotaryScaling(StrEnum):
     llama3 = "llama3"
 
 
+class AdapterTarget(StrEnum):
+    """Linear layers that adapters stand beside."""
+
+    attention = "attention"
+    dense = "dense"
+    shared_experts = "shared_experts"
+    experts = "experts"
+
+
 class LayerSpec(StrEnum):
     """Whose modules a layer is made of; `auto`: transformer_engine on CUDA when it is installed."""
 

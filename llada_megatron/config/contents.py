@@ -39,6 +39,8 @@ class Parameters:
     buffers: tuple[tuple[int, int], ...] = ()
     """Of each virtual stage: elements in the gradient buffers of dense parameters and of experts, each
     parameter starting at a multiple of ALIGNED. Experts have their own where `separate_experts`."""
+    frozen: int = 0
+    """Elements that adapters stand beside: weights without a gradient. The others are then the adapters'."""
 
     @property
     def dense(self) -> int:
@@ -47,7 +49,13 @@ class Parameters:
 
     @property
     def trained(self) -> int:
+        """Those with a gradient and optimizer state."""
         return self.sharded + self.replicated + self.expert
+
+
+def aligned(*sizes: int) -> int:
+    """Elements that parameters of these sizes take in a buffer."""
+    return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
 
 
 def separate_experts(ep: int, etp: int, tp: int) -> bool:

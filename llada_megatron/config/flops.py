@@ -67,12 +67,15 @@ def training_flops_per_sequence(
 
     positions: tokens that pass the layers (2L with a clean copy, else L); pairs: query-key pairs of one
     attention layer; supervised: positions that pass the head. A weight costs 2 FLOPs forward and 4
-    backward per token; a pair costs twice as much backward as forward.
+    backward per token (2 where it is frozen beside an adapter), a pair twice as much backward as forward.
     """
-    formulas = formulas_of(model)
-    matrices = 6 * sum(formulas.active_weights(model).values()) * positions
+    formulas, has_adapters = formulas_of(model), model.lora.rank > 0
+    per_weight = 4 if has_adapters else 6  # a frozen matrix has no gradient of its own
+    weights = per_weight * sum(formulas.active_weights(model).values())
+    matrices = (weights + 6 * formulas.active_adapters(model)) * positions
     attention = 3 * formulas.pair_flops(model) * pairs
-    head = (8 if head_recomputed else 6) * model.hidden_size * model.vocab_size * supervised
+    per_head = per_weight + (2 if head_recomputed else 0)
+    head = per_head * model.hidden_size * model.vocab_size * supervised
     return matrices + attention + head
 
 

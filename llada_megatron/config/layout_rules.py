@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from llada_megatron.config.choices import LayerSpec, Recompute, RecomputeModule
+from llada_megatron.config.choices import AdapterTarget, LayerSpec, Recompute, RecomputeModule
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import data_parallel_size, micro_batches_per_step, pipeline_stages
 from llada_megatron.config.schedule import Schedule
@@ -31,6 +31,7 @@ def check_layout(config: Config) -> None:
     _check_processes(layout)
     _check_tensor_parallel(layout, model)
     _check_experts(layout, model)
+    _check_adapters(layout, model)
     _check_pipeline(layout, model)
     length, split = config.data.sequence_length, layout.cp * layout.tp
     require(
@@ -105,6 +106,20 @@ def _check_experts(layout: LayoutConfig, model: ModelConfig) -> None:
             f"layout.{axis}={ways} does not divide model.{of}={size}: use a layout.{axis} of"
             f" {_divisors(layout.processes // others[axis], size)}.",
         )
+
+
+def _check_adapters(layout: LayoutConfig, model: ModelConfig) -> None:
+    """An expert's adapter is cut along its rank where its matrices are cut (model/adapters.py)."""
+    rank, among = model.lora.rank, AdapterTarget.experts in model.lora.targets
+    require(
+        not among or rank % layout.etp == 0,
+        f"layout.etp={layout.etp} does not divide model.lora.rank={rank}: make the rank a multiple, or leave"
+        " experts out of model.lora.targets.",
+    )
+    require(
+        not rank or bool(model.lora.targets),
+        f"model.lora.targets is empty while model.lora.rank={rank}: choose from {', '.join(AdapterTarget)}.",
+    )
 
 
 def _check_pipeline(layout: LayoutConfig, model: ModelConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from llada_megatron.config.choices import (
+    AdapterTarget,
     AttentionBackend,
     BadSamples,
     BlockGrid,
@@ -99,6 +100,17 @@ class RotaryScalingConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters; with them everything else is frozen (docs/post_training.md)."""
+
+    rank: Extent = 0
+    """Of each adapter; 0: no adapters."""
+    alpha: Factor = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: list[AdapterTarget] = field(default_factory=lambda: list(AdapterTarget))
+
+
+@dataclass
 class ModelConfig:
     """An architecture as data: BailingMoeV2 (Ling 2.0, LLaDA2) and its relatives."""
 
@@ -147,6 +159,7 @@ class ModelConfig:
     rotary_scaling: RotaryScalingConfig = field(default_factory=RotaryScalingConfig)
     norm_eps: Annotated[float, Range(above=0, below=1)] = 1e-6
     tied_head: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
     init_std: Amount = 0.02
     attention_backend: AttentionBackend = AttentionBackend.auto
     """cudnn_flex needs sm_90, sm_100 or sm_103, cudnn_graph sm_90 or sm_100; one that cannot stops a run."""
@@ -382,6 +395,8 @@ class TrainingConfig:
     document; `skip` learns nothing from the sample, on every rank alike, and records it."""
     max_skipped_samples: Count = 100
     """Of `skip`: past this many in a window the run stops."""
+    freeze: list[Text] = field(default_factory=list)
+    """Parameters that stay as they are, by patterns of their names in a checkpoint: ["*.router.*"]."""
     skip_window_steps: Count = 1000
     """Steps in which max_skipped_steps and max_skipped_samples count; 0: the whole run."""
     hang_timeout_sec: Seconds = 1800.0

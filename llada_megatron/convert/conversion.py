@@ -21,6 +21,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert import block_fp8, config_json, tokenizer_files
+from llada_megatron.convert.adapted import MergedReader, without_adapters
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
 from llada_megatron.convert.families import FAMILIES, SERVED, ExpertLayout, Family, family_of
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
@@ -30,7 +31,7 @@ from llada_megatron.convert.safetensors_files import SafetensorsReader, Safetens
 from llada_megatron.convert.weight_files import REMEDY
 from llada_megatron.record import carried
 from llada_megatron.record.json_files import read_json
-from llada_megatron.record.manifest import Manifest, find
+from llada_megatron.record.manifest import Checkpoint, Manifest, find
 from llada_megatron.record.run_dir import SHARDS
 
 KEPT_IN_FP32 = "expert_bias"
@@ -121,31 +122,36 @@ def mcore_to_hf(
     manifest = checkpoint.manifest
     model = model_of(checkpoint.path, manifest.config)
     folder = carried.folder_of(checkpoint)
-    carried_config = _optional_json(folder, "config.json")
-    came_as = block_fp8.without_quantization(carried_config)
-    architecture = architecture or _architecture(manifest, model, came_as)
+    came_as = carried_config(checkpoint)
+    plain = without_adapters(model)
+    architecture = architecture or architecture_for(manifest, plain, came_as)
     family = family_of(architecture, "--architecture")
-    entries = list(family.table(model, layout))
+    entries = list(family.table(plain, layout))
     if tokenizer is not None:
         tokenizer_files.require_tokenizer(tokenizer)
         tokenizer_files.mask_token(tokenizer, model.mask_token_id, mask_token)
-    shards = ShardsReader(checkpoint.path / SHARDS)
+    shards = MergedReader(ShardsReader(checkpoint.path / SHARDS), model.lora, dtype)
     types = _types(entries, shards, dtype)
     written, notes = _written_type(types)
     positions = manifest.config.get("data", {}).get("sequence_length")
-    described = config_json.describe(model, architecture, came_as, dtype=written, positions=positions)
-    notes += config_json.changes(carried_config, described, positions)
+    described = config_json.describe(plain, architecture, came_as, dtype=written, positions=positions)
+    notes += config_json.changes(_optional_json(folder, "config.json"), described, positions)
+    if model.lora.rank:
+        notes.append(f"adapters of rank {model.lora.rank} were added to their weights")
     certificate = Certificate(
         "mcore-to-hf", str(checkpoint.path), architecture, model.mask_token_id, layout.value, notes=notes
     )
-    if not _fits(certificate, entries, str(checkpoint.path), shards.shapes(), model):
+    if not _fits(certificate, entries, str(checkpoint.path), shards.shapes(), plain):
         return certificate
     with written_aside(target) as aside:
         writer = SafetensorsWriter(aside, types, max_shard_bytes)
         _convert(
             certificate, entries, shards, writer, lambda: SafetensorsReader(aside), to_ours=False, dtype=dtype
         )
-        _check_logits(certificate, family, ReferenceFiles(aside), described, checkpoint.path, model)
+        if shards.rounds():
+            certificate.logits = {"compared": False, "reason": "sums with adapters were rounded"}
+        else:
+            _check_logits(certificate, family, ReferenceFiles(aside), described, checkpoint.path, model)
         if certificate.passed:
             _write_configs(aside, folder, described, model.mask_token_id)
             same = config_json.architecture_of(came_as) == architecture
@@ -259,7 +265,7 @@ def _source_notes(source: Path, files: SafetensorsReader, described: dict[str, A
     return notes
 
 
-def _types(entries: list[Entry], shards: ShardsReader, asked: torch.dtype | None) -> Types:
+def _types(entries: list[Entry], shards: MergedReader, asked: torch.dtype | None) -> Types:
     """Of the tensors to write; those of which the checkpoint has nothing are left out."""
     held = shards.shapes()
     return {
@@ -287,7 +293,13 @@ def _type(part: Part, stored: torch.dtype, asked: torch.dtype | None) -> torch.d
     return stored if asked is None or part.name.endswith(KEPT_IN_FP32) else asked
 
 
-def _architecture(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any]) -> str:
+def carried_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config.json that a checkpoint's weights came with, without quantisation; empty if none."""
+    folder = carried.folder_of(checkpoint)
+    return block_fp8.without_quantization(_optional_json(folder, "config.json"))
+
+
+def architecture_for(manifest: Manifest, model: ModelConfig, came_as: dict[str, Any]) -> str:
     """What the model came as, or the first family's that can hold it, by what its last stage trained."""
     came = config_json.architecture_of(came_as)
     families = (*([FAMILIES[came]] if came in FAMILIES else []), *SERVED)

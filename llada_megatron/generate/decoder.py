@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
 from llada_megatron.generate.pages import Pages
-from llada_megatron.generate.prompt import BlockChanged, Event, Limits, Prompt, Result
+from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, Result
 from llada_megatron.generate.rules import Rule
 from llada_megatron.generate.running import Running, Text
 from llada_megatron.model.inputs import ModelInputs
@@ -96,7 +97,12 @@ class Decoder:
         ):
             if ranks > 1:
                 raise BadInput(f"{_REFUSED[axis]}. Set layout.{axis}=1.")
-        whole = -(-self.context // self.block_size) * self.block_size
+        if not 1 <= self.block_size <= self.context:
+            raise BadInput(
+                f"A block of {self.block_size} is no part of the model's context of {self.context}: choose a"
+                " block size that is, or raise data.sequence_length if the model reads further."
+            )
+        whole = self.context // self.block_size * self.block_size
         self.max_cached_tokens = self.max_cached_tokens or self.batch * whole
         self.pages = Pages(self.max_cached_tokens // self.block_size)
         self._unused_place = self.pages.count * self.block_size
@@ -106,6 +112,7 @@ class Decoder:
         self._replica = parallel_state.get_data_parallel_rank()
         gathers = get_attr_wrapped_model(self.model, "config").moe_token_dispatcher_type == "allgather"
         self._even = gathers and self._replicas > 1
+        self._learns = any(parameter.requires_grad for parameter in self.model.parameters())
         self._keys: tuple[Any, PooledKeys, torch.Tensor] | None = None
 
     @property
@@ -113,7 +120,7 @@ class Decoder:
         """What the keys and values take on this rank, once there was a forward."""
         return self._pool.bytes
 
-    def run(self, prompts: Iterable[Prompt | Sequence[int]], limits: Limits = Limits()) -> Iterator[Event]:  # noqa: B008
+    def run(self, prompts: Iterable[Prompt | Ids], limits: Limits = Limits()) -> Iterator[Event]:  # noqa: B008
         """Each change of a block as it happens, and each result as it is there: not in the order of the
         prompts.
 
@@ -131,12 +138,12 @@ class Decoder:
         finally:
             batch.leave_all()
 
-    def results(self, prompts: Iterable[Prompt | Sequence[int]], limits: Limits = Limits()) -> list[Result]:  # noqa: B008
+    def results(self, prompts: Iterable[Prompt | Ids], limits: Limits = Limits()) -> list[Result]:  # noqa: B008
         """The results of all prompts, in their order."""
         found = [event for event in self.run(prompts, limits) if isinstance(event, Result)]
         return sorted(found, key=lambda result: result.prompt)
 
-    def check(self, number: int, prompt: Prompt | Sequence[int], limits: Limits) -> Running:
+    def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
         number, prompt = _numbered(number, prompt)
         running = Running(
@@ -186,7 +193,6 @@ class Decoder:
                 if result is not None:
                     done.append(result)
 
-    @torch.no_grad()
     def _forward(self, feeds: list[Feed]) -> np.ndarray:
         """The head's figures for the rows that the rule reads, [N, C]. Without feeds the other replicas'
         experts are served all the same: ranks of one expert-parallel group call the model equally often.
@@ -201,18 +207,24 @@ class Decoder:
         chosen = [end - feed.stop + feed.rows for end, feed in zip(ends, feeds, strict=True)]
         outputs = np.concatenate([*chosen, [0][: not any(map(len, chosen))]]).astype(np.int64)
         keys, positions = self._keys_of(parts)
-        output = self.model(
-            ModelInputs(
-                tokens=torch.from_numpy(np.concatenate(tokens))[None].to(device.device()),
-                positions=positions,
-                keys=keys,
-                outputs=torch.from_numpy(outputs).to(device.device()),
-                readout=self.rule.figures.readout(self.mask_token_id),
-            )
+        inputs = ModelInputs(
+            tokens=torch.from_numpy(np.concatenate(tokens))[None].to(device.device()),
+            positions=positions,
+            keys=keys,
+            outputs=torch.from_numpy(outputs).to(device.device()),
+            readout=self.rule.figures.readout(self.mask_token_id),
         )
+        with self._without_gradients():
+            output = self.model(inputs)
         self.counts.forwards += 1
         self.counts.rows += S
         return (output if output.dtype is torch.float64 else output.float()).cpu().numpy()
+
+    def _without_gradients(self) -> AbstractContextManager[Any]:
+        """inference_mode is a tenth faster in small forwards, but nothing can be learnt from what a layer
+        keeps of one: it is not for a model that is being trained.
+        """
+        return torch.no_grad() if self._learns else torch.inference_mode()
 
     def _rows_beside(self, S: int) -> int:
         """Rows that belong to no sequence: without any the experts of other replicas would wait, sequence
@@ -240,7 +252,7 @@ _REFUSED = {
 }
 
 
-def _numbered(place: int, prompt: Prompt | Sequence[int]) -> tuple[int, Prompt]:
+def _numbered(place: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
     prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
     return place if prompt.number is None else prompt.number, prompt
 
@@ -268,6 +280,7 @@ class _Batch:
                 self._put_back.appendleft(waiting)
                 break
             self.running.append(waiting)
+            self.decoder.counts.shared_tokens += waiting.kept
         return done
 
     def _next(self) -> Running | None:
@@ -285,7 +298,6 @@ class _Batch:
                 break
             running.pages.append(page)
         running.kept = len(running.pages) * size
-        self.decoder.counts.shared_tokens += running.kept
 
     def _missing(self, running: Running, stop: int) -> int:
         return -(-stop // self.decoder.block_size) - len(running.pages)

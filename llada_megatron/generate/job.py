@@ -32,13 +32,11 @@ class Job:
     """What is decoded, and how."""
 
     checkpoint: Path
-    records: Sequence[Mapping[str, Any]]
-    """What was asked for each prompt, which comes back with its result."""
-    prompts: Sequence[Sequence[int]]
     rule: str
     settings: Mapping[str, str]
     block_size: int
-    tokenizer: str
+    tokenizer: str | None
+    """Without one there are no texts."""
     new_tokens: int
     end_tokens: Sequence[int] = ()
     strings: Sequence[str] = ()
@@ -50,6 +48,9 @@ class Job:
     seed: int = 0
     origin: str = ""
     """What a temporary checkpoint was made from."""
+    records: Sequence[Mapping[str, Any]] = ()
+    """What was asked for each prompt, which comes back with its result."""
+    prompts: Sequence[Sequence[int]] = ()
 
     @property
     def limits(self) -> Limits:
@@ -61,7 +62,7 @@ class Job:
         """What decides the results, as far as a command says it: not the batch and its memory."""
         said = asdict(replace(self, output=None, batch=0, max_cached_tokens=0))
         text = json.dumps(said, sort_keys=True, default=str)
-        if self.origin:  # which the next command finds elsewhere
+        if self.origin:  # the next command has it elsewhere
             text = text.replace(str(self.checkpoint), "")
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -72,6 +73,7 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
 
     For every rank of config.layout. Raises BadInput before the first forward for whatever cannot be decoded.
     """
+    device.seed_everything(job.seed, config.precision.deterministic)
     groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
     try:
         decoder = decoder_of(config, job)
@@ -89,14 +91,11 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
 
 
 def decoder_of(config: Config, job: Job) -> Decoder:
-    """The decoder of a job, on every rank of config.layout, whose process groups exist.
-
-    Raises BadInput for a rule or a checkpoint that does not fit.
-    """
-    device.seed_everything(job.seed, config.precision.deterministic)
-    rule = rule_of(job.rule, job.settings)
+    """The decoder that a job asks for, in the process groups of config.layout."""
+    rule = rule_of(job.rule, job.settings)  # before the weights, which take longer
+    (model,) = load_model(config, job.checkpoint)
     return Decoder(
-        load_model(config, job.checkpoint)[0],
+        model,
         rule,
         block_size=job.block_size,
         mask_token_id=config.model.mask_token_id,
@@ -104,7 +103,7 @@ def decoder_of(config: Config, job: Job) -> Decoder:
         batch=job.batch,
         max_cached_tokens=job.max_cached_tokens,
         seed=job.seed,
-        text=load_tokenizer(job.tokenizer).decode,
+        text=None if job.tokenizer is None else load_tokenizer(job.tokenizer).decode,
     )
 
 

@@ -9,12 +9,14 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+Ids = Sequence[int] | npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Prompt:
     """Token ids to go on from."""
 
-    tokens: Sequence[int] | npt.NDArray[np.int64]
+    tokens: Ids
     has_holes: bool = False
     """Mask tokens among them are filled; else they are refused."""
     number: int | None = None
@@ -76,15 +78,15 @@ class Result:
     forwards: dict[str, int]
     """`prefill`: read the prompt alone. `denoise`: changed a block, and read what was not kept before it.
     `store`: only kept a finished block, which none does: the next block's first forward does it as well."""
-    filled: int
-    """Masked positions that were filled, those behind the end included."""
+    generated: int
+    """How many of the tokens were: all of them, or the holes."""
     seconds: float
     """From the first forward's preparation to the last token; other prompts of the batch share them."""
 
     @property
     def tokens_per_forward(self) -> float:
         """Generated tokens per forward that was no prefill."""
-        return len(self.tokens) / max(1, self.forwards["denoise"] + self.forwards["store"])
+        return self.generated / max(1, self.forwards["denoise"] + self.forwards["store"])
 
 
 Event = BlockChanged | Result

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +68,7 @@ class Running:
         self.pages: list[int] = []
         self.kept = 0
         self._digests: list[bytes] = []
+        self._state: Any = None
         self._activate(0)
 
     @property
@@ -184,13 +186,14 @@ class Running:
         return self.given + enough, Stop.string, text, first
 
     def _result(self, stop: int, reason: Stop, text: Text | None, characters: int | None = None) -> Result:
-        tokens = self.tokens[0 if self.has_holes else self.given : stop].copy()
+        first = 0 if self.has_holes else self.given
+        tokens = self.tokens[first:stop].copy()
         return Result(
             self.number,
             tokens,
             None if text is None else text(tokens.tolist())[:characters],
             reason,
             {kind: self.forwards[kind] for kind in ("prefill", "denoise", "store")},
-            int((self.tokens != self.mask_token_id).sum() - self.is_given.sum()),
+            int((~self.is_given[first:stop]).sum()),
             time.perf_counter() - self.began,
         )

@@ -46,6 +46,9 @@ class BlockDiffusionGPT(GPTModel):
             embedded = self.embedding(input_ids=inputs.tokens, position_ids=None)  # [S/tp, B, H]
             if inputs.noise is not None:
                 embedded = embedded + self._noise(inputs.noise, S, embedded)
+            if not embedded.requires_grad and torch.is_grad_enabled():
+                # A frozen table: what backward computes again would get no gradient for its own weights.
+                embedded.requires_grad_()
         return super().forward(
             input_ids=inputs.tokens,
             position_ids=None,

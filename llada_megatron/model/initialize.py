@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -21,7 +22,8 @@ def initialize_weights(model: BlockDiffusionGPT, *, seed: int, std: float, layer
     """Fill every parameter of this shard in place; no rank holds a tensor that it owns only a part of.
 
     Matrices are N(0, std^2), the projections back into the residual stream N(0, std^2 / (2 layers)), norms
-    one. Raises RuntimeError if a parameter is left without a value.
+    one; of an adapter lora_b is zero and lora_a N(0, 1 / (3 in)), of the variance that PEFT draws. Raises
+    RuntimeError if a parameter is left without a value.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,9 +38,18 @@ def initialize_weights(model: BlockDiffusionGPT, *, seed: int, std: float, layer
         raise RuntimeError(f"These parameters have no entry in the sharded state and kept no value: {unset}")
 
 
+def named_parameters(stage: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Every parameter of this rank under its name in a checkpoint, which knows no layout."""
+    for entry in nested_values(stage.sharded_state_dict(metadata=SHARDING_METADATA)):
+        if isinstance(entry.data, torch.nn.Parameter):
+            yield entry.key, entry.data
+
+
 def _fill(shard: ShardedTensor, seed: int, std: float, layers: int) -> None:
-    if shard.key.endswith("expert_bias"):
+    if shard.key.endswith(("expert_bias", ".lora_b")):
         shard.data.zero_()
+    elif shard.key.endswith(".lora_a"):
+        _fill_normal(shard, seed, 1 / math.sqrt(3 * shard.global_shape[-1]))
     elif "norm" in shard.key:
         shard.data.fill_(1.0)
     else:

@@ -16,7 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import LoraConfig, ModelConfig
+from llada_megatron.model.adapters import adapt
 from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
+from llada_megatron.model.experts import Experts
 from llada_megatron.model.router import BalancedRouter
 from llada_megatron.runtime import device
 
@@ -32,20 +35,33 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def resolve_layer_spec(name: str) -> str:
-    """`local` or `transformer_engine` for model.layer_spec; BadInput when it cannot be served here."""
+def resolve_layer_spec(model: ModelConfig) -> str:
+    """`local` or `transformer_engine` for model.layer_spec; BadInput when it cannot be served here.
+
+    Adapters stand beside the local spec's layers: TransformerEngine's fuse the norm into them, and experts
+    into one product.
+    """
+    name, has_adapters = model.layer_spec, model.lora.rank > 0
     installed = importlib.util.find_spec("transformer_engine") is not None
     if name == "auto":
-        return "transformer_engine" if device.on_cuda() and installed else "local"
+        fused = device.on_cuda() and installed and not has_adapters
+        return "transformer_engine" if fused else "local"
+    if name == "transformer_engine" and has_adapters:
+        raise BadInput("model.lora needs model.layer_spec=local (or auto), not transformer_engine.")
     if name == "transformer_engine" and not installed:
         raise BadInput("model.layer_spec=transformer_engine needs the package: pip install '.[cuda]'.")
     return name
 
 
 def block_spec(
-    config: TransformerConfig, *, layer_spec: str, attention: str | Executor, vp_stage: int | None
+    config: TransformerConfig,
+    *,
+    layer_spec: str,
+    attention: str | Executor,
+    vp_stage: int | None,
+    lora: LoraConfig,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage with our attention and router, and in the local spec our norms.
+    """The layers of this pipeline stage with our attention, router, and in the local spec norms and experts.
 
     `attention` is a setting of model.attention_backend, or an executor itself.
 
@@ -62,8 +78,10 @@ def block_spec(
         submodules.self_attention.submodules.core_attention = core_attention
         is_moe = submodules.mlp.func is MoELayer
         if is_moe:
-            experts = submodules.mlp.keywords["submodules"]
-            submodules.mlp = partial(MoELayer, submodules=replace(experts, router=BalancedRouter))
+            moe = replace(submodules.mlp.keywords["submodules"], router=BalancedRouter)
+            if not transformer_engine:
+                moe = replace(moe, experts=partial(Experts, **moe.experts.keywords))
+            submodules.mlp = partial(MoELayer, submodules=moe)
         if transformer_engine:
             continue
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
@@ -72,6 +90,8 @@ def block_spec(
             submodules.self_attention.submodules.k_layernorm = RMSNorm
         if is_moe:
             submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        if lora.rank:
+            adapt(layer, lora)
     if not transformer_engine:
         spec.layer_norm = RMSNorm
     return spec

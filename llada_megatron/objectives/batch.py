@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -59,7 +59,11 @@ class MicroBatch:
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
-def read_sample(data: PackedSequences, index: int, vocab_size: int) -> PackedSample:
+Samples = PackedSequences | Mapping[int, PackedSample]
+"""Sequences by their index."""
+
+
+def read_sample(data: Samples, index: int, vocab_size: int) -> PackedSample:
     """The sample at an index; BadSample for the mask token, or an id that the model has no row for.
 
     Under tensor parallelism megatron-core would embed such an id as zero and give it a wrong loss, silently.

@@ -17,7 +17,7 @@ from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import BadSamples, Config
 from llada_megatron.data.packed import BadSample, PackedSample, PackedSequences
 from llada_megatron.model.readout import CROSS_ENTROPY, Readout
-from llada_megatron.objectives.batch import MicroBatch, left_out, read_sample
+from llada_megatron.objectives.batch import MicroBatch, Samples, left_out, read_sample
 
 
 @dataclass
@@ -50,6 +50,11 @@ class Objective:
         self.geometry = OBJECTIVES[name]
         self.left_out: dict[int, str] = {}
         """Why sequences of this rank were left out since somebody last looked, by their index in the data."""
+        self.identity: Mapping[str, Any] = {}
+        """What it has read besides the data, in plain JSON: checkpoints keep it, a resume brings it back."""
+
+    def open(self, stage: Stage) -> None:
+        """Read what the stage that a run starts in needs besides the data; BadInput where it does not fit."""
 
     def batch(
         self,
@@ -89,14 +94,20 @@ class Objective:
         """A step's figures for its record, from the means in every bin; None where nothing was counted."""
         return dict(means)
 
-    def read(self, data: PackedSequences, sequences: Sequence[int]) -> list[PackedSample]:
+    def held_out(
+        self, model: Sequence[torch.nn.Module], samples: Sequence[PackedSample], stage: Stage
+    ) -> dict[str, dict[str, float | None]]:
+        """Figures of held-out sequences besides the bound, `mean` and `se` by name; every rank calls it."""
+        return {}
+
+    def read(self, data: Samples, sequences: Sequence[int]) -> list[PackedSample]:
         """Sequences of the data by their index; one that cannot be trained on is `is_left_out`, or BadSample.
 
         As training.bad_samples says. From what is left out `batch` supervises nothing, and counts nothing.
         """
         return [self._read(data, sequence) for sequence in sequences]
 
-    def _read(self, data: PackedSequences, sequence: int) -> PackedSample:
+    def _read(self, data: Samples, sequence: int) -> PackedSample:
         try:
             return read_sample(data, sequence, self.config.model.vocab_size)
         except BadSample as fault:

@@ -1,11 +1,12 @@
 """Preferences over the likelihood bound: DPO for block diffusion (LLaDA2.0, eq. 7 and 8; VRPO, arXiv
 2505.19223).
 
-    B(y)  = mean over draws of sum over masked i of weight_i log p(y_i | its masked block, clean text before)
-    r(y)  = B_policy(y) - B_reference(y)                              of the same masks dpo   - (1 - e) log
-    sigmoid(s) - e log sigmoid(-s),   s = beta (r(chosen) - r(rejected)), e = label smoothing ipo
-    (r(chosen) - r(rejected) - 1 / (2 beta))^2                  (arXiv 2310.12036) kto   mean of 1 -
-    sigmoid(beta r(chosen)) and 1 - sigmoid(-beta r(rejected))   (arXiv 2402.01306, z0 = 0)
+    B(y) = mean over draws of sum over masked i of weight_i log p(y_i | its masked block, clean text before)
+    r(y) = B_policy(y) - B_reference(y), of the same masks
+
+    dpo   -(1 - e) log sigmoid(s) - e log sigmoid(-s), s = beta (r(chosen) - r(rejected)), e = label smoothing
+    ipo   (r(chosen) - r(rejected) - 1 / (2 beta))^2                               (arXiv 2310.12036)
+    kto   mean of 1 - sigmoid(beta r(chosen)) and 1 - sigmoid(-beta r(rejected))   (arXiv 2402.01306, z0 = 0)
 
 plus sft_weight times the chosen texts' bound per token. B is minus the bound of the negative log-likelihood.
 A pair lies in one sequence and its draws in one micro-batch, so that the gradient is that of the formula;
@@ -15,22 +16,29 @@ are numbers of a file that `llada score` wrote: no second model is kept.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import BlockGrid, PreferenceConfig, PreferenceForm
 from llada_megatron.data.packed import PackedSample, PackedSequences
-from llada_megatron.objectives.batch import MicroBatch
+from llada_megatron.objectives import passes
+from llada_megatron.objectives.batch import MicroBatch, Samples, context_part
 from llada_megatron.objectives.bound import complementary_count_mask
 from llada_megatron.objectives.diffusion import Diffusion, diffusion_inputs
 from llada_megatron.objectives.objective import Loss
 from llada_megatron.objectives.passes import counted_once, sum_over_context
 from llada_megatron.objectives.reference import ReferenceScores
+from llada_megatron.parallel.dealing import even_parts
+from llada_megatron.runtime import device
 
 SIDES = 2  # chosen, rejected
 
@@ -39,7 +47,18 @@ class Preference(Diffusion):
     """The loss over pairs, and the chosen texts' bound over their tokens."""
 
     scores: ReferenceScores | None = None
-    """None until the first batch: planning makes no batch and has no file."""
+    """None until a stage is opened: planning makes no batch and has no file."""
+
+    def open(self, stage: Stage) -> None:
+        """Read the reference's scores; BadInput for those of other texts, masks or weights."""
+        self.scores = ReferenceScores.load(self.config, stage.block_size, self.identity.get("reference"))
+        self.identity = {"reference": self.scores.reference}
+
+    def _scores(self, stage: Stage) -> ReferenceScores:
+        if self.scores is None or self.scores.block_size != stage.block_size:
+            self.open(stage)
+        assert self.scores is not None
+        return self.scores
 
     def batch(
         self,
@@ -51,15 +70,14 @@ class Preference(Diffusion):
         draft: torch.Tensor | None = None,
     ) -> MicroBatch:
         """`[x_t ; x_0]` of whole groups of draws: sample i is draw i mod n of sequence i // n."""
-        if self.scores is None:
-            self.scores = ReferenceScores.load(self.config, stage.block_size)
+        scores = self._scores(stage)
         batch, texts = self.scored(data, indices, stage.block_size)
-        known = np.array([self.scores.of(prefix, document) for prefix, document in texts]).T  # [D, texts]
+        known = np.array([scores.of(prefix, document) for prefix, document in texts]).T  # [D, texts]
         batch.whole["reference"] = torch.from_numpy(known).reshape(batch.whole["reference"].shape)
         return batch
 
     def scored(
-        self, data: PackedSequences, indices: list[int], block_size: int
+        self, data: Samples, indices: list[int], block_size: int
     ) -> tuple[MicroBatch, list[tuple[str, int]]]:
         """The batch, its reference zero, and (corpus, document) of each text in the order of slots."""
         draws, seed, grid = (
@@ -124,15 +142,8 @@ class Preference(Diffusion):
         losses_P = preference_losses(reward_P2, settings)
         is_chosen = batch.rows["slot"] % SIDES == 0
         chosen = (weighted * is_chosen).sum() * (settings.sft_weight / settings.draws)
-        difference_DP = settings.beta * (reward_DP2[..., 0] - reward_DP2[..., 1]).detach()
         here = slice(0, int(batch.counts[0]))  # all pairs on one context-parallel rank, none on the others
-        shown = {
-            "margin": difference_DP.mean(dim=0),
-            "accuracy": (difference_DP.mean(dim=0) > 0).double(),
-            "margin_variance": difference_DP.var(dim=0) if settings.draws > 1 else 0 * difference_DP[0],
-            "chosen_bound": -bound_DP2[..., 0].mean(dim=0),
-            "rejected_bound": -bound_DP2[..., 1].mean(dim=0),
-        }
+        shown = figures(bound_DP2.detach(), reference_DP2, settings)
         first = torch.zeros(len(losses_P), dtype=torch.int64, device=losses_P.device)
         return Loss(
             [counted_once(losses_P.sum()), chosen],
@@ -140,8 +151,83 @@ class Preference(Diffusion):
             {name: (first[here], values[here]) for name, values in shown.items()},
         )
 
+    def held_out(
+        self, model: Sequence[torch.nn.Module], samples: Sequence[PackedSample], stage: Stage
+    ) -> dict[str, dict[str, float | None]]:
+        """The figures of a step over held-out pairs; `se` is over pairs. BadInput for one without scores."""
+        scores, settings = self._scores(stage), self.config.preference
+        texts = [
+            (sample.corpus, document)
+            for sample in samples
+            for document in ([] if sample.document_ids is None else sample.document_ids.tolist())
+            if document >= 0
+        ]
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        found_TD = self.text_bounds(
+            model,
+            dict(enumerate(samples)),
+            len(samples),
+            stage.block_size,
+            rows=len(row_of),
+            row_of=lambda *text: row_of[text],
+        )
+        known_TD = np.array([scores.of(*text) for text in row_of])
+        bound_DP2, reference_DP2 = (
+            torch.from_numpy(side.T.reshape(settings.draws, -1, SIDES)) for side in (found_TD, known_TD)
+        )
+        shown = figures(bound_DP2, reference_DP2, settings)
+        return {name: _estimate(values_P) for name, values_P in shown.items()}
+
+    def text_bounds(
+        self,
+        model: Sequence[torch.nn.Module],
+        data: Samples,
+        sequences: int,
+        block_size: int,
+        *,
+        rows: int,
+        row_of: Callable[[str, int], int],
+    ) -> np.ndarray:
+        """B of every draw of the texts of the first sequences, float64 [rows, draws]; the same on every rank.
+
+        row_of: (corpus, document) -> its row; rows of which no text was read are NaN.
+        """
+        draws, layout = self.config.preference.draws, self.config.layout
+        size = max(1, layout.micro_batch // draws)
+        parts = even_parts(sequences, size, layout.pp if layout.vpp > 1 else 1)
+        samples = [[s * draws + draw for s in part for draw in range(draws)] for part in parts]
+        scored: list[list[int]] = []  # rows of each micro-batch
+
+        def batches(chunk: int) -> Iterator[MicroBatch]:  # one at a time: a corpus has more than a host holds
+            for indices in samples:
+                batch, texts = self.scored(data, indices, block_size)
+                if chunk == 0:
+                    scored.append([row_of(*text) for text in texts])
+                batch.inputs.readout = self.readout
+                yield context_part(batch).to(device.device())
+
+        length = self.config.data.sequence_length
+        found = passes.forward_only(
+            model,
+            [batches(chunk) for chunk in range(len(model))],
+            bounds,
+            num_microbatches=len(parts),
+            seq_length=length if block_size == length else 2 * length,
+            micro_batch_size=size * draws,
+        )
+        totals = torch.zeros(rows, draws, dtype=torch.float64, device=device.device())
+        covered = torch.zeros_like(totals)
+        for numbers, sums in zip(scored, found, strict=False):  # nothing was found on the earlier pp_stages
+            totals[numbers] = sums.reshape(draws, -1).T
+            # Context-parallel ranks hold parts of the same texts: the parts add up to one covering.
+            covered[numbers] = float(parallel_state.get_context_parallel_rank() == 0)
+        for tensor in (totals, covered):
+            dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+            dist.all_reduce(tensor, group=parallel_state.get_pipeline_model_parallel_group())
+        return (totals / covered).cpu().numpy()
+
     def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:
-        """Means over the pairs of a step; bounds in nats per text, the variance over draws."""
+        """Means over the pairs of a step."""
         return {name: values[0] for name, values in means.items()}
 
 
@@ -150,6 +236,27 @@ def bounds(batch: MicroBatch, output: torch.Tensor) -> torch.Tensor:
     weighted = output.double() * batch.rows["weights"]
     like = batch.whole["reference"]
     return weighted.new_zeros(like.numel()).index_add(0, batch.rows["slot"], -weighted).view_as(like)
+
+
+def figures(
+    bound_DP2: torch.Tensor, reference_DP2: torch.Tensor, settings: PreferenceConfig
+) -> dict[str, torch.Tensor]:
+    """What is shown of each pair, float64 [P] by name: bounds in nats per text, the variance over draws."""
+    reward_DP2 = bound_DP2 - reference_DP2
+    margin_DP = settings.beta * (reward_DP2[..., 0] - reward_DP2[..., 1])
+    return {
+        "margin": margin_DP.mean(dim=0),
+        "accuracy": (margin_DP.mean(dim=0) > 0).double(),
+        "margin_variance": margin_DP.var(dim=0) if settings.draws > 1 else 0 * margin_DP[0],
+        "chosen_bound": -bound_DP2[..., 0].mean(dim=0),
+        "rejected_bound": -bound_DP2[..., 1].mean(dim=0),
+    }
+
+
+def _estimate(values_P: torch.Tensor) -> dict[str, float | None]:
+    pairs = len(values_P)
+    error = float(values_P.std()) / math.sqrt(pairs) if pairs > 1 else None
+    return {"mean": float(values_P.mean()), "se": error}
 
 
 def preference_losses(reward_P2: torch.Tensor, settings: PreferenceConfig) -> torch.Tensor:

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
+from llada_megatron.data.conversations import holds_conversations, texts_of
 from llada_megatron.data.packed import fingerprint
 from llada_megatron.record.manifest import Checkpoint, find
 
@@ -50,34 +51,56 @@ def scored_under(config: Config, block_size: int) -> dict[str, Any]:
     }
 
 
+def check_pairs(prefix: str) -> None:
+    """Raise BadInput for a corpus of anything but preferences."""
+    if not holds_conversations(prefix) or texts_of(prefix) == 1:
+        raise BadInput(
+            f"{prefix} holds no pairs, and a preference is learnt from nothing else: prepare it with `llada"
+            " data prepare --format preference`, or take it out of data.path."
+        )
+
+
 @dataclass
 class ReferenceScores:
     """Bounds float64 [documents, draws] of each corpus, NaN where a text was not scored."""
 
     bounds: dict[str, np.ndarray]
     """By the prefix of the corpus."""
+    reference: list[dict[str, str | None]]
+    """Of each corpus the digest of the `weights` that scored it, and their `checkpoint`."""
+    block_size: int
 
     @classmethod
-    def load(cls, config: Config, block_size: int) -> ReferenceScores:
+    def load(
+        cls, config: Config, block_size: int, reference: list[dict[str, str | None]] | None = None
+    ) -> ReferenceScores:
         """The scores of every corpus of the run.
 
-        Raises BadInput for a corpus without scores and for those of other tokens, masks or, where the run
-        starts from a checkpoint, another model.
+        reference: that of the scores which the run began with; None for a run that begins. Raises BadInput
+        for a corpus without pairs or scores and for scores of other tokens, masks or weights: those of the
+        checkpoint that a run begins with, where it has one, and for its whole life those that it began with.
         """
-        start = find(config.checkpoint.init_from) if config.checkpoint.init_from else None
-        bounds = {}
-        for prefix, tokens in zip(config.data.path, fingerprint(config.data)["corpora"], strict=True):
-            found, said = _read(prefix)
-            expected = {"tokens": tokens, **scored_under(config, block_size)}
-            if start is not None:
-                expected["weights"] = weights_digest(start)
+        if reference is None and config.checkpoint.init_from:
+            weights = weights_digest(find(config.checkpoint.init_from))
+            reference = [{"weights": weights, "checkpoint": config.checkpoint.init_from}] * len(
+                config.data.path
+            )
+        for prefix in config.data.path:
+            check_pairs(prefix)
+        bounds, read, corpora = {}, [], fingerprint(config.data)["corpora"]
+        for number, prefix in enumerate(config.data.path):
+            bounds[prefix], said = _read(prefix)
+            read.append({key: said.get(key) for key in ("weights", "checkpoint")})
+            expected = {"tokens": corpora[number], **scored_under(config, block_size)}
+            now = {**expected, "tokens": "those that are there"}
+            if reference is not None:
+                expected["weights"] = reference[number]["weights"]
+                now["weights"] = reference[number]["checkpoint"]
             if other := [key for key, value in expected.items() if said.get(key) != value]:
-                now = {**expected, "tokens": "those that are there", "weights": config.checkpoint.init_from}
                 was = {**said, "tokens": "others", "weights": said.get("checkpoint")}
                 differences = ", ".join(f"{key} was {was.get(key)} and is {now[key]}" for key in other)
                 raise BadInput(f"{scores_file(prefix)}: {differences}; run `llada score` again.")
-            bounds[prefix] = found
-        return cls(bounds)
+        return cls(bounds, read, block_size)
 
     def of(self, prefix: str, document: int) -> np.ndarray:
         """Bounds float64 [draws] of a text; BadInput for one that was not scored."""

@@ -252,7 +252,8 @@ def _likelihood(run: Run, facts: dict[str, Any], folder: Path) -> list[Part]:
             ),
         )
     )
-    return parts + _bits_per_byte(evaluated, sizes, run.latest("ar")) + _block1_views(run.evaluations)
+    parts += _bits_per_byte(evaluated, sizes, run.latest("ar")) + _block1_views(run.evaluations)
+    return parts + _held_out(run.evaluations)
 
 
 def _references(run: Run, facts: dict[str, Any]) -> Table:
@@ -296,6 +297,16 @@ def _block1_views(evaluations: list[Record]) -> list[Part]:
         ),
         Table(["stage", "unshifted", "shifted", "autoregressive, from the clean half"], rows),
     ]
+
+
+def _held_out(evaluations: list[Record]) -> list[Part]:
+    """What objectives themselves say of held-out sequences, a table for each stage that says anything."""
+    parts: list[Part] = []
+    for record in evaluations:
+        if figures := record.get("held_out"):
+            parts.append(Paragraph(f"Of {record['stage']} on held-out sequences, mean ± standard error."))
+            parts.append(Table([*figures], [[_plus_minus(figure) for figure in figures.values()]]))
+    return parts
 
 
 def _training(run: Run, folder: Path) -> list[Part]:

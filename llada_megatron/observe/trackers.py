@@ -133,13 +133,13 @@ def step_line(record: Record) -> str:
 
 def evaluation_line(record: Record) -> str:
     """An evaluation's record as one line."""
-    parts = [
-        f"block {size} {_number(bound['mean'], '.4f')} ± {_number(bound['se'], '.4f')}"
-        for size, bound in record["bound"].items()
-    ]
+    parts = [f"block {size} {_estimate(bound)}" for size, bound in record["bound"].items()]
     if record["ar"] is not None:
         parts.append(f"AR {_number(record['ar']['nll'], '.4f')}")
     line = f"evaluation after {record['stage']}, nats per token: {', '.join(parts)}"
+    if record.get("held_out"):
+        figures = (f"{name} {_estimate(figure)}" for name, figure in record["held_out"].items())
+        line = f"{line}\nheld out: {', '.join(figures)}"
     if record["block1_views"] is None:
         return line
     views = (f"{name} {_number(value, '.4f')}" for name, value in record["block1_views"].items())
@@ -167,6 +167,10 @@ def scalars(record: Record, prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _estimate(estimate: Record) -> str:
+    return f"{_number(estimate['mean'], '.4f')} ± {_number(estimate['se'], '.4f')}"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -15,6 +15,7 @@ from llada_megatron.config.flops import (
     training_flops_per_sequence,
 )
 from llada_megatron.config.layout import micro_batches_per_step
+from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan.activations import recomputed_modules
@@ -146,7 +147,7 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
         price_per_gpu_hour=cluster.price_per_gpu_hour,
         decoding=decoding_of(
             schedule.stages,
-            planner.formulas.cached_bytes(planner.model, layout, b=planner.b),
+            cached_token_bytes(planner.model, planner.config.precision, layout),
             context=planner.config.data.sequence_length,
         ),
     )

@@ -45,7 +45,7 @@ def _verdict(console: Console, plan: Plan, model: ModelConfig) -> None:
     )
     if kept := plan.decoding:
         console.print(
-            f"  decoding {amount(1000 * kept.bytes_per_token)} of keys and values per 1,000 tokens on each"
+            f"  decoding {amount(1000 * kept.cached_token_bytes)} of keys and values per 1,000 tokens on each"
             f" process,\n           {amount(kept.bytes)} for {kept.batch} sequences of {kept.context:,}"
         )
     tokens = sum(stage.tokens for stage in plan.stages)

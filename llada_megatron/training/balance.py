@@ -43,14 +43,18 @@ class ExpertBalance:
 
     @torch.no_grad()
     def update(self) -> None:
-        """b_e <- b_e + rate * sign(mean load - load_e), minus the mean of the change if asked."""
+        """b_e <- b_e + rate * sign(mean load - load_e), minus the mean of the change if asked.
+
+        The bias of a frozen router is frozen with it.
+        """
         if self.tokens_RE is None:
             return
         change = self.rate * torch.sign(self.tokens_RE.mean(dim=1, keepdim=True) - self.tokens_RE)
         if self.zero_mean:
             change -= change.mean(dim=1, keepdim=True)
         for router, step in zip(self.routers, change, strict=True):
-            router.expert_bias.add_(step)
+            if router.weight.requires_grad:
+                router.expert_bias.add_(step)
 
     def load_max_over_mean(self) -> float | None:
         """The busiest expert's load over the mean load, of the worst layer; None without experts."""

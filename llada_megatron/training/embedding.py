@@ -44,7 +44,10 @@ def embedding_statistics(first_chunk: DistributedDataParallel, mask_token_id: in
 
 
 def _finish_gather(chunk: DistributedDataParallel, weight: torch.nn.Parameter) -> None:
-    """With overlap_param_gather the optimizer leaves a share on each rank; the next forward gathers them."""
-    if chunk.ddp_config.overlap_param_gather:
+    """With overlap_param_gather the optimizer leaves a share on each rank; the next forward gathers them.
+
+    A frozen table has no shares.
+    """
+    if chunk.ddp_config.overlap_param_gather and weight.requires_grad:
         aligned = chunk.ddp_config.align_param_gather
         chunk.param_to_bucket_group[weight].finish_param_sync(skip_next_bucket_dispatch=aligned)

@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
-from llada_megatron.config.compose import save
+from llada_megatron.config.compose import model_of, save
 from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.schedule import Schedule, Stage
@@ -29,6 +29,7 @@ from llada_megatron.guard.preflight import check_nodes
 from llada_megatron.guard.signals import StopRequest
 from llada_megatron.guard.stragglers import Stragglers
 from llada_megatron.guard.watchdog import Watchdog
+from llada_megatron.model.adapters import is_adapter
 from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
@@ -154,6 +155,7 @@ class _Run:
         self.trainer = build_trainer(config, self.schedule)
         self.carried_along: dict[str, bytes] = {}
         self.position = self._load(checkpoint)
+        self._open_stage()
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(self.config, self.trainer, data_fingerprint, self.carried_along)
         self.replayed = 0
@@ -226,6 +228,9 @@ class _Run:
         if checkpoint is not None:
             manifest = checkpoint.manifest
             store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
+            for name, identity in manifest.data_fingerprint.get("objectives", {}).items():
+                if name in self.trainer.objectives:
+                    self.trainer.objectives[name].identity = identity
             self._keep(checkpoint, manifest.config.get("checkpoint", {}).get("init_from", ""))
             if (change := batch_change(self.schedule, manifest)) and self.is_writer:
                 print(change[0], flush=True)
@@ -241,11 +246,19 @@ class _Run:
         if self.config.checkpoint.init_from:
             checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
             check_same_model(self.config, checkpoint)
-            store.load(checkpoint.path, self.trainer.model, None)
+            had_adapters = model_of(checkpoint.path, checkpoint.manifest.config).lora.rank > 0
+            keep = None if had_adapters else is_adapter
+            store.load(checkpoint.path, self.trainer.model, None, keep=keep)
             self.trainer.optimizer.reload_model_params()
             self._keep(checkpoint, str(checkpoint.path.absolute()))
             return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
         return Position()
+
+    def _open_stage(self) -> None:
+        """Let the objective that goes on refuse what does not fit before this start has written anything."""
+        if self.position.step < self.schedule.total_steps:
+            stage = self.schedule.stage_at(self.position.step)
+            self.trainer.objectives[stage.objective].open(stage)
 
     def _keep(self, checkpoint: Checkpoint, origin: str) -> None:
         """Keep, for the checkpoints to come, what came with the weights, and where they came from."""
@@ -338,6 +351,10 @@ class _Run:
             "vocab_size": self.config.model.vocab_size,
             "wall_sec": self._wall_sec(),
         }
+        if stage is not None:
+            objective = self.trainer.objectives[stage.objective]
+            if held_out := objective.held_out(self.trainer.model, self.evaluator.samples, stage):
+                record["held_out"] = held_out
         if self.trackers is not None:
             self.trackers.evaluation(record)
         if stage is not None and is_diffusion:

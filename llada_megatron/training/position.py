@@ -69,9 +69,7 @@ def resume_checkpoint(config: Config) -> Checkpoint | None:
 def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[str, Any]) -> None:
     """Raise BadInput when the checkpoint belongs to another model, objective, seed, order or data."""
     saved, allowed = config_of(manifest), config.run.allow_change
-    changed = [
-        line for line in differences(saved, config) if not changes.covers(changes.FREE, setting_of(line))
-    ]
+    changed = [line for line in differences(saved, config) if not changes.is_free(setting_of(line))]
     changed += _changed_stages(saved, config, manifest)
     changed = [line for line in changed if not changes.covers(allowed, setting_of(line))]
     if changed:
@@ -120,9 +118,17 @@ def check_same_model(config: Config, checkpoint: Checkpoint) -> None:
     Shapes alone would not tell: another rotary base, norm or mask token loads without an error.
     """
     # A key that came after the checkpoint has the value that its weights were made with, the default.
-    saved = {"model": dataclasses.asdict(model_of(checkpoint.path, checkpoint.manifest.config))}
+    model = model_of(checkpoint.path, checkpoint.manifest.config)
+    saved = {"model": dataclasses.asdict(model)}
     now = {"model": OmegaConf.to_container(OmegaConf.structured(config.model), enum_to_str=True)}
-    allowed = (*TRAINING_OF_MODEL, *config.run.allow_change)
+    allowed = [*TRAINING_OF_MODEL, *config.run.allow_change]
+    if not model.lora.rank:  # adapters that are new compute nothing yet
+        allowed.append("model.lora.*")
+    elif not config.model.lora.rank:
+        raise BadInput(
+            f"checkpoint.init_from={checkpoint.path} holds adapters of rank {model.lora.rank}: set"
+            f" model.lora.rank={model.lora.rank}, or merge them first with `llada convert mcore-to-hf`."
+        )
     if changed := [
         line for line in leaf_differences(saved, now) if not changes.covers(allowed, setting_of(line))
     ]:

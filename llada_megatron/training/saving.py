@@ -65,7 +65,7 @@ class Saving:
             wall_sec=wall_sec,
             autoregressive_tokens=position.autoregressive_tokens,
             metrics=metrics,
-            data_fingerprint=self.fingerprint,
+            data_fingerprint=self.fingerprint | self._identities(),
         )
         self._pending = Save(
             RunDir(self.config.run.dir).checkpoint(step),
@@ -79,6 +79,11 @@ class Saving:
             self.finish()
         if dist.get_rank() == 0:
             events.append(Path(self.config.run.dir), "saved", step=step, seconds=time.monotonic() - began)
+
+    def _identities(self) -> dict[str, Any]:
+        """What objectives read besides the data, by their names; nothing where none reads anything."""
+        found = {name: each.identity for name, each in self.trainer.objectives.items() if each.identity}
+        return {"objectives": found} if found else {}
 
     def poll(self) -> None:
         """Publish what the background has written meanwhile."""

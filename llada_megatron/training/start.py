@@ -20,5 +20,5 @@ def attention_line(config: Config) -> str:
 
 
 def check_layers(config: Config) -> None:
-    """Raise BadInput where model.layer_spec needs a package that is not installed."""
-    resolve_layer_spec(config.model.layer_spec)
+    """Raise BadInput where model.layer_spec cannot be served: a package is missing, or it has no adapters."""
+    resolve_layer_spec(config.model)

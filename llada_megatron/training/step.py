@@ -27,6 +27,7 @@ from llada_megatron.parallel.dealing import Deal, data_parallel, sample_indices
 from llada_megatron.runtime import device
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.embedding import embedding_statistics
+from llada_megatron.training.frozen import freeze
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
 
 
@@ -64,7 +65,9 @@ def assemble(
 
     Without `initialize` weights have no values; `attention` takes the place of the configured executor.
     """
-    model = wrap(config, build_model(config, initialize=initialize, attention=attention))
+    stages = build_model(config, initialize=initialize, attention=attention)
+    freeze(config, stages)
+    model = wrap(config, stages)
     optimizer = build_optimizer(config, model)
     balance = ExpertBalance(list(model), config.model)
     get_model_config(model[0]).finalize_model_grads_func = balance.finalize

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.ranges import Amount, Count, Positive, check_values, hints_of, rules_of
+from llada_megatron.config.ranges import Amount, Count, Positive, check_values
 from llada_megatron.generate.reference_loop import Canvas
 from llada_megatron.generate.rules import Change, Figures, Rule, Seen
 from llada_megatron.generate.rules.editing import JointThreshold
 from llada_megatron.generate.rules.filling import Credit, Hierarchical, Quota, Threshold
-from llada_megatron.generate.rules.registry import converted
+from llada_megatron.generate.rules.registry import converted, settings_in
 from llada_megatron.record.json_files import require
 from llada_megatron.verify import golden_bidirectional
 from llada_megatron.verify.golden_cases import CaseResult
@@ -170,30 +170,31 @@ def dinfer(rule: Rule, trace: Trace, case: DInfer) -> np.ndarray:
 def sglang(rule: Rule, trace: Trace, case: SGLang) -> np.ndarray:
     """Each whole block of the prompt by itself, each other block until its keys are stored.
 
-    A block is left when a forward changes nothing, and stored by one more. An edited block that reaches its
-    limit has one that changes nothing first. Returns the answer up to its first end.
+    A block is left when a forward changes nothing, and stored by one more, whose figures nobody penalises. An
+    edited block that reaches its limit has one that changes nothing first. Returns the answer up to its first
+    end.
     """
     for start, end in trace.canvas.blocks()[: trace.prompt // case.block_length]:
         trace.skip(PREFILL, start, end)
-    keep = Keep(rule)
     for start, end in trace.blocks():
         state, step, is_done = None, 0, False
         while not is_done:
             change = trace.forward(DENOISE, start, end, rule, step, state)
             state, step, is_done = change.state, step + 1, change.is_done
         if rule.edits and trace.forwards[-1][-1]:
-            trace.forward(DENOISE, start, end, keep, step, state)
-        trace.forward(STORE, start, end, keep, step, state)
+            trace.forward(DENOISE, start, end, Kept(rule, is_stored=False), step, state)
+        trace.forward(STORE, start, end, Kept(rule, is_stored=True), step, state)
         if (trace.canvas.tokens[max(start, trace.prompt) : end] == case.eos_id).any():
             break
     return up_to(trace.canvas.tokens[trace.prompt :][: case.gen_length], case.eos_id)
 
 
 @dataclass(frozen=True)
-class Keep(Rule):
-    """Reads as a rule does and changes nothing."""
+class Kept(Rule):
+    """Changes nothing; reads what the rule does, or, when the block is stored, the model's own figures."""
 
     rule: Rule
+    is_stored: bool
 
     @property
     def figures(self) -> Figures:
@@ -204,7 +205,7 @@ class Keep(Rule):
         return self.rule.edits
 
     def read(self, seen: Seen, state: Any) -> tuple[Seen, Any]:
-        return self.rule.read(seen, state)
+        return (seen, state) if self.is_stored else self.rule.read(seen, state)
 
     def decide(self, seen: Seen, state: Any) -> Change:
         return Change(seen.tokens_m.copy(), True, state)
@@ -272,16 +273,13 @@ def _settings(kind: type[Settings], name: str, case: dict[str, Any]) -> Settings
     """What a case says for the fields of `kind`; those with a default may be missing."""
     where = Path("cases.json") / name
     given = {key: value for key, value in case.items() if value is not None} | case.get(RULES_OWN, {})
-    hints, values = hints_of(kind), {}
-    for each in fields(kind):
-        if each.name in given:
-            bare, _ = rules_of(hints[each.name])
-            values[each.name] = converted(f"{each.name} of case {name}", given[each.name], bare)
-    require(given, where, *(each.name for each in fields(kind) if _is_needed(each)), remedy=REMEDY)
+    known = settings_in(kind)
+    require(given, where, *(key for key, each in known.items() if each.default is MISSING), remedy=REMEDY)
+    values = {
+        key: converted(f"{key} of case {name}", given[key], each.kind)
+        for key, each in known.items()
+        if key in given
+    }
     settings = kind(**values)
     check_values(settings, name)
     return settings
-
-
-def _is_needed(setting: Any) -> bool:
-    return setting.default is MISSING

@@ -10,7 +10,7 @@ from llada_megatron import cli
 from llada_megatron.commands.generate import RULE_SETTINGS
 
 OLD = Path(__file__).parents[1] / "old_run"
-RECORDS = [{"prompt": "The cat", "id": "a"}, {"prompt": ""}, {"tokens": [84, 104, 101]}, {"prompt": "né" * 9}]
+RECORDS = [{"prompt": "The cat", "id": "a"}, {"prompt": ""}, {"tokens": [84, 104, 101]}, {"prompt": "né" * 3}]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def test_each_prompt_has_its_line_in_order_and_every_layout_gives_the_same(run, 
         assert (line["stop"] == "length" and len(ids) == 9) or (line["stop"] == "end" and ids[-1] == 256)
         assert line["forwards"]["denoise"] >= 1 and line["tokens_per_forward"] > 0
     assert alone[0]["id"] == "a" and alone[0]["prompt"] == "The cat"
-    split = generated(run, prompts, tmp_path / "two.jsonl", "--threshold", "0.01", "layout.tp=2", "--batch=2")
+    split = generated(
+        run, prompts, tmp_path / "two.jsonl", "--threshold", "0.01", "layout.processes=2", "--batch=2"
+    )
     assert [line["tokens"] for line in split] == [line["tokens"] for line in alone]
 
 
@@ -146,3 +148,40 @@ def test_an_autoregressive_checkpoint_is_refused_and_another_block_size_is_a_war
     ):
         with pytest.raises(BadInput, match=said):
             block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **change)), None)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.slow
+def test_a_hugging_face_folder_is_decoded_as_the_public_code_decodes_it(tmp_path, capsys):
+    """The reference's `generate` on its own checkpoint (tests/golden/README.md)."""
+    from safetensors import safe_open
+
+    cases = json.loads((GOLDEN / "cases.json").read_text())
+    name, case = next(
+        (name, case)
+        for name, case in cases["generation"].items()
+        if case["eos_id"] >= 1_000_000 and case["steps"] == case["block_length"]
+    )
+    with safe_open(str(GOLDEN / "cases.safetensors"), "np") as tensors:
+        prompt, expected = (
+            tensors.get_tensor(f"gen.{name}.{part}").tolist() for part in ("prompt", "output")
+        )
+    (tmp_path / "in.jsonl").write_text(json.dumps({"tokens": prompt}))
+    command = ["generate", f"hf:{GOLDEN}", "--input", str(tmp_path / "in.jsonl"), "--rule", "quota"]
+    options = {
+        "--max-new-tokens": len(expected),
+        "--block-size": case["block_length"],
+        "--threshold": case["threshold"],
+        "--output": tmp_path / "out.jsonl",
+    }
+    command += ["--mask-token-id", str(cases["mask_token_id"])]
+    command += [str(part) for pair in options.items() for part in pair]
+    assert cli.main(command) == 0
+    line = json.loads((tmp_path / "out.jsonl").read_text())
+    assert line["tokens"] == expected and line["text"] is None
+    assert line["forwards"]["denoise"] == case["n_forward"]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "text"}))
+    assert cli.main(command) == 2
+    assert "Prompt 0: no tokenizer.json came with the checkpoint" in capsys.readouterr().err

@@ -27,6 +27,8 @@ class Doubled:
     check = staticmethod(gpt.check)
     stage_contents = staticmethod(gpt.stage_contents)
     pair_flops = staticmethod(gpt.pair_flops)
+    kept_numbers = staticmethod(gpt.kept_numbers)
+    active_adapters = staticmethod(gpt.active_adapters)
 
     @staticmethod
     def parameters(model, contents, **ways):

@@ -18,6 +18,7 @@ from llada_megatron.config.schema import Config
 
 FREE_TEXT = {
     "run.allow_change[]",
+    "training.freeze[]",  # patterns of names that the model must have, in training/frozen.py
     "model.family",  # of FAMILIES, in formulas_of
     "data.cache_dir",
     "schedule.stages[].objective",  # of OBJECTIVES, in Schedule

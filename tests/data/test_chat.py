@@ -88,3 +88,43 @@ def test_as_many_tokens_are_learnt_as_were_rendered():
     learnt = bytes(ids[roles >= ANSWER].tolist()).decode()
     assert learnt == "a.äh."
     assert [ROLES[role - ANSWER] for role in roles.tolist() if role >= ANSWER] == ["assistant"] * 6
+
+
+MARKED = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+TEMPLATES = {
+    "plain": BUILT_IN["plain"][0],
+    "llada2": BUILT_IN["llada2"][0],
+    "marked": MARKED + "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+}
+
+
+class Pieces:
+    """Tokens by the names of pieces: one for each text that was tokenized by itself."""
+
+    def __init__(self):
+        self.names = {}
+
+    def encode(self, text, parse_special=False):
+        return [self.names.setdefault(text, len(self.names))] if text else []
+
+    def defused(self, text, mark):
+        return text.replace("<|end|>", f"<{mark}|end|>")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_is_what_an_answer_was_learnt_after_piece_by_piece(name):
+    template = ChatTemplate(TEMPLATES[name], name, {"eos_token": "<eos>"})
+    encoder = ChatEncoder(template, Pieces(), only_last=False)
+    chat = [{"role": "system", "content": "s"}, USER, ASSISTANT, {"role": "user", "content": "<|end|>?"}]
+    for messages in (chat[:2], chat):
+        ids, roles = encoder.encode([*messages, {"role": "assistant", "content": "the answer"}])
+        assert roles[-1] >= ANSWER > roles[-2]  # the answer is one piece
+        assert encoder.prompt(messages) == ids[:-1].tolist()
+
+
+def test_the_end_of_an_answer_is_the_special_token_that_the_template_writes_behind_it():
+    bytes_of = load_tokenizer("bytes")
+    for source, end in ((BUILT_IN["plain"][0], 256), (MARKED, None)):
+        template = ChatTemplate(source, "template", {"eos_token": bytes_of.end_of_document})
+        encoder = ChatEncoder(template, bytes_of, only_last=True)
+        assert encoder.end_of_answer([USER]) == end

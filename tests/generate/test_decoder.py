@@ -9,6 +9,7 @@ import torch
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.generate import BlockChanged, Decoder, Limits, Prompt, Stop
 from llada_megatron.generate.reference_loop import Canvas, reference_loop
@@ -151,7 +152,7 @@ def test_holes_are_filled_and_what_was_given_stays(model):
     expected, forwards = reference_loop(model, Canvas(tokens.copy(), 4, MASK), RULE)
     (result,) = decoder(model).results([Prompt(tokens, has_holes=True)], Limits(new_tokens=0))
     np.testing.assert_array_equal(result.tokens, expected)
-    assert (result.filled, result.forwards["denoise"], result.stop) == (7, forwards, Stop.length)
+    assert (result.generated, result.forwards["denoise"], result.stop) == (7, forwards, Stop.length)
     (untouched,) = decoder(model).results([Prompt(expected, has_holes=True)], Limits(new_tokens=0))
     np.testing.assert_array_equal(untouched.tokens, expected)
 
@@ -195,17 +196,29 @@ def test_decoding_ends_at_an_end_token_a_string_the_length_the_context_or_after_
     )
 
 
+@pytest.mark.usefixtures("model")  # its process groups
+def test_a_model_in_bf16_keeps_its_keys_in_bf16_and_decodes_the_same_tokens():
+    half = tiny(settings("precision=bf16"))
+    ours = decoder(half, max_cached_tokens=64)
+    for length in (9, 16):
+        prompt = prompt_of(length)
+        (result,) = ours.results([prompt], Limits(new_tokens=8))
+        np.testing.assert_array_equal(result.tokens, uncached(half, prompt, 8, 4, RULE)[0])
+    assert ours.cache_bytes == 2 * 4 * (64 + 1) * 2 * 32 * 2
+
+
 def test_the_cache_takes_the_bytes_that_are_known_beforehand(model):
-    ours = decoder(model, max_cached_tokens=64)
+    ours, config = decoder(model, max_cached_tokens=64), settings()
     ours.results([prompt_of(5)], Limits(new_tokens=4))
-    layers, heads, width = 4, 2, 32
-    assert ours.cache_bytes == 2 * layers * (64 + 1) * heads * width * 4
+    assert ours.cache_bytes == (64 + 1) * cached_token_bytes(config.model, config.precision, config.layout)
+    assert ours.cache_bytes == 2 * 4 * (64 + 1) * 2 * 32 * 4  # layers, tokens, heads, width, bytes
 
 
 def test_what_cannot_be_decoded_is_refused_in_a_sentence(model):
     for options, prompt, new, sentence in (
         ({}, prompt_of(97), 1, "Prompt 0 has 97 tokens, and the model's context of 96 has no room for more"),
         ({}, prompt_of(96), 1, "Prompt 0 has 96 tokens"),
+        ({"block_size": 97}, [1], 1, "A block of 97 is no part of the model's context of 96"),
         ({}, [1, MASK, 2], 1, "Prompt 0 holds the mask token, 500, at position 1: remove it."),
         (
             {"max_cached_tokens": 32},

@@ -90,11 +90,8 @@ def test_a_rule_fills(name, settings, text, probability, after):
 
 def test_a_quota_falls_to_the_first_forwards():
     rule = rule_of("quota", {"threshold": 1, "steps": 3})
-    counts = [
-        len(rule.step(seen_of("_" * 8, np.linspace(0, 1, 8), step=step), None).tokens_m)
-        - text_of(rule.step(seen_of("_" * 8, np.linspace(0, 1, 8), step=step), None)).count("_")
-        for step in range(4)
-    ]
+    texts = [text_of(rule.step(seen_of("_" * 8, np.linspace(0, 1, 8), step=step), None)) for step in range(4)]
+    counts = [8 - text.count("_") for text in texts]
     assert counts == [3, 3, 2, 2]
 
 
@@ -243,6 +240,14 @@ def test_the_last_update_leaves_ordinary_tokens_alone():
     assert change.is_done and text_of(change) == "367"
 
 
+def test_a_block_without_an_end_of_its_own_gets_one():
+    state = indel("3|____", logits_of([3], [4], [SPLIT], [SPLIT], [SPLIT])).state
+    logits = logits_of([3], [5], [SPLIT, 6], [SPLIT, 6], [SPLIT, 6])
+    assert not indel("3|____", logits, replace(state, updates=5 + 16 - 1)).is_done
+    last = indel("3|____", logits, replace(state, updates=5 + 16))
+    assert last.is_done and text_of(last) == "35666"
+
+
 @pytest.mark.parametrize(
     ("text", "settings", "sentence"),
     [
@@ -372,6 +377,12 @@ def test_positions_and_steps_leave_the_numbers_of_samples_as_they_were():
     np.testing.assert_array_equal(generator(3, Purpose.MASK, 5).random(4), expected)
     assert (generator(3, Purpose.MASK, 5, position=1).random(4) != expected).all()
     assert (generator(3, Purpose.MASK, 5, step=1).random(4) != expected).all()
+
+
+def test_no_number_is_drawn_twice():
+    draws = Draws(3, 5)
+    drawn = [draws.uniform(position, step, 50) for position in range(4) for step in range(4)]
+    assert len(np.unique(drawn)) == 4 * 4 * 50
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import Config
+from llada_megatron.config.schema import Config, ModelConfig
 from llada_megatron.model import initialize, specs
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import counter_normal
@@ -343,7 +343,7 @@ def test_auto_takes_transformer_engine_on_cuda_alone(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(
             specs.importlib.util, "find_spec", lambda name, found=installed: name if found else None
         )
-        assert specs.resolve_layer_spec("auto") == expected
+        assert specs.resolve_layer_spec(ModelConfig(layer_spec="auto")) == expected
 
 
 def test_a_layer_spec_that_cannot_be_served_is_an_error_that_says_what_to_do(
@@ -351,4 +351,4 @@ def test_a_layer_spec_that_cannot_be_served_is_an_error_that_says_what_to_do(
 ) -> None:
     monkeypatch.setattr(specs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="layer_spec=transformer_engine needs the package"):
-        specs.resolve_layer_spec("transformer_engine")
+        specs.resolve_layer_spec(ModelConfig(layer_spec="transformer_engine"))

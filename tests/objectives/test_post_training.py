@@ -12,12 +12,12 @@ import torch
 from llada_megatron.config import rules
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import PackedSample, build_sequences, fingerprint
+from llada_megatron.data.packed import PackedSample, build_sequences
 from llada_megatron.objectives.corruption import Corruption
 from llada_megatron.objectives.preference import Preference
-from llada_megatron.objectives.reference import scored_under, scores_file, write_scores
+from llada_megatron.objectives.reference import scores_file
 from tests.distributed import run_ranks
-from tests.objectives.conversations import BLOCK, OBJECTIVES, L, configure, write
+from tests.objectives.conversations import BLOCK, OBJECTIVES, L, configure, score, write
 
 LAYOUTS = {
     "pp2": ["layout.pp=2"],
@@ -26,30 +26,18 @@ LAYOUTS = {
     "tp2": ["layout.tp=2"],
     "ep2": ["layout.ep=2"],
     "recompute": ["layout.processes=2", "layout.recompute=full"],
+    "tp2 cp2 ep4": ["layout.tp=2", "layout.cp=2", "layout.ep=4"],
 }
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("dp2", "tp2", "ep2", "recompute")]
+MORE.append(pytest.param("tp2 cp2 ep4", marks=pytest.mark.full))
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("conversations")
     chats, pairs = write(folder, "chat"), write(folder, "preference")
-    config = configure(pairs, "dpo")
-    [bounds] = run_ranks(reference_bounds, config)
-    said = {"checkpoint": "initial weights", "tokens": fingerprint(config.data)["corpora"][0]}
-    write_scores(pairs, bounds, said | scored_under(config, BLOCK))
+    score(configure(pairs, "dpo"), pairs)
     return {"sft": chats, "cap": chats, "dpo": pairs}
-
-
-def reference_bounds(config: Config) -> np.ndarray:
-    """Those of another model than the one that is trained: of another seed."""
-    from llada_megatron.evaluate.score import bounds_of
-    from llada_megatron.model.provider import build_model
-    from llada_megatron.parallel import groups
-
-    groups.initialize(config.layout)
-    model = build_model(replace(config, run=replace(config.run, seed=2)))
-    return bounds_of(replace(config, data=replace(config.data, split="1,0")), model, BLOCK)
 
 
 def trained(config: Config) -> dict[str, Any]:
@@ -78,7 +66,7 @@ def straight(corpora) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("layout", ["pp2", "cp2", *MORE])
 def test_every_layout_trains_the_same(corpora, straight, name, layout):
     config = configure(corpora[name], name, *LAYOUTS[layout])
-    for found in run_ranks(trained, config, processes=2):
+    for found in run_ranks(trained, config, processes=config.layout.processes):
         assert found["loss"] == pytest.approx(straight[name]["loss"], rel=2e-6)
         assert found["grad_norm"] == pytest.approx(straight[name]["grad_norm"], rel=1e-5)
         for ours, expected in zip(found["figures"], straight[name]["figures"], strict=True):

@@ -35,8 +35,16 @@ class Formulas(Protocol):
         """Weights that one token passes through in all layers, by module in the words of recompute."""
         ...
 
+    def active_adapters(self, model: ModelConfig) -> int:
+        """Elements of adapters that one token passes through in all layers; 0 without any."""
+        ...
+
     def pair_flops(self, model: ModelConfig) -> int:
         """Forward FLOPs of a visible query-key pair in all layers."""
+        ...
+
+    def kept_numbers(self, model: ModelConfig) -> int:
+        """Numbers that decoding keeps of a token in all layers: its keys and values."""
         ...
 
 

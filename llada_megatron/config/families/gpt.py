@@ -21,11 +21,14 @@ copy counts on its process and not in the total.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from llada_megatron.config.contents import ALIGNED, Contents, Parameters, separate_experts
+from llada_megatron.config.contents import Contents, Parameters, aligned, separate_experts
+from llada_megatron.config.families.gpt_adapters import active_adapters as active_adapters
+from llada_megatron.config.families.gpt_adapters import adapter_parameters
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.layout_rules import require
-from llada_megatron.config.schema import LayoutConfig, ModelConfig, RotaryScaling
+from llada_megatron.config.schema import LayoutConfig, LoraConfig, ModelConfig, RotaryScaling
 
 
 def check(model: ModelConfig) -> None:
@@ -116,8 +119,11 @@ def stage_contents(model: ModelConfig, layout: LayoutConfig) -> list[list[Conten
 def parameters(
     model: ModelConfig, contents: Iterable[Contents], *, tp: int = 1, ep: int = 1, etp: int = 1
 ) -> Parameters:
-    """Parameters of one process that holds these stages."""
+    """Parameters of one process that holds these stages; with adapters these, beside what is frozen."""
     contents = list(contents)
+    if model.lora.rank:
+        base = parameters(replace(model, lora=LoraConfig()), contents, tp=tp, ep=ep, etp=etp)
+        return adapter_parameters(model, contents, base, tp=tp, ep=ep, etp=etp)
     dense = moe = 0
     first = last = False
     for stage in contents:
@@ -144,9 +150,6 @@ def parameters(
 def _buffers(model: ModelConfig, stage: Contents, *, tp: int, ep: int, etp: int) -> tuple[int, int]:
     """Elements of a stage's gradient buffers: dense parameters, and those of experts kept apart."""
     hidden, head = model.hidden_size, model.head_dim
-
-    def aligned(*sizes: int) -> int:
-        return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
 
     qkv, output = hidden * (model.heads + 2 * model.kv_heads) * head // tp, model.heads * head * hidden // tp
     attention = aligned(qkv, output, hidden, hidden) + (aligned(head, head) if model.qk_norm else 0)
@@ -189,3 +192,8 @@ def attention_weights(model: ModelConfig) -> int:
 def expert_weights(model: ModelConfig) -> int:
     """Of one routed expert."""
     return 3 * model.hidden_size * model.expert_hidden_size
+
+
+def kept_numbers(model: ModelConfig) -> int:
+    """A key and a value for each head of them, in every layer."""
+    return 2 * model.layers * model.kv_heads * model.head_dim

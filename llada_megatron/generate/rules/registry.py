@@ -49,7 +49,7 @@ def settings_of(name: str) -> dict[str, Setting]:
     """The settings of a rule, those of drawing tokens last; raises BadInput for a name that is none."""
     if name not in RULES:
         raise BadInput(f"There is no rule {name!r}: give {', '.join(RULES)}.")
-    return _settings(RULES[name]) | _settings(Sampling)
+    return settings_in(RULES[name]) | settings_in(Sampling)
 
 
 def rule_of(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
@@ -64,18 +64,20 @@ def rule_of(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
         if key not in known:
             raise BadInput(f"Rule {name} has no setting {key}: give {', '.join(known)}.")
         values[key] = converted(f"{key} of rule {name}", value, known[key].kind)
-    drawing = {key: values.pop(key) for key in _settings(Sampling) if key in values}
+    drawing = {key: values.pop(key) for key in settings_in(Sampling) if key in values}
     rule, sampling = RULES[name](**values), Sampling(**drawing)
     check_values(rule)
     check_values(sampling)
     if sampling.temperature:
         return Sampled(rule, sampling)
     if sampling != Sampling():
-        raise BadInput(f"Nothing is drawn at temperature 0: give one above 0 with {' and '.join(drawing)}.")
+        idle = " and ".join(key for key in drawing if key != "temperature")
+        raise BadInput(f"Nothing is drawn at temperature 0: give one above 0 with {idle}.")
     return rule
 
 
-def _settings(kind: type) -> dict[str, Setting]:
+def settings_in(kind: type) -> dict[str, Setting]:
+    """The settings of a dataclass; one without a default has `dataclasses.MISSING`."""
     hints = hints_of(kind)
     return {each.name: Setting(rules_of(hints[each.name])[0], each.default) for each in fields(kind)}
 

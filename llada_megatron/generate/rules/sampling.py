@@ -31,7 +31,7 @@ class Sampling:
     top_k: Count = 0
     """Draws are from so many tokens, and those that equal the last of them; 0: from all."""
     top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Draws are from the fewest most probable tokens that have this much together."""
+    """Draws are from the most probable tokens, as many as it takes to have more than this; 1: all."""
     plain_confidence: bool = False
     """A rule judges the model's own probability and entropy, as in LLaDA's `generate`; else those of what
     is drawn from, as in LLaDA2's."""

@@ -115,7 +115,7 @@ def build_stage(
     `attention` takes the place of the executor that model.attention_backend names.
     """
     model, layout = config.model, config.layout
-    layer_spec = resolve_layer_spec(model.layer_spec)
+    layer_spec = resolve_layer_spec(model)
     transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
     scale_cosines(transformer, attention_factor(model.rotary_scaling))
     stage = BlockDiffusionGPT(
@@ -125,6 +125,7 @@ def build_stage(
             layer_spec=layer_spec,
             attention=attention or model.attention_backend,
             vp_stage=vp_stage,
+            lora=model.lora,
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=2 * config.data.sequence_length,

@@ -51,10 +51,6 @@ class PlanFormulas(Protocol):
         """Every message of a step on a pipeline rank that holds these stages, and how often it is sent."""
         ...
 
-    def cached_bytes(self, model: ModelConfig, layout: LayoutConfig, *, b: int) -> int:
-        """Keys and values that decoding keeps of a token on a process, without pp."""
-        ...
-
 
 def plan_formulas_of(model: ModelConfig) -> PlanFormulas:
     """The formulas of model.family; BadInput for a family that has none here, or that is unknown."""

@@ -1,8 +1,7 @@
 """The `gpt` family: dense and MoE layers, as activations, transient, traffic and timing count them."""
 
-from llada_megatron.plan.decoding import cached_bytes
 from llada_megatron.plan.memory import units
 from llada_megatron.plan.timing import seconds_of
 from llada_megatron.plan.traffic import of_rank
 
-__all__ = ["cached_bytes", "of_rank", "seconds_of", "units"]
+__all__ = ["of_rank", "seconds_of", "units"]

@@ -1,0 +1,228 @@
+"""Decoding with the cache against decoding without it and against the least that a forward takes.
+
+For each rule the same prompts are decoded by `Decoder`, one at a time and in a batch, and by the loop without
+a cache, whose tokens they must equal. The bound of the first is one forward of a block's rows alone for each
+forward that there was: its matrix products read every weight that the rows need, history or not. Seconds on a
+CPU are those that one thread computed, so that other processes cost nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
+from llada_megatron.checkpoint.load import load_model
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import Config, LayoutConfig
+from llada_megatron.data.packed import build_sequences
+from llada_megatron.generate import Decoder, Limits, Result
+from llada_megatron.generate.reference_loop import Canvas, reference_loop
+from llada_megatron.generate.rules import Draws, Rule, rule_of
+from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.provider import build_model
+from llada_megatron.parallel import groups
+from llada_megatron.record.json_files import write_json
+from llada_megatron.runtime import device
+
+FORWARDS = 15
+"""Of which the bound takes the median."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is decoded."""
+
+    rules: Sequence[str]
+    block_size: int
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rule."""
+
+    name: str
+    tokens_equal: bool
+    tokens_per_forward: float
+    tokens_per_sec: float
+    """One prompt at a time."""
+    uncached_tokens_per_sec: float
+    speedup: float
+    share_of_bound: float
+    """Seconds of one forward of a block's rows for each forward, over the seconds that decoding took."""
+    batch: int
+    batch_tokens_per_sec: float
+    batch_speedup: float
+
+
+def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Path | None) -> int:
+    """Measure, print, write; 0 when every rule's tokens equal those without a cache, else 1.
+
+    Without a checkpoint the weights are a run's first. Raises BadInput for prompts that do not fit.
+    """
+    length = config.data.sequence_length
+    if setting.prompt_tokens + setting.new_tokens > length:
+        raise BadInput(
+            f"{setting.prompt_tokens} tokens of a prompt and {setting.new_tokens} new ones are more than the"
+            f" context of {length}: ask for fewer (--prompt-tokens, --new-tokens)."
+        )
+    groups.initialize(LayoutConfig(), threads=1)
+    try:
+        stages = load_model(config, checkpoint) if checkpoint else build_model(config)
+        model = stages[0].eval().requires_grad_(False)
+        prompts = _prompts(config, setting)
+        bound = forward_seconds(model, setting.block_size)
+        found = [_measure(model, config, setting, name, prompts, bound) for name in setting.rules]
+    finally:
+        groups.destroy()
+    record = {
+        "device": device.name(),
+        "block_size": setting.block_size,
+        "prompt_tokens": setting.prompt_tokens,
+        "new_tokens": setting.new_tokens,
+        "forward_sec": bound,
+        "rules": [asdict(one) for one in found],
+    }
+    write_json(json_file, record)
+    _print(record)
+    return 0 if all(one.tokens_equal for one in found) else 1
+
+
+@torch.no_grad()
+def forward_seconds(model: torch.nn.Module, rows: int) -> float:
+    """Median seconds of a forward of so many rows that see each other alone, their head included."""
+    at = device.device()
+    inputs = ModelInputs(
+        tokens=torch.arange(rows, device=at)[None],
+        positions=torch.arange(rows, device=at)[None],
+        keys=ContextShard(BlockDiffusionMask([torch.tensor([0, rows])], rows, clean_copy=False, causal=True)),
+        outputs=torch.arange(rows, device=at),
+        readout=rule_of("threshold").figures.readout(0),
+    )
+    seconds = []
+    for _ in range(FORWARDS):
+        seconds.append(device.timed(lambda: model(inputs))[1])
+    return statistics.median(seconds)
+
+
+def _prompts(config: Config, setting: Setting) -> list[np.ndarray]:
+    """Beginnings of held-out sequences; without a corpus any tokens."""
+    if not config.data.path:
+        generator = np.random.default_rng(config.run.seed)
+        highest = min(config.model.mask_token_id, config.model.vocab_size)
+        return [generator.integers(0, highest, setting.prompt_tokens) for _ in range(setting.batch)]
+    data = build_sequences(
+        config.data,
+        split="validation",
+        seed=config.run.seed,
+        vocab_size=config.model.vocab_size,
+        mask_token_id=config.model.mask_token_id,
+        sequences_wanted=setting.batch,
+    )
+    return [data[index].tokens[: setting.prompt_tokens] for index in range(setting.batch)]
+
+
+def _measure(
+    model: torch.nn.Module,
+    config: Config,
+    setting: Setting,
+    name: str,
+    prompts: list[np.ndarray],
+    bound: float,
+) -> Measured:
+    rule, mask = rule_of(name), config.model.mask_token_id
+    alone, alone_sec = _decoded(model, config, setting, rule, prompts[:1], batch=1)
+    together, together_sec = _decoded(model, config, setting, rule, prompts, batch=setting.batch)
+    length = -(-(setting.prompt_tokens + setting.new_tokens) // setting.block_size) * setting.block_size
+    tokens = np.full(length, mask)
+    tokens[: setting.prompt_tokens] = prompts[0]
+    canvas = Canvas(tokens, setting.block_size, mask)
+    (filled, _), uncached_sec = device.timed(lambda: reference_loop(model, canvas, rule, Draws(0)))
+    expected = filled[setting.prompt_tokens :][: setting.new_tokens]
+    equal = all(np.array_equal(result.tokens, expected) for result in (alone[0], together[0]))
+    speed, batch_speed = len(expected) / alone_sec, len(together) * len(expected) / together_sec
+    uncached_speed = len(expected) / uncached_sec
+    return Measured(
+        name,
+        equal,
+        alone[0].tokens_per_forward,
+        speed,
+        uncached_speed,
+        speed / uncached_speed,
+        bound * alone[0].forwards["denoise"] / alone_sec,
+        setting.batch,
+        batch_speed,
+        batch_speed / speed,
+    )
+
+
+def _decoded(
+    model: torch.nn.Module,
+    config: Config,
+    setting: Setting,
+    rule: Rule,
+    prompts: list[np.ndarray],
+    *,
+    batch: int,
+) -> tuple[list[Result], float]:
+    """The results of a new decoder, and the seconds that they took."""
+    decoder = Decoder(
+        model,
+        rule,
+        block_size=setting.block_size,
+        mask_token_id=config.model.mask_token_id,
+        context=config.data.sequence_length,
+        batch=batch,
+    )
+    return device.timed(lambda: decoder.results(prompts, Limits(new_tokens=setting.new_tokens)))
+
+
+def _print(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(
+        f"{record['device']}: blocks of {record['block_size']}, {record['new_tokens']} new tokens behind"
+        f" {record['prompt_tokens']}; a forward of {record['block_size']} rows alone takes"
+        f" {record['forward_sec'] * 1e3:.1f} ms",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in (
+        "rule",
+        "tokens equal",
+        "a forward",
+        "tokens/s",
+        "uncached",
+        "times",
+        "of the bound",
+        "batch",
+    ):
+        table.add_column(title, justify="left" if title == "rule" else "right")
+    table.add_column("tokens/s", justify="right")
+    table.add_column("times", justify="right")
+    for one in record["rules"]:
+        table.add_row(
+            one["name"],
+            "yes" if one["tokens_equal"] else "NO",
+            f"{one['tokens_per_forward']:.2f}",
+            f"{one['tokens_per_sec']:.1f}",
+            f"{one['uncached_tokens_per_sec']:.1f}",
+            f"{one['speedup']:.1f}",
+            f"{one['share_of_bound']:.2f}",
+            str(one["batch"]),
+            f"{one['batch_tokens_per_sec']:.1f}",
+            f"{one['batch_speedup']:.1f}",
+        )
+    console.print(table)
