@@ -156,6 +156,11 @@ def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
     saved = dict(checkpoint.manifest.config)
     if "data" not in saved:  # no run wrote it, and its model alone is known
         saved |= {"run": {"name": "generate"}, "optimizer": {"lr": 0.0}, "data": _context(checkpoint)}
+        if not saved["data"] and not any(each.startswith("data.sequence_length=") for each in overrides):
+            raise BadInput(
+                "Neither a run nor max_position_embeddings of config.json says how many positions the model"
+                " was trained for: set data.sequence_length."
+            )
     config = compose.elsewhere(saved, overrides)
     for axis in ("pp", "cp"):
         if getattr(config.layout, axis) > 1:

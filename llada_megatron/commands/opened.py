@@ -111,7 +111,8 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
         raise BadInput(f"{args.checkpoint} does not say its block size: give --block-size.")
     if not is_diffusion:
         warn(
-            f"{architecture} is the architecture of autoregressive models: is {source} one that fills masks?"
+            f"{architecture} is the architecture of autoregressive models: what follows means little unless"
+            f" {source} has learnt to fill masks"
         )
     return mask_token_id
 

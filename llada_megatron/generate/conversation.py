@@ -6,8 +6,7 @@ with are in the decoder's pages from the turns before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +115,8 @@ class Conversation:
         before, shared = counts.forwards, counts.shared_tokens
         drafts = _Drafts(len(prompt.tokens), self.limits)
         result = None
-        for event in events(self.decoder, _from_first_rank(prompt), self.limits, is_stopped):
+        _from_first_rank(prompt)
+        for event in events(self.decoder, prompt, self.limits, is_stopped):
             if isinstance(event, BlockChanged):
                 yield drafts.changed(event)
             else:
@@ -167,13 +167,12 @@ class _Drafts:
 
 def events(
     decoder: Decoder, prompt: Prompt, limits: Limits, is_stopped: Callable[[], bool]
-) -> Generator[BlockChanged | Result]:
+) -> Iterator[BlockChanged | Result]:
     """What the decoder says of a prompt, on every rank, until it is done or rank 0 wants it stopped."""
-    with closing(decoder.run([prompt], limits)) as found:
-        for event in found:
-            yield event
-            if _first_rank_wants(is_stopped):
-                return
+    for event in decoder.run([prompt], limits):  # whose pages are given back when it is left
+        yield event
+        if _first_rank_wants(is_stopped):
+            return
 
 
 def follow(decoder: Decoder, limits: Limits) -> None:

@@ -115,23 +115,23 @@ class Writing:
 
     def _scroll(self, final: str) -> None:
         """Print the lines that are whole and final."""
-        rest = Text(final[self._printed :])
-        ends = line_ends(rest.plain, self._width)
-        for line in rest.divide(ends)[:-1] if ends else []:
+        rest = final[self._printed :]
+        for line in self._lines(Text(rest))[:-1]:
             self._print(line)
-        self._printed += ends[-1] if ends else 0
+        self._printed += [0, *line_ends(rest, self._width)][-1]
 
     def _active(self, draft: Draft) -> Text:
         """What is not printed yet: the last line, and the active block."""
         block = list(zip(draft.block, draft.is_edited, strict=True))
         plain = next((at for at, (token, edit) in enumerate(block) if token is None or edit), len(block))
-        seen = draft.done + [token for token, _ in block[:plain] if token is not None]
+        seen = [*draft.done, *(token for token, _ in block[:plain] if token is not None)]
         text = Text(shown(self.text(seen)).rstrip(BROKEN)[self._printed :])
         for (is_masked, is_edited), run in groupby(block[plain:], lambda each: (each[0] is None, each[1])):
-            tokens = [token for token, _ in run]
+            pairs = list(run)
             if is_masked:
-                text.append(self.mark * len(tokens), style=MASKED)
+                text.append(self.mark * len(pairs), style=MASKED)
                 continue
+            tokens = [token for token, _ in pairs if token is not None]
             before = self.text(seen[-1:])  # some tokenizers leave out the space that begins a text
             part = shown(self.text(seen[-1:] + tokens)[len(before) :]).strip(BROKEN)
             text.append(part, style=EDITED if is_edited else "")
@@ -143,10 +143,12 @@ class Writing:
         return max(2, self.console.width - 1)  # terminals differ in the width of some characters
 
     def _lines(self, text: Text) -> list[Text]:
-        return list(text.divide(line_ends(text.plain, self._width)))
+        lines = list(text.divide(line_ends(text.plain, self._width)))
+        for line in lines:
+            line.rstrip()
+        return lines
 
     def _print(self, line: Text) -> None:
-        line.rstrip()
         self.console.print(line, no_wrap=True, overflow="ignore", crop=False, highlight=False)
 
 
@@ -154,10 +156,10 @@ def figures_of(answer: Answer) -> str:
     """A turn's figures, and why it ended unless the model ended it."""
     why = {"end": "", "length": "as long as it may be", "context": "the context is full, /reset begins anew"}
     parts = [
-        f"{answer.tokens} tokens in {answer.seconds:.1f} s, {answer.tokens_per_sec:.0f} tokens/s",
+        f"{answer.tokens} tokens, {answer.tokens_per_sec:.0f} tokens/s",
         f"{answer.tokens_per_forward:.1f} tokens per forward",
         f"{answer.forwards} forwards",
-        f"{answer.shared} tokens kept from before" if answer.shared else "",
+        f"{answer.shared} reused" if answer.shared else "",
         why.get(answer.stop, answer.stop),
     ]
     return " · ".join(part for part in parts if part)

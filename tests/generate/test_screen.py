@@ -98,7 +98,12 @@ def test_the_whole_answer_stays_and_figures_below_it():
     rows = [row.rstrip() for row in after_the_last_picture(written(drafts, answered(TEXT)))]
     expected = [line.rstrip() for line in parts(TEXT, line_ends(TEXT, 29))]
     assert rows[: len(expected)] == expected
-    assert rows[len(expected)].startswith(f"{len(ids)} tokens in 2.0 s")
+    assert rows[len(expected)].startswith(f"{len(ids)} tokens, ")
+
+
+def test_a_picture_has_no_empty_rows_of_its_own():
+    draft = Draft([], [*b"ab", None, *b"c\nd"], [False] * 6, 1)
+    assert re.search(r"ab\x1b\[2m░\x1b\[0mc\s*\n\s*d\s*\n", written([draft], answered("abxc\nd")))
 
 
 def test_half_a_character_is_not_shown_until_it_is_whole():
@@ -108,9 +113,7 @@ def test_half_a_character_is_not_shown_until_it_is_whole():
 
 
 def test_figures_say_why_an_answer_ends_unless_the_model_ended_it():
-    assert (
-        figures_of(answered("abcd")) == "4 tokens in 2.0 s, 2 tokens/s · 1.0 tokens per forward · 5 forwards"
-    )
+    assert figures_of(answered("abcd")) == "4 tokens, 2 tokens/s · 1.0 tokens per forward · 5 forwards"
     for stop, said in (("stopped", "stopped"), ("context", "/reset begins anew"), ("length", "as long as")):
         assert said in figures_of(answered("a", stop=stop))
-    assert "32 tokens kept from before" in figures_of(answered("a", shared=32))
+    assert "32 reused" in figures_of(answered("a", shared=32))

@@ -47,7 +47,7 @@ def test_a_plan_shows_it_where_the_last_stage_fills_masks(capsys, tmp_path):
     assert "decoding 41.0 MB of keys and values per 1,000 tokens" in capsys.readouterr().out
     said = json.loads((tmp_path / "plan.json").read_text())["decoding"]
     assert said["cached_token_bytes"] == 40_960 and said["bytes"] == 40_960 * (8 * 4096 + 1)
-    stages = "schedule.stages=[{name: ar, objective: ar, tokens: 1e9}]"
-    cli.main([*flash, stages])
+    stages = "schedule.stages=[{name: ar, objective: autoregressive, block_size: '1', tokens: 100000000000}]"
+    assert cli.main([*flash, stages]) == 0
     assert "decoding" not in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["decoding"] is None
