@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from llada_megatron.runtime.launch import already_started, launch, threads_per_p
 
 RATIO_TOLERANCE = 0.10
 OVERHEAD_LIMIT = 0.03
+PRELOAD = "llada_megatron.training.loop"
 FULL_LOGITS = "full logits"
 
 
@@ -59,27 +61,39 @@ class Case:
 def run(overrides: list[str], *, rounds: int, json_file: Path | None) -> int:
     """Measure, print, and return 0 when both checks hold, 1 otherwise."""
     config = compose(["experiment=bench", *overrides])
-    tokens = rules.check(config).tokens_per_step
-    processes, preload = config.layout.processes, "llada_megatron.training.loop"
-    if already_started():  # by srun or torchrun, on as many nodes as it takes
-        cases = _time(config, rounds)
-        if int(os.environ["RANK"]) > 0:
-            return 0
-    else:
-        cases = launch(_time, config, rounds, processes=processes, preload=preload)[0]
-    report = _described(config, tokens)
-    if processes > 1:
+    rules.check(config)
+    cases = on_every_rank(_time, config, rounds)
+    if cases is None:
+        return 0
+    report = described(config, str(read_index(config.data.path[0]).log_normal))
+    if config.layout.processes > 1:
         report |= {"cases": [case.times() for case in cases], "checks": []}
     else:
         for case in cases:
-            case.peak_bytes = launch(_peak_bytes, config, case.name, processes=1, preload=preload)[0]
+            case.peak_bytes = launch(_peak_bytes, config, case.name, processes=1, preload=PRELOAD)[0]
         report |= _report(cases)
+    return finish(report, json_file)
+
+
+def on_every_rank(
+    time: Callable[[Config, int], list[Case]], config: Config, rounds: int
+) -> list[Case] | None:
+    """What `time` measures on the first of the layout's ranks; None on the others of somebody's launcher."""
+    if already_started():  # by srun or torchrun, on as many nodes as it takes
+        cases = time(config, rounds)
+        return cases if os.environ["RANK"] == "0" else None
+    return launch(time, config, rounds, processes=config.layout.processes, preload=PRELOAD)[0]
+
+
+def finish(report: dict[str, Any], json_file: Path | None) -> int:
+    """Print and write a report; 0 when its checks hold, 1 otherwise."""
     _print(report)
     write_json(json_file, report)
     return 0 if all(check["passed"] for check in report["checks"]) else 1
 
 
-def _threads(config: Config) -> int:
+def threads(config: Config) -> int:
+    """Of each process."""
     return config.training.threads or threads_per_process(config.layout.processes)
 
 
@@ -87,7 +101,7 @@ def _trainer(config: Config) -> Any:
     from llada_megatron.parallel import groups
     from llada_megatron.training.loop import build_trainer
 
-    groups.initialize(config.layout, threads=_threads(config))
+    groups.initialize(config.layout, threads=threads(config))
     return build_trainer(config, rules.schedule_of(config))
 
 
@@ -159,17 +173,17 @@ def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]
     return performed, visible
 
 
-def _described(config: Config, tokens: int) -> dict[str, Any]:
-    """What was measured, on what; `llada plan calibrate` reads all of it but the first."""
+def described(config: Config, documents: str) -> dict[str, Any]:
+    """What was measured, on what; `llada plan calibrate` reads the documents' lengths and the config."""
     from llada_megatron.runtime import device
 
     model = config.model
     return {
         "model": f"{model.layers} layers, hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
         "device": device.name(),
-        "threads": _threads(config),
-        "tokens_per_step": tokens,
-        "documents": str(read_index(config.data.path[0]).log_normal),
+        "threads": threads(config),
+        "tokens_per_step": rules.schedule_of(config).tokens_per_step,
+        "documents": documents,
         "config": OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),
     }
 
@@ -231,7 +245,7 @@ def _print(report: dict[str, Any]) -> None:
         "min": lambda case: f"{case['seconds_min']:.3f}",
         "max": lambda case: f"{case['seconds_max']:.3f}",
     }
-    if layout["processes"] == 1:
+    if "peak_bytes" in report["cases"][0]:
         columns |= {
             "peak MiB": lambda case: f"{case['peak_bytes'] / 2**20:.0f}",
             "GFLOP": lambda case: f"{case['performed_flops'] / 1e9:.1f}",
@@ -244,11 +258,11 @@ def _print(report: dict[str, Any]) -> None:
     for case in report["cases"]:
         table.add_row(case["name"], *(shown(case) for shown in columns.values()))
     console.print(table)
-    for check in report["checks"]:
+    for check in (*report["checks"], *report.get("figures", [])):
         figures = ", ".join(
             f"{key} {value:.4g}"
             for key, value in check.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         )
-        verdict = "ok  " if check["passed"] else "FAIL"
+        verdict = {True: "ok  ", False: "FAIL", None: "    "}[check.get("passed")]
         console.print(f"{verdict}  {check['name']}: {figures}", soft_wrap=True)

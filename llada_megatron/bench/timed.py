@@ -37,7 +37,9 @@ class Timed(Objective):
     def __init__(self, timed: Objective, stopwatch: Stopwatch, *, full_logits: bool) -> None:
         self.timed, self.stopwatch, self.full_logits = timed, stopwatch, full_logits
         self.geometry, self.readout = timed.geometry, timed.readout
+        self.draft_readout, self.counts_known = timed.draft_readout, timed.counts_known
         self.noise_sigma, self.shown = timed.noise_sigma, timed.shown  # type: ignore[method-assign]
+        self.draft_batch = timed.draft_batch  # type: ignore[method-assign]
 
     def batch(self, *args: Any, **kwargs: Any) -> MicroBatch:
         """The objective's, on every row where full logits are asked for."""

@@ -12,15 +12,24 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 
 EXAMPLE = "llada bench step --json step.json"
+STEP_SUITES = ("pretraining", "objectives")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    step = benches.add_parser("step", help="seconds and memory per training step: AR, MDLM, BDLM")
+    step = benches.add_parser(
+        "step", help="seconds and memory per training step: AR, MDLM, BDLM; SFT, CAP, DPO"
+    )
+    step.add_argument(
+        "--suite",
+        choices=STEP_SUITES,
+        default="pretraining",
+        help="pretraining (default): AR, MDLM and BDLM; objectives: SFT, CAP, DPO, packed against padded",
+    )
     step.add_argument("--rounds", type=int, default=8, help="interleaved rounds per case (default 8)")
     step.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    step.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides of experiment=bench")
+    step.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides of the suite")
     attention = benches.add_parser("attention", help="attention executors, correct first and then fast")
     attention.add_argument("--suite", choices=tuple(SUITES), default="cpu", help="cases (default cpu)")
     attention.add_argument("--out", type=Path, metavar="DIR", help="write JSON, CSV and pictures")
@@ -59,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
         return checkpoint.run(args.sizes, directory=args.directory, json_file=args.json)
     if args.bench == "decode":
         return _decode(args)
-    from llada_megatron.bench import step
+    from llada_megatron.bench import objectives, step
 
-    return step.run(args.overrides, rounds=args.rounds, json_file=args.json)
+    suite = step if args.suite == "pretraining" else objectives
+    return suite.run(args.overrides, rounds=args.rounds, json_file=args.json)
 
 
 def _decode(args: argparse.Namespace) -> int:

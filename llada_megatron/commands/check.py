@@ -64,8 +64,9 @@ class Findings:
             self.unknown = ["data.split", "whether a checkpoint's data is this one"]
             return None
         with self._about("data.split"):
-            from llada_megatron.data.packed import check_split, fingerprint
+            from llada_megatron.data.packed import check_split, fingerprint, refuse_pairs
 
+            refuse_pairs(data, {stage.objective for stage in self.config.schedule.stages})
             for split in ("train", *(["validation"] if self.config.evaluation.block_sizes else [])):
                 check_split(data, split)
             return fingerprint(data)

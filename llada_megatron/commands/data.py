@@ -19,14 +19,15 @@ from llada_megatron.data.conversations import (
     ANSWER,
     ROLES,
     PackedConversations,
+    check_roles,
     holds_conversations,
-    roles_prefix,
+    read_roles,
 )
 from llada_megatron.data.corpus import CorpusIndex, read_index, read_sidecar
 from llada_megatron.data.documents import MASK_RULES, Preparation
 from llada_megatron.data.formats import FORMATS
 from llada_megatron.data.prepare import prepare_corpus
-from llada_megatron.data.tokenizer import load_tokenizer
+from llada_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN_CHARACTERS = 300
 
@@ -202,7 +203,8 @@ def _print_conversations(
     from rich.console import Console
     from rich.text import Text
 
-    roles = numpy.memmap(f"{roles_prefix(args.prefix)}.bin", numpy.uint8, "r")
+    roles = numpy.memmap(f"{read_roles(index).prefix}.bin", numpy.uint8, "r")
+    check_roles(roles, args.prefix)
     print(f"answers {int((roles >= ANSWER).sum())} tokens, {(roles >= ANSWER).mean():.1%}")
     shares = numpy.quantile(index.document_lengths, [0.5, 0.9, 0.99, 1])
     print("lengths {:.0f} (median), {:.0f} (90%), {:.0f} (99%), {:.0f} (longest) tokens".format(*shares))
@@ -213,7 +215,9 @@ def _print_conversations(
             f"packed into {packed.sequences_per_epoch} sequences of {args.sequence_length}:"
             f" {packed.padding:.2%} padding, {packed.too_long} too long and left out"
         )
-    tokenizer = load_tokenizer(sidecar["tokenizer"]) if sidecar else None
+    tokenizer = _tokenizer(args.prefix, sidecar)
+    if isinstance(tokenizer, str):
+        print(f"ids instead of text: {tokenizer}")
     length = int(index.document_lengths[0])
     tokens = numpy.memmap(f"{args.prefix}.bin", index.dtype, "r")[:length].tolist()
     shown, start = Text(), 0
@@ -222,7 +226,10 @@ def _print_conversations(
             role, part = int(roles[start]), tokens[start:stop]
             name = "answer" if role >= ANSWER else ROLES[role] or "other"
             shown.append(f"[{name}] ", style="dim")
-            shown.append(tokenizer.decode(part) if tokenizer else str(part), "bold green" * (role >= ANSWER))
+            shown.append(
+                str(part) if isinstance(tokenizer, str) else tokenizer.decode(part),
+                "bold green" * (role >= ANSWER),
+            )
             start = stop
     Console(highlight=False).print(shown, soft_wrap=True)
 
@@ -231,12 +238,20 @@ def _first_text(prefix: str, index: CorpusIndex, sidecar: dict[str, Any] | None)
     # Four tokens are enough for a character, even where tokens are bytes.
     first = numpy.memmap(f"{prefix}.bin", index.dtype, "r")[: 4 * SHOWN_CHARACTERS].tolist()
     tokens = f"first tokens {first[:32]}"
+    tokenizer = _tokenizer(prefix, sidecar)
+    if isinstance(tokenizer, str):
+        return f"{tokens} ({tokenizer})"
+    return tokenizer.decode([token for token in first if token >= 0])[:SHOWN_CHARACTERS]
+
+
+def _tokenizer(prefix: str, sidecar: dict[str, Any] | None) -> Tokenizer | str:
+    """The tokenizer that a corpus was prepared with, or why there is none."""
     if sidecar is None:
-        return f"{tokens} ({prefix}.json is missing: the tokenizer is unknown)"
+        return f"{prefix}.json is missing: the tokenizer is unknown"
     try:
         tokenizer = load_tokenizer(sidecar["tokenizer"])
     except BadInput as error:
-        return f"{tokens} ({error})"
+        return str(error)
     if tokenizer.sha256 != sidecar["tokenizer_sha256"]:
-        return f"{tokens} ({sidecar['tokenizer']} is another tokenizer than when it was prepared)"
-    return tokenizer.decode([token for token in first if token >= 0])[:SHOWN_CHARACTERS]
+        return f"{sidecar['tokenizer']} is another tokenizer than when it was prepared"
+    return tokenizer

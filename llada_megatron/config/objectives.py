@@ -25,6 +25,22 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class RowBytes:
+    """What readout and loss need of each supervised row, beside its hidden state, label and logits."""
+
+    kept: int = 12
+    """Bytes until backward: the row's place (8), and what the loss keeps (a weight, 4)."""
+    kept_with_logits: int = 9
+    """Bytes until backward where one chunk is all: the label's column (8), whether it is on this rank (1)."""
+    sums: tuple[int, ...] = (4, 4, 4)
+    """Bytes of each message among tensor-parallel ranks: largest logit, label's, sum of exponentials."""
+    forward_copies: int = 0
+    """fp32 copies of the logits that its forward makes at a time, beyond the one that it keeps."""
+    backward_copies: int = 0
+    """The same of its backward, beyond the one that was kept."""
+
+
+@dataclass(frozen=True)
 class Geometry:
     """How an objective lays out a sequence of L data tokens."""
 
@@ -39,8 +55,14 @@ class Geometry:
     figures: Mapping[str, Figure] = field(default_factory=dict)
     together: Callable[[Config], int] = lambda config: 1
     """Samples in a row that read one sequence and must be in one micro-batch."""
+    pairs: bool = False
+    """Whether its corpora are pairs of a chosen and a rejected text."""
     denominators: int = 1
     """The loss is a sum of so many terms, each with a denominator of its own over the global batch."""
+    passes_before: Callable[[int], int] = lambda micro_batches: 0
+    """Forward passes over a step's batch before its own, by the micro-batches of each rank: for drafts, or
+    for counts that only the model tells."""
+    row_bytes: RowBytes = RowBytes()
 
     @property
     def sums(self) -> int:
@@ -84,6 +106,12 @@ OBJECTIVES: dict[str, Geometry] = {
         supervised=lambda diffusion, length: length * mask_rate(diffusion),
         figures={**_DIFFUSION_FIGURES, "right": Figure(1), "entropy": Figure(1)},
         denominators=2,
+        passes_before=lambda micro_batches: int(micro_batches > 1),
+        # The readout's three figures (12) and its two sums (8) are kept besides; model/readout.py, at a
+        # temperature of 1.
+        row_bytes=RowBytes(
+            kept=24, kept_with_logits=17, sums=(4, 8, 16), forward_copies=1, backward_copies=1
+        ),
     ),
     "preference": Geometry(
         module="llada_megatron.objectives.preference",
@@ -91,10 +119,13 @@ OBJECTIVES: dict[str, Geometry] = {
         reads_clean_half=True,
         supervised=lambda diffusion, length: length / 2,
         together=lambda config: config.preference.draws,
+        pairs=True,
         figures={
             name: Figure(1)
             for name in ("margin", "accuracy", "margin_variance", "chosen_bound", "rejected_bound")
         },
         denominators=2,
+        # float64 weights and weighted cross entropies; the text's slot (8), and which side of its pair it is
+        row_bytes=RowBytes(kept=33),
     ),
 }

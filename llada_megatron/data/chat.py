@@ -1,14 +1,17 @@
 """Conversations as people write them, to messages, and messages to tokens with their roles.
 
 {"messages": [{"role": "user", "content": ...}, ...]}         also "conversations" with from and value
-{"prompt": ..., "response": ...}                              also "completion"; "system" beside it
+{"prompt": ..., "response": ...}                              also "completion"
 {"prompt": ..., "chosen": ..., "rejected": ...}               preferences: texts, or lists of messages
 {"chosen": [messages], "rejected": [messages]}                the same up to their last message
+
+A text "system" beside any of them comes first. A field that is null, as columns of parquet are, is absent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,7 +77,11 @@ class ChatEncoder:
         try:
             if isinstance(record, str):
                 raise BadInput("it is plain text")
-            return [self.encode(messages) for messages in CONVERSATIONS[format](record)]
+            given = {key: value for key, value in record.items() if value is not None}
+            made = [self.encode(messages) for messages in CONVERSATIONS[format](given)]
+            if format == "preference" and np.array_equal(made[0][0], made[1][0]):
+                raise BadInput("`chosen` and `rejected` are equal once the template has rendered them")
+            return made
         except BadInput as fault:
             raise BadRecord(f"is no {format}: {fault}") from fault
 
@@ -82,14 +89,14 @@ class ChatEncoder:
 def messages_of(record: Mapping[str, Any]) -> list[Message]:
     """The messages of a chat; raises BadInput, a sentence without its place, for a record that holds none."""
     if "messages" in record:
-        return _messages(record["messages"], "messages")
+        return _after_system(record, _messages(record["messages"], "messages"))
     if "conversations" in record:
         turns = _list(record["conversations"], "conversations")
         named = [
             {"role": SHARE_GPT.get(str(t.get("from")), t.get("from")), "content": t.get("value")}
             for t in turns
         ]
-        return _messages(named, "conversations")
+        return _after_system(record, _messages(named, "conversations"))
     answer = next((key for key in ("response", "completion") if key in record), None)
     if "prompt" not in record or answer is None:
         raise BadInput(
@@ -104,6 +111,17 @@ def messages_to_answer(record: Mapping[str, Any]) -> list[Message]:
     if messages[-1]["role"] == ASSISTANT:
         raise BadInput("its last message is an answer already")
     return messages
+
+
+def megatron_lm_of(record: Mapping[str, Any]) -> list[list[Message]]:
+    """The conversations of a record of Megatron-LM's SFT, where each begins with a system message.
+
+    Its SFTDataset splits `messages` at every one, which other chats may have in the middle. BadInput as
+    `messages_of`.
+    """
+    messages = messages_of(record)
+    starts = [index for index, message in enumerate(messages) if message["role"] == "system" or index == 0]
+    return [messages[start:stop] for start, stop in pairwise([*starts, len(messages)])]
 
 
 def preference_of(record: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
@@ -124,6 +142,7 @@ def preference_of(record: Mapping[str, Any]) -> tuple[list[Message], list[Messag
 CONVERSATIONS: dict[str, Callable[[Mapping[str, Any]], Sequence[list[Message]]]] = {
     "chat": lambda record: [messages_of(record)],
     "preference": preference_of,
+    "megatron-lm": megatron_lm_of,
 }
 """By `--format`: a record's conversations."""
 
@@ -131,9 +150,14 @@ CONVERSATIONS: dict[str, Callable[[Mapping[str, Any]], Sequence[list[Message]]]]
 def _prompt(record: Mapping[str, Any]) -> list[Message]:
     prompt = record["prompt"]
     messages = _messages(prompt, "prompt") if isinstance(prompt, list) else _text_as("user", prompt, "prompt")
-    if record.get("system"):
-        return [*_text_as("system", record["system"], "system"), *messages]
-    return messages
+    return _after_system(record, messages)
+
+
+def _after_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages, after the text `system` beside them where there is one and they do not begin so."""
+    if not record.get("system") or messages[0]["role"] == "system":
+        return messages
+    return [*_text_as("system", record["system"], "system"), *messages]
 
 
 def _side(record: Mapping[str, Any], key: str) -> list[Message]:
@@ -158,7 +182,8 @@ def _messages(value: Any, key: str) -> list[Message]:
         role = message.get("role")
         if role not in ROLES[1:-1]:
             raise BadInput(
-                f"message {number} of `{key}` has the role {role!r}: roles are {', '.join(ROLES[1:-1])}"
+                f"message {number} of `{key}` has the role {repr(role)[:40]}: roles are"
+                f" {', '.join(ROLES[1:-1])}"
             )
         content = _content(message.get("content"), number, key)
         if not content.strip() and (role == ASSISTANT and not message.get("tool_calls")):
@@ -176,7 +201,8 @@ def _list(value: Any, key: str) -> list[Mapping[str, Any]]:
 def _content(content: Any, number: int, key: str) -> str:
     """Text, or parts of type text one after the other."""
     if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else texts
     if content is None:
         return ""
     if not isinstance(content, str):

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llada_megatron.config.errors import BadInput
@@ -28,7 +29,7 @@ from llada_megatron.record.json_files import read_json
 ASSISTANT = "assistant"
 LLADA2 = """\
 {{- '<role>SYSTEM</role>' }}
-{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n' }}{% endif %}
+{%- if messages and messages[0].role == 'system' %}{{- messages[0].content + '\\n' }}{% endif %}
 {{- 'detailed thinking off<|role_end|>' }}
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}{{- '<role>ASSISTANT</role>' + message.content + '<|role_end|>' }}
@@ -57,6 +58,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 MARK = re.compile(r"<\|[^|<>{}\s]+\|>")
 """What templates write around turns, `<|im_start|>`, and expect to be one token."""
 
+_MOST_CHARACTERS = 2**26
+"""That a template may make of a conversation, and of one product; of a number, its bits."""
+
 _OPENED, _CLOSED = "\ue000", "\ue001"  # private use: around what a generation block renders
 
 
@@ -79,16 +83,14 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str, variables: Mapping[str, str]) -> None:
         self.where, self._variables = where, dict(variables)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise BadInput(f"{where} is not a Jinja template: {error}.") from error
+        except Exception as error:  # what its constants are computed to may fail in any way
+            raise BadInput(f"{where} is not a Jinja template: {_in_one_line(error)}.") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation's text. Raises BadInput with what the template says against it."""
@@ -111,10 +113,12 @@ class ChatTemplate:
         marked = self._rendered(messages)
         text = marked.replace(_OPENED, "").replace(_CLOSED, "")
         if _OPENED in marked:
-            stretches = _marked_stretches(marked)
+            stretches = _marked_stretches(marked, self.where)
             if only_last:
                 before = len(self.render(messages[:-1], add_generation_prompt=True))
                 stretches = [stretch for stretch in stretches if stretch[1] > before]
+            if not stretches:
+                raise BadInput(f"{self.where} has no {{% generation %}} around the last answer")
         else:
             stretches = [
                 self._stretch(messages, index, text) for index in (answers[-1:] if only_last else answers)
@@ -147,16 +151,19 @@ class ChatTemplate:
         return text.partition(answer)[2]
 
     def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        given = {"messages": list(messages), "tools": None, "documents": None}
+        pieces, length = [], 0
         try:
-            return self._template.render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
+            for piece in self._template.generate(
+                {**self._variables, **given, "add_generation_prompt": add_generation_prompt}
+            ):
+                pieces.append(piece)
+                length += len(piece)
+                if length > _MOST_CHARACTERS:
+                    raise TemplateError(f"it makes more than {_MOST_CHARACTERS:,} characters of it")
         except Exception as error:  # whatever the template's own expressions raise
-            raise BadInput(f"{self.where} cannot render it: {error}") from error
+            raise BadInput(f"{self.where} cannot render it: {_in_one_line(error)}") from error
+        return "".join(pieces).encode(errors="replace").decode()  # half a surrogate pair is no text
 
     def _stretch(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
         """Where the answer that is messages[index] lies in the whole text."""
@@ -216,10 +223,11 @@ def load_template(name: str | None, tokenizer_name: str, tokenizer: Tokenizer) -
     if name in BUILT_IN:
         source, marks, where = *BUILT_IN[name], f"the template `{name}`"
     else:
-        source, where = _source(Path(name) if name else None, folder, described)
+        source, where = _source(Path(name) if name else None, folder)
         marks = tuple(dict.fromkeys(MARK.findall(source)))
     for mark in marks:
-        if len(tokenizer.encode(mark, parse_special=True)) != 1:
+        ids = tokenizer.encode(mark, parse_special=True)
+        if len(ids) != 1 or ids[0] == tokenizer.unknown_token_id:
             raise BadInput(
                 f"{where} writes {mark}, which is no token of {tokenizer_name}: choose the template that the"
                 " tokenizer came with."
@@ -231,21 +239,27 @@ def load_template(name: str | None, tokenizer_name: str, tokenizer: Tokenizer) -
     return ChatTemplate(source, where, variables)
 
 
-def _source(file: Path | None, folder: Path | None, described: dict[str, Any]) -> tuple[str, str]:
-    """A template's source, and where it is from."""
-    if file is None and folder is not None:
-        file = next((f for f in (folder / "chat_template.jinja",) if f.is_file()), folder / TOKENIZER_CONFIG)
-    assert file is not None
+def _source(file: Path | None, folder: Path | None) -> tuple[str, str]:
+    """A template's source and where it is from: this file, or what lies in the tokenizer's folder."""
+    if file is None:
+        assert folder is not None
+        beside = [folder / "chat_template.jinja", folder / TOKENIZER_CONFIG]
+        file = next((each for each in beside if each.is_file()), None)
+        if file is None:
+            raise BadInput(
+                f"{folder} holds neither {beside[0].name} nor {TOKENIZER_CONFIG}: name a template with"
+                " --chat-template."
+            )
     if file.name.endswith(".json"):
-        described = _described(file)
-        template = described.get("chat_template")
+        template = read_json(file, "name another with --chat-template").get("chat_template")
         if isinstance(template, list):  # several by name; the one called default is for chats
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+            named = [each for each in template if isinstance(each, dict)]
+            template = next((t.get("template") for t in named if t.get("name") == "default"), None)
         if not isinstance(template, str):
             raise BadInput(f"{file} holds no chat template: name one with --chat-template.")
         return template, str(file)
     try:
-        return file.read_text(), str(file)
+        return file.read_text(encoding="utf-8"), str(file)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"--chat-template {file} cannot be read ({error}): give a file, or one of {', '.join(BUILT_IN)}."
@@ -260,6 +274,27 @@ def _token(value: Any) -> str | None:
     """A special token of tokenizer_config.json, written as text or as an object."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox without huge products and powers, which Jinja computes even where it only compiles.
+
+    It keeps a template from the Python around it. What loops over loops take of time and memory is its own.
+    """
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """The product or power; TemplateError for one that is too large."""
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length()
+            size = bits * right if operator == "**" else bits + right.bit_length()
+        else:  # a text or a list, so many times
+            many, times = (right, left) if isinstance(left, int) else (left, right)
+            size = len(many) * times if hasattr(many, "__len__") and isinstance(times, int) else 0
+        if size > _MOST_CHARACTERS:
+            raise TemplateError(f"a result of {operator} in it is too large")
+        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):
@@ -278,15 +313,23 @@ class _Generation(Extension):
         return _OPENED + caller() + _CLOSED
 
 
-def _marked_stretches(marked: str) -> list[tuple[int, int]]:
+def _marked_stretches(marked: str, where: str) -> list[tuple[int, int]]:
     """[start, stop) of every marked stretch, in the text without the marks."""
-    stretches, length = [], 0
-    for piece in marked.split(_OPENED):
-        inside, closed, after = piece.partition(_CLOSED)
-        if closed:
-            stretches.append((length, length + len(inside)))
+    before, *others = marked.split(_OPENED)
+    if _CLOSED in before or any(piece.count(_CLOSED) != 1 for piece in others):
+        raise BadInput(f"{where} has one {{% generation %}} inside another")
+    stretches, length = [], len(before)
+    for piece in others:
+        inside, _, after = piece.partition(_CLOSED)
+        stretches.append((length, length + len(inside)))
         length += len(inside) + len(after)
     return stretches
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error of a template says, which may be the template's own text of any length."""
+    words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return words if len(words) <= 300 else f"{words[:300]}..."
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:

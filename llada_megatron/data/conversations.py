@@ -43,11 +43,35 @@ def texts_of(prefix: str) -> int:
 def _said(prefix: str) -> dict[str, Any]:
     """What was said when conversations were prepared; BadInput where it is lost."""
     sidecar = read_sidecar(prefix)
-    if sidecar is None:
+    if (
+        sidecar is None
+        or not isinstance(sidecar.get("format"), str)
+        or type(sidecar.get("end_of_document_id")) is not int
+        or not 0 <= sidecar["end_of_document_id"] < sidecar["vocab_size"]
+    ):
         raise BadInput(
-            f"{prefix}.json is missing, which says what {roles_prefix(prefix)} means: prepare it again."
+            f"{prefix}.json is missing or damaged, which says what {roles_prefix(prefix)} means: prepare it"
+            " again."
         )
     return sidecar
+
+
+def read_roles(corpus: CorpusIndex) -> CorpusIndex:
+    """The index of the roles of a corpus; BadInput where they do not belong to its tokens."""
+    roles = read_index(roles_prefix(corpus.prefix))
+    if (
+        roles.dtype != np.uint8
+        or not np.array_equal(roles.document_lengths, corpus.document_lengths)
+        or len(corpus.document_lengths) % texts_of(corpus.prefix)
+    ):
+        raise BadInput(f"{roles.prefix}.idx and {corpus.prefix}.idx are not of one corpus: prepare it again.")
+    return roles
+
+
+def check_roles(roles: npt.NDArray[np.uint8], prefix: str) -> None:
+    """BadInput where bytes of PREFIX.roles.bin are no roles."""
+    if ((roles & ~np.uint8(ANSWER)) >= len(ROLES)).any():
+        raise BadInput(f"{roles_prefix(prefix)}.bin is damaged: it holds what is no role. Prepare it again.")
 
 
 class PackedConversations:
@@ -69,12 +93,7 @@ class PackedConversations:
         self.dataset_path, self._data, self._seed = corpus.prefix, data, seed
         self._end_of_document_id = _said(corpus.prefix)["end_of_document_id"]
         self._tokens = IndexedDataset(corpus.prefix)
-        self._roles = IndexedDataset(roles_prefix(corpus.prefix))
-        roles = read_index(roles_prefix(corpus.prefix))
-        if not np.array_equal(roles.document_lengths, corpus.document_lengths):
-            raise BadInput(
-                f"{roles.prefix}.idx and {corpus.prefix}.idx are not of one corpus: prepare it again."
-            )
+        self._roles = IndexedDataset(read_roles(corpus).prefix)
         self._texts = texts_of(corpus.prefix)
         documents = documents.astype(np.int64).reshape(-1, self._texts)
         lengths = corpus.document_lengths[documents].astype(np.int64)
@@ -130,6 +149,7 @@ class PackedConversations:
                 roles[start + size : stop] = after
                 ends.append(stop)
                 documents.append(document)
+        check_roles(roles, self.dataset_path)
         if ends[-1] < length:
             ends.append(length)
             documents.append(-1)

@@ -77,7 +77,13 @@ def read_index(prefix: str) -> CorpusIndex:
     lengths = numpy.memmap(idx_path, "<i4", "r", _INDEX_HEADER.size, (documents,))
     offsets = numpy.memmap(idx_path, "<i8", "r", _INDEX_HEADER.size + 4 * documents, (documents,))
     ends = offsets + lengths * numpy.int64(dtype.itemsize)
-    if min(lengths.min(), offsets.min(), ends.min()) < 0 or (offsets % dtype.itemsize).any():
+    # megatron-core asserts that the last document ends with the last sequence.
+    last = numpy.memmap(idx_path, "<i8", "r", idx_bytes - 8, (1,))[0] if document_indices else None
+    if (
+        min(lengths.min(), offsets.min(), ends.min()) < 0
+        or (offsets % dtype.itemsize).any()
+        or last != documents
+    ):
         raise BadInput(f"{idx_path} is damaged: its lengths and offsets name no tokens. Make it again.")
     bin_bytes = int(ends.max())
     if os.path.getsize(bin_path) < bin_bytes:

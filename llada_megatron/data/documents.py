@@ -12,7 +12,7 @@ import numpy
 from llada_megatron.config.errors import BadInput
 from llada_megatron.data.chat import ChatEncoder
 from llada_megatron.data.chat_template import load_template
-from llada_megatron.data.containers import Record
+from llada_megatron.data.containers import BadRecord, Record
 from llada_megatron.data.conversations import ANSWER
 from llada_megatron.data.formats import FORMATS
 from llada_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,11 +62,15 @@ def conversations(record: Record, place: str, how: Preparation, counts: Counter[
     """The conversations of a record: one, or the two of a preference. Raises BadRecord for none."""
     encoder = _encoder(how)
     tokenizer = encoder.tokenizer
+    try:
+        written = str(record)
+    except RecursionError:
+        raise BadRecord("is nested too deep") from None
     made = encoder.conversations(record, how.format)
     if any(tokenizer.mask_token_id in ids for ids, _ in made):
         _refuse_mask(place, tokenizer, how, counts, "drop")
         return
-    counts["special_strings"] += tokenizer.special_strings(str(record))
+    counts["special_strings"] += tokenizer.special_strings(written)
     for ids, roles in made:
         counts["bytes"] += len(tokenizer.decode(ids.tolist()).encode())
         counts["answer_tokens"] += int((roles >= ANSWER).sum())
@@ -103,7 +107,7 @@ def _refuse_mask(
 ) -> None:
     """Count a record that holds the mask token; raise BadInput where that is refused."""
     counts["documents_with_mask_token"] += 1
-    if how.mask_token_in_text == "refuse":
+    if how.mask_token_in_text not in instead:
         raise BadInput(
             f"{place} contains the mask token (id {tokenizer.mask_token_id}), which no clean document may"
             f" hold: remove it, or set --mask-token-in-text to {instead}."

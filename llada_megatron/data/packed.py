@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.ranges import shares_of
 from llada_megatron.config.schema import DataConfig, EvaluationConfig
 from llada_megatron.data.conversations import (
@@ -222,6 +224,19 @@ def check_split(data: DataConfig, split: str) -> None:
     """Raise BadInput for what `build_sequences` would refuse before it builds an index."""
     for corpus in _check(data):
         _documents_of(corpus, data, split)
+
+
+def refuse_pairs(data: DataConfig, objectives: Iterable[str]) -> None:
+    """Raise BadInput for a corpus of preferences where an objective would learn the rejected answers."""
+    for objective in objectives:
+        if OBJECTIVES[objective].pairs:
+            continue
+        for prefix in data.path:
+            if holds_conversations(prefix) and texts_of(prefix) == 2:
+                raise BadInput(
+                    f"{prefix} holds pairs of answers, and objective {objective} would learn the rejected"
+                    " ones too: name a corpus of chats or documents."
+                )
 
 
 def _check(data: DataConfig) -> list[CorpusIndex]:

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,12 +33,14 @@ from llada_megatron.config.compose import load
 from llada_megatron.config.layout import coordinates, data_parallel_size
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import PackedSample
+from llada_megatron.data.packed import PackedSample, PackedSequences
 from llada_megatron.dryrun.recorder import Recorder
 from llada_megatron.model.provider import build_model
 from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.corruption import Corruption
 from llada_megatron.objectives.diffusion import Diffusion
+from llada_megatron.objectives.preference import SIDES, Preference
+from llada_megatron.objectives.reference import ReferenceScores
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import fake_world
 from llada_megatron.training import step
@@ -74,10 +76,13 @@ class RankReport:
 
 
 class OneDocument:
-    """Sequences that are one document each."""
+    """Sequences that are one document each, or the two texts of one pair."""
 
-    def __init__(self, length: int) -> None:
-        self.sample = PackedSample(np.zeros(length, dtype=np.int64), np.array([0, length], dtype=np.int32))
+    def __init__(self, length: int, *, texts: int = 1) -> None:
+        edges = np.linspace(0, length, texts + 1).astype(np.int32)
+        whole = None if texts == 1 else np.ones(length, dtype=bool)
+        tokens = np.zeros(length, dtype=np.int64)
+        self.sample = PackedSample(tokens, edges, document_ids=np.arange(texts), supervised=whole)
 
     def __getitem__(self, index: int) -> PackedSample:
         return self.sample
@@ -87,6 +92,14 @@ def half_masked(seed: int, sample: int, cu_seqlens: np.ndarray, *unused: Any) ->
     """Every other token masked: whole numbers of supervised rows, alike on every context-parallel rank."""
     masked = np.arange(cu_seqlens[-1]) % 2 == 0
     return Corruption(masked, np.full(len(masked), MASK_RATE))
+
+
+def half_scored(
+    seed: int, document: int, draw: int, draws: int, starts: np.ndarray, supervised: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `half_masked`, of a text of a pair."""
+    masked = np.arange(len(starts)) % 2 == 0
+    return masked, masked / MASK_RATE
 
 
 def count_parameters(config: Config, rank: int) -> RankReport:
@@ -223,8 +236,15 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
         "gradients", transformer.finalize_model_grads_func
     )
     for objective in trainer.objectives.values():
+        objective.loss = recorder.during("loss", objective.loss)  # type: ignore[method-assign]
         if isinstance(objective, Diffusion):
             objective.corrupt = half_masked
+        if isinstance(objective, Preference):
+            trainer.data = cast(
+                PackedSequences, OneDocument(trainer.config.data.sequence_length, texts=SIDES)
+            )
+            objective.mask = half_scored
+            objective.scores = ReferenceScores({"": np.zeros((SIDES, trainer.config.preference.draws))})
     trainer.micro_batches = partial(_onto_device, recorder, mode)
     forward = _first_forwards(recorder, trainer, report)
     backward, gradients, weights = (
@@ -254,7 +274,7 @@ def _first_forwards(recorder: Recorder, trainer: Trainer, report: RankReport) ->
     """Wraps megatron-core's forward_step: what the first one of each virtual stage leaves behind.
 
     Its output counts on the last stage alone: elsewhere it is freed when it is sent, and counts as the next
-    stage's input.
+    stage's input. A forward pass before the step's own leaves nothing.
     """
     chunks: list[Any] = list(trainer.model)
     report.kept = [-1] * len(chunks)
@@ -269,7 +289,7 @@ def _first_forwards(recorder: Recorder, trainer: Trainer, report: RankReport) ->
             result = recorder.during("forward", forward_step)(*args, **kwargs)
             gc.collect()
             index = chunks.index(given["model"])
-            if report.kept[index] < 0:
+            if report.kept[index] < 0 and torch.is_grad_enabled():
                 passed_on = 0 if given.get("is_last_stage", True) else _bytes(result[0])
                 report.kept[index] = recorder.since(mark) + _bytes(given["input_tensor"]) - passed_on
             return result

@@ -122,19 +122,26 @@ def _proposal(
     largest_n, choice_n = _argmax(_hidden(logits_nV, mask_token_id, group), group)
     shifted_nV = logits_nV - largest_n[:, None]
     shifted_nV.clamp_(max=60)  # the mask's own logit may be the larger one, by any amount
-    exp_nV = shifted_nV.exp()
-    sums_2n = torch.stack([exp_nV.sum(dim=-1), exp_nV.mul_(shifted_nV).sum(dim=-1)])
-    dist.all_reduce(sums_2n, group=group)
-    sum_n, weighted_n = sums_2n.double()
+    exp_nV = shifted_nV.exp() if entropy else shifted_nV.exp_()
+    sums = [exp_nV.sum(dim=-1)]
+    if entropy:
+        sums.append(exp_nV.mul_(shifted_nV).sum(dim=-1))
+    reduced = torch.stack(sums)
+    dist.all_reduce(reduced, group=group)
+    sum_n, *weighted_n = reduced.double()
     figures = [choice_n.double(), sum_n.reciprocal()]
-    return torch.stack([*figures, sum_n.log() - weighted_n / sum_n] if entropy else figures, dim=-1)
+    return torch.stack(figures + [sum_n.log() - part_n / sum_n for part_n in weighted_n], dim=-1)
 
 
 class _Confidence(torch.autograd.Function):
+    """Works in place, on the logits in forward and on what it kept in backward, as megatron-core's cross
+    entropy does: passes over n V numbers are what a readout costs.
+    """
+
     @staticmethod
     def forward(ctx: Any, logits_nV: Tensor, labels_n: Tensor, group: Any, temperature: float) -> Tensor:
         largest_n, choice_n = _argmax(logits_nV, group)
-        logits_nV = logits_nV - largest_n[:, None]
+        logits_nV.sub_(largest_n[:, None])
         label_n1, is_here_n1 = _columns_here(labels_n, logits_nV, group)
         label_logit_n = logits_nV.gather(1, label_n1).where(is_here_n1, 0)[:, 0]
         cooled_nV = logits_nV if temperature == 1 else _finite(logits_nV / temperature)
@@ -163,13 +170,13 @@ class _Confidence(torch.autograd.Function):
         log_p_nV, shift_n, entropy_n, label_n1, is_here_n1 = ctx.saved_tensors
         of_cross_entropy_n1, of_entropy_n1, _ = gradient_n3.split(1, dim=-1)
         if ctx.temperature == 1:
-            slope_nV = of_cross_entropy_n1 - of_entropy_n1 * (log_p_nV + entropy_n[:, None])
-            gradient_nV = slope_nV.mul_(log_p_nV.exp())
+            slope_nV = (log_p_nV + entropy_n[:, None]).mul_(-of_entropy_n1).add_(of_cross_entropy_n1)
+            gradient_nV = slope_nV.mul_(log_p_nV.exp_())
         else:
             log_q_nV = _finite((log_p_nV / ctx.temperature).sub_(shift_n[:, None]))
             q_nV = log_q_nV.exp()
             gradient_nV = log_q_nV.add_(entropy_n[:, None]).mul_(q_nV).mul_(-of_entropy_n1 / ctx.temperature)
-            gradient_nV += log_p_nV.exp() * of_cross_entropy_n1
+            gradient_nV += log_p_nV.exp_().mul_(of_cross_entropy_n1)
         gradient_nV.scatter_add_(1, label_n1, -of_cross_entropy_n1.where(is_here_n1, 0))
         return gradient_nV, None, None, None
 

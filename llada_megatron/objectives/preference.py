@@ -47,7 +47,9 @@ class Preference(Diffusion):
     """The loss over pairs, and the chosen texts' bound over their tokens."""
 
     scores: ReferenceScores | None = None
-    """None until a stage is opened: planning makes no batch and has no file."""
+    """None until a stage is opened, unless somebody has set them: a benchmark, a dry run."""
+    mask: Callable[..., tuple[np.ndarray, np.ndarray]] = staticmethod(complementary_count_mask)
+    """Which tokens of a text a draw scores, and their weights."""
 
     def open(self, stage: Stage) -> None:
         """Read the reference's scores; BadInput for those of other texts, masks or weights."""
@@ -55,7 +57,7 @@ class Preference(Diffusion):
         self.identity = {"reference": self.scores.reference}
 
     def _scores(self, stage: Stage) -> ReferenceScores:
-        if self.scores is None or self.scores.block_size != stage.block_size:
+        if self.scores is None or self.scores.block_size not in (0, stage.block_size):
             self.open(stage)
         assert self.scores is not None
         return self.scores
@@ -126,7 +128,7 @@ class Preference(Diffusion):
         masked, weights = np.zeros(len(starts), dtype=bool), np.zeros(len(starts))
         for text, document in enumerate(own):
             part = slice(sample.cu_seqlens[text], sample.cu_seqlens[text + 1])
-            masked[part], weights[part] = complementary_count_mask(
+            masked[part], weights[part] = self.mask(
                 seed, document, draw, self.config.preference.draws, starts[part], sample.supervised[part]
             )
         lengths = np.diff(sample.cu_seqlens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.foreign import parse_json
 from llada_megatron.config.schema import Config
 from llada_megatron.data.conversations import holds_conversations, texts_of
+from llada_megatron.data.corpus import read_index
 from llada_megatron.data.packed import fingerprint
 from llada_megatron.record.manifest import Checkpoint, find
 
@@ -53,6 +55,7 @@ def scored_under(config: Config, block_size: int) -> dict[str, Any]:
 
 def check_pairs(prefix: str) -> None:
     """Raise BadInput for a corpus of anything but preferences."""
+    read_index(prefix)  # says where there is none at all
     if not holds_conversations(prefix) or texts_of(prefix) == 1:
         raise BadInput(
             f"{prefix} holds no pairs, and a preference is learnt from nothing else: prepare it with `llada"
@@ -66,9 +69,10 @@ class ReferenceScores:
 
     bounds: dict[str, np.ndarray]
     """By the prefix of the corpus."""
-    reference: list[dict[str, str | None]]
+    reference: list[dict[str, str | None]] = field(default_factory=list)
     """Of each corpus the digest of the `weights` that scored it, and their `checkpoint`."""
-    block_size: int
+    block_size: int = 0
+    """Of the stage whose masks were scored; 0: zeros that stand for any."""
 
     @classmethod
     def load(
@@ -105,7 +109,7 @@ class ReferenceScores:
     def of(self, prefix: str, document: int) -> np.ndarray:
         """Bounds float64 [draws] of a text; BadInput for one that was not scored."""
         found = self.bounds[prefix][document]
-        if np.isnan(found).any():
+        if not np.isfinite(found).all():
             raise BadInput(
                 f"{scores_file(prefix)} says nothing of document {document}: run `llada score` again."
             )
@@ -122,10 +126,13 @@ def write_scores(prefix: str, bounds: np.ndarray, said: dict[str, Any]) -> Path:
 
 
 def _read(prefix: str) -> tuple[np.ndarray, dict[str, Any]]:
-    path = scores_file(prefix)
+    path, documents = scores_file(prefix), len(read_index(prefix).document_lengths)
     try:
         with safe_open(path, "numpy") as file:
-            return file.get_tensor(BOUNDS), json.loads(file.metadata()[SAID])
+            bounds, said = file.get_tensor(BOUNDS), parse_json(file.metadata()[SAID])
+        if bounds.dtype != np.float64 or bounds.ndim != 2 or len(bounds) != documents:
+            raise ValueError(f"{bounds.dtype} {list(bounds.shape)} for {documents} documents")
+        return bounds, dict(said)
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: run `llada score CHECKPOINT {prefix}`.") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

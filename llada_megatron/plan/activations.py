@@ -153,12 +153,13 @@ def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: 
 def head_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
     """What the final norm, the head and the loss keep.
 
-    b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights, the
-    objective's sums in fp64.
+    b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights (or what else the
+    objective's RowBytes say), the objective's sums in fp64.
     Several chunks are recomputed in backward and keep 8n of labels but no logits; a single one keeps fp32
-    probabilities [n, V/tp] and 9n of local labels and their map.
+    (log-)probabilities [n, V/tp] and 9n of local labels and their map.
     """
-    n = shape.supervised
-    chunk = n * (4 * model.vocab_size // layout.tp + 9) if n <= model.head_chunk_tokens else 8 * n
+    n, row = shape.supervised, shape.row_bytes
+    logits = 4 * model.vocab_size // layout.tp + row.kept_with_logits
+    chunk = n * (logits if n <= model.head_chunk_tokens else 8)
     hidden = b * (shape.tokens + n) * model.hidden_size
-    return hidden + 4 * shape.tokens + 12 * n + 8 * shape.sums + chunk
+    return hidden + 4 * shape.tokens + row.kept * n + 8 * shape.sums + chunk

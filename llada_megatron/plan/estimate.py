@@ -70,12 +70,16 @@ class StageTime:
     steps: int
     tokens: int
     micro_batches: int
+    passes_before: int
+    """Forward passes over the batch before a step's own."""
+    fewest_passes_before: int
+    """The same with one micro-batch per rank."""
     step_seconds: float
     seconds: dict[str, float]
-    """Of a step, by kind, on the slowest pipeline rank; `bubble` is its waiting."""
+    """Of a step, by kind, on the slowest pipeline rank; `bubble` is its waiting, `before` comes first."""
     model_flops_per_token: float
     performed_flops_per_token: float
-    """With what recompute repeats."""
+    """With what recompute repeats and passes before the step's own."""
     tokens_per_sec: float
     mfu: float
     hours: float
@@ -205,6 +209,8 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
         steps=stage.steps,
         tokens=stage.tokens,
         micro_batches=micro_batches_per_step(layout, stage.micro_batch),
+        passes_before=passes_before(layout, stage),
+        fewest_passes_before=stage.geometry.passes_before(1),
         step_seconds=step.total,
         seconds=_breakdown(planner, layout, placement, stage, step),
         model_flops_per_token=needed,
@@ -217,13 +223,19 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
     )
 
 
+def passes_before(layout: LayoutConfig, stage: Stage) -> int:
+    """Forward passes over a step's batch before its own."""
+    return stage.geometry.passes_before(micro_batches_per_step(layout, stage.micro_batch))
+
+
 def flops_per_token(
     config: Config, layout: LayoutConfig, stage: Stage, documents: DocumentLengths | None = None
 ) -> tuple[float, float]:
     """Model FLOPs of training per data token, and those performed with what recompute repeats.
 
     Attention counts visible pairs; recompute repeats the forward pass of its modules, and the head's where
-    supervised rows fill more than one chunk.
+    supervised rows fill more than one chunk. A pass before the step's own is performed, and not needed: what
+    it tells could be had with one micro-batch per rank.
     """
     model, length = config.model, config.data.sequence_length
     positions = length * stage.rows_per_token
@@ -241,6 +253,7 @@ def flops_per_token(
     performed += 2 * positions * sum(size for module, size in weights.items() if module in again)
     if "core_attn" in again:
         performed += formulas.pair_flops(model) * pairs
+    performed += passes_before(layout, stage) * needed / 3  # forward is a third of both
     return needed / length, performed / length
 
 
@@ -254,6 +267,8 @@ def _breakdown(
     parts["pp"] += kind.ends * planner.neighbour_seconds(placement, blocks)
     micro_batches = micro_batches_per_step(layout, stage.micro_batch)
     seconds = {name: micro_batches * part for name, part in parts.items() if part}
+    if step.before:
+        seconds["before"] = step.before
     return seconds | {"gradients": step.gradients, "optimizer": step.optimizer, "bubble": step.bubble}
 
 
@@ -270,7 +285,14 @@ def _traffic(
         payload: dict[str, float] = defaultdict(float)
         seconds: dict[str, float] = defaultdict(float)
         sent = planner.formulas.of_rank(
-            planner.model, shape, layout, held, stages, micro_batches, b=planner.b
+            planner.model,
+            shape,
+            layout,
+            held,
+            stages,
+            micro_batches,
+            b=planner.b,
+            passes_before=passes_before(layout, stage),
         )
         for calls, message in sent:
             payload[message.group] += calls * message.payload

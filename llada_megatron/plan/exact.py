@@ -90,7 +90,10 @@ def dry_micro_batches(layout: LayoutConfig, stage: Stage) -> int:
         ahead = 2 * (layout.pp - 1) + (layout.vpp - 1) * layout.pp
         rounds = -(-(ahead + 1) // (layout.vpp * layout.pp))
         enough = rounds * layout.pp
-    return min(enough, micro_batches_per_step(layout, stage.micro_batch))
+    real, passes_before = micro_batches_per_step(layout, stage.micro_batch), stage.geometry.passes_before
+    if passes_before(enough) < passes_before(real):
+        enough = 2
+    return min(enough, real)
 
 
 def chosen_ranks(text: str, layout: LayoutConfig) -> list[int]:
@@ -126,10 +129,20 @@ def compare(
     shape, units = planner.sizes(layout, stage)
     stages = placement.contents[rank]
     kept = [units.kept(contents) + units.held(contents) for contents in stages]
-    kept[0] += units.gathering
+    real, passes_before = micro_batches_per_step(layout, stage.micro_batch), stage.geometry.passes_before
+    if not passes_before(micro_batches):  # which has it already when the step's own forward begins
+        kept[0] += units.gathering
     at_peak, _, transient = planner.peak(dry_layout, placement, stage, rank)
-    real = micro_batches_per_step(layout, stage.micro_batch)
-    computed = traffic.of_rank(planner.model, shape, layout, placement.held[rank], stages, real, b=planner.b)
+    computed = traffic.of_rank(
+        planner.model,
+        shape,
+        layout,
+        placement.held[rank],
+        stages,
+        real,
+        b=planner.b,
+        passes_before=passes_before(real),
+    )
     messages: Traffic = Counter()
     for calls, message in computed:
         if placement.links[message.group].ranks > 1:
@@ -147,11 +160,12 @@ def compare(
 
 
 def _messages_found(report: dict[str, Any], real: int, dry: int) -> Traffic:
-    """Of a step with `real` micro-batches; scalars, metrics and what is received are left out."""
+    """Of a step with `real` micro-batches, without scalars, metrics, a loss's sums and what is received."""
     found: Traffic = Counter()
     for message in report["messages"]:
         between_stages = message["operation"] == "send"
-        if message["operation"] == "recv" or (message["phase"] == "step" and not between_stages):
+        aside = message["phase"] == "loss" or (message["phase"] == "step" and not between_stages)
+        if message["operation"] == "recv" or aside:
             continue
         if message["bytes"] > SCALAR_BYTES * message["calls"]:
             group = GROUPS.get(message["group"], message["group"])

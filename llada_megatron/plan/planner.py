@@ -30,6 +30,8 @@ class Blocks:
     seconds: timing.Seconds
     totals: tuple[float, float, float, float]
     """Seconds of a dense layer, a MoE layer, the embedding and the head."""
+    before: tuple[float, float, float, float]
+    """The same of a pass without gradients; zeros where the objective asks for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class Kind:
 class Step:
     """Seconds of one step."""
 
+    before: float
+    """Forward passes over the batch before the step's own, with their bubble."""
     work: float
     """All micro-batches on the slowest pipeline rank."""
     bubble: float
@@ -78,7 +82,7 @@ class Step:
 
     @property
     def total(self) -> float:
-        return self.work + self.bubble + self.gradients + self.optimizer
+        return self.before + self.work + self.bubble + self.gradients + self.optimizer
 
 
 class Planner:
@@ -174,16 +178,18 @@ class Planner:
         key = self._key(layout, stage)
         if key not in self._blocks:
             shape, units = self.sizes(layout, stage)
-            seconds = self.formulas.seconds_of(self.model, shape, layout, self.rates, links, units)
-            parts = seconds.dense, seconds.moe, seconds.embedding, seconds.head
-            dense, moe, embedding, head = (sum(part.values()) for part in parts)
-            self._blocks[key] = Blocks(shape, seconds, (dense, moe, embedding, head))
+            given = self.model, shape, layout, self.rates, links, units
+            seconds, before = self.formulas.seconds_of(*given), (0.0, 0.0, 0.0, 0.0)
+            if stage.geometry.passes_before(micro_batches_per_step(layout, stage.micro_batch)):
+                before = self.formulas.seconds_of(*given, forward_only=True).totals
+            self._blocks[key] = Blocks(shape, seconds, seconds.totals, before)
         return self._blocks[key]
 
     def _key(self, layout: LayoutConfig, stage: Stage) -> tuple[object, ...]:
         return (
             *(layout.tp, layout.cp, layout.ep, layout.etp, layout.recompute, *layout.recompute_modules),
             *(layout.dispatcher, stage.index, stage.micro_batch),
+            stage.geometry.passes_before(micro_batches_per_step(layout, stage.micro_batch)),
         )
 
     def peak(
@@ -202,28 +208,34 @@ class Planner:
         """Seconds of a step in a stage of the schedule."""
         blocks = self.blocks(layout, stage, placement.links)
         neighbour = self.neighbour_seconds(placement, blocks)
-        dense, moe, embedding, head = blocks.totals
-        per_kind = []
-        for kind in placement.kinds:
-            layers = kind.counts[0] * dense + kind.counts[1] * moe
-            ends = kind.counts[2] * embedding + kind.counts[3] * head
-            per_kind.append(layers + ends + kind.accumulation + kind.ends * neighbour)
-        work, bubble = timing.pipeline_seconds(
-            per_kind,
-            [kind.alike for kind in placement.kinds],
-            micro_batches_per_step(layout, stage.micro_batch),
-            layout.vpp,
-        )
+        micro_batches = micro_batches_per_step(layout, stage.micro_batch)
+        alike = [kind.alike for kind in placement.kinds]
+        per_kind = [
+            _through(kind, blocks.totals) + kind.accumulation + kind.ends * neighbour
+            for kind in placement.kinds
+        ]
+        work, bubble = timing.pipeline_seconds(per_kind, alike, micro_batches, layout.vpp)
+        before, passes_before = 0.0, stage.geometry.passes_before(micro_batches)
+        if passes_before:
+            forward = [_through(kind, blocks.before) + kind.ends * neighbour / 2 for kind in placement.kinds]
+            once = timing.pipeline_seconds(forward, alike, micro_batches, layout.vpp)
+            before = passes_before * sum(once)
         gradients = 0.0
         for kind, seconds in zip(placement.kinds, per_kind, strict=True):
             gradients = max(
                 gradients, timing.gradient_seconds(kind.message_seconds, layout, seconds, self.rates.overlap)
             )
-        return Step(
-            work, bubble, gradients, placement.optimizer, placement.kinds[per_kind.index(max(per_kind))]
-        )
+        slowest = placement.kinds[per_kind.index(max(per_kind))]
+        return Step(before, work, bubble, gradients, placement.optimizer, slowest)
 
     def neighbour_seconds(self, placement: Placement, blocks: Blocks) -> float:
         """Of one micro-batch: hidden states to or from a neighbouring stage, and their gradients."""
         message = traffic.boundary_message(self.model, blocks.shape, b=self.b)
         return 2 * placement.links["pp"].seconds(message.operation, message.payload)
+
+
+def _through(kind: Kind, seconds: tuple[float, float, float, float]) -> float:
+    """Of one micro-batch through what a rank holds."""
+    dense, moe, embedding, head = seconds
+    layers = kind.counts[0] * dense + kind.counts[1] * moe
+    return layers + (kind.counts[2] * embedding + kind.counts[3] * head)

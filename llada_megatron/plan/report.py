@@ -113,6 +113,7 @@ KINDS = {
     "gradients": "gradients, weights",
     "optimizer": "optimizer",
     "bubble": "pipeline bubble",
+    "before": "passes before",
 }
 
 
@@ -127,6 +128,14 @@ def _step(console: Console, stage: StageTime) -> None:
         f"  {quantity(stage.model_flops_per_token)}FLOP per data token,"
         f" {quantity(stage.performed_flops_per_token)}FLOP with what is recomputed"
     )
+    if stage.passes_before:
+        passes, fewest = stage.passes_before, stage.fewest_passes_before
+        spared = f"; {fewest or 'none'} with one micro-batch per rank" if fewest < passes else ""
+        console.print(
+            f"  {passes} forward pass{'es' * (passes > 1)} over the batch before each step's own,"
+            f" {stage.seconds['before'] / stage.step_seconds:.0%} of its time: performed, but not counted in"
+            f" MFU{spared}"
+        )
 
 
 def _traffic(console: Console, stage: StageTime) -> None:

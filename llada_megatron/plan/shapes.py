@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from llada_megatron.config.flops import DocumentLengths, pairs_per_sequence, supervised_per_sequence
+from llada_megatron.config.objectives import RowBytes
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 
@@ -38,6 +39,8 @@ class Shape:
     """Numbers that the objective adds up over the global batch."""
     pairs: float
     """Visible query-key pairs of one layer, per head."""
+    row_bytes: RowBytes
+    """Of each supervised row."""
 
 
 def shape_of(
@@ -74,6 +77,7 @@ def shape_of(
         rotary_rows=rows if cp > 1 else rows // stage.micro_batch,
         sums=stage.geometry.sums,
         pairs=pairs * stage.micro_batch / cp,
+        row_bytes=stage.geometry.row_bytes,
     )
 
 

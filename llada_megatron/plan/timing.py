@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.families.gpt import attention_weights, expert_weights
@@ -26,6 +26,9 @@ PASSES = 5
 """A kept byte is written and read in forward, read in backward, and its gradient is written and read."""
 RECOMPUTED_PASSES = 2
 """A dropped byte is written and read once more."""
+
+FORWARD_PASSES = 2
+"""Of a forward pass without gradients: a byte is written and read."""
 
 Parts = defaultdict[str, float]
 """Seconds by kind: gemm, expert gemm, attention, memory, and by process group."""
@@ -64,13 +67,47 @@ def rates(config: Config) -> Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """What a micro-batch runs: forward and backward with what recompute repeats, or forward alone."""
+
+    again: frozenset[str] = frozenset()
+    """Modules whose forward recompute repeats."""
+    forward_only: bool = False
+    frozen: bool = False
+    """Whether weights have no gradient: adapters have, whose own products are left out."""
+
+    def products(self, module: str) -> int:
+        """How often a product of the module's forward runs; backward is two, one for frozen weights."""
+        if self.forward_only:
+            return 1
+        return 3 - (self.frozen and module != "core_attn") + (module in self.again)
+
+    def memory(self, *, dropped: bool) -> int:
+        """How often a byte passes through memory, one that is kept or one that recompute drops."""
+        return FORWARD_PASSES if self.forward_only else PASSES + dropped * RECOMPUTED_PASSES
+
+    def calls(self, message: traffic.Message, overlap: float) -> float:
+        """How often a message is waited for."""
+        if self.forward_only:
+            return message.forward
+        return message.calls(self.again) - overlap * message.hidden
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
-    """Seconds of each building block for one micro-batch, forward and backward."""
+    """Seconds of each building block for one micro-batch and kind of pass."""
 
     dense: Parts
     moe: Parts
     embedding: Parts
     head: Parts
+
+    @property
+    def totals(self) -> tuple[float, float, float, float]:
+        """Seconds of a dense layer, a MoE layer, the embedding and the head."""
+        parts = self.dense, self.moe, self.embedding, self.head
+        dense, moe, embedding, head = (sum(part.values()) for part in parts)
+        return dense, moe, embedding, head
 
     def of(self, counts: tuple[int, int, int, int]) -> Parts:
         """Of one micro-batch through so many dense layers, MoE layers, embeddings and heads."""
@@ -93,28 +130,35 @@ def counts(stages: Iterable[Contents]) -> tuple[int, int, int, int]:
 
 
 def seconds_of(
-    model: ModelConfig, shape: Shape, layout: LayoutConfig, at: Rates, links: dict[str, Group], blocks: Units
+    model: ModelConfig,
+    shape: Shape,
+    layout: LayoutConfig,
+    at: Rates,
+    links: dict[str, Group],
+    blocks: Units,
+    *,
+    forward_only: bool = False,
 ) -> Seconds:
-    """Seconds of every building block under a layout."""
-    again = activations.recomputed_modules(layout)
-    b = at.b
+    """Seconds of every building block under a layout, forward and backward or in a pass without gradients."""
+    runs, b = Pass(activations.recomputed_modules(layout), forward_only, model.lora.rank > 0), at.b
 
     def layer(moe: bool) -> Parts:
-        parts = layer_products(model, shape, layout, at, again, moe=moe)
+        parts = layer_products(model, shape, layout, at, runs, moe=moe)
         unit = blocks.moe if moe else blocks.dense
-        touched = PASSES * (unit.kept + unit.dropped) + RECOMPUTED_PASSES * unit.dropped
+        touched = runs.memory(dropped=False) * unit.kept + runs.memory(dropped=True) * unit.dropped
         parts["memory"] = touched / at.memory
         messages = traffic.layer_messages(model, shape, layout, moe=moe, b=b)
-        add(parts, exposed(messages, links, again, at.overlap))
+        add(parts, exposed(messages, links, runs, at.overlap))
         return parts
 
-    embedding: Parts = defaultdict(float, memory=PASSES * blocks.embedding.kept / at.memory)
-    add(embedding, exposed(traffic.embedding_messages(model, shape, layout, b=b), links, again, at.overlap))
-    return Seconds(layer(False), layer(True), embedding, _head(model, shape, layout, at, links))
+    embedding: Parts = defaultdict(float)
+    embedding["memory"] = runs.memory(dropped=False) * blocks.embedding.kept / at.memory
+    add(embedding, exposed(traffic.embedding_messages(model, shape, layout, b=b), links, runs, at.overlap))
+    return Seconds(layer(False), layer(True), embedding, _head(model, shape, layout, at, links, runs))
 
 
 def layer_products(
-    model: ModelConfig, shape: Shape, layout: LayoutConfig, at: Rates, again: frozenset[str], *, moe: bool
+    model: ModelConfig, shape: Shape, layout: LayoutConfig, at: Rates, runs: Pass, *, moe: bool
 ) -> Parts:
     """Matrix products and attention of one layer.
 
@@ -124,12 +168,12 @@ def layer_products(
     tp = layout.tp
 
     def dense(module: str, rows: int, weights: float) -> float:
-        return at.products(2 * rows * weights, weights, 3 + (module in again))
+        return at.products(2 * rows * weights, weights, runs.products(module))
 
     pairs = 4 * model.head_dim * model.heads / tp * shape.pairs
     parts: Parts = defaultdict(float)
     parts["gemm"] = dense("attention", shape.rows, attention_weights(model) / tp)
-    parts["attention"] = pairs * (3 + ("core_attn" in again)) / at.attention
+    parts["attention"] = pairs * runs.products("core_attn") / at.attention
     if not moe:
         parts["gemm"] += dense("mlp", shape.rows, 3 * model.hidden_size * model.ffn_hidden_size / tp)
         return parts
@@ -138,37 +182,43 @@ def layer_products(
     parts["gemm"] += dense("moe", shape.tokens, model.experts * model.hidden_size)
     one = expert_weights(model) / layout.etp
     here = model.experts // layout.ep
-    passes = 3 + ("moe" in again)
+    passes = runs.products("moe")
     parts["expert gemm"] = at.products(2 * shape.routed * one, here * one, passes, grouped=True)
     return parts
 
 
 def _head(
-    model: ModelConfig, shape: Shape, layout: LayoutConfig, at: Rates, links: dict[str, Group]
+    model: ModelConfig,
+    shape: Shape,
+    layout: LayoutConfig,
+    at: Rates,
+    links: dict[str, Group],
+    runs: Pass,
 ) -> Parts:
     """Chunked logits run forward twice; they pass through memory in bf16 (or fp32) and in fp32."""
     chunks = -(-shape.supervised // model.head_chunk_tokens)
+    runs = replace(runs, again=frozenset({"head"} if chunks > 1 else ()))
     weights = model.vocab_size / layout.tp * model.hidden_size
-    passes = 3 + (chunks > 1)
+    passes = runs.products("head")
     logits = (4 + at.b) * shape.supervised * model.vocab_size / layout.tp
     parts: Parts = defaultdict(float)
     parts["gemm"] = passes * max(
         2 * shape.supervised * weights / at.gemm, chunks * at.b * weights / at.memory
     )
-    parts["memory"] = (PASSES + (chunks > 1) * RECOMPUTED_PASSES) * logits / at.memory
+    parts["memory"] = runs.memory(dropped=chunks > 1) * logits / at.memory
     messages = traffic.head_messages(model, shape, layout, b=at.b)
-    add(parts, exposed(messages, links, frozenset(), at.overlap))
+    add(parts, exposed(messages, links, runs, at.overlap))
     return parts
 
 
 def exposed(
-    messages: Sequence[traffic.Message], links: dict[str, Group], again: frozenset[str], overlap: float
+    messages: Sequence[traffic.Message], links: dict[str, Group], runs: Pass, overlap: float
 ) -> Parts:
     """Seconds of the messages that nothing hides, by group."""
     parts: Parts = defaultdict(float)
     for message in messages:
-        calls = message.calls(again) - overlap * message.hidden
-        parts[message.group] += calls * links[message.group].seconds(message.operation, message.payload)
+        once = links[message.group].seconds(message.operation, message.payload)
+        parts[message.group] += runs.calls(message, overlap) * once
     return parts
 
 

@@ -6,6 +6,7 @@ in activations.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -104,18 +105,22 @@ def embedding_messages(model: ModelConfig, shape: Shape, layout: LayoutConfig, *
 
 
 def head_messages(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> list[Message]:
-    """Hidden states gathered once for all chunks, their gradients scattered; three fp32 sums per row.
+    """Hidden states gathered once for all chunks, their gradients scattered; the readout's sums per row.
 
-    The sums (largest logit, target's logit, sum of exponentials) are repeated where chunks are recomputed.
+    The sums (of a cross entropy largest logit, target's logit, sum of exponentials, fp32) are repeated where
+    chunks are recomputed.
     """
     if layout.tp == 1:
         return []
     payload, n = b * shape.rows * model.hidden_size, shape.supervised
-    sums = 3 * (2 if n > model.head_chunk_tokens else 1)
+    again = n > model.head_chunk_tokens
     return [
         Message("tp", "all_gather", payload, 1, 0),
         Message("tp", "reduce_scatter", payload, 0, 1),
-        Message("tp", "all_reduce", 4 * n, sums, 0),
+        *(
+            Message("tp", "all_reduce", size * n, calls, calls * again)
+            for size, calls in Counter(shape.row_bytes.sums).items()
+        ),
     ]
 
 
@@ -161,8 +166,12 @@ def of_rank(
     micro_batches: int,
     *,
     b: int,
+    passes_before: int = 0,
 ) -> Iterator[tuple[int, Message]]:
-    """Every message of a step on a pipeline rank that holds these stages, and how often it is sent."""
+    """Every message of a step on a pipeline rank that holds these stages, and how often it is sent.
+
+    passes_before: forward passes over its micro-batches before the step's own.
+    """
     again = recomputed_modules(layout)
     units = (
         layer_messages(model, shape, layout, moe=False, b=b),
@@ -175,8 +184,9 @@ def of_rank(
         numbers = stage.dense, stage.moe, stage.first, stage.last
         for number, messages in zip(numbers, units, strict=True):
             for message in messages:
-                yield number * micro_batches * message.calls(again), message
-        yield micro_batches * ((not stage.first) + (not stage.last)), boundary
+                calls = message.calls(again) + passes_before * message.forward
+                yield number * micro_batches * calls, message
+        yield micro_batches * ((not stage.first) + (1 + passes_before) * (not stage.last)), boundary
     holds_table = stages[0].first or stages[-1].last
     for message in step_messages(held, model, layout, b=b, holds_table=holds_table):
         yield message.calls(again), message

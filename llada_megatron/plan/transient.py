@@ -106,27 +106,29 @@ def _again(parts: Parts, left: Parts) -> int:
 def head_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
     """= When logits become fp32: b tH of the final norm's output, whole as well with tp > 1; b cV/tp logits.
 
-    With several chunks the fp32 logits are not kept, 4 cV/tp more. Labels' map, 9n, and metrics come later.
+    With several chunks the fp32 logits are not kept, 4 cV/tp more; a readout may copy them. Labels' map, 9n,
+    and metrics come later.
     """
-    n, chunk = shape.supervised, min(shape.supervised, model.head_chunk_tokens)
+    n, chunk, row = shape.supervised, min(shape.supervised, model.head_chunk_tokens), shape.row_bytes
     hidden = shape.tokens + (shape.rows if layout.tp > 1 else 0)
-    wide = b if n <= model.head_chunk_tokens else b + 4
-    later = 12 * n + 8 * shape.sums + (9 * n if n <= model.head_chunk_tokens else 8 * n)
+    wide = (b if n <= model.head_chunk_tokens else b + 4) + 4 * row.forward_copies
+    later = row.kept * n + 8 * shape.sums + n * (row.kept_with_logits if n <= model.head_chunk_tokens else 8)
     return b * hidden * model.hidden_size + wide * chunk * model.vocab_size // layout.tp - later
 
 
 def head_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
-    """A single chunk: weight gradient b VH/tp, and b n(V/tp + H) of logits' and rows', where 4nV/tp are gone.
+    """A single chunk: weight gradient b VH/tp, and b n(V/tp + H) of logits' and rows', where 4nV/tp are gone;
+    before that, a readout may copy the logits.
 
     Several chunks: b nH of rows' gradients, and the larger of two weight gradients with b cV/tp of logits'
-    (the one that adds up and the next), and one with the logits in fp32 as well.
+    (the one that adds up and the next), and one with the logits in fp32 as well, and their copies.
     """
-    n, vocabulary = shape.supervised, model.vocab_size // layout.tp
+    n, vocabulary, row = shape.supervised, model.vocab_size // layout.tp, shape.row_bytes
     weight, rows = b * vocabulary * model.hidden_size, b * n * model.hidden_size
     if n <= model.head_chunk_tokens:
-        return weight + rows + (b - 4) * n * vocabulary
-    chunk = model.head_chunk_tokens
-    return rows + max(2 * weight + b * chunk * vocabulary, weight + (4 + b) * chunk * vocabulary)
+        return max(weight + rows + (b - 4) * n * vocabulary, 4 * row.backward_copies * n * vocabulary)
+    chunk, wide = model.head_chunk_tokens, 4 + b + 4 * row.forward_copies
+    return rows + max(2 * weight + b * chunk * vocabulary, weight + wide * chunk * vocabulary)
 
 
 def embedding_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:

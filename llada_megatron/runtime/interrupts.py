@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 ONE_KEYPRESS_SEC = 0.5
 REPEATS = 2
 """How often one Ctrl-C may reach a rank: from the terminal, and from the launcher that passes it on."""
+AGAIN_SEC = 0.02
 
 remembered: list[int] = []
 """Signals that arrived while `remember` handled them."""
@@ -51,8 +53,22 @@ def interrupt(number: int, _frame: Any = None) -> None:
         raise Interrupted(number)
 
 
+def _again(lost: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose Interrupted was raised where nothing can be: Python only reports what a
+    `__del__` or the callback of a weak reference raises, and goes on.
+    """
+    if not isinstance(lost.exc_value, Interrupted):
+        sys.__unraisablehook__(lost)
+        return
+    _first_sec["interrupt"] = -ONE_KEYPRESS_SEC  # as if it had not been heard
+    later = threading.Timer(AGAIN_SEC, os.kill, (os.getpid(), lost.exc_value.args[0]))
+    later.daemon = True
+    later.start()
+
+
 def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """Install it for STOPPING, except for what is ignored; returns the handlers before."""
+    sys.unraisablehook = _again
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 

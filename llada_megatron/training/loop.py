@@ -19,7 +19,7 @@ from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import BadSamples, Config
-from llada_megatron.data.packed import build_sequences, fingerprint
+from llada_megatron.data.packed import build_sequences, fingerprint, refuse_pairs
 from llada_megatron.data.tokenizer import check_vocabulary
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
 from llada_megatron.evaluate.samples import infilled
@@ -127,6 +127,7 @@ def _announce_attention(config: Config) -> None:
 def build_trainer(config: Config, schedule: Schedule) -> Trainer:
     """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
     check_vocabulary(config.data.tokenizer, config.model.vocab_size)
+    refuse_pairs(config.data, {stage.objective for stage in schedule.stages})
     data = build_sequences(
         config.data,
         split="train",

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.attention.tiles import CALL_PAIRS, tiling
 from tests.attention.test_executors import rectangles
 
@@ -61,3 +62,12 @@ def test_short_documents_are_computed_together():
     for grid in ("sequence", "document"):
         mask = BlockDiffusionMask([torch.arange(0, 2049, 16)], 4, grid)
         assert sum(map(len, stages_of(tiling(mask.whole())))) <= 6
+
+
+def test_rows_of_a_decoded_block_are_one_tile_with_all_their_keys_and_a_prompts_are_not() -> None:
+    parts = [(480, np.arange(512)), (96, np.arange(128)), (0, np.arange(1024))]
+    blocks = PooledKeys(KeyPool(1), parts[:2], 32).rectangle
+    assert [[call.rows.shape for call in stage] for stage in tiling(blocks).stages] == [[(1, 32), (1, 32)]]
+    assert tiling(blocks).pairs == 32 * 512 + 32 * 128 == blocks.visible_pairs()
+    beside_a_prompt = PooledKeys(KeyPool(1), parts, 32).rectangle
+    assert beside_a_prompt.visible_pairs() <= tiling(beside_a_prompt).pairs < 1.2 * 1024**2 / 2

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.convert.gguf_file import GgufFile
+from tests import packages
 
 
 def text(value: str) -> bytes:
@@ -83,8 +84,9 @@ def tensor(name: str, kind: int, offset: int, *sizes: int) -> bytes:
     return text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset)
 
 
+@pytest.mark.slow  # whose environment has the package
 def test_tensors_lie_one_after_another(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
+    packages.gguf()
     good = (tensor("w", 0, 0, 3, 2), tensor("v", 8, 32, 32))  # F32 [2, 3], Q8_0 [32]
     data = struct.pack("<6f", *range(6)) + bytes(8) + bytes(34)
     found = GgufFile(write(tmp_path / "f", gguf(tensors=good, data=data))).tensors

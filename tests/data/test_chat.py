@@ -3,11 +3,13 @@
 import pytest
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.data.chat import ChatEncoder, messages_of, preference_of
+from llada_megatron.data.chat import ChatEncoder, megatron_lm_of, messages_of, preference_of
 from llada_megatron.data.chat_template import BUILT_IN, ChatTemplate
+from llada_megatron.data.containers import BadRecord
 from llada_megatron.data.conversations import ANSWER, ROLES
 from llada_megatron.data.tokenizer import load_tokenizer
 
+SYSTEM = {"role": "system", "content": "s"}
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
@@ -35,6 +37,12 @@ def test_every_way_of_writing_gives_the_same_messages(record):
         ({"messages": [{"role": "robot", "content": "x"}]}, "the role 'robot'"),
         ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "an answer, is empty"),
         ({"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}, "is not text"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": None}]}]},
+            "is not text",
+        ),
+        ({"messages": [{"role": "r" * 9999, "content": "x"}]}, "the role 'r{39}: roles are"),
+        ({"system": 3, "messages": [USER, ASSISTANT]}, "`system` is not a text"),
         ({"prompt": "q", "response": ""}, "`response` is empty"),
         ({"prompt": 3, "response": "a"}, "`prompt` is not a text"),
     ],
@@ -42,6 +50,26 @@ def test_every_way_of_writing_gives_the_same_messages(record):
 def test_what_is_no_chat_is_a_sentence(record, reason):
     with pytest.raises(BadInput, match=reason):
         messages_of(record)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "s", "messages": [USER, ASSISTANT]},
+        {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"system": "s", "prompt": "q", "response": "a"},
+        {"system": "other", "messages": [SYSTEM, USER, ASSISTANT]},
+    ],
+)
+def test_a_system_text_beside_the_messages_comes_first_unless_they_begin_with_one(record):
+    assert messages_of(record) == [SYSTEM, USER, ASSISTANT]
+
+
+def test_lines_of_megatron_lm_hold_a_conversation_after_each_system_message():
+    other = {"role": "system", "content": "t"}
+    record = {"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT, other, USER, ASSISTANT]}
+    assert megatron_lm_of(record) == [[SYSTEM, *[USER, ASSISTANT] * 2], [other, USER, ASSISTANT]]
+    assert megatron_lm_of({"messages": [USER, ASSISTANT]}) == [[USER, ASSISTANT]]
 
 
 @pytest.mark.parametrize(
@@ -128,3 +156,28 @@ def test_the_end_of_an_answer_is_the_special_token_that_the_template_writes_behi
         template = ChatTemplate(source, "template", {"eos_token": bytes_of.end_of_document})
         encoder = ChatEncoder(template, bytes_of, only_last=True)
         assert encoder.end_of_answer([USER]) == end
+
+
+def encoder(source: str) -> ChatEncoder:
+    return ChatEncoder(
+        ChatTemplate(source, "the template", {"eos_token": ""}), load_tokenizer("bytes"), only_last=True
+    )
+
+
+def test_a_null_field_is_an_absent_one():
+    record = {"messages": None, "prompt": "q", "response": "a", "completion": None, "system": None}
+    ((ids, _),) = encoder(BUILT_IN["plain"][0]).conversations(record, "chat")
+    assert bytes(ids.tolist()).decode() == "user: q\nassistant: a"
+
+
+def test_a_pair_that_the_template_makes_equal_is_refused():
+    trims = encoder("{% for m in messages %}{{ m.content|trim }}.{% endfor %}")
+    with pytest.raises(BadRecord, match="are equal once the template has rendered them"):
+        trims.conversations({"prompt": "q", "chosen": "a", "rejected": "a "}, "preference")
+
+
+def test_half_a_surrogate_pair_beside_the_content_becomes_a_question_mark():
+    named = encoder("{% for m in messages %}{{ m.content + m.name }}.{% endfor %}")
+    messages = [{**USER, "name": ""}, {**ASSISTANT, "name": "\ud800"}]
+    ((ids, _),) = named.conversations({"messages": messages}, "chat")
+    assert bytes(ids.tolist()) == b"q.a?."

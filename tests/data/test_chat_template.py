@@ -3,7 +3,9 @@
 import pytest
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.data.chat_template import BUILT_IN, ChatTemplate
+from llada_megatron.data.chat_template import BUILT_IN, ChatTemplate, load_template
+from llada_megatron.data.tokenizer import load_tokenizer
+from tests.foreign.conversations import make_tokenizer
 
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 CHAT = [
@@ -85,6 +87,10 @@ def test_a_template_that_renders_earlier_turns_otherwise_supervises_the_last_alo
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' * 2**40 }}", "a result of \\* in it is too large"),
+        ("{{ 9 ** 99999999 }}", "a result of \\*\\* in it is too large"),
+        ("{{ raise_exception('a\\nb ' ~ 'c' * 999) }}", "cannot render it: a b c{296}\\.\\.\\.$"),
+        ("{% generation %}{% generation %}a{% endgeneration %}{% endgeneration %}", "inside another"),
     ],
 )
 def test_what_a_template_says_against_a_chat_is_a_sentence(source, reason):
@@ -97,3 +103,28 @@ def test_a_chat_without_an_answer_and_a_source_without_sense_are_refused():
         template(CHATML).spans(CHAT[:2])
     with pytest.raises(BadInput, match="not a Jinja template"):
         template("{% if %}")
+
+
+def test_marks_around_earlier_answers_alone_are_no_last_answer():
+    marks_first = template("{% generation %}two{% endgeneration %}{{ messages|length }}")
+    with pytest.raises(BadInput, match=r"no {% generation %} around the last answer"):
+        marks_first.spans(CHAT, only_last=True)
+
+
+def test_a_conversation_may_begin_with_an_answer():
+    chat = [{"role": "assistant", "content": "hi"}]
+    (learnt,) = [span.text for span in template(BUILT_IN["llada2"][0]).spans(chat) if span.is_answer]
+    assert learnt == "hi<|role_end|>"
+
+
+def test_marks_are_tokens_of_the_tokenizer_and_not_what_stands_for_the_unknown(tmp_path):
+    make_tokenizer(tmp_path)
+    name = f"{tmp_path}/tokenizer.json"
+    with pytest.raises(BadInput, match=r"holds neither chat_template\.jinja nor tokenizer_config\.json"):
+        load_template(None, name, load_tokenizer(name))
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert load_template(None, name, load_tokenizer(name)).where == f"{tmp_path}/chat_template.jinja"
+    with pytest.raises(BadInput, match="writes <role>, which is no token of"):
+        load_template("llada2", name, load_tokenizer(name))
+    with pytest.raises(BadInput, match="writes <role>, which is no token of bytes"):
+        load_template("llada2", "bytes", load_tokenizer("bytes"))

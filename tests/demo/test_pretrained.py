@@ -21,8 +21,8 @@ from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.demo import pretrained
 from llada_megatron.parallel import groups
 from tests.demo.gguf_reference import Smollm2
+from tests.packages import SMOLLM2 as FOLDER
 
-FOLDER = Path(sys.prefix) / "smollm2"
 ROOT = Path(__file__).parents[2]
 
 

@@ -21,6 +21,16 @@ SMALL = [  # head_dim 64 leaves no padding in a process's share of the optimizer
 ]
 DENSE = ["model.experts=0", "model.dense_layers=3"]
 BDLM, MDLM = 0, 2
+FIRST = 0
+
+
+def objective(name: str) -> list[str]:
+    """One stage of an objective on conversations."""
+    stage = f"{{name: {name}, block_size: '8', tokens: 4096, objective: {name}}}"
+    return ["diffusion=sft", "data.pad_to=8", f"schedule.stages=[{stage}]"]
+
+
+CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
     "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2"]),
@@ -29,6 +39,9 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "pp": (BDLM, ["layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "full_recompute": (BDLM, ["layout.recompute=full"]),
     "dense": (MDLM, [*DENSE, "layout.processes=2", "layout.tp=2"]),
+    "cap": (FIRST, [*CAP, "layout.micro_batch=2", "layout.global_batch=2"]),
+    "cap_counts_first": (FIRST, CAP),
+    "dpo": (FIRST, DPO),
 }
 SLOW_CASES = (
     "large_vocabulary",
@@ -38,6 +51,9 @@ SLOW_CASES = (
     "recompute_others",
     "allgather_tp_etp",
     "tied",
+    "cap_pp",
+    "cap_chunked_tp",
+    "dpo_cp",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -103,6 +119,20 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             *("model.experts=0", "model.dense_layers=4", "model.layers=4"),
         ],
     ),
+    "cap_pp": (FIRST, [*CAP, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
+    "cap_vpp": (FIRST, [*CAP, "layout.processes=2", "layout.pp=2", "layout.vpp=2", "model.layers=4"]),
+    "cap_tp": (FIRST, [*CAP, "layout.processes=2", "layout.tp=2"]),
+    "cap_chunked_tp": (
+        FIRST,
+        [
+            *CAP,
+            *("layout.processes=2", "layout.tp=2", "model.vocab_size=16384", "model.head_chunk_tokens=8"),
+        ],
+    ),
+    "cap_large_vocabulary": (FIRST, [*CAP, "model.vocab_size=16384"]),
+    "dpo_pp": (FIRST, [*DPO, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
+    "dpo_cp": (FIRST, [*DPO, "layout.processes=2", "layout.cp=2"]),
+    "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
 }
 
 
@@ -189,7 +219,7 @@ def test_what_is_alive_at_the_peak_and_over_time_adds_up_to_the_peak(found) -> N
         made = sum(size for _, _, size in report["peak_origins"])
         assert made <= report["peak"] - one.static_found
         assert max(report["over_time"]) == report["peak"]
-        assert {phase for phase, _, _ in report["peak_origins"]} <= {"forward", "backward", "step"}
+        assert {phase for phase, _, _ in report["peak_origins"]} <= {"forward", "backward", "step", "loss"}
 
 
 # Real tensors
@@ -224,6 +254,7 @@ def places_that_change() -> tuple[list, list, list]:
     from llada_megatron.attention import registry
     from llada_megatron.dryrun.rank import run_rank
     from llada_megatron.objectives.diffusion import Diffusion
+    from llada_megatron.objectives.preference import Preference
     from llada_megatron.runtime import fake_world
     from llada_megatron.training import step
 
@@ -234,7 +265,7 @@ def places_that_change() -> tuple[list, list, list]:
             *(MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__),
             MoEAllGatherTokenDispatcher.dispatch_postprocess,
             *(fused_bias_swiglu.weighted_swiglu, schedules.forward_step, schedules.backward_step),
-            *(registry.select_backend, Diffusion.corrupt, step.micro_batches),
+            *(registry.select_backend, Diffusion.corrupt, Preference.mask, step.micro_batches),
         ]
 
     before = places()

@@ -24,7 +24,8 @@ from llada_megatron.config import compose
 from llada_megatron.config.errors import BadInput, Refusal
 from llada_megatron.record import events, manifest, metrics
 from llada_megatron.record.json_files import read_json
-from tests.foreign import mutations
+from tests import packages
+from tests.foreign import conversations, mutations
 
 TESTS = Path(__file__).parents[1]
 OLD = TESTS / "old_run"
@@ -122,6 +123,10 @@ def read_run_config(folder: Path) -> None:
     compose.load(folder / "config.yaml")
 
 
+def of_records(file: str, format: str) -> Callable[[Path], None]:
+    return partial(conversations.read_records, file=file, format=format)
+
+
 CHECKPOINT = OLD / "run" / "checkpoints" / "step_00000003"
 SIGNED = partial(mutations.signed, manifest._digest)
 GOLDEN = TESTS / "golden"
@@ -147,6 +152,18 @@ KINDS = {
     "an event": Kind("events.jsonl", Path("event"), read_events, JSON),
     "run's config": Kind("config.yaml", OLD / "run" / "config.yaml", read_run_config),
     "run's config as JSON": Kind("config.yaml", Path("json config"), read_run_config, JSON),
+    "chats": Kind("chats.jsonl", Path("chats"), of_records("chats.jsonl", "chat")),
+    "a chat": Kind("chat.json", Path("chats"), of_records("chat.json", "chat"), JSON),
+    "preferences": Kind("pairs.jsonl", Path("chats"), of_records("pairs.jsonl", "preference")),
+    "a preference": Kind("pair.json", Path("chats"), of_records("pair.json", "preference"), JSON),
+    "chat template": Kind("chat_template.jinja", Path("template"), conversations.read_template),
+    "tokenizer_config.json": Kind(
+        "tokenizer_config.json", Path("described"), conversations.read_template, JSON
+    ),
+    "roles": Kind("pairs.roles.bin", Path("pairs"), conversations.read_corpus),
+    "roles' index": Kind("pairs.roles.idx", Path("pairs"), conversations.read_corpus),
+    "conversations' sidecar": Kind("pairs.json", Path("pairs"), conversations.read_corpus, JSON),
+    "scores": Kind("pairs.scores.safetensors", Path("pairs"), conversations.read_scores),
 }
 
 
@@ -166,18 +183,8 @@ def make_llama(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(others | rope))
 
 
-def make_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<|endoftext|>", "<|mask|>", "[UNK]", "some", "text"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(words[:2])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
 def make_gguf(folder: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+    gguf = packages.gguf()
     import numpy as np
 
     H, W, V = 8, 16, 6
@@ -223,8 +230,10 @@ def make_json_config(folder: Path) -> None:
 
 
 MADE = {
-    "indexed": make_indexed, "llama": make_llama, "tokenizer": make_tokenizer, "gguf": make_gguf,
-    "record": make_record, "event": make_event, "json config": make_json_config,
+    "indexed": make_indexed, "llama": make_llama, "tokenizer": conversations.make_tokenizer,
+    "gguf": make_gguf, "record": make_record, "event": make_event, "json config": make_json_config,
+    "chats": conversations.make_chats, "template": conversations.make_template,
+    "described": conversations.make_tokenizer_config, "pairs": conversations.make_corpus,
 }  # fmt: skip
 
 
@@ -289,7 +298,7 @@ def run(found: tuple[Kind, Path, bytes], examples: int, *, again: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
 def test_a_mutated_file_ends_in_a_result_or_a_sentence(kind):
-    run(kind, 25, again=True)
+    run(kind, 10, again=True)
 
 
 @pytest.mark.full
@@ -329,5 +338,38 @@ def test_another_content_ends_in_a_result_or_a_sentence(kind, content):
     found, folder, _ = kind
     (folder / found.file).unlink()
     (folder / found.file).write_bytes(CONTENTS[content])
+    require_result_or_sentence(found, folder)
+    assert not Path("trace").exists()
+
+
+TEMPLATES = {
+    "a power": "{{ 9 ** 99999999 }}",
+    "a product": "{{ 'x' * 10**10 }}",
+    "a long list": "{{ [0] * 10**10 }}",
+    "much output": "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+    "a macro of itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "Python's classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "Python's modules": "{{ cycler.__init__.__globals__.os.mkdir('trace') }}",
+    "another file": "{% include '/etc/passwd' %}",
+    "another template": "{% import 'os' as os %}{{ os.mkdir('trace') }}",
+    "more messages": "{{ messages.append(messages[0]) }}",
+    "another message": "{{ messages[2].update(content='') }}",
+    "marks inside marks": "{% generation %}" * 2 + "{{ messages }}" + "{% endgeneration %}" * 2,
+    "marks of its own": "\ue001{{ messages }}\ue000",
+    "marks around nothing": "{{ messages }}{% generation %}{% endgeneration %}",
+    "marks around the first answer": "{% generation %}some{% endgeneration %}{{ messages }}",
+    "half a surrogate pair": "{{ messages }}{{ '\\ud800' }}",
+    "a long complaint": "{{ raise_exception('a\n' * 9999) }}",
+    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "loops": "{% for a in 'b' %}" * 200 + "{% endfor %}" * 200,
+    "a number": "{{ " + mutations.HUGE + " }}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["chat template"], indirect=True)
+def test_a_hostile_template_ends_in_a_result_or_a_sentence(kind, template):
+    found, folder, _ = kind
+    (folder / found.file).write_text(TEMPLATES[template])
     require_result_or_sentence(found, folder)
     assert not Path("trace").exists()

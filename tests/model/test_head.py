@@ -156,7 +156,9 @@ def among_equals(group, top_one, confidence):
         logits_nV[row, ids] = 1.0
     logits_nV = columns(logits_nV, group)
     chosen = top_one(logits_nV, None, group)[:, 0].tolist()
-    right = [confidence(logits_nV, torch.full((4,), label), group)[:, 2].tolist() for label in range(12)]
+    right = [
+        confidence(logits_nV.clone(), torch.full((4,), label), group)[:, 2].tolist() for label in range(12)
+    ]
     return chosen, [[row[n] for row in right].index(1.0) for n in range(4)], sum(map(sum, right))
 
 
@@ -188,9 +190,9 @@ def same_cross_entropy(group, cross_entropy, confidence):
 
     logits_nV = columns(8 * torch.randn(64, 512, generator=torch.Generator().manual_seed(5)), group)
     labels_n = torch.arange(64)
-    # In fp32 megatron-core works in place.
+    # In fp32 both work in place.
     return torch.equal(
-        confidence(logits_nV, labels_n, group)[:, 0], cross_entropy(logits_nV.clone(), labels_n, group)
+        confidence(logits_nV.clone(), labels_n, group)[:, 0], cross_entropy(logits_nV, labels_n, group)
     )
 
 

@@ -131,6 +131,16 @@ def test_counts_are_exchanged_where_every_rank_has_one_micro_batch(corpus, strai
         assert found["grad_norm"] == pytest.approx(straight["confidence"]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted({*OBJECTIVES, *FAKES}))
+def test_a_geometry_knows_the_passes_before_a_step(name):
+    register()
+    geometry, kind = OBJECTIVES[name], importlib.import_module(OBJECTIVES[name].module).OBJECTIVE
+    counts = geometry.denominators > 1 and not kind.counts_known
+    for micro_batches in (1, 2):
+        drafts = kind.draft_readout is not None
+        assert geometry.passes_before(micro_batches) == drafts + (counts and micro_batches > 1)
+
+
 def gradients_of_the_formula(config: Config) -> tuple[float, float]:
     """Loss and gradient norm of the first step, from the whole global batch at once."""
     from llada_megatron.model.readout import CONFIDENCE

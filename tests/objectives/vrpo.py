@@ -32,6 +32,8 @@ ROWS = {
     "n_t 4, n_y 1, masks not shared": (4, 1, False),
 }
 """Of their table 2, in the order of its variances of score and loss, the least first."""
+COMPLEMENTS = "2 masks and their complements"
+"""Of the same budget of 4, as the objective `preference` draws: their table has none."""
 SFT_STEPS, SFT_LR = 150, 2e-3
 DPO_STEPS, DPO_LR = 8, 1e-5
 GRADIENTS = 500
@@ -55,6 +57,8 @@ class Pool:
 
     policy_KMT: np.ndarray
     reference_KMT: np.ndarray
+    complements_2KT: np.ndarray
+    """B of policy and reference as `preference` draws them: means over M/2 masks and their complements."""
     gradients_KM2D: np.ndarray
     """Of the first pair's B(chosen) and B(rejected) by the policy's weights, sketched in D numbers."""
 
@@ -144,6 +148,20 @@ def masks(
     return masked, masked * weights
 
 
+def complements_of(seed: int, sample: Any, starts: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """masked bool and weights float64 [draws, L] as the objective `preference` draws them."""
+    from llada_megatron.objectives.bound import complementary_count_mask
+
+    masked, weights = np.zeros((draws, len(starts)), dtype=bool), np.zeros((draws, len(starts)))
+    for text, document in enumerate(sample.document_ids):
+        part = slice(sample.cu_seqlens[text], sample.cu_seqlens[text + 1])
+        for draw in range(draws if document >= 0 else 0):
+            masked[draw, part], weights[draw, part] = complementary_count_mask(
+                seed, document, draw, draws, starts[part], sample.supervised[part]
+            )
+    return masked, weights
+
+
 def text_bounds(model: Any, sample: Any, masked: np.ndarray, weights: np.ndarray, config: Config) -> Any:
     """B [draws, T] of the texts of a sequence under masks [draws, L]."""
     import torch
@@ -184,8 +202,13 @@ def pool(config: Config, chats: str, counts: int, draws: int, lr: float) -> Pool
     size = sum(p.numel() for p in parameters)
     bucket, sign = torch.randint(SKETCH, (size,)), torch.randint(2, (size,)) * 2.0 - 1
     scored: list[tuple[Any, Any]] = []
+    complements = []
     gradients = []
-    for _ in range(counts):
+    for seed in range(counts):
+        drawn = complements_of(seed, sample, starts, draws)
+        with torch.no_grad():
+            sides = [text_bounds(model, sample, *drawn, config) for model in (policy, reference)]
+        complements.append(torch.stack(sides).mean(dim=1).numpy())
         drawn = masks(random, starts, sample.supervised, draws)
         with torch.no_grad():
             known = text_bounds(reference, sample, *drawn, config)
@@ -196,7 +219,8 @@ def pool(config: Config, chats: str, counts: int, draws: int, lr: float) -> Pool
             flat = torch.cat([gradient.flatten() for gradient in found])
             gradients.append(flat.new_zeros(SKETCH).index_add_(0, bucket, sign * flat).numpy())
     policy_KMT, reference_KMT = (np.stack(side) for side in zip(*scored, strict=True))
-    return Pool(policy_KMT, reference_KMT, np.stack(gradients).reshape(counts, draws, 2, -1))
+    complements_2KT = np.stack(complements, axis=1)
+    return Pool(policy_KMT, reference_KMT, complements_2KT, np.stack(gradients).reshape(counts, draws, 2, -1))
 
 
 def variances(
@@ -233,14 +257,19 @@ def variances(
 
 
 def table(folder: Path, *, counts: int, draws: int = 4, lr: float = DPO_LR) -> dict[str, Variances]:
-    """The six rows on a corpus that is written into `folder`."""
+    """The six rows and ours on a corpus that is written into `folder`."""
     chats, pairs = write(folder, "chat"), write(folder, "preference")
     config = configure(pairs, "dpo", "layout.micro_batch=8", "preference.sft_weight=0")
     [found] = run_ranks(pool, config, chats, counts, draws, lr)
-    return {name: variances(found, *row, config.preference.beta) for name, row in ROWS.items()}
+    beta = config.preference.beta
+    rows = {name: variances(found, *row, beta) for name, row in ROWS.items()}
+    reward_KT = np.subtract(*found.complements_2KT)
+    score_KP = beta * (reward_KT[:, 0::2] - reward_KT[:, 1::2])
+    of_score, of_loss = (v.var(axis=0).mean() for v in (score_KP, np.logaddexp(0, -score_KP)))
+    return rows | {COMPLEMENTS: Variances(float(of_score), float(of_loss), np.nan)}
 
 
-def main(counts: int = 256) -> None:
+def main(counts: int = 128) -> None:
     """Print the table for a policy that is close to its reference, and for others that are not."""
     for lr in (DPO_LR, 5e-5, 2e-4):
         print(f"after {DPO_STEPS} steps of DPO at {lr:g}: variance of score, loss, gradient")

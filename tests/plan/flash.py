@@ -10,6 +10,7 @@ from functools import cache
 from llada_megatron.config.compose import compose
 from llada_megatron.config.contents import Parameters
 from llada_megatron.config.families.gpt import parameters, stage_contents
+from llada_megatron.config.objectives import RowBytes
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
 from llada_megatron.plan.shapes import Shape
 
@@ -44,6 +45,7 @@ def balanced_shape(*, tp: int, cp: int, rows: int, micro_batch: int = 1) -> Shap
         halo=0,
         rotary_rows=rows // cp,
         pairs=0.0,
+        row_bytes=RowBytes(),
     )
 
 

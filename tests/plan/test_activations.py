@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llada_megatron.config import rules
+from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import LayoutConfig, Recompute
 from llada_megatron.parallel.context import deal_tokens
 from llada_megatron.plan import activations
@@ -20,7 +21,7 @@ from llada_megatron.plan.activations import (
 )
 from llada_megatron.plan.memory import units
 from llada_megatron.plan.shapes import keeps_blocks_whole, shape_of
-from llada_megatron.plan.transient import head_backward
+from llada_megatron.plan.transient import head_backward, head_forward
 from tests.plan.flash import balanced_shape, composed, config_with, model_of
 
 DRY_RUN = [  # model, tp, cp, rows, micro-batch, dense layer with embedding, MoE layer
@@ -75,6 +76,26 @@ def test_the_head_keeps_rows_where_it_is_chunked_and_probabilities_where_it_is_n
     assert head_backward(model, shape, layout, b=2) == (
         2 * 2048 * 4096 + 2 * 2 * 78592 * 4096 + 2 * 1024 * 78592
     )
+
+
+def test_a_readout_keeps_figures_and_copies_logits_and_a_preference_keeps_its_texts() -> None:
+    model, layout = replace(model_of("flash"), head_chunk_tokens=1024), LayoutConfig(tp=2)
+
+    def head(objective: str, n: int) -> tuple[int, int, int]:
+        row = OBJECTIVES[objective].row_bytes
+        shape = replace(balanced_shape(tp=2, cp=1, rows=8192), supervised=n, row_bytes=row)
+        moments = head_forward(model, shape, layout, b=2), head_backward(model, shape, layout, b=2)
+        kept = head_bytes(model, shape, layout, b=2)
+        return kept, kept + moments[0], moments[1]
+
+    V, copies = 78592, 4 * 78592
+    for n, chunk in ((2048, 1024), (1000, 1000)):
+        plain, cap, dpo = (head(name, n) for name in ("diffusion", "confidence", "preference"))
+        assert cap[0] - plain[0] == n * (12 + (8 if n == chunk else 0))  # 3 figures; 2 sums of a row
+        assert cap[1] - plain[1] == copies * chunk
+        assert dpo[0] - plain[0] == n * 21 and dpo[1:] == plain[1:]
+    assert head("confidence", 1000)[2] == max(head("diffusion", 1000)[2], 1000 * copies)
+    assert head("diffusion", 1000)[2] == 2 * V * 4096 + 2 * 1000 * 4096 - 2 * 1000 * V
 
 
 def test_half_of_the_positions_are_supervised_and_all_but_the_first_of_an_autoregressive_stage() -> None:

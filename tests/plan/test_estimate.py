@@ -10,6 +10,7 @@ from llada_megatron.config.flops import mfu
 from llada_megatron.config.schema import Config, Recompute, StageConfig
 from llada_megatron.plan.estimate import Plan, flops_per_token, plan
 from llada_megatron.plan.planner import Planner
+from llada_megatron.plan.report import print_plan
 from llada_megatron.plan.timing import pipeline_seconds
 from tests.plan.flash import composed, config_with
 
@@ -171,3 +172,51 @@ def test_a_dense_model_is_planned() -> None:
     result = planned(dense)
     assert result.hours > 0 and "experts" not in result.fullest.activations
     assert {group.group for group in result.stages[0].traffic} == {"tp", "pp", "dp", "embedding"}
+
+
+# A forward pass before a step's own
+
+
+def confident(micro_batches: int) -> Config:
+    """CAP on 8 GPUs with so many micro-batches per rank."""
+    config = config_with(
+        composed("experiment=llada2_mini_cap", "cluster=h100_8"),
+        **{"processes": 8, "pp": 1, "ep": 8, "vpp": 1, "pipeline": [], "micro_batch": 1},
+        **{"global_batch": 8 * micro_batches, "overlap_grad_reduce": False, "overlap_param_gather": False},
+    )
+    return on(config, memory_gb=1000)
+
+
+def test_cap_counts_in_a_forward_pass_first_where_a_rank_has_several_micro_batches() -> None:
+    (one,), (two,), (four,) = (planned(confident(count)).stages for count in (1, 2, 4))
+    assert [stage.passes_before for stage in (one, two, four)] == [0, 1, 1]
+    assert "before" not in one.seconds and four.seconds["before"] == pytest.approx(2 * two.seconds["before"])
+    trained = two.step_seconds - two.seconds["before"]
+    work = trained - two.seconds["gradients"] - two.seconds["optimizer"]
+    assert 0.25 * work < two.seconds["before"] < 0.45 * work  # a forward is a third of the FLOPs
+    assert sum(two.seconds.values()) == pytest.approx(two.step_seconds)
+    needed, performed = two.model_flops_per_token, two.performed_flops_per_token
+    assert performed - one.performed_flops_per_token == pytest.approx(needed / 3)
+    assert needed == one.model_flops_per_token
+    assert two.mfu == pytest.approx(needed * two.tokens_per_sec / (8 * 989e12), rel=1e-3)
+
+
+def test_a_pass_before_the_step_sends_its_forward_messages_again() -> None:
+    def sent(count: int) -> dict[str, float]:
+        (stage,) = planned(confident(count)).stages
+        return {group.group: group.payload for group in stage.traffic}
+
+    one, two = sent(1), sent(2)
+    assert two["ep"] == pytest.approx(
+        3 * one["ep"]
+    )  # twice as many micro-batches, and as much forward as backward
+    assert two["dp"] == one["dp"]
+
+
+def test_the_plan_says_in_words_that_a_pass_comes_first(capsys) -> None:
+    for count, expected in ((1, False), (2, True)):
+        config = confident(count)
+        print_plan(planned(config), config)
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("1 forward pass over the batch before each step's own" in said) == expected
+        assert ("none with one micro-batch per rank" in said) == expected

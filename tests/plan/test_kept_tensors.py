@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from llada_megatron.config.compose import compose
+from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import Config
 from llada_megatron.model.head import head_output
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_stage
+from llada_megatron.model.readout import CONFIDENCE, CROSS_ENTROPY
 from llada_megatron.parallel import groups
 from llada_megatron.plan.activations import head_bytes, layer_parts
 from tests.plan.flash import balanced_shape
@@ -52,10 +54,15 @@ def hidden(config: Config) -> torch.Tensor:
     return torch.randn(S, B, config.model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
 
 
+READOUTS = {"diffusion": CROSS_ENTROPY, "confidence": CONFIDENCE}
+
+
+@pytest.mark.parametrize("objective", READOUTS)
 @pytest.mark.parametrize("supervised", [CHUNK - 3, CHUNK, 2 * CHUNK + 5])
-def test_the_head_saves_what_the_formula_says(config: Config, stage, supervised: int) -> None:
+def test_the_head_saves_what_the_formula_says(config: Config, stage, supervised: int, objective: str) -> None:
     states, rows = hidden(config), torch.arange(supervised)
     inputs = ModelInputs(tokens=rows, positions=rows, keys=None, outputs=rows, labels=rows.clone())
+    inputs.readout = READOUTS[objective]
 
     def run() -> torch.Tensor:
         return head_output(
@@ -67,12 +74,13 @@ def test_the_head_saves_what_the_formula_says(config: Config, stage, supervised:
         )
 
     saved = saved_bytes(run, states, rows, inputs.labels, module=stage)
-    shape = replace(balanced_shape(tp=1, cp=1, rows=S, micro_batch=B), supervised=supervised)
+    row = OBJECTIVES[objective].row_bytes
+    shape = replace(balanced_shape(tp=1, cp=1, rows=S, micro_batch=B), supervised=supervised, row_bytes=row)
     # the final norm's input and 1/rms; weights and metrics of the loss; places and labels, known here already
     outside = (
         S * B * (2 * config.model.hidden_size + 4)
         + 8 * shape.sums
-        + supervised * (12 + 8 * (supervised > CHUNK))
+        + supervised * (row.kept + 8 * (supervised > CHUNK))
     )
     assert saved == head_bytes(config.model, shape, config.layout, b=2) - outside
 

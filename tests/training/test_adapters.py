@@ -9,6 +9,7 @@ import torch
 from llada_megatron.checkpoint.shards import ShardsReader, whole
 from llada_megatron.config import rules
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.parameters import total_parameters
 from llada_megatron.config.schema import Config
 from llada_megatron.record.run_dir import SHARDS
 from tests.distributed import run_ranks
@@ -61,6 +62,8 @@ def test_adapters_alone_are_trained(base, adapted):
         *(f"mlp{part}.{layer}" for part in ("", ".shared_experts", ".experts.experts") for layer in layers),
     }
     assert all(after[name].any() for name in adapters)
+    model = configure("", adapted, *LORA).model
+    assert sum(tensor.numel() for tensor in after.values()) == total_parameters(model)
 
 
 def test_an_adapter_that_is_new_changes_nothing(corpus, base, adapted):

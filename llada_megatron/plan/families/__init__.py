@@ -33,6 +33,8 @@ class PlanFormulas(Protocol):
         at: Rates,
         links: dict[str, Group],
         blocks: Units,
+        *,
+        forward_only: bool = False,
     ) -> Seconds:
         """Seconds of every building block under a layout."""
         ...
@@ -47,6 +49,7 @@ class PlanFormulas(Protocol):
         micro_batches: int,
         *,
         b: int,
+        passes_before: int = 0,
     ) -> Iterator[tuple[int, Message]]:
         """Every message of a step on a pipeline rank that holds these stages, and how often it is sent."""
         ...

@@ -1,0 +1,27 @@
+"""Signals at moments at which Python swallows what a handler raises."""
+
+import subprocess
+import sys
+
+DELETED = """
+import os, signal, time
+from llada_megatron.config.errors import Interrupted
+from llada_megatron.runtime import interrupts
+
+class Struck:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)  # the handler runs here at the latest
+
+interrupts.handle(interrupts.interrupt)
+try:
+    Struck()
+    time.sleep(5)
+except Interrupted as heard:
+    print("heard", heard.args[0])
+"""
+
+
+def test_a_signal_that_meets_a_deletion_is_heard_a_moment_later():
+    done = subprocess.run([sys.executable, "-c", DELETED], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("heard 1\n", "")
