@@ -103,7 +103,7 @@ def test_the_whole_answer_stays_and_figures_below_it():
 
 def test_a_picture_has_no_empty_rows_of_its_own():
     draft = Draft([], [*b"ab", None, *b"c\nd"], [False] * 6, 1)
-    assert re.search(r"ab\x1b\[2m░\x1b\[0mc\s*\n\s*d\s*\n", written([draft], answered("abxc\nd")))
+    assert "ab\x1b[2m░\x1b[0mc\nd\n" in written([draft], answered("abxc\nd"))
 
 
 def test_half_a_character_is_not_shown_until_it_is_whole():
