@@ -223,7 +223,7 @@ def _turn(conversation: Conversation, line: str, console: Console, ctrl_c: _Ctrl
 
     ctrl_c.is_pressed = False
     assert conversation.decoder.text is not None
-    with _typed_later(stdin), Writing(console, conversation.decoder.text) as writing:
+    with _typed_later(stdin, ctrl_c), Writing(console, conversation.decoder.text) as writing:
         for said in conversation.say(line, lambda: ctrl_c.is_pressed):
             if isinstance(said, Answer):
                 writing.answer(said)
@@ -232,13 +232,16 @@ def _turn(conversation: Conversation, line: str, console: Console, ctrl_c: _Ctrl
 
 
 @contextmanager
-def _typed_later(stdin: TextIO) -> Iterator[None]:
-    """What is typed meanwhile waits for the next prompt without being shown."""
+def _typed_later(stdin: TextIO, ctrl_c: _CtrlC) -> Iterator[None]:
+    """What is typed meanwhile waits for the next prompt without being shown; Ctrl-C drops it."""
     before = termios.tcgetattr(stdin)
     quiet = [*before]
-    quiet[3] &= ~termios.ECHO
+    # Without NOFLSH the terminal drops what is being drawn as well.
+    quiet[3] = quiet[3] & ~termios.ECHO | termios.NOFLSH
     termios.tcsetattr(stdin, termios.TCSADRAIN, quiet)
     try:
         yield
     finally:
+        if ctrl_c.is_pressed:
+            termios.tcflush(stdin, termios.TCIFLUSH)
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)

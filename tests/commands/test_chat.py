@@ -22,7 +22,7 @@ from llada_megatron.generate.conversation import Answer
 from tests.convert.checkpoints import MASK, add_tokenizer, write
 
 RUN = Path(__file__).parents[1] / "old_run" / "run"
-COMMAND = [sys.executable, "-m", "llada_megatron", "chat", "data.sequence_length=256"]
+COMMAND = [sys.executable, "-m", "llada_megatron", "chat"]
 DEADLINE_SEC = 120.0
 
 
@@ -85,9 +85,17 @@ def test_what_does_not_fit_is_one_sentence(capsys, arguments, said):
 def chatting(request, tmp_path) -> list[str]:
     """Arguments for a run on one process, and for a Hugging Face folder on two."""
     if request.param == "run":
-        return [str(RUN)]
+        return [str(RUN), "data.sequence_length=256"]
     folder = add_tokenizer(write(tmp_path / "hf", "llada2"), {MASK: "<|mask|>", 100: "<|endoftext|>"})
-    return [f"hf:{folder}", "--chat-template", "plain", "--block-size", "4", "layout.tp=2", "layout.ep=2"]
+    return [
+        f"hf:{folder}",
+        "--chat-template",
+        "plain",
+        "--block-size",
+        "4",
+        "data.sequence_length=256",
+        "layout.tp=2",
+    ]
 
 
 @pytest.mark.slow
@@ -160,7 +168,9 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(chatting):
 
 @pytest.mark.slow
 def test_a_terminal_is_left_as_it_was_when_a_chat_is_terminated():
-    terminal = Terminal(str(RUN), "--max-new-tokens", "200", "--rule", "quota", "--threshold", "1")
+    terminal = Terminal(
+        str(RUN), "data.sequence_length=256", "--max-new-tokens", "200", "--rule", "quota", "--threshold", "1"
+    )
     echoes = termios.tcgetattr(terminal.ours)[3] & termios.ECHO
     terminal.until("Ctrl-D ends")
     terminal.type("One\n")
