@@ -28,6 +28,8 @@ class MicroBatch:
     """What this micro-batch adds to each of the loss's denominators, as far as known before the model ran."""
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
     """What belongs to no output: the same on every context-parallel rank."""
+    relative: frozenset[str] = frozenset()
+    """Of `rows` those that are places in this micro-batch, so that a sample's depend on its neighbours."""
     places: torch.Tensor | None = None
     """int64 [N]: which outputs of the whole micro-batch are here; None for all of them."""
 
@@ -53,7 +55,7 @@ class MicroBatch:
         B = self.inputs.tokens.shape[0]
         own = self.inputs.outputs % B == sample
         parts = [self.inputs.tokens[sample], self.inputs.outputs[own] // B]
-        parts += [self.rows[name][own] for name in sorted(self.rows)]
+        parts += [self.rows[name][own] for name in sorted(self.rows.keys() - self.relative)]
         if self.inputs.labels is not None:
             parts.append(self.inputs.labels[own])
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()

@@ -117,7 +117,8 @@ class Preference(Diffusion):
             "slot": torch.from_numpy(slot),
         }
         whole = {"reference": torch.zeros(draws, len(texts) // SIDES, SIDES, dtype=torch.float64)}
-        return MicroBatch(inputs, rows, (len(texts) // SIDES, tokens), whole), texts
+        counts = (len(texts) // SIDES, tokens)
+        return MicroBatch(inputs, rows, counts, whole, relative=frozenset({"slot"})), texts
 
     def _masks(
         self, sample: PackedSample, own: list[int], draw: int, block_size: int, grid: BlockGrid, seed: int

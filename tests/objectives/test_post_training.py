@@ -206,3 +206,10 @@ def test_a_sequence_that_is_left_out_counts_no_pair(corpora):
         batch, texts = objective.scored({0: sample}, [0, 1], BLOCK)
         assert (batch.counts[0], len(texts)) == (pairs, 2 * pairs)
         assert (len(batch.inputs.outputs) > 0) == (pairs > 0)
+
+
+def test_a_pairs_digest_does_not_depend_on_its_neighbours(corpora):
+    config = configure(corpora["dpo"], "dpo")
+    objective, data = Preference("preference", config, rules.schedule_of(config)), sequences(config)
+    alone, together = (objective.scored(data, indices, BLOCK)[0] for indices in ([2, 3], [0, 1, 2, 3]))
+    assert [alone.digest(0), alone.digest(1)] == [together.digest(2), together.digest(3)]
