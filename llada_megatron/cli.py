@@ -45,7 +45,7 @@ VERBS = {
     "verify": ("llada_megatron.commands.verify", "golden cases, layouts, resumed runs, context parallelism"),
     "bench": ("llada_megatron.commands.bench", "measure attention executors, training steps, checkpoints"),
     "generate": ("llada_megatron.commands.generate", "what a checkpoint writes after prompts"),
-    "chat": ("llada_megatron.commands.chat", "talk with a checkpoint; blocks appear as they are decoded"),
+    "chat": ("llada_megatron.commands.chat", "a conversation with a checkpoint, in the terminal"),
     "evaluate": ("llada_megatron.commands.evaluate", "bound and NLL of a checkpoint on held-out text"),
     "score": ("llada_megatron.commands.score", "bounds of a preference's reference, once"),
     "report": ("llada_megatron.commands.report", "render a run's report with pictures"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
+from llada_megatron.commands import opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 
@@ -40,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     checkpoint.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode = benches.add_parser("decode", help="decoding with a cache: equal tokens first, then speed")
-    decode.add_argument(
-        "checkpoint", nargs="?", metavar="CHECKPOINT", help="or a run; default: first weights of model=small"
-    )
+    opened.add_arguments(decode, default="first weights of model=small")
     decode.add_argument("--rules", default="threshold", metavar="NAME,NAME", help="default threshold")
     for name, default, what in (
         ("prompt-tokens", 512, "of each prompt"),
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _decode(args: argparse.Namespace) -> int:
     from llada_megatron.bench import decode
-    from llada_megatron.commands.generate import block_size_for, configuration, opened
+    from llada_megatron.commands.generate import block_size_for, configuration
     from llada_megatron.config.compose import compose
 
     for name in ("prompt_tokens", "new_tokens", "batch"):
@@ -94,7 +93,7 @@ def _decode(args: argparse.Namespace) -> int:
 
     if not args.checkpoint:
         return measured(None, compose(["experiment=bench", "data.path=[]", *args.overrides]), block_size)
-    with opened(args.checkpoint, args.overrides) as checkpoint:
+    with opened.opened(args) as checkpoint:
         config = configuration(checkpoint, args.overrides)
         return measured(checkpoint.path, config, block_size_for(checkpoint, args.block_size))
 

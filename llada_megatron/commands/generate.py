@@ -6,12 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llada_megatron.commands import opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.foreign import parse_json, read_bytes
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from llada_megatron.record.manifest import Checkpoint
 
 PRELOAD = "llada_megatron.generate.job"
-HUGGING_FACE = "hf:"
 LLADA2_BLOCK = 32
 """Of LLaDA2.0's last stage (arXiv 2512.15745), which its config.json does not say."""
 EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
@@ -39,7 +36,7 @@ READS = "a line is an object with `prompt` (text), `messages` (a chat) or `token
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="or a run: its newest, or hf:FOLDER")
+    opened.add_arguments(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="once for each prompt")
     prompts.add_argument("--input", type=Path, metavar="FILE", help=f"JSON lines: {READS}")
@@ -74,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """Decode and write: 0; BadInput for a checkpoint, prompts, rule or layout that do not fit."""
     from llada_megatron.runtime.launch import launch
 
-    with opened(args.checkpoint, args.overrides) as checkpoint:
+    with opened.opened(args) as checkpoint:
         config, job = prepare(args, checkpoint)
         lines, figures = launch(
             _on_this_rank, config, job, processes=config.layout.processes, preload=PRELOAD
@@ -95,42 +92,6 @@ def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[str], dict[
     from llada_megatron.generate.job import Job, decode
 
     return decode(config, Job(**job))
-
-
-@contextmanager
-def opened(where: str, overrides: list[str]) -> Iterator[Checkpoint]:
-    """The checkpoint, or the run's newest, at a path; of `hf:DIR` one that is converted and lasts as long.
-
-    Raises BadInput where there is none, and for a folder that cannot be converted.
-    """
-    from llada_megatron.record.manifest import find
-    from llada_megatron.runtime.launch import launch
-
-    if not where.startswith(HUGGING_FACE):
-        yield find(where)
-        return
-    mask = next(
-        (each.split("=", 1)[1] for each in overrides if each.startswith("model.mask_token_id=")), None
-    )
-    with tempfile.TemporaryDirectory(prefix="llada_generate_") as folder:
-        target = Path(folder) / "checkpoint"
-        source = Path(where.removeprefix(HUGGING_FACE))
-        launch(_convert, source, target, mask, processes=1, preload=PRELOAD)
-        yield find(str(target))
-
-
-def _convert(source: Path, target: Path, mask_token_id: str | None) -> None:
-    from llada_megatron.config.schema import LayoutConfig
-    from llada_megatron.convert.conversion import hf_to_mcore
-    from llada_megatron.parallel import groups
-
-    groups.initialize(LayoutConfig())
-    try:
-        hf_to_mcore(
-            source, target, mask_token_id=None if mask_token_id is None else int(mask_token_id)
-        ).require()
-    finally:
-        groups.destroy()
 
 
 def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, dict[str, Any]]:
@@ -166,6 +127,7 @@ def decoding(
         ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
     job = dict(
         checkpoint=checkpoint.path,
+        origin=opened.origin_of(args.checkpoint, checkpoint),
         rule=args.rule,
         settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
         new_tokens=args.max_new_tokens,
@@ -194,6 +156,11 @@ def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
     saved = dict(checkpoint.manifest.config)
     if "data" not in saved:  # no run wrote it, and its model alone is known
         saved |= {"run": {"name": "generate"}, "optimizer": {"lr": 0.0}, "data": _context(checkpoint)}
+        if not saved["data"] and not any(each.startswith("data.sequence_length=") for each in overrides):
+            raise BadInput(
+                "Neither a run nor max_position_embeddings of config.json says how many positions the model"
+                " was trained for: set data.sequence_length."
+            )
     config = compose.elsewhere(saved, overrides)
     for axis in ("pp", "cp"):
         if getattr(config.layout, axis) > 1:

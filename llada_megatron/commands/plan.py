@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.config import compose, rules
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.flops import DocumentLengths
-from llada_megatron.config.parameters import active_parameters, cached_token_bytes, total_parameters
+from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.record.json_files import write_json
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def _plan(args: argparse.Namespace, config: compose.Config) -> int:
     result = plan(planner, config.layout, schedule)
     model = config.model
     counted = {"total": total_parameters(model), "active": active_parameters(model)}
-    kept = {"cached_token_bytes": cached_token_bytes(model, config.precision, config.layout)}
-    write_json(args.json, {"parameters": counted, "decoding": kept} | asdict(result) | _summary(result))
+    write_json(args.json, {"parameters": counted} | asdict(result) | _summary(result))
     if args.plot:
         from llada_megatron.plan.plots import draw
 

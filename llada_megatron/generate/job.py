@@ -46,6 +46,8 @@ class Job:
     batch: int = 8
     max_cached_tokens: int = 0
     seed: int = 0
+    origin: str = ""
+    """What a temporary checkpoint was made from."""
     records: Sequence[Mapping[str, Any]] = ()
     """What was asked for each prompt, which comes back with its result."""
     prompts: Sequence[Sequence[int]] = ()
@@ -59,7 +61,10 @@ class Job:
     def identity(self) -> str:
         """What decides the results, as far as a command says it: not the batch and its memory."""
         said = asdict(replace(self, output=None, batch=0, max_cached_tokens=0))
-        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+        text = json.dumps(said, sort_keys=True, default=str)
+        if self.origin:  # the next command has it elsewhere
+            text = text.replace(str(self.checkpoint), "")
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:

@@ -15,9 +15,11 @@ from llada_megatron.config.flops import (
     training_flops_per_sequence,
 )
 from llada_megatron.config.layout import micro_batches_per_step
+from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan.activations import recomputed_modules
+from llada_megatron.plan.decoding import Decoding, decoding_of
 from llada_megatron.plan.planner import Placement, Planner, Step
 from llada_megatron.plan.topology import gpus
 
@@ -101,6 +103,8 @@ class Plan:
     ranks: list[RankMemory]
     stages: list[StageTime]
     price_per_gpu_hour: float
+    decoding: Decoding | None
+    """None where the last stage of the schedule trains no model that fills masks."""
 
     @property
     def fullest(self) -> RankMemory:
@@ -145,6 +149,11 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
         ranks=[_rank_memory(planner, layout, placement, schedule, rank) for rank in range(layout.pp)],
         stages=[_stage_time(planner, layout, placement, stage) for stage in schedule.stages],
         price_per_gpu_hour=cluster.price_per_gpu_hour,
+        decoding=decoding_of(
+            schedule.stages,
+            cached_token_bytes(planner.model, planner.config.precision, layout),
+            context=planner.config.data.sequence_length,
+        ),
     )
 
 

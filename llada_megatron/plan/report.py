@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llada_megatron.config.layout import data_parallel_size
-from llada_megatron.config.parameters import active_parameters, cached_token_bytes, total_parameters
+from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.quantities import GB, amount, duration, quantity
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
 from llada_megatron.plan.estimate import Plan, StageTime
@@ -23,12 +23,6 @@ def print_plan(plan: Plan, config: Config) -> None:
     """Everything about one layout."""
     console = Console(highlight=False)
     _verdict(console, plan, config.model)
-    kept = cached_token_bytes(config.model, config.precision, plan.layout)
-    length = config.data.sequence_length
-    console.print(
-        f"  decode  keys and values take {kept / 1e3:,.1f} kB a token on each process,"
-        f" {amount(kept * length)} a sequence of {length}"
-    )
     _memory(console, plan)
     longest = max(plan.stages, key=lambda stage: stage.hours)
     _schedule(console, plan)
@@ -49,6 +43,11 @@ def _verdict(console: Console, plan: Plan, model: ModelConfig) -> None:
         f"  memory  {amount(fullest.peak)} on pipeline stage {fullest.rank}, of {usable:.1f} GB"
         f" ({plan.memory_bytes / GB:.0f} less {1 - plan.usable_bytes / plan.memory_bytes:.0%} margin)"
     )
+    if kept := plan.decoding:
+        console.print(
+            f"  decoding {amount(1000 * kept.cached_token_bytes)} of keys and values per 1,000 tokens on each"
+            f" process,\n           {amount(kept.bytes)} for {kept.batch} sequences of {kept.context:,}"
+        )
     tokens = sum(stage.tokens for stage in plan.stages)
     cost = "" if plan.cost is None else f", cost {plan.cost:,.0f}"
     console.print(

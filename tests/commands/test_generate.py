@@ -176,7 +176,7 @@ def test_a_hugging_face_folder_is_decoded_as_the_public_code_decodes_it(tmp_path
         "--threshold": case["threshold"],
         "--output": tmp_path / "out.jsonl",
     }
-    command += [f"model.mask_token_id={cases['mask_token_id']}"]
+    command += ["--mask-token-id", str(cases["mask_token_id"])]
     command += [str(part) for pair in options.items() for part in pair]
     assert cli.main(command) == 0
     line = json.loads((tmp_path / "out.jsonl").read_text())
