@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.data.chat_template import ASSISTANT, ChatTemplate, Message
+from llada_megatron.data.chat_template import ASSISTANT, ChatTemplate, Message, refuse_characters
 from llada_megatron.data.containers import BadRecord, Record
 from llada_megatron.data.conversations import ANSWER, ROLES
 from llada_megatron.data.tokenizer import Tokenizer
@@ -42,8 +42,7 @@ class ChatEncoder:
         What a model is given and what it answers are apart in use too. A special token's name in a message
         is text unless `parse_special`. Raises BadInput as ChatTemplate.spans.
         """
-        if any(_DEFUSED in str(message) for message in messages):
-            raise BadInput("the text holds the private-use character U+E002: remove it")
+        refuse_characters(messages, _DEFUSED)
         if not self.parse_special:
             messages = [{**m, "content": self.tokenizer.defused(m["content"], _DEFUSED)} for m in messages]
         ids, roles = [], []
@@ -59,8 +58,7 @@ class ChatEncoder:
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Ids of a conversation up to where an answer begins, as `encode` has them. Raises BadInput."""
-        if any(_DEFUSED in str(message) for message in messages):
-            raise BadInput("the text holds the private-use character U+E002: remove it")
+        refuse_characters(messages, _DEFUSED)
         if not self.parse_special:
             messages = [{**m, "content": self.tokenizer.defused(m["content"], _DEFUSED)} for m in messages]
         parts = [part for piece in self.template.prompt(messages) for part in piece.split(_DEFUSED)]

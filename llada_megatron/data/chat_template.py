@@ -74,6 +74,14 @@ class Span:
     """Whether a model is to learn to write it."""
 
 
+def refuse_characters(messages: Sequence[Message], *characters: str) -> None:
+    """Raise BadInput where messages hold a character that marks a place while they are rendered."""
+    text = json.dumps(list(messages), ensure_ascii=False, default=str)  # repr would escape them
+    for character in characters:
+        if character in text:
+            raise BadInput(f"the text holds the private-use character U+{ord(character):04X}: remove it")
+
+
 class ChatTemplate:
     """A compiled template.
 
@@ -104,8 +112,7 @@ class ChatTemplate:
         answer, one that the template refuses, an answer that it drops, and turns that it renders otherwise
         once others follow.
         """
-        if any(_OPENED in str(message) or _CLOSED in str(message) for message in messages):
-            raise BadInput("the text holds the private-use characters U+E000 or U+E001: remove them")
+        refuse_characters(messages, _OPENED, _CLOSED)
         answers = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
         if not answers:
             raise BadInput("no message has the role `assistant`, so there is nothing to learn")

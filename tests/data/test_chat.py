@@ -181,3 +181,12 @@ def test_half_a_surrogate_pair_beside_the_content_becomes_a_question_mark():
     messages = [{**USER, "name": ""}, {**ASSISTANT, "name": "\ud800"}]
     ((ids, _),) = named.conversations({"messages": messages}, "chat")
     assert bytes(ids.tolist()) == b"q.a?."
+
+
+@pytest.mark.parametrize("character", ["\ue000", "\ue001", "\ue002"])
+def test_characters_that_mark_places_while_a_text_is_rendered_are_refused(character):
+    template = ChatTemplate(BUILT_IN["plain"][0], "plain", {"eos_token": "."})
+    encoder = ChatEncoder(template, load_tokenizer("bytes"), only_last=False)
+    messages = [{"role": "user", "content": f"a{character}b"}, {"role": "assistant", "content": "c"}]
+    with pytest.raises(BadInput, match=rf"U\+{ord(character):04X}: remove it"):
+        encoder.encode(messages)
