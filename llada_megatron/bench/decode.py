@@ -9,7 +9,7 @@ CPU are those that one thread computed, so that other processes cost nothing.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -196,31 +196,21 @@ def _print(record: dict[str, Any]) -> None:
         f" {record['forward_sec'] * 1e3:.1f} ms",
         soft_wrap=True,
     )
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "equal": lambda one: "yes" if one["tokens_equal"] else "NO",
+        "tok/fwd": lambda one: f"{one['tokens_per_forward']:.2f}",
+        "uncached": lambda one: f"{one['uncached_tokens_per_sec']:.1f}",
+        "tok/s": lambda one: f"{one['tokens_per_sec']:.1f}",
+        "times": lambda one: f"{one['speedup']:.1f}",
+        "bound": lambda one: f"{one['share_of_bound']:.2f}",
+        "batch": lambda one: str(one["batch"]),
+        "batched": lambda one: f"{one['batch_tokens_per_sec']:.1f}",
+        "gain": lambda one: f"{one['batch_speedup']:.1f}",
+    }
     table = Table(box=None, pad_edge=False)
-    for title in (
-        "rule",
-        "tokens equal",
-        "a forward",
-        "tokens/s",
-        "uncached",
-        "times",
-        "of the bound",
-        "batch",
-    ):
-        table.add_column(title, justify="left" if title == "rule" else "right")
-    table.add_column("tokens/s", justify="right")
-    table.add_column("times", justify="right")
+    table.add_column("rule", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for one in record["rules"]:
-        table.add_row(
-            one["name"],
-            "yes" if one["tokens_equal"] else "NO",
-            f"{one['tokens_per_forward']:.2f}",
-            f"{one['tokens_per_sec']:.1f}",
-            f"{one['uncached_tokens_per_sec']:.1f}",
-            f"{one['speedup']:.1f}",
-            f"{one['share_of_bound']:.2f}",
-            str(one["batch"]),
-            f"{one['batch_tokens_per_sec']:.1f}",
-            f"{one['batch_speedup']:.1f}",
-        )
+        table.add_row(one["name"], *(shown(one) for shown in columns.values()))
     console.print(table)
