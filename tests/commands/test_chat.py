@@ -162,6 +162,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(chatting):
     terminal.until("begins anew")
     terminal.type("/nothing\n")
     terminal.until("is no command")
+    terminal.until("> ")  # a Ctrl-D that comes before is no end of the next line
     terminal.type("\x04")
     assert terminal.end() == 0
 
