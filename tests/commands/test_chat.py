@@ -156,13 +156,17 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(chatting):
     terminal.type("\x03")
     terminal.until("stopped")
     terminal.until("> ")
-    terminal.type("half a li\x03")
+    terminal.type("half a li")
+    terminal.until("half a li")
+    time.sleep(0.5)  # Python hears Ctrl-C where it waits for a key, not on its way there
+    terminal.type("\x03")
     terminal.until("Ctrl-D ends")
     terminal.type("/reset\n")
     terminal.until("begins anew")
     terminal.type("/nothing\n")
     terminal.until("is no command")
     terminal.until("> ")  # a Ctrl-D that comes before is no end of the next line
+    time.sleep(0.5)
     terminal.type("\x04")
     assert terminal.end() == 0
 
