@@ -79,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
     for number, line in enumerate(lines):
         said = json.loads(line)
         print("\n" * bool(number) + (said["text"] if said["text"] is not None else str(said["tokens"])))
+    count = figures["prompts"]
     print(
-        f"{figures['prompts']} prompts, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
+        f"{count} prompt{'s' * (count != 1)}, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
         f" ({figures['tokens'] / figures['seconds']:.1f} tokens/s, {figures['tokens_per_forward']:.2f} a"
         f" forward), cache {figures['cache_bytes'] / 2**20:.1f} MiB per rank",
         file=sys.stderr,
