@@ -196,6 +196,23 @@ def test_decoding_ends_at_an_end_token_a_string_the_length_the_context_or_after_
     )
 
 
+def test_a_block_ends_where_nothing_that_is_wanted_can_change_any_more(model):
+    one_by_one = rule_of("threshold", {"threshold": 1.0})
+    ours = decoder(model, block_size=32, rule=one_by_one, text=words)
+    prompt = prompt_of(32)
+    expected, forwards = uncached(model, prompt, 32, 32, one_by_one)
+    for new in (1, 3, 8):
+        (result,) = ours.results([prompt], Limits(new_tokens=new))
+        np.testing.assert_array_equal(result.tokens, expected[:new])
+    (result,) = ours.results([prompt], Limits(new_tokens=1))
+    assert result.forwards["denoise"] < forwards == 32
+    (string,) = ours.results([prompt], Limits(new_tokens=32, strings=[words(expected[:1])]))
+    assert string.forwards == result.forwards and string.stop is Stop.string
+    edits = decoder(model, block_size=32, rule=rule_of("joint"))  # whose tokens may still change
+    (result,) = edits.results([prompt], Limits(new_tokens=1))
+    assert result.tokens == uncached(model, prompt, 1, 32, rule_of("joint"))[0]
+
+
 @pytest.mark.usefixtures("model")  # its process groups
 def test_a_model_in_bf16_keeps_its_keys_in_bf16_and_decodes_the_same_tokens():
     half = tiny(settings("precision=bf16"))
