@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from llada_megatron.generate.conversation import Answer, Draft
+from llada_megatron.generate.prompt import PromptRead
 
 REFRESH_SEC = 0.05
 """Between two pictures, at least; a forward of a small model is faster."""
@@ -85,6 +86,12 @@ class Writing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+
+    def read(self, so_far: PromptRead) -> None:
+        """Draw how far the prompt is read."""
+        self._live.update(
+            Text(f"reading, {so_far.tokens:,} of {so_far.of:,} tokens", style=QUIET), refresh=True
+        )
 
     def draft(self, draft: Draft) -> None:
         """Draw what a forward made of the answer, unless the last picture was just drawn."""

@@ -11,7 +11,7 @@ from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schema import LayoutConfig
-from llada_megatron.generate import BlockChanged, Decoder, Limits, Prompt, Stop
+from llada_megatron.generate import BlockChanged, Decoder, Limits, Prompt, PromptRead, Result, Stop
 from llada_megatron.generate.reference_loop import Canvas, reference_loop
 from llada_megatron.generate.rules import RULES, rule_of
 from llada_megatron.model.inputs import ModelInputs
@@ -79,7 +79,7 @@ def test_no_batch_bound_or_chunk_changes_a_token(model, alone, batch, cached, pr
     results = []
     for event in ours.run(prompts, limits):
         largest = max(largest, ours.pages.count - ours.pages.available)
-        results += [] if isinstance(event, BlockChanged) else [event]
+        results += [event] if isinstance(event, Result) else []
     assert sorted(result.prompt for result in results) == list(range(len(prompts)))
     for result in results:
         np.testing.assert_array_equal(result.tokens, alone[result.prompt], err_msg=f"prompt {result.prompt}")
@@ -194,6 +194,18 @@ def test_decoding_ends_at_an_end_token_a_string_the_length_the_context_or_after_
     assert (
         result.tokens.tolist() == whole.tokens[: len(result.tokens)].tolist() and 1 <= len(result.tokens) < 30
     )
+
+
+def test_a_long_prompt_is_told_forward_by_forward_and_may_be_left_while_it_is_read(model):
+    ours, prompt = decoder(model, prefill_tokens=16), prompt_of(61)
+    read = [event for event in ours.run([prompt], Limits(new_tokens=4)) if isinstance(event, PromptRead)]
+    assert read == [PromptRead(0, tokens, 60) for tokens in (16, 32, 48)]
+    ours = decoder(model, prefill_tokens=16)
+    next(ours.run([prompt], Limits(new_tokens=4)))
+    assert ours.counts.forwards == 1 and ours.pages.available == ours.pages.count
+    (result,) = ours.results([prompt], Limits(new_tokens=4))
+    np.testing.assert_array_equal(result.tokens, uncached(model, prompt, 4, 4, RULE)[0])
+    assert ours.counts.shared_tokens == 16
 
 
 def test_a_block_ends_where_nothing_that_is_wanted_can_change_any_more(model):
