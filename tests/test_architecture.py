@@ -22,7 +22,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "runtime": {"config"},
     "jobs": {"config", "record"},
     "plan": {"config", "record"},
-    "observe": {"config", "record", "jobs"},
+    "observe": {"config", "record", "jobs", "plan"},
     "parallel": {"config", "runtime"},
     "attention": {"config", "runtime", "parallel"},
     "data": {"config", "record", "runtime", "parallel"},

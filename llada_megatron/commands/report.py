@@ -1,4 +1,4 @@
-"""`llada report RUN`: writes the report of a run and prints its main table."""
+"""`llada report RUN`: writes the report of a run and prints its main table, or serves its page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import argparse
 import shutil
 from pathlib import Path
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.quantities import short_count
-from llada_megatron.observe.report import NOT_YET, missing, write_report
+from llada_megatron.observe import server
+from llada_megatron.observe.parts import NOT_YET
+from llada_megatron.observe.report import write_report
+from llada_megatron.observe.report_training import missing
 from llada_megatron.record.json_files import read_json
 from llada_megatron.record.run_dir import RunDir
 
@@ -16,15 +20,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `llada report`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also copy report.json to FILE")
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="show the page to browsers of this machine, up to date while the run goes on, until Ctrl-C",
+    )
+    parser.add_argument(
+        "--port", type=int, metavar="N", help=f"of --serve, 0 for a free one; default {server.PORT}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and print its main table; raises BadInput where RUN holds no run or no step yet."""
+    """Write the report and print its main table, or serve it.
+
+    Raises BadInput where RUN holds no run or no step yet, and for a port that cannot be had.
+    """
+    if args.serve:
+        return serve(args.run, server.PORT if args.port is None else args.port)
+    if args.port is not None:
+        raise BadInput("--port belongs to --serve: add it.")
     write_report(args.run)
     print_summary(args.run)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(RunDir(args.run).report_json, args.json)
+    return 0
+
+
+def serve(run_dir: Path, port: int) -> int:
+    """Serve a run's report until Ctrl-C, which leaves as KeyboardInterrupt."""
+    with server.Server(server.LiveReport(run_dir), port) as serving:
+        print(f"{serving.url} shows {run_dir}; Ctrl-C ends it", flush=True)
+        serving.serve_forever()
     return 0
 
 
