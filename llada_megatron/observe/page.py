@@ -13,6 +13,7 @@ from base64 import b64encode
 from llada_megatron.observe.parts import (
     Decoded,
     Facts,
+    Fold,
     Heading,
     Paragraph,
     Part,
@@ -34,8 +35,9 @@ h2 { margin: 2.2em 0 .6em; padding-top: .6em; border-top: 1px solid var(--line);
 h3 { margin: 1.6em 0 .4em; }
 p { overflow-wrap: anywhere; }
 a { color: LinkText; }
-nav { margin: 1em 0; line-height: 2; }
-nav a { margin-right: 1em; white-space: nowrap; }
+nav { display: flex; flex-wrap: wrap; gap: .4em 1.2em; margin: 1.2em 0; }
+summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
+details { margin: .6em 0; }
 #status { min-height: 1.5em; margin: 0; font-size: .9em; opacity: .75; }
 progress { width: 100%; height: 1.1rem; accent-color: var(--accent); }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .7rem; margin: 1em 0; }
@@ -70,13 +72,14 @@ async function ask(name) {
 }
 async function show() {
   const page = new DOMParser().parseFromString(await (await ask("index.html")).text(), "text/html");
+  const news = [];
   for (const section of page.querySelectorAll("section")) {
     const old = document.getElementById(section.id);
-    if (!old || old.innerHTML === section.innerHTML) continue;
-    const fresh = document.importNode(section, true);
-    await Promise.all([...fresh.querySelectorAll("img")].map(image => image.decode().catch(() => {})));
-    old.replaceWith(fresh);
+    if (old && old.innerHTML !== section.innerHTML) news.push([old, document.importNode(section, true)]);
   }
+  const pictures = news.flatMap(([, fresh]) => [...fresh.querySelectorAll("img")]);
+  await Promise.all(pictures.map(picture => picture.decode().catch(() => {})));
+  for (const [old, fresh] of news) old.replaceWith(fresh);
   document.title = page.title;
   shown = page.body.dataset.version;
 }
@@ -105,7 +108,7 @@ TIMES = 6
 """Colours of CSS for when a token was decided."""
 LONG = 48
 """Characters of a cell from which on its column is broken into lines."""
-NUMBER = re.compile(r"[-+]?[\d.,]+( ± [\d.]+)?%?|-|not yet")
+NUMBER = re.compile(r"[-+]?[\d.,]+( ± [\d.]+)?( ?(%|[kMBT]|s|min|h))?|-|not yet")
 
 
 def to_html(parts: list[Part], version: str | None = None) -> str:
@@ -182,6 +185,8 @@ def _html(part: Part) -> str:
             return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
         case Verbatim(text):
             return f"<pre>{html.escape(text)}</pre>"
+        case Fold(text, inside):
+            return f"<details><summary>{html.escape(text)}</summary>\n{_body(inside)}</details>"
         case Decoded(spans):
             return f"<pre>{''.join(map(_span, spans))}</pre>"
 

@@ -87,7 +87,15 @@ class Decoded:
     spans: list[Span]
 
 
-Part = Heading | Paragraph | Progress | Facts | Table | Picture | Verbatim | Decoded
+@dataclass
+class Fold:
+    """Parts that a page shows when somebody asks for them."""
+
+    text: str
+    parts: list[Part]
+
+
+Part = Heading | Paragraph | Progress | Facts | Table | Picture | Verbatim | Decoded | Fold
 
 
 def title_of(parts: list[Part]) -> str:
@@ -117,6 +125,8 @@ def _markdown(part: Part) -> str:
             longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}text\n{text}\n{fence}"
+        case Fold(text, inside):
+            return to_markdown([Heading(text, 3), *inside]).rstrip()
         case Decoded(spans):
             return _markdown(Verbatim("".join(span.text for span in spans)))
 

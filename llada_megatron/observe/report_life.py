@@ -22,20 +22,20 @@ LONGEST = 300
 def overview(run: Run, figures: Figures) -> list[Part]:
     """Where the run is, and what it trains."""
     now, model = figures["progress"], run.config.model
-    experts = (
-        f"{model.experts} experts, {model.experts_per_token} per token" if model.experts else "no experts"
-    )
+    experts = f"{model.experts}, {model.experts_per_token} per token" if model.experts else "none"
     speed, wall = now["tokens_per_sec"], figures["wall_sec"]
     rows = [
         ("state", now["state"]),
-        ("stage", f"{now['stage']}, block size {now['block_size']}"),
+        ("stage", now["stage"]),
+        ("block size", str(now["block_size"])),
         ("step", f"{now['step']} of {now['steps']}"),
         ("tokens", f"{short_count(now['tokens'])} of {short_count(now['total_tokens'])}"),
         ("speed", f"{short_count(speed)} tokens/s" if speed else NOT_YET),
         ("skipped steps", str(now["skipped_steps"])),
         ("wall time", NOT_YET if wall is None else duration(wall / HOUR_SEC)),
-        ("model", f"{model.layers} layers, hidden size {model.hidden_size}, {experts}"),
-        ("sequence length", f"{run.config.data.sequence_length} tokens"),
+        ("layers", f"{model.layers} of width {model.hidden_size}"),
+        ("experts", experts),
+        ("sequence", f"{run.config.data.sequence_length} tokens"),
     ]
     return [
         Progress(now["tokens"] / max(1, now["total_tokens"]), _in_a_sentence(now)),
@@ -69,10 +69,9 @@ def layout(run: Run, figures: Figures) -> list[Part]:
     table = []
     for stage in figures["plan"]["stages"]:
         of = [stage["planned"] or {}, stage["measured"] or {}]
-        cells = [_cell(each.get(name), form) for name, form in SHOWN.items() for each in of]
+        cells = [_cell(each.get(name), form) for name, form in SHOWN.values() for each in of]
         table.append([stage["name"], *cells])
-    names = ("step time", "tokens/s", "MFU")
-    header = ["stage", *(f"{name}, {kind}" for name in names for kind in ("planned", "measured"))]
+    header = ["stage", *(f"{name}, {kind}" for name in SHOWN for kind in ("planned", "measured"))]
     parts: list[Part] = [Facts(rows)]
     if refused := figures["plan"]["refused"]:
         parts.append(Paragraph(f"There is no plan of this run: {refused}"))
@@ -80,8 +79,8 @@ def layout(run: Run, figures: Figures) -> list[Part]:
     return [*parts, Paragraph(text), Table(header, table)]
 
 
-SHOWN = {"step_sec": short_time, "tokens_per_sec": short_count, "mfu": "{:.1%}".format}
-"""How each figure of a stage's speed is shown."""
+SHOWN = {"step": ("step_sec", "{:.3g} s".format), "MFU": ("mfu", "{:.1%}".format)}
+"""Figures of a stage's speed: what a table calls them, and how it shows them."""
 
 
 def _cell(value: float | None, form: Any) -> str:

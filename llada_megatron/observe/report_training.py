@@ -5,15 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import plots
-from llada_megatron.observe.parts import NOT_YET, Heading, Paragraph, Part, Picture, Table, Verbatim
+from llada_megatron.observe.parts import (
+    NOT_YET,
+    Decoded,
+    Fold,
+    Heading,
+    Paragraph,
+    Part,
+    Picture,
+    Span,
+    Table,
+    Verbatim,
+)
 from llada_megatron.observe.run import Figures, Run
 from llada_megatron.record.metrics import Record, by_stage
 
 SAMPLES_PER_STAGE = 2
+LEGEND: list[Part] = [
+    Paragraph("Filled tokens have the colour of the forward that decided them:"),
+    Decoded([Span(text, place / 4) for place, text in enumerate(("first", " ", "later", " ", "last"))]),
+]
 
 
 def missing(stage: Figures) -> str:
@@ -161,15 +177,37 @@ def _picture(available: bool, path: Path, caption: str, draw: Callable[[Path], N
 
 
 def samples(found: list[Record]) -> list[Part]:
+    """Of the newest stage at once, of the ones before it when asked for."""
     if not found:
         return [Paragraph(f"{NOT_YET.capitalize()}.")]
-    parts: list[Part] = [Paragraph("░ is a masked token.")]
-    for stage, records in by_stage(found):
-        parts.append(Heading(f"After {stage}", level=3))
-        for record in records[:SAMPLES_PER_STAGE]:
-            for name in ("masked", "filled", "original"):
-                parts += [Paragraph(f"{name}, block size {record['block_size']}"), Verbatim(record[name])]
+    *before, (stage, newest) = by_stage(found)
+    shown: list[Part] = [Paragraph("░ is a masked token."), Heading(f"After {stage}", level=3)]
+    if any("pieces" in record for record in found):
+        shown[1:1] = LEGEND
+    folded = [Fold(f"After {name}", _samples_of(records)) for name, records in reversed(before)]
+    return [*shown, *_samples_of(newest), *folded]
+
+
+def _samples_of(records: list[Record]) -> list[Part]:
+    parts: list[Part] = []
+    for record in records[:SAMPLES_PER_STAGE]:
+        for name in ("masked", "filled", "original"):
+            is_decoded = name == "filled" and "pieces" in record
+            text = Decoded(spans_of(record["pieces"])) if is_decoded else Verbatim(record[name])
+            parts += [Paragraph(f"{name}, block size {record['block_size']}"), text]
     return parts
+
+
+def spans_of(pieces: list[list[Any]]) -> list[Span]:
+    """Of a decoded text in pieces of (text, forward, is_edited).
+
+    forward: the one that decided it, from 1; null for what was given.
+    """
+    last = max((forward for _, forward, _ in pieces if forward), default=1)
+    return [
+        Span(text, forward and (forward - 1) / max(1, last - 1), bool(is_edited))
+        for text, forward, is_edited in pieces
+    ]
 
 
 def _plus_minus(estimate: Record | None, absent: str = NOT_YET) -> str:

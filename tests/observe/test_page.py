@@ -10,6 +10,7 @@ from llada_megatron.observe.page import TIMES, to_html
 from llada_megatron.observe.parts import (
     Decoded,
     Facts,
+    Fold,
     Heading,
     Paragraph,
     Picture,
@@ -90,6 +91,7 @@ def test_text_of_a_run_cannot_break_either_format():
         Table([HOSTILE], [[HOSTILE]]),
         Picture(HOSTILE, HOSTILE),
         Verbatim(HOSTILE + "</pre>"),
+        Fold(HOSTILE, [Paragraph(HOSTILE)]),
         Decoded([Span(HOSTILE, 0.5, is_edited=True)]),
     ]
     page = to_html(hostile)
