@@ -17,14 +17,13 @@ from rich.text import Text
 
 from llada_megatron.generate.conversation import Answer, Draft
 from llada_megatron.generate.prompt import PromptRead
+from llada_megatron.generate.trace import BROKEN
 
 REFRESH_SEC = 0.05
 """Between two pictures, at least; a forward of a small model is faster."""
 BELOW = 3
 """Rows of the terminal that the picture leaves free, for the figures and the cursor."""
 MASKED, EDITED, QUIET = "dim", "yellow underline", "dim"
-BROKEN = "\ufffd"
-"""What a part of a character decodes to."""
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _SHOWN: dict[int, str | None] = {
     **{code: chr(0x2400 + code) for code in range(0x20)},

@@ -48,6 +48,7 @@ dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-w
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em 1.2em .3em 0; text-align: left; vertical-align: top; white-space: nowrap; }
 th, td { border-bottom: 1px solid var(--line); }
+tr > :first-child { position: sticky; left: 0; background: Canvas; max-width: 11rem; white-space: normal; }
 td.long { white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
 .number { text-align: right; }
 figure { margin: 1.5em 0; }

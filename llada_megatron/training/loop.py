@@ -316,6 +316,7 @@ class _Run:
                 **record,
                 "tokens_per_sec": tokens_per_sec,
                 "mfu": self._mfu(stage, tokens_per_sec),
+                "peak_memory_bytes": device.peak_memory_bytes(),
                 "skipped_steps": self.position.skipped_steps + int(result.skipped),
             }
         )
@@ -365,9 +366,8 @@ class _Run:
         assert self.evaluator is not None
         chosen = self.evaluator.samples[: self.config.evaluation.infill_sequences]
         model = self.trainer.model[0]
-        for original, masked, filled in infilled(self.config, model, chosen, stage.block_size):
+        for texts in infilled(self.config, model, chosen, stage.block_size):
             if self.trackers is not None:
-                texts = {"original": original, "masked": masked, "filled": filled}
                 self.trackers.sample(
                     {"step": step, "stage": stage.name, "block_size": stage.block_size, **texts}
                 )
