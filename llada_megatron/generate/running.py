@@ -62,6 +62,7 @@ class Running:
         self.tokens = np.full(length, mask_token_id, np.int64)
         self.tokens[: len(given)] = given
         self.is_given = self.tokens != mask_token_id
+        self.decided_at = np.zeros(length, np.int64)
         self.forwards: Counter[str] = Counter()
         self.began = 0.0
         self.first = self.stop = 0
@@ -129,6 +130,7 @@ class Running:
         self.tokens[block], self._state = change.tokens_m, change.state
         self._step += 1
         self.forwards["denoise"] += 1
+        self.decided_at[block][change.tokens_m != seen.tokens_m] = self.forwards["denoise"]
         changed = BlockChanged(self.number, self.first, change.tokens_m, self.is_masked, change.is_done)
         return changed, change.is_done and not change.changes(seen)
 
@@ -197,6 +199,7 @@ class Running:
             tokens,
             None if text is None else text(tokens.tolist())[:characters],
             reason,
+            self.decided_at[first:stop].copy(),
             {kind: self.forwards[kind] for kind in ("prefill", "denoise", "store")},
             int((~self.is_given[first:stop]).sum()),
             time.perf_counter() - self.began,
