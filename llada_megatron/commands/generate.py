@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.commands import opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.foreign import parse_json, read_bytes
+from llada_megatron.config.quantities import so_many
 
 if TYPE_CHECKING:
     from llada_megatron.config.schema import Config
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n" * bool(number) + (said["text"] if said["text"] is not None else str(said["tokens"])))
     count = figures["prompts"]
     print(
-        f"{count} prompt{'s' * (count != 1)}, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
+        f"{so_many(count, 'prompt')}, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
         f" ({figures['tokens'] / figures['seconds']:.1f} tokens/s, {figures['tokens_per_forward']:.2f} a"
         f" forward), cache {figures['cache_bytes'] / 2**20:.1f} MiB per rank",
         file=sys.stderr,

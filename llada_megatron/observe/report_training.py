@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.quantities import short_count
@@ -182,7 +182,7 @@ def samples(found: list[Record]) -> list[Part]:
         return [Paragraph(f"{NOT_YET.capitalize()}.")]
     *before, (stage, newest) = by_stage(found)
     shown: list[Part] = [Paragraph("░ is a masked token."), Heading(f"After {stage}", level=3)]
-    if any("pieces" in record for record in found):
+    if any(decoded(record) for record in found):
         shown[1:1] = LEGEND
     folded = [Fold(f"After {name}", _samples_of(records)) for name, records in reversed(before)]
     return [*shown, *_samples_of(newest), *folded]
@@ -192,22 +192,32 @@ def _samples_of(records: list[Record]) -> list[Part]:
     parts: list[Part] = []
     for record in records[:SAMPLES_PER_STAGE]:
         for name in ("masked", "filled", "original"):
-            is_decoded = name == "filled" and "pieces" in record
-            text = Decoded(spans_of(record["pieces"])) if is_decoded else Verbatim(record[name])
-            parts += [Paragraph(f"{name}, block size {record['block_size']}"), text]
+            shown = name == "filled" and decoded(record)
+            parts += [
+                Paragraph(f"{name}, block size {record['block_size']}"),
+                shown or Verbatim(record[name]),
+            ]
     return parts
 
 
-def spans_of(pieces: list[list[Any]]) -> list[Span]:
-    """Of a decoded text in pieces of (text, forward, is_edited).
+def decoded(record: Record) -> Decoded | None:
+    """A record's `pieces`, one per token, coloured by the forward that decided each (`decided_at`, 0: given).
 
-    forward: the one that decided it, from 1; null for what was given.
+    None of an older record, which does not say.
     """
-    last = max((forward for _, forward, _ in pieces if forward), default=1)
-    return [
-        Span(text, forward and (forward - 1) / max(1, last - 1), bool(is_edited))
-        for text, forward, is_edited in pieces
-    ]
+    pieces, decided_at = record.get("pieces"), record.get("decided_at")
+    if not pieces or not decided_at:
+        return None
+    edited = record.get("is_edited") or [False] * len(pieces)
+    last = max(max(decided_at), 2)
+    return Decoded(
+        [
+            Span("".join(piece for piece, _, _ in run), (at - 1) / (last - 1) if at else None, is_edited)
+            for (at, is_edited), run in groupby(
+                zip(pieces, decided_at, edited, strict=True), key=lambda token: (token[1], bool(token[2]))
+            )
+        ]
+    )
 
 
 def _plus_minus(estimate: Record | None, absent: str = NOT_YET) -> str:

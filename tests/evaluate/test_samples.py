@@ -32,7 +32,7 @@ def test_each_document_is_filled_as_by_itself_and_the_models_mode_stays(config):
     ]
     assert model.training
     for sample, found in zip(samples, infilled(config, model, samples, BLOCK), strict=True):
-        original, masked, filled = found["original"], found["masked"], found["filled"]
+        original, masked, filled = (found[name] for name in ("original", "masked", "filled"))
         assert original == bytes(sample.tokens.tolist()).decode()
         hidden = np.array([character == MASK_CHARACTER for character in masked])
         assert hidden.any() and not hidden[: L // 2].any()
@@ -44,10 +44,10 @@ def test_each_document_is_filled_as_by_itself_and_the_models_mode_stays(config):
             canvas = Canvas(document, BLOCK, mask)
             expected += reference_loop(model, canvas, rule_of("threshold"))[0].tolist()
             model.train()
+        shown = [
+            MASK_CHARACTER if decided_at else piece
+            for piece, decided_at in zip(found["pieces"], found["decided_at"], strict=True)
+        ]
+        assert "".join(shown) == masked and max(found["decided_at"]) > 1
         assert filled == bytes(token for token in expected if token < 256).decode(errors="replace")
-        assert "".join(text for text, _, _ in found["pieces"]) == filled
-        given = [text for text, forward, _ in found["pieces"] if forward is None]
-        assert given[0] == original[: len(given[0])] and len(given[0]) >= L // 2
-        decided = [forward for _, forward, _ in found["pieces"] if forward is not None]
-        assert decided and min(decided) >= 1 and not any(is_edited for *_, is_edited in found["pieces"])
     assert model.training

@@ -153,19 +153,23 @@ def test_holes_are_filled_and_what_was_given_stays(model):
     (result,) = decoder(model).results([Prompt(tokens, has_holes=True)], Limits(new_tokens=0))
     np.testing.assert_array_equal(result.tokens, expected)
     assert (result.generated, result.forwards["denoise"], result.stop) == (7, forwards, Stop.length)
+    assert ((result.decided_at == 0) == (tokens != MASK)).all() and result.decided_at.max() == forwards
     (untouched,) = decoder(model).results([Prompt(expected, has_holes=True)], Limits(new_tokens=0))
     np.testing.assert_array_equal(untouched.tokens, expected)
 
 
 def test_changes_of_blocks_add_up_to_the_result(model):
     prompt = prompt_of(6)
-    text, events = np.full(32, -1), 0
+    text, decided_at, events = np.full(32, -1), np.zeros(32, np.int64), 0
     for event in decoder(model).run([prompt], Limits(new_tokens=17)):
         if isinstance(event, BlockChanged):
-            text[event.first : event.first + 4] = np.where(event.is_masked, -1, event.tokens)
+            block, events = slice(event.first, event.first + 4), events + 1
+            now = np.where(event.is_masked, -1, event.tokens)
+            decided_at[block][(now != text[block]) & (np.arange(32)[block] >= 6)] = events
+            text[block] = now
             assert event.is_done == (not event.is_masked.any())
-            events += 1
     np.testing.assert_array_equal(text[4:23], [*prompt[4:], *event.tokens])
+    np.testing.assert_array_equal(event.decided_at, decided_at[6:23])
     assert events == event.forwards["denoise"] and event.tokens_per_forward == 17 / events
 
 
@@ -220,9 +224,12 @@ def test_a_block_ends_where_nothing_that_is_wanted_can_change_any_more(model):
     assert result.forwards["denoise"] < forwards == 32
     (string,) = ours.results([prompt], Limits(new_tokens=32, strings=[words(expected[:1])]))
     assert string.forwards == result.forwards and string.stop is Stop.string
+    assert not result.is_edited.any()
     edits = decoder(model, block_size=32, rule=rule_of("joint"))  # whose tokens may still change
     (result,) = edits.results([prompt], Limits(new_tokens=1))
     assert result.tokens == uncached(model, prompt, 1, 32, rule_of("joint"))[0]
+    (result,) = edits.results([prompt], Limits(new_tokens=32))
+    assert result.is_edited.any() and (result.decided_at[result.is_edited] > 1).all()
 
 
 @pytest.mark.usefixtures("model")  # its process groups

@@ -56,6 +56,8 @@ def make_run(run_dir, schedule=SCHEDULE, stop_after=None, evaluated=True, expert
             "block_size": 32,
             "masked": "a ░░ <b> ``` c\nd",
             "filled": "a 12",
+            "pieces": ["a", " ", "1", "2"],
+            "decided_at": [0, 0, 2, 1],
             "original": "a|34",
         }
         write_lines(run_dir / "samples.jsonl", [sample] * 3)

@@ -9,8 +9,10 @@ import pytest
 
 from llada_megatron.commands.report import add_arguments, print_summary, run
 from llada_megatron.config.errors import BadInput
+from llada_megatron.observe.parts import Decoded, Span
 from llada_megatron.observe.plots import _running_mean, _spread
 from llada_megatron.observe.report import write_report
+from llada_megatron.observe.report_training import decoded
 from tests.observe.runs import LENGTH, SCHEDULE, STEP_TOKENS, evaluation, make_run
 
 
@@ -142,3 +144,12 @@ def test_the_summary_of_a_run_without_evaluations_says_not_yet(tmp_path, capsys)
     write_report(run_dir)
     print_summary(run_dir)
     assert "not yet" in capsys.readouterr().out
+
+
+def test_filled_tokens_have_the_colour_of_their_forward_and_what_was_given_has_none():
+    record = {"pieces": ["a", "b", "", "c", "d"], "decided_at": [0, 0, 1, 3, 3], "is_edited": [0, 0, 0, 1, 0]}
+    expected = [Span("ab"), Span("", 0.0), Span("c", 1.0, is_edited=True), Span("d", 1.0)]
+    assert decoded(record) == Decoded(expected)
+    assert decoded({"filled": "abcd"}) is None  # as earlier versions wrote it
+    with_one = {"pieces": ["a"], "decided_at": [1]}
+    assert decoded(with_one) == Decoded([Span("a", 0.0)])
