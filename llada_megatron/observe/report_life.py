@@ -26,8 +26,7 @@ def overview(run: Run, figures: Figures) -> list[Part]:
     speed, wall = now["tokens_per_sec"], figures["wall_sec"]
     rows = [
         ("state", now["state"]),
-        ("stage", now["stage"]),
-        ("block size", str(now["block_size"])),
+        ("stage", f"{now['stage']}, block {now['block_size']}"),
         ("step", f"{now['step']} of {now['steps']}"),
         ("tokens", f"{short_count(now['tokens'])} of {short_count(now['total_tokens'])}"),
         ("speed", f"{short_count(speed)} tokens/s" if speed else NOT_YET),
@@ -75,7 +74,10 @@ def layout(run: Run, figures: Figures) -> list[Part]:
     parts: list[Part] = [Facts(rows)]
     if refused := figures["plan"]["refused"]:
         parts.append(Paragraph(f"There is no plan of this run: {refused}"))
-    text = "Measured: the median over the steps of a stage. Planned: what `llada plan` says."
+    text = (
+        "Planned: what `llada plan` says. Measured: the median over a stage's steps, and rank 0's peak of"
+        " memory, on a CPU with everything else that its process holds."
+    )
     return [*parts, Paragraph(text), Table(header, table)]
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from functools import cache
 
 from llada_megatron.config.compose import compose, save
 from llada_megatron.config.schema import ScheduleConfig, StageConfig
@@ -67,8 +68,13 @@ def make_run(run_dir, schedule=SCHEDULE, stop_after=None, evaluated=True, expert
     return run_dir
 
 
+@cache
+def base():
+    return compose(["experiment=parity", "run.name=synthetic_run"])
+
+
 def write_config(run_dir, schedule, experts):
-    config = compose(["experiment=parity", "run.name=synthetic_run", f"run.dir={run_dir}"])
+    config = base()
     model = replace(config.model, vocab_size=512, layers=4, hidden_size=64, experts=experts)
     stages = [
         StageConfig(name=name, block_size=size, tokens=count * STEP_TOKENS, objective=objective)
@@ -76,6 +82,7 @@ def write_config(run_dir, schedule, experts):
     ]
     config = replace(
         config,
+        run=replace(config.run, dir=str(run_dir)),
         model=model,
         data=replace(config.data, sequence_length=LENGTH),
         layout=replace(config.layout, global_batch=STEP_TOKENS // LENGTH),

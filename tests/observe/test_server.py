@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from llada_megatron.observe.parts import Heading
 from llada_megatron.observe.report import Report
 from llada_megatron.observe.server import LiveReport, Server
 from llada_megatron.record.run_dir import RunDir
+from tests.observe.runs import make_run
 
 
 class Builds:
@@ -160,6 +162,16 @@ def test_a_port_that_is_taken_is_refused_in_one_sentence(running, tmp_path):
         Server(running.report, running.server_port)
     with pytest.raises(BadInput, match=r"port 70000 cannot be had .*--port"):
         Server(running.report, 70_000)
+
+
+def test_the_command_serves_the_page_until_ctrl_c(tmp_path, capsys, monkeypatch):
+    def interrupted(started):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", interrupted)
+    run_dir = make_run(tmp_path / "run", stop_after=3, evaluated=False)
+    assert main(["report", str(run_dir), "--serve", "--port", "0"]) == 130
+    assert re.search(r"http://127\.0\.0\.1:\d+/ shows .*run; Ctrl-C", capsys.readouterr().out)
 
 
 def test_the_command_refuses_what_it_cannot_serve(tmp_path, capsys):
