@@ -20,13 +20,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.tasks import FOLDER
 from llada_megatron.tasks.data_packages import dataset, folder_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PREFIX = "reasoning_gym:"
 SIZE = 200
 SEED = 1_000_000_000
 """Of the first item; training data from seeds between 0 and SEED - its size shares no item with a task."""
@@ -49,16 +47,6 @@ PARSED = {
 FUNCTIONS = {"exp", "log", "ln", "sqrt", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
 MAX_FORMULA = 500
 MAX_POWER = 1000
-
-
-def configuration(task: str) -> dict[str, Any]:
-    """What lm-eval wants to know about `reasoning_gym:NAME`; BadInput where there is no such generator."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    name = task.removeprefix(PREFIX)
-    if name not in generators():
-        raise BadInput(f"reasoning-gym has no generator '{name}': take one of {', '.join(generators())}.")
-    return load_yaml(FOLDER / "reasoning_gym.yaml") | {"task": task, "dataset_kwargs": {"generator": name}}
 
 
 @cache
@@ -171,6 +159,10 @@ def _size_of(exponent: ast.expr) -> float | None:
 @cache
 def _draw(generator: str, size: int, seed: int, settings: str) -> tuple[Any, list[dict[str, Any]]]:
     """The generator and its items; drawing one can take a second."""
+    if generator not in generators():
+        raise BadInput(
+            f"reasoning-gym has no generator '{generator}': take one of {', '.join(generators())}."
+        )
     try:
         source = _package().create_dataset(generator, size=size, seed=seed, **json.loads(settings))
     except (TypeError, AssertionError, ValueError) as error:

@@ -7,8 +7,10 @@ import sys
 from typing import Any
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.tasks import FOLDER as TASKS
 from llada_megatron.tasks import reasoning
 from llada_megatron.tasks.data_packages import FOLDER
 
@@ -91,7 +93,28 @@ def test_settings_of_a_generator_can_be_chosen_and_wrong_ones_are_refused() -> N
     with pytest.raises(BadInput, match=r"chain_sum refuses its settings .*terms"):
         items("chain_sum", settings={"terms": 5})
     with pytest.raises(BadInput, match=r"no generator 'chainsum': take one of .*chain_sum"):
-        reasoning.configuration("reasoning_gym:chainsum")
+        items("chainsum")
+
+
+def test_every_generator_is_a_task_of_its_name() -> None:
+    index = TaskManager(include_path=str(TASKS), include_defaults=False).task_index
+    named = {name: index[name].cfg for name in index if name.startswith("reasoning_gym:")}
+    assert {name: config["dataset_kwargs"] for name, config in named.items()} == {
+        f"reasoning_gym:{name}": {"generator": name} for name in reasoning.generators()
+    }
+
+
+def test_a_task_asks_the_question_alone_or_after_examples_and_scores_as_its_generator() -> None:
+    task = TaskManager(include_path=str(TASKS), include_defaults=False).load(["reasoning_gym:chain_sum"])[
+        "tasks"
+    ]["reasoning_gym:chain_sum"]
+    doc = task.test_docs()[0]
+    assert len(task.test_docs()) == reasoning.SIZE
+    assert task.fewshot_context(doc, num_fewshot=0) == doc["question"]
+    examples = task.fewshot_context(doc, num_fewshot=2).split("\n\n\n")
+    assert [example.count("\n") for example in examples] == [1, 1, 0]
+    assert task.process_results(doc, [f" {doc['answer']}\n"]) == {"acc": 1.0, "score": 1.0}
+    assert {*task.aggregation()} == {"acc", "score"}
 
 
 def test_the_names_of_scorers_that_evaluate_answers_are_complete() -> None:
