@@ -156,13 +156,15 @@ def _parts(scores: list[Score], lines: list[Line], folder: Path) -> list[Part]:
     parts: list[Part] = [Heading("Evaluations", level=1)]
     for task in dict.fromkeys(score.task for score in scores):
         mine = [score for score in scores if score.task == task]
+        mine.sort(key=lambda score: (score.model, score.rule, score.cost.get("tokens_per_forward", 0.0)))
         parts += [Heading(task), _table_of_scores(mine)]
         of_task = [line for line in lines if line.task == task]
         if of_task:
             # The first metric is the one by which the task is known.
             shown = [line for line in of_task if line.metric == of_task[0].metric]
             picture = folder / f"frontier-{_file_name(task)}.png"
-            plots.plot_frontier([(line.label, line.points) for line in shown], shown[0].metric, picture)
+            named = [(f"{line.label} (AUP {line.aup:.1f})", line.points) for line in shown]
+            plots.plot_frontier(named, shown[0].metric, picture)
             parts.append(Picture(picture.name, CAPTION))
             parts.append(_table_of_lines(of_task))
     return [*parts, Paragraph(AUP)] if lines else parts
