@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.commands import generate, opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import write_json
+from llada_megatron.tasks.code_execution import allow_code
 
 if TYPE_CHECKING:
     from llada_megatron.config.schema import Config
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.checkpoint or not args.tasks:
         raise BadInput("Give a checkpoint and --tasks, or --list to see which there are.")
+    if args.allow_code:
+        allow_code()
     wanted = [name.strip() for name in args.tasks.split(",") if name.strip()]
     loaded = tasks.load(wanted, args.include_path, fewshot=args.fewshot)
     tasks.check_code(loaded["tasks"], allowed=args.allow_code)
