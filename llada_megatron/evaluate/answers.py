@@ -109,7 +109,7 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     try:
         decodings = decodings_of(job.rules, job.settings or {}) if job.generations else []
         desk = Desk(job, ranks.from_first_rank(_written, job))
-        if waiting := [each for each in _asked(job, decodings) if each not in desk.answers]:
+        if waiting := [each for each in asked(job, decodings) if each not in desk.answers]:
             (model,) = load_model(config, job.checkpoint)
             with evaluating([model]):
                 Answering(config, job, model, desk, set(waiting)).run(decodings)
@@ -118,7 +118,8 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
         groups.destroy()
 
 
-def _asked(job: EvaluationJob, decodings: Sequence[Decoding]) -> Iterator[Key]:
+def asked(job: EvaluationJob, decodings: Sequence[Decoding]) -> Iterator[Key]:
+    """The keys of all answers of a job."""
     for score in job.scores:
         yield score.kind, "", score.task, score.number
         if score.wants_greedy and job.block_size:

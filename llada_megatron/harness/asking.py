@@ -1,7 +1,7 @@
 """Tasks to requests in tokens: prompts and continuations as lm-eval words them, few-shot examples and chats.
 
-A context and its continuation are tokenized together, as lm-eval does it: spaces at the context's end go to
-the continuation, and what the whole has more than the context alone is the continuation.
+A context and its continuation are tokenized together, as lm-eval does it: white space at the context's end
+goes to the continuation, and what the whole has more than the context alone is the continuation.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Wording:
         """The tokens of a context and of what follows it."""
         if context in self._chats:  # a question and its answer are tokenized apart, as for training
             return self._chats[context], self.tokenizer.encode(continuation)
-        bare = context.rstrip(" ")
+        bare = context.rstrip()
         before = self.prompt(bare)
         whole = self.prompt(context + continuation)
         after = whole[len(before) :]
