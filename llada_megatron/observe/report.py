@@ -52,6 +52,8 @@ def _parts(run: Run, figures: Figures, folder: Path) -> list[Part]:
         *report_training.curves(run, folder),
         Heading("Likelihood on held-out text"),
         *report_training.likelihood(run, figures, folder),
+        Heading("Tasks"),
+        *report_training.tasks(run, folder),
         Heading("Samples"),
         *report_training.samples(run.samples),
         Heading("Layout and plan"),

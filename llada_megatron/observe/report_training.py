@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.quantities import short_count
-from llada_megatron.observe import plots
+from llada_megatron.observe import comparison, plots
 from llada_megatron.observe.parts import (
     NOT_YET,
     Decoded,
@@ -24,6 +24,7 @@ from llada_megatron.observe.parts import (
 )
 from llada_megatron.observe.run import Figures, Run
 from llada_megatron.record.metrics import Record, by_stage
+from llada_megatron.record.run_dir import RunDir
 
 SAMPLES_PER_STAGE = 2
 LEGEND: list[Part] = [
@@ -218,6 +219,16 @@ def decoded(record: Record) -> Decoded | None:
             )
         ]
     )
+
+
+def tasks(run: Run, folder: Path) -> list[Part]:
+    """Scores of tasks and what decoding costs in them, of the files that lie in the run's directory."""
+    if run.unread:
+        return [Paragraph(run.unread)]
+    if run.scores:
+        return comparison.parts_of(run.scores, run.lines, folder, level=3)
+    command = f"llada eval {run.dir} --tasks TASK --json {RunDir(run.dir).scores}/TASK.json"
+    return [Paragraph(f"{NOT_YET.capitalize()}. Made by `{command}`.")]
 
 
 def _plus_minus(estimate: Record | None, absent: str = NOT_YET) -> str:

@@ -17,6 +17,7 @@ from llada_megatron.config.schema import Config
 from llada_megatron.jobs.account import HOUR_SEC, account
 from llada_megatron.jobs.cost_report import by_use
 from llada_megatron.jobs.state import state_of
+from llada_megatron.observe import comparison
 from llada_megatron.plan.estimate import plan
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.topology import check_processes
@@ -43,6 +44,11 @@ class Run:
     """The last one of each stage, in the order of the run."""
     samples: list[Record]
     events: list[events.Event]
+    scores: list[comparison.Score]
+    """Of tasks: what files in RunDir.scores say."""
+    lines: list[comparison.Line]
+    unread: str = ""
+    """Why those files could not be read."""
 
     @classmethod
     def read(cls, run_dir: Path) -> Run:
@@ -62,6 +68,7 @@ class Run:
         config = load(files.config)
         saved_last = readable(run_dir)[-1:]
         batches = saved_last[0].manifest.batches(config.layout.global_batch) if saved_last else ()
+        scores, lines, unread = _scores(files.scores)
         return cls(
             run_dir,
             config,
@@ -70,6 +77,9 @@ class Run:
             list(last_of_stage.values()),
             read_jsonl(files.samples, "block_size"),
             events.read(run_dir),
+            scores,
+            lines,
+            unread,
         )
 
     def latest(self, key: str) -> Any:
@@ -77,6 +87,15 @@ class Run:
         return next(
             (record[key] for record in reversed(self.evaluations) if record.get(key) is not None), None
         )
+
+
+def _scores(folder: Path) -> tuple[list[comparison.Score], list[comparison.Line], str]:
+    """Scores, their frontiers, and why there are none where a file is no file of results."""
+    paths = sorted(folder.glob("*.json"))
+    try:
+        return *comparison.compared(paths), ""
+    except BadInput as fault:
+        return [], [], str(fault)
 
 
 def figures_of(run: Run) -> Figures:
@@ -90,6 +109,7 @@ def figures_of(run: Run) -> Figures:
         "baselines": run.latest("baselines"),
         "vocab_size": run.latest("vocab_size") or run.config.model.vocab_size,
         "wall_sec": run.latest("wall_sec"),
+        "tasks": comparison.figures_of(run.scores, run.lines),
         "plan": _plan(run),
         "cost": _cost(run),
         "versions": {"python": platform.python_version()}

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from llada_megatron.config.errors import BadInput, Refusal, in_words
 from llada_megatron.observe.page import to_html
 from llada_megatron.observe.report import Report, write_report
-from llada_megatron.record.run_dir import RunDir
+from llada_megatron.record.run_dir import PAGE, RunDir
 
 ADDRESS = "127.0.0.1"
 PORT = 8000
@@ -58,7 +58,7 @@ class LiveReport:
                 going = self._report.figures["progress"]["going"]
                 state = {"version": str(self._version), "going": going, "problem": self._problem}
                 return "application/json", json.dumps(state).encode()
-            if name in ("", "index.html"):
+            if name in ("", PAGE):
                 page = to_html(self._report.parts, version=str(self._version))
                 return "text/html; charset=utf-8", page.encode(errors="backslashreplace")
             pictures = {path.name: path for path in RunDir(self._run_dir).report.glob("*.png")}
@@ -95,15 +95,14 @@ class LiveReport:
         """What changes when the run has written something."""
         files = RunDir(self._run_dir)
         paths = [files.config, files.events, files.metrics, files.evaluations, files.samples, files.stop]
-        paths += [files.checkpoints]
+        paths += [files.checkpoints, *sorted(files.scores.glob("*.json"))]
         found = []
         for path in paths:
             try:
                 status = path.stat()
             except OSError:
-                found.append((0, 0))
-            else:
-                found.append((status.st_mtime_ns, status.st_size))
+                continue
+            found.append((path.name, status.st_mtime_ns, status.st_size))
         return found
 
 

@@ -13,6 +13,8 @@ from llada_megatron.observe.parts import Decoded, Span
 from llada_megatron.observe.plots import _running_mean, _spread
 from llada_megatron.observe.report import write_report
 from llada_megatron.observe.report_training import decoded
+from llada_megatron.record.run_dir import RunDir
+from tests.observe.evaluations import results, write
 from tests.observe.runs import LENGTH, SCHEDULE, STEP_TOKENS, evaluation, make_run
 
 
@@ -50,7 +52,7 @@ def test_the_report_shows_a_picture_that_is_not_blank(finished, name):
 def test_report_json_has_the_documented_keys_and_numbers(finished):
     report = json.loads((finished / "report.json").read_text())
     assert set(report) == {
-        "schema", "progress", "stages", "ar", "baselines", "vocab_size", "wall_sec", "plan", "cost",
+        "schema", "progress", "stages", "ar", "baselines", "vocab_size", "wall_sec", "tasks", "plan", "cost",
         "versions",
     }  # fmt: skip
     assert report["schema"] == 1
@@ -153,3 +155,21 @@ def test_filled_tokens_have_the_colour_of_their_forward_and_what_was_given_has_n
     assert decoded({"filled": "abcd"}) is None  # as earlier versions wrote it
     with_one = {"pieces": ["a"], "decided_at": [1]}
     assert decoded(with_one) == Decoded([Span("a", 0.0)])
+
+
+def test_scores_of_tasks_that_lie_in_the_run_are_shown_with_their_frontier(tmp_path):
+    run_dir = make_run(tmp_path / "run", stop_after=3, evaluated=False)
+    write_report(run_dir)
+    assert "Not yet. Made by `llada eval" in read_texts(run_dir)[0]
+    decoded_at_two_speeds = [
+        results("runs/a", "threshold", setting, accuracy=accuracy, speed=speed)
+        for setting, accuracy, speed in (("0.9", 0.8, 2.0), ("0.5", 0.77, 4.0))
+    ]
+    write(RunDir(run_dir).scores, *decoded_at_two_speeds)
+    figures = write_report(run_dir).figures
+    for text in read_texts(run_dir):
+        assert "0.7700 ± 0.0100" in text and "frontier-gsm8k.png" in text and "AUP" in text
+    assert [score["value"] for score in figures["tasks"]["scores"]][::2] == [0.8, 0.77]
+    (RunDir(run_dir).scores / "other.json").write_text("{}")
+    assert write_report(run_dir).figures["tasks"]["scores"] == []
+    assert "other.json has no 'results'" in read_texts(run_dir)[0]

@@ -16,6 +16,7 @@ from llada_megatron.observe.parts import Heading
 from llada_megatron.observe.report import Report
 from llada_megatron.observe.server import LiveReport, Server
 from llada_megatron.record.run_dir import RunDir
+from tests.observe.evaluations import results, write
 from tests.observe.runs import make_run
 
 
@@ -127,6 +128,8 @@ def test_it_builds_again_when_the_run_has_written_something_and_not_before(runni
     assert state(running)["version"] == "2" and b"build 2" in ask(running, "/")[1]
     (tmp_path / "evaluations.jsonl").write_text("{}\n")
     assert [state(running)["version"] for _ in range(3)] == ["3"] * 3 and builds.count == 3
+    write(RunDir(tmp_path).scores, results("runs/a", "threshold", "0.9", accuracy=0.8, speed=2.0))
+    assert state(running)["version"] == "4"
 
 
 def test_it_rests_after_it_has_built(tmp_path, builds):
