@@ -83,7 +83,7 @@ def _missing_for_experts(layer: Any, architecture: str) -> str | None:
     if not isinstance(layer.experts, Experts):
         return "need experts of the local layers: set model.layer_spec=local"
     if layer.experts.has_adapters:
-        return "serve no adapters at experts: merge them (llada convert merge-adapters)"
+        return "serve no adapters at experts: merge them (llada convert mcore-to-hf) and decode that folder"
     if architecture not in GROUPED:
         return f"need sm_90, sm_100 or sm_103 for experts, this is an {architecture}: leave them out"
     if next(layer.experts.parameters()).dtype is not torch.bfloat16:

@@ -71,6 +71,8 @@ def interrupted(run, prompts, output, whole) -> str:
     from llada_megatron.record.manifest import find
 
     arguments = ["--input", prompts, "--output", str(output), "--max-new-tokens", "9"]
+    # Neither graphs nor the batch decide the results.
+    arguments += ["--cuda-graphs", "--batch", "3"]
     _, args = cli.parse("generate", [run, *arguments, "--temperature", "0.8", "--seed", "4"])
     return json.dumps({"job": Job(**prepare(args, find(run))[1]).identity}) + "\n"
 
