@@ -72,6 +72,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
 
     Without a checkpoint the weights are a run's first. Raises BadInput for prompts that do not fit.
     """
+    rules = {name: rule_of(name) for name in setting.rules}
     length = config.data.sequence_length
     if setting.prompt_tokens + setting.new_tokens > length:
         raise BadInput(
@@ -84,7 +85,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
         model = stages[0].eval().requires_grad_(False)
         prompts = _prompts(config, setting)
         bound = forward_seconds(model, setting.block_size)
-        found = [_measure(model, config, setting, name, prompts, bound) for name in setting.rules]
+        found = [_measure(model, config, setting, name, rule, prompts, bound) for name, rule in rules.items()]
     finally:
         groups.destroy()
     record = {
@@ -137,10 +138,11 @@ def _measure(
     config: Config,
     setting: Setting,
     name: str,
+    rule: Rule,
     prompts: list[np.ndarray],
     bound: float,
 ) -> Measured:
-    rule, mask = rule_of(name), config.model.mask_token_id
+    mask = config.model.mask_token_id
     alone, alone_sec = _decoded(model, config, setting, rule, prompts[:1], batch=1)
     together, together_sec = _decoded(model, config, setting, rule, prompts, batch=setting.batch)
     length = -(-(setting.prompt_tokens + setting.new_tokens) // setting.block_size) * setting.block_size

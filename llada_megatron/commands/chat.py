@@ -218,6 +218,7 @@ def _in_terminal(conversation: Conversation, title: str, stdin: TextIO) -> None:
 
 
 def _turn(conversation: Conversation, line: str, console: Console, ctrl_c: _CtrlC, stdin: TextIO) -> None:
+    from llada_megatron.generate import PromptRead
     from llada_megatron.generate.conversation import Answer
     from llada_megatron.generate.screen import Writing
 
@@ -227,6 +228,8 @@ def _turn(conversation: Conversation, line: str, console: Console, ctrl_c: _Ctrl
         for said in conversation.say(line, lambda: ctrl_c.is_pressed):
             if isinstance(said, Answer):
                 writing.answer(said)
+            elif isinstance(said, PromptRead):
+                writing.read(said)
             else:
                 writing.draft(said)
 

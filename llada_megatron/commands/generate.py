@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.commands import opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.foreign import parse_json, read_bytes
+from llada_megatron.config.quantities import so_many
 
 if TYPE_CHECKING:
     from llada_megatron.config.schema import Config
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n" * bool(number) + (said["text"] if said["text"] is not None else str(said["tokens"])))
     count = figures["prompts"]
     print(
-        f"{count} prompt{'s' * (count != 1)}, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
+        f"{so_many(count, 'prompt')}, {figures['tokens']} tokens in {figures['seconds']:.1f} s"
         f" ({figures['tokens'] / figures['seconds']:.1f} tokens/s, {figures['tokens_per_forward']:.2f} a"
         f" forward), cache {figures['cache_bytes'] / 2**20:.1f} MiB per rank",
         file=sys.stderr,
@@ -227,19 +228,40 @@ def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:
             f"{checkpoint.path} is of stage {manifest.stage}, an autoregressive model, which has not learnt"
             " to fill masks: train it in a diffusion stage first."
         )
-    trained = manifest.block_size
-    if not trained and str(manifest.lineage.get("architecture")).startswith("LLaDA2"):
-        trained = LLADA2_BLOCK
+    architecture = manifest.lineage.get("architecture") if not manifest.block_size else None
+    trained = manifest.block_size or (LLADA2_BLOCK if is_diffusion(architecture) else 0)
     if asked is not None and asked < 1:
         raise BadInput(f"--block-size {asked}: give at least 1.")
     if not trained and asked is None:
-        raise BadInput(f"{checkpoint.path} does not say its block size: give --block-size.")
+        raise BadInput(without_block_size(str(checkpoint.path), architecture))
+    if architecture and not trained:
+        print(
+            f"warning: {manifest.lineage.get('source', checkpoint.path)} is of architecture {architecture},"
+            " that of autoregressive models: what follows means little unless it has learnt to fill masks",
+            file=sys.stderr,
+        )
     if trained and asked not in (None, trained):
         print(
             f"warning: --block-size {asked} is not the {trained} that the model was trained with last",
             file=sys.stderr,
         )
     return asked or trained
+
+
+def without_block_size(name: str, architecture: str | None) -> str:
+    """What to do about weights that no stage of ours trained."""
+    made = f" is of architecture {architecture}, that of autoregressive models, and" if architecture else ""
+    return (
+        f"{name}{made} does not say its block size: give --block-size if it has learnt to fill masks, else"
+        " train it in a diffusion stage first."
+    )
+
+
+def is_diffusion(architecture: str | None) -> bool:
+    """Whether Hugging Face's models of this architecture fill masks: LLaDA2's, not Ling's or Llama's."""
+    from llada_megatron.convert.families import FAMILIES
+
+    return architecture in FAMILIES and FAMILIES[architecture].after_diffusion == architecture
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -87,33 +87,29 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
 
     Raises BadInput for a model that has not learnt to fill masks, or that needs a block size.
     """
+    from llada_megatron.commands.generate import is_diffusion, without_block_size
     from llada_megatron.convert.families import family_of
     from llada_megatron.convert.families.family import architecture_of
     from llada_megatron.convert.weight_files import REMEDY
     from llada_megatron.data.tokenizer import load_tokenizer
-    from llada_megatron.parallel.ranks import warn
     from llada_megatron.record.json_files import read_json
 
     described: dict[str, Any] = read_json(source / "config.json", REMEDY)
     architecture = architecture_of(described)
-    is_diffusion = architecture == family_of(architecture, source).after_diffusion
+    family_of(architecture, source)  # or that it is not served
+    fills_masks = is_diffusion(architecture)
     known = [args.mask_token_id]
     if (source / "tokenizer.json").is_file():
         known.append(load_tokenizer(str(source / "tokenizer.json")).mask_token_id)
     known.append(described.get("mask_token_id"))
     mask_token_id = next((each for each in known if type(each) is int), None)
-    if not is_diffusion and mask_token_id is None:
+    if not fills_masks and mask_token_id is None:
         raise BadInput(
             f"{args.checkpoint} is of architecture {architecture}, an autoregressive model, which has not"
             " learnt to fill masks: train it in a diffusion stage first, or give --mask-token-id if it was."
         )
-    if args.block_size is None and not is_diffusion:
-        raise BadInput(f"{args.checkpoint} does not say its block size: give --block-size.")
-    if not is_diffusion:
-        warn(
-            f"{architecture} is the architecture of autoregressive models: what follows means little unless"
-            f" {source} has learnt to fill masks"
-        )
+    if args.block_size is None and not fills_masks:
+        raise BadInput(without_block_size(args.checkpoint, architecture))
     return mask_token_id
 
 

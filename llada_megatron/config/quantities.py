@@ -15,6 +15,11 @@ def short_count(number: float | None) -> str:
     return f"{number / 1e12:.1f}T"
 
 
+def so_many(number: int, name: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
 def quantity(number: float) -> str:
     """Three digits and a letter before a unit: 1.29 G, 512 M, 34.1 k."""
     for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):

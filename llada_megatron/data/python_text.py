@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from llada_megatron.record.json_files import write_json_lines
 
 MIN_DOCUMENT_BYTES = 200
 _SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -30,15 +31,7 @@ def write_python_text(output_jsonl: Path) -> int:
         if len(text.encode(errors="replace")) >= MIN_DOCUMENT_BYTES
     ]
     documents.sort(key=lambda document: hashlib.sha256(document[0].encode()).digest())
-    output_jsonl.parent.mkdir(parents=True, exist_ok=True)
-    aside = output_jsonl.with_name(f"{output_jsonl.name}.partial-{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            for source, text in documents:
-                file.write(json.dumps({"text": text, "source": source}) + "\n")
-        aside.rename(output_jsonl)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_json_lines(output_jsonl, ({"text": text, "source": source} for source, text in documents))
     return len(documents)
 
 

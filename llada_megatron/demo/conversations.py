@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import yaml
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 from llada_megatron.demo.pretrained import Step
+from llada_megatron.record.json_files import write_json_lines
 
 EXPERIMENT, BASE = "sft_small", "sft_small_base"
 PACKAGE = "chatterbot_corpus"
@@ -41,23 +40,24 @@ def write_chats(files: list[Path], output_jsonl: Path) -> int:
     The order is fixed. Prompts (first turns) with several answers come first, so that data.split leaves no
     prompt on both sides; within each part it is that of the prompts' SHA-256, mixed well.
     """
-    found = dict.fromkeys(turns for path in files for turns in _conversations(path))
+    found = distinct(files)
     answers = Counter(map(_prompt, found))
 
     def place(turns: Conversation) -> tuple[bool, bytes]:
         return answers[_prompt(turns)] == 1, hashlib.sha256(_prompt(turns).encode()).digest()
 
-    output_jsonl.parent.mkdir(parents=True, exist_ok=True)
-    aside = output_jsonl.with_name(f"{output_jsonl.name}.partial-{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            for turns in sorted(found, key=place):
-                messages = [{"role": ROLES[number % 2], "content": said} for number, said in enumerate(turns)]
-                file.write(json.dumps({"messages": messages}) + "\n")
-        aside.rename(output_jsonl)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_json_lines(output_jsonl, map(as_messages, sorted(found, key=place)))
     return len(found)
+
+
+def distinct(files: list[Path]) -> list[Conversation]:
+    """The conversations that have an answer, each once."""
+    return [*dict.fromkeys(turns for path in files for turns in _conversations(path))]
+
+
+def as_messages(turns: Conversation) -> dict[str, list[dict[str, str]]]:
+    """A record of `llada data prepare --format chat`."""
+    return {"messages": [{"role": ROLES[number % 2], "content": said} for number, said in enumerate(turns)]}
 
 
 def evaluations(config: Config) -> list[Step]:

@@ -5,6 +5,6 @@ from llada_megatron.runtime import mcore_cpu
 mcore_cpu.install()
 
 from llada_megatron.generate.decoder import Decoder  # noqa: E402 - after the seam to megatron-core
-from llada_megatron.generate.prompt import BlockChanged, Limits, Prompt, Result, Stop  # noqa: E402
+from llada_megatron.generate.prompt import BlockChanged, Limits, Prompt, PromptRead, Result, Stop  # noqa: E402
 
-__all__ = ["BlockChanged", "Decoder", "Limits", "Prompt", "Result", "Stop"]
+__all__ = ["BlockChanged", "Decoder", "Limits", "Prompt", "PromptRead", "Result", "Stop"]

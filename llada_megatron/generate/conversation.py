@@ -16,7 +16,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.data.chat import ChatEncoder
 from llada_megatron.data.chat_template import ASSISTANT, Message
 from llada_megatron.generate.decoder import Decoder
-from llada_megatron.generate.prompt import BlockChanged, Limits, Prompt, Result
+from llada_megatron.generate.prompt import BlockChanged, Event, Limits, Prompt, PromptRead, Result
 from llada_megatron.parallel import ranks
 from llada_megatron.runtime import device
 
@@ -84,8 +84,9 @@ class Conversation:
         self.system = system
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
-    def say(self, text: str, is_stopped: Callable[[], bool]) -> Iterator[Draft | Answer]:
-        """The answer to a message of the user: drafts after each forward, the answer at last.
+    def say(self, text: str, is_stopped: Callable[[], bool]) -> Iterator[PromptRead | Draft | Answer]:
+        """The answer to a message of the user: what is read and drafts, forward by forward, the answer at
+        last.
 
         It joins the conversation if there is any text in it, stopped or not; else the message leaves too.
         Raises BadInput, and leaves the conversation as it was, for a message that cannot be answered.
@@ -110,17 +111,19 @@ class Conversation:
         """Let the other ranks go."""
         _from_first_rank(None)
 
-    def _decoded(self, prompt: Prompt, is_stopped: Callable[[], bool]) -> Iterator[Draft | Answer]:
+    def _decoded(
+        self, prompt: Prompt, is_stopped: Callable[[], bool]
+    ) -> Iterator[PromptRead | Draft | Answer]:
         counts, began = self.decoder.counts, device.seconds()
         before, shared = counts.forwards, counts.shared_tokens
         drafts = _Drafts(len(prompt.tokens), self.limits)
         result = None
         _from_first_rank(prompt)
         for event in events(self.decoder, prompt, self.limits, is_stopped):
-            if isinstance(event, BlockChanged):
-                yield drafts.changed(event)
-            else:
+            if isinstance(event, Result):
                 result = event
+            else:
+                yield drafts.changed(event) if isinstance(event, BlockChanged) else event
         tokens = drafts.draft.tokens if result is None else result.tokens.tolist()
         assert self.decoder.text is not None
         yield Answer(
@@ -167,7 +170,7 @@ class _Drafts:
 
 def events(
     decoder: Decoder, prompt: Prompt, limits: Limits, is_stopped: Callable[[], bool]
-) -> Iterator[BlockChanged | Result]:
+) -> Iterator[Event]:
     """What the decoder says of a prompt, on every rank, until it is done or rank 0 wants it stopped."""
     for event in decoder.run([prompt], limits):  # whose pages are given back when it is left
         yield event

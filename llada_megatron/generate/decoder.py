@@ -31,7 +31,7 @@ from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
 from llada_megatron.generate.graphs import Graphs, graphs_of
 from llada_megatron.generate.pages import Pages
-from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, Result
+from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, PromptRead, Result
 from llada_megatron.generate.rules import Rule
 from llada_megatron.generate.running import Running, Text
 from llada_megatron.model.inputs import ModelInputs
@@ -126,11 +126,11 @@ class Decoder:
         return self._pool.bytes
 
     def run(self, prompts: Iterable[Prompt | Ids], limits: Limits = Limits()) -> Iterator[Event]:  # noqa: B008
-        """Each change of a block as it happens, and each result as it is there: not in the order of the
-        prompts.
+        """What each forward read or changed as it happens, and each result as it is there: not in the order
+        of the prompts.
 
-        Changes are those of this rank's replica. Raises BadInput for a prompt that cannot be decoded, naming
-        it by its number, when it is its turn; `check` says so beforehand.
+        What forwards did is told of this rank's replica. Raises BadInput for a prompt that cannot be decoded,
+        naming it by its number, when it is its turn; `check` says so beforehand.
         """
         mine = (
             _numbered(place, prompt)
@@ -193,8 +193,7 @@ class Decoder:
                 feeds, np.split(output, np.cumsum([len(f.rows) for f in feeds])), strict=False
             ):
                 changed, result = batch.read(feed, rows)
-                if changed is not None:
-                    yield changed
+                yield changed
                 if result is not None:
                     done.append(result)
 
@@ -347,13 +346,13 @@ class _Batch:
             running.pages.append(page)
         return True
 
-    def read(self, feed: Feed, output: np.ndarray) -> tuple[BlockChanged | None, Result | None]:
+    def read(self, feed: Feed, output: np.ndarray) -> tuple[PromptRead | BlockChanged, Result | None]:
         """Take in what a forward said of a sequence, [rows, C], and what it wrote to the sequence's pages."""
         running, decoder = feed.running, self.decoder
         if feed.stop <= running.first:
             running.forwards["prefill"] += 1
             self._keep(running, feed.stop)
-            return None, None
+            return PromptRead(running.number, feed.stop, running.first), None
         self._keep(running, running.first)
         changed, is_kept = running.step(decoder.rule, feed.rows, output, decoder.seed)
         result = running.ended(changed, decoder.rule, decoder.text)

@@ -168,6 +168,7 @@ class Lines:
             **record,
             "text": result.text,
             "tokens": result.tokens.tolist(),
+            "decided_at": result.decided_at.tolist(),
             "stop": result.stop.value,
             "forwards": result.forwards,
             "tokens_per_forward": result.tokens_per_forward,

@@ -32,7 +32,8 @@ class Limits:
     end_tokens: Collection[int] = ()
     """Ids of which the first one that is generated is the last token of the text."""
     strings: Sequence[str] = ()
-    """The text ends before the first of them; looked for whenever a block is done."""
+    """The text ends before the first of them that is whole: looked for in front of the first mask, under a
+    rule that edits when a block is done."""
     forwards: int = 0
     """That a prompt takes part in; 0: as many as it takes."""
 
@@ -48,6 +49,18 @@ class Stop(StrEnum):
     context = "context"
     """No position is left that the model was trained for."""
     forwards = "forwards"
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """A forward read some of a long prompt, and nothing else of its sequence."""
+
+    prompt: int
+    """The prompt's number, from 0."""
+    tokens: int
+    """Whose keys are kept now."""
+    of: int
+    """Tokens before the first block that is decoded."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,8 @@ class Result:
     text: str | None
     """Of the tokens, where the decoder was given a `text`; cut before a stop string."""
     stop: Stop
+    decided_at: npt.NDArray[np.int64]
+    """The denoising forward, from 1, that each token had its last change in; 0: it was given."""
     forwards: dict[str, int]
     """`prefill`: read the prompt alone. `denoise`: changed a block, and read what was not kept before it.
     `store`: only kept a finished block, which none does: the next block's first forward does it as well."""
@@ -89,4 +104,4 @@ class Result:
         return self.generated / max(1, self.forwards["denoise"] + self.forwards["store"])
 
 
-Event = BlockChanged | Result
+Event = PromptRead | BlockChanged | Result

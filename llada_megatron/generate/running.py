@@ -62,6 +62,7 @@ class Running:
         self.tokens = np.full(length, mask_token_id, np.int64)
         self.tokens[: len(given)] = given
         self.is_given = self.tokens != mask_token_id
+        self.decided_at = np.zeros(length, np.int64)
         self.forwards: Counter[str] = Counter()
         self.began = 0.0
         self.first = self.stop = 0
@@ -69,6 +70,7 @@ class Running:
         self.kept = 0
         self._digests: list[bytes] = []
         self._state: Any = None
+        self._looked_at = 0
         self._activate(0)
 
     @property
@@ -128,6 +130,7 @@ class Running:
         self.tokens[block], self._state = change.tokens_m, change.state
         self._step += 1
         self.forwards["denoise"] += 1
+        self.decided_at[block][change.tokens_m != seen.tokens_m] = self.forwards["denoise"]
         changed = BlockChanged(self.number, self.first, change.tokens_m, self.is_masked, change.is_done)
         return changed, change.is_done and not change.changes(seen)
 
@@ -147,14 +150,17 @@ class Running:
     def ended(self, changed: BlockChanged, rule: Rule, text: Text | None) -> Result | None:
         """The result, if this change of the active block ends the sequence."""
         decided = changed.first + int(np.append(np.flatnonzero(changed.is_masked), len(changed.tokens))[0])
-        behind = max(self.given, changed.first)
-        if changed.is_done or not rule.edits:  # a token in front of the first mask stays as it is
-            ends = np.isin(self.tokens[behind : min(decided, self.wanted)], list(self.limits.end_tokens))
+        stays = changed.is_done or not rule.edits  # what stands in front of the first mask
+        if stays and decided > self._looked_at:
+            behind, ahead = max(self.given, changed.first), min(decided, self.wanted)
+            ends = np.isin(self.tokens[behind:ahead], list(self.limits.end_tokens))
             if ends.any():
                 return self._result(behind + int(ends.argmax()) + 1, Stop.end, text)
-        if changed.is_done and (found := self._stop_string(min(decided, self.wanted), text)):
-            return self._result(*found)
-        if changed.is_done and not (~self.is_given[self.stop : self.wanted]).any():
+            if found := self._stop_string(ahead, text):
+                return self._result(*found)
+            self._looked_at = decided
+        is_last = self.is_given[self.stop : self.wanted].all()
+        if is_last and (changed.is_done or (stays and decided >= self.wanted)):
             reason = Stop.context if self.is_cut else Stop.length
             return self._result(min(self.wanted, len(self.tokens)), reason, text)
         if self.limits.forwards and self.forwards.total() >= self.limits.forwards:
@@ -171,11 +177,9 @@ class Running:
             return None
         generated = self.tokens[self.given : stop].tolist()
         whole = text(generated)
-        places = [at for string in self.limits.strings if (at := whole.find(string)) >= 0]
-        if not places:
+        if not any(string in whole for string in self.limits.strings):
             return None
-        first = min(places)
-        few, enough = 0, len(generated)  # the fewest tokens whose text holds the string
+        few, enough = 0, len(generated)  # the fewest tokens whose text holds a string
         while few < enough:
             middle = (few + enough) // 2
             part = text(generated[:middle])
@@ -183,6 +187,8 @@ class Running:
                 enough = middle
             else:
                 few = middle + 1
+        held = text(generated[:enough])
+        first = min(at for string in self.limits.strings if (at := held.find(string)) >= 0)
         return self.given + enough, Stop.string, text, first
 
     def _result(self, stop: int, reason: Stop, text: Text | None, characters: int | None = None) -> Result:
@@ -193,6 +199,7 @@ class Running:
             tokens,
             None if text is None else text(tokens.tolist())[:characters],
             reason,
+            self.decided_at[first:stop].copy(),
             {kind: self.forwards[kind] for kind in ("prefill", "denoise", "store")},
             int((~self.is_given[first:stop]).sum()),
             time.perf_counter() - self.began,

@@ -15,7 +15,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from llada_megatron.config.quantities import so_many
 from llada_megatron.generate.conversation import Answer, Draft
+from llada_megatron.generate.prompt import PromptRead
 
 REFRESH_SEC = 0.05
 """Between two pictures, at least; a forward of a small model is faster."""
@@ -86,6 +88,12 @@ class Writing:
     ) -> None:
         self._live.stop()
 
+    def read(self, so_far: PromptRead) -> None:
+        """Draw how far the prompt is read."""
+        self._live.update(
+            Text(f"reading, {so_far.tokens:,} of {so_far.of:,} tokens", style=QUIET), refresh=True
+        )
+
     def draft(self, draft: Draft) -> None:
         """Draw what a forward made of the answer, unless the last picture was just drawn."""
         now = time.perf_counter()
@@ -98,8 +106,8 @@ class Writing:
         lines = self._lines(self._active(draft))
         filled = len(draft.done) + sum(token is not None for token in draft.block)
         figures = (
-            f"{filled} tokens, {filled / (now - self._began):.0f} tokens/s ·"
-            f" {filled / draft.forwards:.1f} tokens per forward · {draft.forwards} forwards"
+            f"{so_many(filled, 'token')}, {filled / (now - self._began):.0f} tokens/s ·"
+            f" {filled / draft.forwards:.1f} tokens per forward · {so_many(draft.forwards, 'forward')}"
         )
         room = max(1, self.console.height - BELOW)
         picture = Group(*lines[-room:], Text(figures, style=QUIET, no_wrap=True, overflow="ellipsis"))
@@ -156,9 +164,9 @@ def figures_of(answer: Answer) -> str:
     """A turn's figures, and why it ended unless the model ended it."""
     why = {"end": "", "length": "as long as it may be", "context": "the context is full, /reset begins anew"}
     parts = [
-        f"{answer.tokens} tokens, {answer.tokens_per_sec:.0f} tokens/s",
+        f"{so_many(answer.tokens, 'token')}, {answer.tokens_per_sec:.0f} tokens/s",
         f"{answer.tokens_per_forward:.1f} tokens per forward",
-        f"{answer.forwards} forwards",
+        so_many(answer.forwards, "forward"),
         f"{answer.shared} reused" if answer.shared else "",
         why.get(answer.stop, answer.stop),
     ]

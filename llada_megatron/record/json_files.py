@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,15 @@ def write_json(path: Path | None, content: Any) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_json_lines(path: Path, records: Iterable[Any]) -> None:
+    """Write a line of JSON for each record, to a file that is there when it is whole; makes its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(record)}\n" for record in records)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -148,9 +148,15 @@ def test_an_autoregressive_checkpoint_is_refused_and_another_block_size_is_a_war
     for change, said in (
         ({"stage": "ar", "block_size": 1}, "of stage ar, an autoregressive model"),
         ({"config": {}, "stage": "", "block_size": 0}, "does not say its block size: give --block-size"),
+        (
+            {"config": {}, "stage": "", "block_size": 0, "lineage": {"architecture": "LlamaForCausalLM"}},
+            "is of architecture LlamaForCausalLM, that of autoregressive models, and does not say",
+        ),
     ):
         with pytest.raises(BadInput, match=said):
             block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **change)), None)
+    assert block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **change)), 8) == 8
+    assert "that of autoregressive models: what follows means little" in capsys.readouterr().err
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -64,7 +64,7 @@ def test_an_interrupted_command_goes_on_although_its_checkpoint_lies_elsewhere(t
     assert len(identities) == 2
 
 
-def test_the_mask_token_may_be_in_config_json_or_said(tmp_path, temporary, capsys):
+def test_the_mask_token_may_be_in_config_json_or_said(tmp_path, temporary):
     from llada_megatron.commands import opened
 
     source = folder(tmp_path / "hf", "llama", mask_token_id=17)
@@ -72,7 +72,6 @@ def test_the_mask_token_may_be_in_config_json_or_said(tmp_path, temporary, capsy
         _, args = cli.parse("generate", [f"hf:{source}", *PROMPTS, "--block-size", "8", *said])
         with opened.opened(args) as checkpoint:
             assert checkpoint.manifest.config["model"]["mask_token_id"] == expected
-        assert "is the architecture of autoregressive models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_the_mask_token_may_be_in_config_json_or_said(tmp_path, temporary, capsy
             "of architecture BailingMoeV2ForCausalLM, an autoregressive model, which has not",
         ),
         ("llama", {}, [], "of architecture LlamaForCausalLM, an autoregressive model, which has not learnt"),
-        ("llama", {}, ["--mask-token-id", "9"], "does not say its block size: give --block-size."),
+        ("llama", {}, ["--mask-token-id", "9"], "does not say its block size: give --block-size if"),
         (
             "llama",
             {"architectures": ["GPT2LMHeadModel"]},

@@ -11,7 +11,7 @@ from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schema import LayoutConfig
-from llada_megatron.generate import BlockChanged, Decoder, Limits, Prompt, Stop
+from llada_megatron.generate import BlockChanged, Decoder, Limits, Prompt, PromptRead, Result, Stop
 from llada_megatron.generate.reference_loop import Canvas, reference_loop
 from llada_megatron.generate.rules import RULES, rule_of
 from llada_megatron.model.inputs import ModelInputs
@@ -79,7 +79,7 @@ def test_no_batch_bound_or_chunk_changes_a_token(model, alone, batch, cached, pr
     results = []
     for event in ours.run(prompts, limits):
         largest = max(largest, ours.pages.count - ours.pages.available)
-        results += [] if isinstance(event, BlockChanged) else [event]
+        results += [event] if isinstance(event, Result) else []
     assert sorted(result.prompt for result in results) == list(range(len(prompts)))
     for result in results:
         np.testing.assert_array_equal(result.tokens, alone[result.prompt], err_msg=f"prompt {result.prompt}")
@@ -153,19 +153,23 @@ def test_holes_are_filled_and_what_was_given_stays(model):
     (result,) = decoder(model).results([Prompt(tokens, has_holes=True)], Limits(new_tokens=0))
     np.testing.assert_array_equal(result.tokens, expected)
     assert (result.generated, result.forwards["denoise"], result.stop) == (7, forwards, Stop.length)
+    assert ((result.decided_at == 0) == (tokens != MASK)).all() and result.decided_at.max() == forwards
     (untouched,) = decoder(model).results([Prompt(expected, has_holes=True)], Limits(new_tokens=0))
     np.testing.assert_array_equal(untouched.tokens, expected)
 
 
 def test_changes_of_blocks_add_up_to_the_result(model):
     prompt = prompt_of(6)
-    text, events = np.full(32, -1), 0
+    text, decided_at, events = np.full(32, -1), np.zeros(32, np.int64), 0
     for event in decoder(model).run([prompt], Limits(new_tokens=17)):
         if isinstance(event, BlockChanged):
-            text[event.first : event.first + 4] = np.where(event.is_masked, -1, event.tokens)
+            block, events = slice(event.first, event.first + 4), events + 1
+            now = np.where(event.is_masked, -1, event.tokens)
+            decided_at[block][(now != text[block]) & (np.arange(32)[block] >= 6)] = events
+            text[block] = now
             assert event.is_done == (not event.is_masked.any())
-            events += 1
     np.testing.assert_array_equal(text[4:23], [*prompt[4:], *event.tokens])
+    np.testing.assert_array_equal(event.decided_at, decided_at[6:23])
     assert events == event.forwards["denoise"] and event.tokens_per_forward == 17 / events
 
 
@@ -194,6 +198,35 @@ def test_decoding_ends_at_an_end_token_a_string_the_length_the_context_or_after_
     assert (
         result.tokens.tolist() == whole.tokens[: len(result.tokens)].tolist() and 1 <= len(result.tokens) < 30
     )
+
+
+def test_a_long_prompt_is_told_forward_by_forward_and_may_be_left_while_it_is_read(model):
+    ours, prompt = decoder(model, prefill_tokens=16), prompt_of(61)
+    read = [event for event in ours.run([prompt], Limits(new_tokens=4)) if isinstance(event, PromptRead)]
+    assert read == [PromptRead(0, tokens, 60) for tokens in (16, 32, 48)]
+    ours = decoder(model, prefill_tokens=16)
+    next(ours.run([prompt], Limits(new_tokens=4)))
+    assert ours.counts.forwards == 1 and ours.pages.available == ours.pages.count
+    (result,) = ours.results([prompt], Limits(new_tokens=4))
+    np.testing.assert_array_equal(result.tokens, uncached(model, prompt, 4, 4, RULE)[0])
+    assert ours.counts.shared_tokens == 16
+
+
+def test_a_block_ends_where_nothing_that_is_wanted_can_change_any_more(model):
+    one_by_one = rule_of("threshold", {"threshold": 1.0})
+    ours = decoder(model, block_size=32, rule=one_by_one, text=words)
+    prompt = prompt_of(32)
+    expected, forwards = uncached(model, prompt, 32, 32, one_by_one)
+    for new in (1, 3, 8):
+        (result,) = ours.results([prompt], Limits(new_tokens=new))
+        np.testing.assert_array_equal(result.tokens, expected[:new])
+    (result,) = ours.results([prompt], Limits(new_tokens=1))
+    assert result.forwards["denoise"] < forwards == 32
+    (string,) = ours.results([prompt], Limits(new_tokens=32, strings=[words(expected[:1])]))
+    assert string.forwards == result.forwards and string.stop is Stop.string
+    edits = decoder(model, block_size=32, rule=rule_of("joint"))  # whose tokens may still change
+    (result,) = edits.results([prompt], Limits(new_tokens=1))
+    assert result.tokens == uncached(model, prompt, 1, 32, rule_of("joint"))[0]
 
 
 @pytest.mark.usefixtures("model")  # its process groups
