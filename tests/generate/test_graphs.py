@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,7 @@ from llada_megatron.model.readout import LOGITS
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
 from tests.attention.dense_varlen import dense_varlen
+from tests.distributed import run_ranks
 from tests.generate.models import CONTEXT, MASK, prompt_of, settings
 
 attend = partial(varlen.varlen_attention, kernel=dense_varlen)
@@ -192,6 +194,32 @@ def test_experts_on_one_rank_compute_as_before_and_keep_their_weights():
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
+def decoded(overrides: list[str]) -> Any:
+    """Tokens of each prompt, and whether graphs ran, as this rank knows them."""
+
+    def again(function):
+        result = function()
+        return result, lambda: result.copy_(function())
+
+    config = settings("layout.global_batch=4", *overrides)
+    torch.set_num_threads(1)
+    if not torch.distributed.is_initialized():
+        groups.initialize(config.layout)
+    (model,) = build_model(config, attention=attend)
+    keep_on_device(model.eval().requires_grad_(False))
+    ours = decoder(model, batch=2)
+    ours.graphs = Graphs(model, capture=again)
+    results = ours.results([prompt_of(length) for length in LENGTHS], Limits(new_tokens=13))
+    return [result.tokens.tolist() for result in results], ours.graphs.replayed > ours.graphs.captured
+
+
+@pytest.mark.parametrize("axis", ["layout.tp=2", "layout.tp=1"], ids=["tp", "dp"])
+def test_split_layers_and_replicas_decode_the_tokens_of_one_process(axis):
+    expected, _ = decoded([])
+    for found, replayed in run_ranks(decoded, ["layout.processes=2", axis], processes=2):
+        assert found == expected and replayed
+
+
 @pytest.mark.parametrize("keys", [1, 255, 256, 257, 1000, 1023, 4096, 32768, 40000])
 def test_a_room_is_larger_than_what_it_holds_by_a_quarter_at_most(keys):
     assert keys < room_for(keys) <= keys + max(256, keys / 4)
@@ -216,6 +244,15 @@ def test_what_cannot_be_captured_is_refused_in_a_sentence(monkeypatch, overrides
     at = torch.device("cpu" if architecture == "CPU" else "cuda")
     found = missing_requirement(model, at)
     assert found is None if reason is None else found.startswith(reason)
+
+
+@pytest.mark.parametrize(("axis", "name"), [("ep", "model"), ("etp", "tensor")])
+def test_experts_on_several_ranks_are_refused(monkeypatch, axis, name):
+    monkeypatch.setattr(device, "architecture", lambda at: "sm_90")
+    model = built("precision.dtype=bf16", attention=None)
+    monkeypatch.setattr(parallel_state, f"get_expert_{name}_parallel_world_size", lambda: 2)
+    found = missing_requirement(model, torch.device("cuda"))
+    assert found is not None and found.endswith(f"is read on the host: set layout.{axis}=1")
 
 
 def test_a_model_that_learns_is_refused(monkeypatch):
