@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from llada_megatron.attention import varlen
@@ -45,7 +46,8 @@ def graphs_of(model: torch.nn.Module) -> Graphs:
     if missing:
         raise BadInput(f"CUDA graphs (--cuda-graphs) {missing}.")
     keep_on_device(model)
-    return Graphs(model)
+    # The head computes more rows than that in chunks, with states of generators in between.
+    return Graphs(model, most_rows=min(MOST_ROWS, get_attr_wrapped_model(model, "head_chunk_tokens")))
 
 
 def missing_requirement(model: torch.nn.Module, at: torch.device) -> str | None:
@@ -94,8 +96,10 @@ def _missing_for_experts(layer: Any, architecture: str) -> str | None:
 class Graphs:
     """Called as the model is; takes the graph for as many rows and keys, or makes it."""
 
-    def __init__(self, model: torch.nn.Module, capture: Capture = device.capture) -> None:
-        self.model, self.capture = model, capture
+    def __init__(
+        self, model: torch.nn.Module, capture: Capture = device.capture, most_rows: int = MOST_ROWS
+    ) -> None:
+        self.model, self.capture, self.most_rows = model, capture, most_rows
         self.captured = self.replayed = 0
         self._steps: dict[tuple[Any, ...], _Step] = {}
 
@@ -105,7 +109,7 @@ class Graphs:
         assert isinstance(keys, PooledKeys)
         first, *others = varlen.calls_of(keys.rectangle, inputs.tokens.device)
         S = inputs.tokens.shape[1]
-        if others or S > MOST_ROWS:
+        if others or self.most_rows < S:
             return self.model(inputs)
         form = S, room_for(keys.rectangle.keys), len(first.row_edges), first.longest, inputs.readout.name
         if form not in self._steps:

@@ -127,6 +127,24 @@ def test_a_graph_serves_other_places_positions_and_lengths():
     assert graphs.captured == 1
 
 
+def test_forwards_of_many_rows_are_not_captured():
+    model = built()
+    graphs = Graphs(model, capture=taped, most_rows=4)
+    for kept in (8, 4):
+        keys = PooledKeys(KeyPool(40), [(kept, np.arange(12))], 8)
+        inputs = ModelInputs(
+            tokens=torch.arange(12 - kept)[None],
+            positions=torch.from_numpy(keys.positions)[None],
+            keys=keys,
+            outputs=torch.tensor([0]),
+            readout=LOGITS,
+        )
+        with torch.inference_mode():
+            graphs(inputs)
+        assert graphs.captured == (kept == 8)
+        graphs.captured = 0
+
+
 def test_a_prompt_and_a_block_that_was_just_done_are_read_without_a_graph():
     model = built()
     keep_on_device(model)
@@ -156,8 +174,17 @@ def test_a_forward_within_a_block_reads_nothing_on_the_host():
         fake = {name: without_values.from_tensor(tensor) for name, tensor in weights.items()}
         return functional_call(model, fake, (inputs,))
 
+    class FromTheHost(TorchDispatchMode):
+        """A tensor that is made of the host's numbers would be copied to the device."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(function is torch.ops.aten.lift_fresh.default)
+            return function(*args, **(kwargs or {}))
+
+    made: list[bool] = []
+
     def traced(function):
-        with without_values:
+        with without_values, FromTheHost():
             result = function()
         return torch.zeros(result.shape), lambda: None
 
@@ -174,6 +201,7 @@ def test_a_forward_within_a_block_reads_nothing_on_the_host():
             Graphs(run, capture=traced)(inputs)
         keep_on_device(model)
         assert Graphs(run, capture=traced)(inputs).shape == (8, 2)
+    assert made and not any(made)
 
 
 def test_experts_on_one_rank_compute_as_before_and_keep_their_weights():
@@ -213,6 +241,7 @@ def decoded(overrides: list[str]) -> Any:
     return [result.tokens.tolist() for result in results], ours.graphs.replayed > ours.graphs.captured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["layout.tp=2", "layout.tp=1"], ids=["tp", "dp"])
 def test_split_layers_and_replicas_decode_the_tokens_of_one_process(axis):
     expected, _ = decoded([])
