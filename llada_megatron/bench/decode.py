@@ -93,6 +93,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
         "block_size": setting.block_size,
         "prompt_tokens": setting.prompt_tokens,
         "new_tokens": setting.new_tokens,
+        "cuda_graphs": setting.cuda_graphs,
         "forward_sec": bound,
         "rules": [asdict(one) for one in found],
     }

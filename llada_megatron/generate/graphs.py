@@ -182,6 +182,8 @@ class SteadyKeys:
 
     def of(self, key: Tensor, value: Tensor, layer: int, group: Any) -> tuple[Tensor, Tensor]:
         """All keys and values of the sequences, those of the rows at hand among them; [room, 1, Hkv, *]."""
+        # For other widths attention takes an executor whose plan is made once, on the host.
+        assert key.size(-1) == value.size(-1)
         kept_key, kept_value = self.pool.of_layer(layer, key, value)
         kept_key.index_copy_(0, self._row_places, key[:, 0])
         kept_value.index_copy_(0, self._row_places, value[:, 0])
