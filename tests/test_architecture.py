@@ -69,7 +69,8 @@ ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "e
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "objectives", "checkpoint",
-    "convert", "generate", "harness", "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
+    "convert", "generate", "harness", "tasks", "evaluate", "training", "dryrun", "bench", "verify", "demo",
+    "cli",
 }  # fmt: skip
 ROOMS_IMPORT["__main__"] = {"cli", "config", "runtime"}
 ROOMS_IMPORT["__init__"] = set()

@@ -6,14 +6,13 @@ Tasks become requests in this process, and answers results; the ranks of the lay
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.commands import generate, opened
 from llada_megatron.config.errors import BadInput
-from llada_megatron.record.json_files import write_json
+from llada_megatron.record.json_files import write_json, write_json_lines
 
 if TYPE_CHECKING:
     from llada_megatron.config.schema import Config
@@ -59,8 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask, answer, score and print: 0; BadInput for a checkpoint, task, rule or layout that do not fit."""
     from llada_megatron.harness import tasks
+    from llada_megatron.tasks.code_execution import allow_code
 
     tasks.prepare()
+    if args.allow_code:
+        allow_code()
     if args.list:
         for name, kind in tasks.names(args.include_path).items():
             print(f"{name}  {kind}")
@@ -121,9 +123,8 @@ def _evaluate(args: argparse.Namespace, checkpoint: Checkpoint, loaded: dict[str
         samples = results.pop("samples")
         if args.json is not None:
             path = _file_of(args.json, decoding["name"] if len(decodings) > 1 else "")
-            lines = [json.dumps({"task": task, **each}) for task, those in samples.items() for each in those]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".samples.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+            lines = ({"task": task, **each} for task, those in samples.items() for each in those)
+            write_json_lines(path.with_suffix(".samples.jsonl"), lines)
             write_json(path, results)
         written.append(results)
     if job["partial"] is not None:
@@ -145,9 +146,7 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
     if args.limit is not None and args.limit <= 0:
         raise BadInput(f"--limit {args.limit:g}: give a number of questions, or a share below 1.")
     if args.draws < 1 or (args.draws > 1 and args.draws % 2):
-        raise BadInput(
-            f"--draws {args.draws}: give 1 or an even number, as masks come with their complements."
-        )
+        raise BadInput(f"--draws {args.draws}: give 1 or an even number, as masks come in pairs.")
     config = generate.configuration(checkpoint, args.overrides)
     name = generate.tokenizer_of(checkpoint, config, args.overrides)
     if name is None:
@@ -197,8 +196,8 @@ def is_autoregressive(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
     objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
     if objective in OBJECTIVES:
         return OBJECTIVES[objective].causal
-    is_llada = str(manifest.lineage.get("architecture")).startswith("LLaDA")
-    return not (manifest.block_size or args.block_size or is_llada)
+    fills_masks = generate.is_diffusion(manifest.lineage.get("architecture"))
+    return not (manifest.block_size or args.block_size or fills_masks)
 
 
 def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 from llada_megatron.config.errors import BadInput
@@ -113,7 +115,7 @@ def build(task: Any, wording: Wording, *, limit: float | None) -> None:
     from lm_eval.evaluator_utils import get_sample_size
 
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    with seeded():
+    with seeded(), redirect_stderr(StringIO()):  # its bar of progress
         task.build_all_requests(
             limit=get_sample_size(task, limit), rank=0, world_size=1, **chat_arguments(wording)
         )

@@ -35,12 +35,6 @@ def folder(tmp_path_factory) -> str:
     return str(folder_of(tmp_path_factory.mktemp("tasks"), **tasks))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch) -> None:
-    """Of data sets, which read it when they are imported: the first test's."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hugging_face"))
-
-
 def evaluated(run: str, output: Path, *arguments: str) -> dict[str, Any]:
     assert cli.main(["eval", run, "--json", str(output), *arguments]) == 0
     assert not list(output.parent.glob("*.partial"))

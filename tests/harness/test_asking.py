@@ -19,10 +19,8 @@ TOKENIZER = ByteTokenizer()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hugging_face"))
-        tasks.prepare()
+def offline() -> None:
+    tasks.prepare()
 
 
 def wording(*, chat: bool = False, context: int = 64, block_size: int = 4, **options: Any) -> Wording:
