@@ -69,7 +69,7 @@ ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "e
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "objectives", "checkpoint",
-    "convert", "generate", "harness", "tasks", "evaluate", "training", "dryrun", "bench", "verify", "demo",
+    "convert", "generate", "tasks", "harness", "evaluate", "training", "dryrun", "bench", "verify", "demo",
     "cli",
 }  # fmt: skip
 ROOMS_IMPORT["__main__"] = {"cli", "config", "runtime"}

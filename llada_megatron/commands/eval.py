@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.commands import generate, opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import write_json, write_json_lines
+from llada_megatron.tasks.code_execution import allow_code
 
 if TYPE_CHECKING:
     from llada_megatron.config.schema import Config
@@ -58,17 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask, answer, score and print: 0; BadInput for a checkpoint, task, rule or layout that do not fit."""
     from llada_megatron.harness import tasks
-    from llada_megatron.tasks.code_execution import allow_code
 
     tasks.prepare()
-    if args.allow_code:
-        allow_code()
     if args.list:
         for name, kind in tasks.names(args.include_path).items():
             print(f"{name}  {kind}")
         return 0
     if not args.checkpoint or not args.tasks:
         raise BadInput("Give a checkpoint and --tasks, or --list to see which there are.")
+    if args.allow_code:
+        allow_code()
     wanted = [name.strip() for name in args.tasks.split(",") if name.strip()]
     loaded = tasks.load(wanted, args.include_path, fewshot=args.fewshot)
     tasks.check_code(loaded["tasks"], allowed=args.allow_code)

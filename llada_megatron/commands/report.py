@@ -60,21 +60,26 @@ def compare(paths: list[Path], folder: Path, copy: Path | None) -> int:
     content = write_comparison(paths, folder)
     write_json(copy, content)
     console = Console(highlight=False)
-    scores = Table(box=None, pad_edge=False)
-    for name in ("model", "decoding", "task", "metric"):
-        scores.add_column(name, overflow="fold")
-    for name in ("score", "std. error", "tokens/forward"):
-        scores.add_column(name, justify="right", no_wrap=True)
+    of: dict[str, Table] = {}
     for score in content["scores"]:
-        names = (score["model"], score["decoding"] or "-", score["task"], score["metric"])
+        name = f"{score['model']}  {score['decoding'] or 'likelihoods'}"
+        if name not in of:
+            of[name] = Table(box=None, pad_edge=False)
+            for column in ("task", "metric"):
+                of[name].add_column(column, overflow="fold")
+            for column in ("score", "std. error", "tokens/forward"):
+                of[name].add_column(column, justify="right", no_wrap=True)
         speed = score["cost"].get("tokens_per_forward")
-        scores.add_row(
-            *map(Text, names),
+        of[name].add_row(
+            Text(score["task"]),
+            Text(score["metric"]),
             f"{score['value']:.4f}",
             "-" if score["error"] is None else f"{score['error']:.4f}",
             "-" if speed is None else f"{speed:.2f}",
         )
-    console.print(scores)
+    for name, table in of.items():
+        console.print(name, style="bold", markup=False, soft_wrap=True)
+        console.print(table)
     for line in content["frontiers"]:
         console.print(
             f"AUP {line['aup']:.1f}: {line['model']}, {line['rule']}, {line['task']} ({line['metric']})",

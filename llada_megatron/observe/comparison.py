@@ -77,7 +77,11 @@ def write_comparison(paths: Sequence[Path], folder: Path) -> dict[str, Any]:
 
     paths: files, or folders of them. Raises BadInput for what is no file of results.
     """
-    scores = [score for path in files_in(paths) for score in read_scores(path)]
+    scores: list[Score] = []
+    for score in (score for path in files_in(paths) for score in read_scores(path)):
+        if score not in scores:  # likelihoods are in the files of every decoding
+            scores.append(score)
+    scores.sort(key=lambda score: (score.model, score.rule, score.cost.get("tokens_per_forward", 0.0)))
     lines = lines_of(scores)
     content = {
         "scores": [asdict(score) for score in scores],
@@ -112,6 +116,8 @@ def read_scores(path: Path) -> Iterator[Score]:
     questions = content.get("n-samples", {})
     better = content.get("higher_is_better", {})
     for task, figures in content["results"].items():
+        cost = said.get("cost", {}).get(task, {})
+        by = decoding if "tokens_per_forward" in cost else {}
         for key, value in figures.items():
             metric, comma, kept = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -119,15 +125,15 @@ def read_scores(path: Path) -> Iterator[Score]:
             error = figures.get(f"{metric}_stderr,{kept}")
             yield Score(
                 model=model,
-                rule=str(decoding.get("rule") or ""),
-                decoding=str(decoding.get("name") or ""),
+                rule=str(by.get("rule") or ""),
+                decoding=str(by.get("name") or ""),
                 task=task,
                 metric=key.removesuffix(",none"),
                 value=float(value),
                 error=float(error) if isinstance(error, int | float) else None,
                 questions=questions.get(task, {}).get("effective"),
                 higher_is_better=bool(better.get(task, {}).get(metric, True)),
-                cost=said.get("cost", {}).get(task, {}),
+                cost=cost,
             )
 
 
@@ -156,7 +162,6 @@ def _parts(scores: list[Score], lines: list[Line], folder: Path) -> list[Part]:
     parts: list[Part] = [Heading("Evaluations", level=1)]
     for task in dict.fromkeys(score.task for score in scores):
         mine = [score for score in scores if score.task == task]
-        mine.sort(key=lambda score: (score.model, score.rule, score.cost.get("tokens_per_forward", 0.0)))
         parts += [Heading(task), _table_of_scores(mine)]
         of_task = [line for line in lines if line.task == task]
         if of_task:

@@ -46,14 +46,14 @@ def process_results(doc: dict[str, str], results: list[float]) -> dict[str, tupl
     }
 
 
-def bits_per_byte_stderr(items: Sequence[tuple[float, int]]) -> float:
-    """The standard error over documents of sum(bits) / sum(bytes), a ratio; NaN for one document.
+def bits_per_byte_stderr(items: Sequence[tuple[float, int]]) -> float | str:
+    """The standard error over documents of sum(bits) / sum(bytes), a ratio; N/A, as lm-eval says it, for one.
 
     sqrt(n / (n - 1) sum (bits_i - r bytes_i)^2) / sum(bytes), with r the ratio (Cochran, Sampling Techniques,
     section 6.5).
     """
     if len(items) < 2:
-        return math.nan
+        return "N/A"
     bits = [-nats / math.log(2) for nats, _ in items]
     total = sum(size for _, size in items)
     ratio = sum(bits) / total

@@ -64,6 +64,19 @@ def test_results_of_other_models_are_scores_without_a_cost(tmp_path: Path) -> No
     assert lines_of([score]) == []
 
 
+def test_likelihoods_are_of_no_decoding_and_come_once(tmp_path: Path) -> None:
+    both = [results("runs/a", "threshold", setting, accuracy=0.5, speed=2.0) for setting in ("0.5", "0.9")]
+    for one in both:
+        for part, content in likelihoods("runs/a").items():
+            one[part] |= content if part != "llada" else {"cost": one[part]["cost"] | content["cost"]}
+    content = write_comparison(write(tmp_path, *both), tmp_path / "page")
+    found = [
+        (score["task"], score["decoding"]) for score in content["scores"] if score["task"] == "perplexity"
+    ]
+    assert found == [("perplexity", "")]
+    assert len(content["scores"]) == 5
+
+
 def test_what_holds_no_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(

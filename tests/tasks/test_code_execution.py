@@ -212,3 +212,21 @@ def test_the_filter_ends_what_is_not_listed_and_every_jump_stays_inside(machine:
     assert verdict(min(listed), arch=1) == code_box.KILL_PROCESS
     with pytest.raises(ValueError, match="no filter for riscv64"):
         code_box.filter_program("riscv64")
+
+
+@pytest.mark.parametrize(
+    ("machine", "header"),
+    [
+        ("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+        ("aarch64", "/usr/include/asm-generic/unistd.h"),
+    ],
+)
+def test_the_numbers_are_those_of_the_kernels_headers(machine: str, header: str) -> None:
+    if not Path(header).is_file():
+        pytest.skip(f"needs {header}")
+    found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text())
+    numbers = {"newfstatat": 79} | {name: int(number) for name, number in found}
+    assert {name: numbers[name] for name in code_box.ALLOWED[machine]} == code_box.ALLOWED[machine]
+    partly = ("ioctl", "fcntl", "prctl", "mbind", "get_mempolicy", "prlimit64")
+    assert [numbers[name] for name in partly] == [*code_box.BY_ARGUMENT[machine]]
+    assert numbers["openat"] == code_box.OPENAT[machine]

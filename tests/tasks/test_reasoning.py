@@ -2,8 +2,10 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +119,19 @@ def test_a_task_asks_the_question_alone_or_after_examples_and_scores_as_its_gene
     assert {*task.aggregation()} == {"acc", "score"}
 
 
+def test_the_page_on_tasks_has_a_file_for_another_length_and_seed_that_works(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
+    (example,) = re.findall(r"^```yaml\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "long_sums.yaml").write_text(example)
+    task = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["long_sums"])["tasks"][
+        "long_sums"
+    ]
+    docs = task.test_docs()
+    assert len(docs) == 50
+    assert docs[0]["question"].count("+") + docs[0]["question"].count(" - ") == 7
+    assert task.process_results(docs[0], [docs[0]["answer"]])["acc"] == 1.0
+
+
 def test_the_names_of_scorers_that_evaluate_answers_are_complete() -> None:
     datasets = reasoning._package().DATASETS
     sources = {name: inspect.getsource(datasets[name][0].score_answer) for name in reasoning.generators()}
@@ -136,7 +151,7 @@ def test_the_names_of_scorers_that_evaluate_answers_are_complete() -> None:
         ),
     ],
 )
-def test_a_generated_answer_is_scored_and_not_executed(name: str, tmp_path: Any) -> None:
+def test_a_generated_answer_is_scored_and_not_executed(name: str, tmp_path: Path) -> None:
     (doc, *_) = items(name, 1)
     assert scores(doc, doc["answer"])["acc"] == 1.0
     mark = tmp_path / "executed"

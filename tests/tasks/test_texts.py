@@ -64,7 +64,7 @@ def test_the_error_of_a_ratio_is_that_of_a_mean_where_documents_are_equally_long
     mean = sum(bits) / 4
     deviation = math.sqrt(sum((bit - mean) ** 2 for bit in bits) / 3)
     assert texts.bits_per_byte_stderr(items) == pytest.approx(deviation / math.sqrt(4) / 10)
-    assert math.isnan(texts.bits_per_byte_stderr(items[:1]))
+    assert texts.bits_per_byte_stderr(items[:1]) == "N/A"
 
 
 def test_text8_is_cut_into_equal_pieces_and_has_an_error(
@@ -132,3 +132,11 @@ def test_of_four_answers_one_is_right_and_likelihoods_choose() -> None:
     shortest = [min(range(4), key=lambda at, row=row: len(row["choices"][at].encode())) for row in rows]
     right = sum(at == row["gold"] for at, row in zip(shortest, rows, strict=True))
     assert evaluate("arc_like")["acc,none"] == pytest.approx(right / len(rows), abs=0.02)  # but for the z
+
+
+def test_another_right_answer_is_never_among_the_wrong_ones() -> None:
+    pairs = [("Who?", "one"), ("who?", "two"), ("b", "ONE"), ("b", "three"), ("c", "four"), ("d", "five")]
+    for topic in map(str, range(20)):  # that many draws
+        item = trivia._item(topic, 0, pairs)
+        assert {*item["choices"]} == {"one", "three", "four", "five"}
+        assert item["choices"][item["gold"]] == "one"
