@@ -140,7 +140,9 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
     from llada_megatron.data.tokenizer import check_vocabulary, load_tokenizer
     from llada_megatron.harness.asking import Wording
 
-    for option, least in (("max_new_tokens", 1), ("batch", 1), ("max_forwards", 0), ("max_cached_tokens", 0)):
+    at_least_one = ("max_new_tokens", "batch")
+    for option in (*at_least_one, "max_forwards", "max_cached_tokens", "fewshot"):
+        least = int(option in at_least_one)
         if (value := getattr(args, option)) is not None and value < least:
             raise BadInput(f"--{option.replace('_', '-')} {value}: give at least {least}.")
     if args.limit is not None and args.limit <= 0:
@@ -182,6 +184,7 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
         seed=args.seed,
         batch=args.batch,
         max_cached_tokens=args.max_cached_tokens,
+        cuda_graphs=args.cuda_graphs,
         partial=None if args.json is None else args.json.with_name(f"{args.json.name}.partial"),
     )
     return config, wording, job

@@ -65,13 +65,10 @@ class Wording:
         """The tokens of a context and of what follows it."""
         if context in self._chats:  # a question and its answer are tokenized apart, as for training
             return self._chats[context], self.tokenizer.encode(continuation)
-        bare = context.rstrip()
-        before = self.prompt(bare)
-        whole = self.prompt(context + continuation)
-        after = whole[len(before) :]
-        if not before and self.block_size == 0:
-            before = self._first()
-        return before, after
+        if not context:
+            return self._first() if self.block_size == 0 else [], self.tokenizer.encode(continuation)
+        before = self.prompt(context.rstrip())
+        return before, self.prompt(context + continuation)[len(before) :]
 
     def _first(self) -> list[int]:
         if self.tokenizer.end_of_document_id is None:
