@@ -64,6 +64,7 @@ class EvaluationJob:
     seed: int = 0
     batch: int = 8
     max_cached_tokens: int = 0
+    cuda_graphs: bool = False
     partial: Path | None = None
     """JSON lines of the answers so far; without it they are only returned."""
     origin: str = ""
@@ -71,8 +72,10 @@ class EvaluationJob:
 
     @property
     def identity(self) -> str:
-        """What decides an answer, besides its decoding: not the batch and its memory, nor other rules."""
-        said = asdict(replace(self, partial=None, batch=0, max_cached_tokens=0, rules=(), settings=None))
+        """What decides an answer, besides its decoding: not how it is computed, nor other rules."""
+        said = asdict(replace(self, rules=(), settings=None))
+        for how in ("batch", "max_cached_tokens", "cuda_graphs", "partial"):
+            del said[how]
         text = json.dumps(said, sort_keys=True, default=str)
         if self.origin:  # the next command has it elsewhere
             text = text.replace(str(self.checkpoint), "")
@@ -88,7 +91,7 @@ def decodings_of(rules: Sequence[str], settings: Mapping[str, Sequence[str]]) ->
             raise BadInput(f"{key} is no setting of {names}: remove it, or add a rule that has it.")
     found = []
     for rule in known:
-        own = {key: values for key, values in settings.items() if key in known[rule]}
+        own = {key: dict.fromkeys(values) for key, values in settings.items() if key in known[rule]}
         for values in product(*own.values()):
             chosen = dict(zip(own, values, strict=True))
             rule_of(rule, chosen)
@@ -107,7 +110,8 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     device.seed_everything(job.seed, config.precision.deterministic)
     groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
     try:
-        decodings = decodings_of(job.rules, job.settings or {}) if job.generations else []
+        decodings = decodings_of(job.rules, job.settings or {})
+        decodings = decodings if job.generations else []
         desk = Desk(job, ranks.from_first_rank(_written, job))
         if waiting := [each for each in asked(job, decodings) if each not in desk.answers]:
             (model,) = load_model(config, job.checkpoint)
@@ -229,9 +233,8 @@ class Answering:
         for score in self.job.scores:
             if (GREEDY, "", score.task, score.number) not in self.waiting:
                 continue
-            (first, *others) = windows(
-                0, score.context, score.continuation, length - length % size, exact=False
-            )
+            room = length if sees_all else length - length % size
+            (first, *others) = windows(0, score.context, score.continuation, room, exact=False)
             if others:  # longer than the context: nothing could decode it
                 self.desk.add(score, GREEDY, is_greedy=False)
             else:
@@ -305,6 +308,7 @@ class Answering:
             batch=self.job.batch,
             max_cached_tokens=self.job.max_cached_tokens,
             seed=self.job.seed,
+            cuda_graphs=self.job.cuda_graphs,
             text=self.text,
         )
 

@@ -82,6 +82,7 @@ def test_a_rule_takes_the_settings_that_it_has_in_every_combination():
         *(f"threshold,threshold={t},temperature={d}" for t in ("0.5", "0.9") for d in ("0", "1")),
         *(f"factor,temperature={d}" for d in ("0", "1")),
     ]
+    assert len(decodings_of(["factor", "factor"], {"factor": ["1", "1"]})) == 1
     for rules, given, said in (
         (["factor", "quota"], {"kl_threshold": ["1"]}, "kl_threshold is no setting of factor or quota"),
         (["threshold"], {"threshold": ["2"]}, "threshold"),
