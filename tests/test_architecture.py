@@ -21,6 +21,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "record": {"config"},
     "runtime": {"config"},
     "jobs": {"config", "record"},
+    "tasks": {"config"},
     "plan": {"config", "record"},
     "observe": {"config", "record", "jobs"},
     "parallel": {"config", "runtime"},
@@ -44,7 +45,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
         "checkpoint",
     },
 }
-ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"jobs", "plan", "convert", "generate"}
+ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"jobs", "plan", "convert", "generate", "tasks"}
 ROOMS_IMPORT["dryrun"] = {
     "config",
     "runtime",
@@ -71,7 +72,7 @@ ROOMS_IMPORT["commands"] = {
 ROOMS_IMPORT["__main__"] = {"cli", "config", "runtime"}
 ROOMS_IMPORT["__init__"] = set()
 
-TORCH_FREE = {"config", "record", "jobs", "plan"}
+TORCH_FREE = {"config", "record", "jobs", "plan", "tasks"}
 HEAVY = {"torch", "megatron"}
 STANDARD_LIBRARY_ALONE = {"record", "jobs"}
 OPTIONAL_ON_GPU = {"transformer_engine", "transformer_engine_torch", "cudnn"}

@@ -1,0 +1,85 @@
+"""HumanEval as lm-eval runs it: canonical solutions pass, in whatever form an answer has; others do not."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from llada_megatron.config.errors import BadInput
+from llada_megatron.tasks import FOLDER as TASKS
+from llada_megatron.tasks import code_execution, humaneval
+from llada_megatron.tasks.data_packages import FOLDER
+
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason="needs the packages that `make eval-data` installs"
+)
+
+
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(code_execution, "_allowed", True)
+    yield
+
+
+def passed(problem: dict[str, str], text: str) -> bool:
+    return humaneval.process_results(problem, [text]) == {"pass@1": 1.0}
+
+
+def corrupted(problem: dict[str, str]) -> str:
+    """The canonical solution, which is not reached."""
+    return "    return NotImplemented\n" + problem["canonical_solution"]
+
+
+def load(names: list[str]) -> dict[str, Any]:
+    return TaskManager(include_path=str(TASKS), include_defaults=False).load(names)["tasks"]
+
+
+def test_the_task_is_refused_before_anything_is_generated_unless_code_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(code_execution, "_allowed", False)
+    with pytest.raises(BadInput, match="allow it with --allow-code"):
+        load(["humaneval"])
+
+
+def test_a_completion_is_scored_through_the_task(allowed: None) -> None:
+    tasks = load(["humaneval", "humaneval_chat"])
+    task = tasks["humaneval"]
+    assert task.UNSAFE_CODE
+    docs = list(task.test_docs())
+    assert len(docs) == 164
+    assert task.fewshot_context(docs[3], num_fewshot=0) == docs[3]["prompt"]
+    for doc in docs[:3]:
+        assert task.process_results(doc, [doc["canonical_solution"]]) == {"pass@1": 1.0}
+        assert task.process_results(doc, [corrupted(doc)]) == {"pass@1": 0.0}
+    asked = tasks["humaneval_chat"].fewshot_context(docs[0], num_fewshot=0)
+    assert docs[0]["prompt"] in asked
+    assert asked.endswith("```")
+
+
+def test_a_function_may_come_whole_in_a_block_of_code_or_cut_off_after_it() -> None:
+    problem = humaneval.problems()[32]  # its prompt has a function that the solution calls
+    whole = problem["prompt"] + problem["canonical_solution"]
+    assert passed(problem, problem["canonical_solution"])
+    assert passed(problem, whole)
+    assert passed(problem, f"Here it is:\n\n```python\n{whole}```\n\nIt bisects.\n```\nfind_zero()\n```")
+    assert passed(problem, f"```\n{whole}")
+    body = problem["canonical_solution"]
+    alone = f"import math\n\ndef find_zero(xs: list):\n{body}"
+    assert passed(problem, f"```py\n{alone}\n```")  # without the other function, which the prompt has
+    assert not passed(problem, f"```python\n{problem['prompt']}    pass\n```")
+    assert not passed(problem, "I cannot do that.")
+    assert not passed(problem, "")
+
+
+@pytest.mark.slow
+def test_all_164_canonical_solutions_pass_and_corrupted_ones_do_not() -> None:
+    problems = humaneval.problems()
+    assert len(problems) == 164
+    with ThreadPoolExecutor(2) as pool:
+        right = [*pool.map(lambda problem: passed(problem, problem["canonical_solution"]), problems)]
+        wrong = [*pool.map(lambda problem: passed(problem, corrupted(problem)), problems)]
+    assert [problem["task_id"] for problem, good in zip(problems, right, strict=True) if not good] == []
+    assert sum(wrong) == 0
