@@ -33,8 +33,10 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "record", "runtime", "parallel", "model"},
     "convert": {"config", "record", "runtime", "attention", "data", "model", "checkpoint"},
     "generate": {"config", "runtime", "parallel", "attention", "data", "model", "checkpoint"},
+    "harness": {"config", "data"},
     "evaluate": {
         "config",
+        "harness",
         "runtime",
         "parallel",
         "attention",
@@ -45,7 +47,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
         "checkpoint",
     },
 }
-ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"jobs", "plan", "convert", "generate", "tasks"}
+ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"jobs", "plan", "convert", "generate", "harness", "tasks"}
 ROOMS_IMPORT["dryrun"] = {
     "config",
     "runtime",
@@ -67,12 +69,12 @@ ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "e
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "objectives", "checkpoint",
-    "convert", "generate", "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
+    "convert", "generate", "harness", "evaluate", "training", "dryrun", "bench", "verify", "demo", "cli",
 }  # fmt: skip
 ROOMS_IMPORT["__main__"] = {"cli", "config", "runtime"}
 ROOMS_IMPORT["__init__"] = set()
 
-TORCH_FREE = {"config", "record", "jobs", "plan", "tasks"}
+TORCH_FREE = {"config", "record", "jobs", "plan", "harness", "tasks"}
 HEAVY = {"torch", "megatron"}
 STANDARD_LIBRARY_ALONE = {"record", "jobs"}
 OPTIONAL_ON_GPU = {"transformer_engine", "transformer_engine_torch", "cudnn"}

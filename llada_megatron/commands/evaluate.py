@@ -18,6 +18,10 @@ EXAMPLE = "llada evaluate runs/demo --block-sizes 1,4,32,full"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
+    parser.description = (
+        "The likelihood bound of prepared text at several block sizes, and the exact NLL of an autoregressive"
+        " model. Scores on tasks are `llada eval`."
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run: its newest")
     parser.add_argument(
         "--block-sizes",

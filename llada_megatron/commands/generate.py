@@ -47,8 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser, new_tokens=256)
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) -> None:
-    """How it is decoded, whatever is: limits, the cache, the rule and settings."""
+def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int | None) -> None:
+    """How it is decoded, whatever is: limits, the cache, the rule and settings.
+
+    new_tokens: by default; None: something else says how many.
+    """
     parser.add_argument("--chat-template", metavar="NAME", help="llada2, plain or a file; default: its own")
     for name, default, what in (
         ("max-new-tokens", new_tokens, "of a prompt"),
@@ -57,7 +60,11 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int) 
         ("seed", 0, "of draws"),
     ):
         parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})"
+            f"--{name}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=what if default is None else f"{what} (default {default})",
         )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
     parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llada_megatron.checkpoint.load import load_model
-from llada_megatron.config.errors import BadInput
 from llada_megatron.config.foreign import parse_json
 from llada_megatron.config.schema import Config
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.generate.decoder import Decoder
+from llada_megatron.generate.partial import PartialFile
 from llada_megatron.generate.prompt import Limits, Prompt, Result
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.parallel import groups, ranks
@@ -139,23 +138,12 @@ class Lines:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.done: dict[int, str] = {}
-        self.partial = None if job.output is None else job.output.with_name(f"{job.output.name}.partial")
-        if self.partial is None:
-            return
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        if not self.partial.exists():
-            self._append(json.dumps({"job": job.identity}))
-            return
-        head, *lines = self.partial.read_text(encoding="utf-8").split("\n")
-        if head and head != json.dumps({"job": job.identity}):
-            raise BadInput(
-                f"{self.partial} holds results of another command, which was interrupted: run that one again,"
-                " remove the file, or choose another --output."
-            )
-        for line in lines[:-1]:  # a last one without an end was being written
-            self.done[int(parse_json(line)["index"])] = line
-        self._rewrite(self.partial, [json.dumps({"job": job.identity}), *self.done.values()])
+        self.partial: PartialFile | None = None
+        if job.output is not None:
+            path = job.output.with_name(f"{job.output.name}.partial")
+            self.partial = PartialFile(path, job.identity, "--output")
+        written = self.partial.lines if self.partial else []
+        self.done = {int(parse_json(line)["index"]): line for line in written}
 
     def add(self, result: Result) -> None:
         """One prompt is done."""
@@ -173,23 +161,12 @@ class Lines:
         }
         self.done[result.prompt] = json.dumps(said, ensure_ascii=False)
         if self.partial is not None:
-            self._append(self.done[result.prompt])
+            self.partial.append(self.done[result.prompt])
 
     def finish(self) -> list[str]:
         """All lines in the order of the prompts; or none, where they are in the file that was asked for."""
         in_order = [self.done[number] for number in sorted(self.done)]
         if self.partial is None or self.job.output is None:
             return in_order
-        self._rewrite(self.partial, in_order)
-        self.partial.replace(self.job.output)
+        self.partial.become(self.job.output, in_order)
         return []
-
-    def _append(self, line: str) -> None:
-        assert self.partial is not None
-        with self.partial.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def _rewrite(self, path: Path, lines: list[str]) -> None:
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        aside.replace(path)

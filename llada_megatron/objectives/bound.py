@@ -45,9 +45,17 @@ def exact_count_mask(
 
 
 def complementary_count_mask(
-    seed: int, document: int, draw: int, draws: int, starts: np.ndarray, supervised: np.ndarray
+    seed: int,
+    document: int,
+    draw: int,
+    draws: int,
+    starts: np.ndarray,
+    supervised: np.ndarray,
+    streams: tuple[Purpose, Purpose] = (Purpose.PREFERENCE_COUNT, Purpose.PREFERENCE_MASK),
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `exact_count_mask`, of one document, whose number in its corpus is all that the masks depend on.
+
+    streams: of random numbers, for the counts and for the subsets.
 
     draws: 1, or an even number: draws 2j and 2j + 1 then score a subset of k of each block's m tokens and
     its complement, k uniform in 0..m, with the weights (m + 1)/k and (m + 1)/(m - k). Every token is scored
@@ -60,9 +68,9 @@ def complementary_count_mask(
     block, size = np.unique(starts[scored], return_inverse=True, return_counts=True)[1:]
     ways = size + 1 if draws > 1 else size
     # Stratified over the pairs of draws: u steps evenly through [0, 1) from a random place of each block.
-    u = (generator(seed, Purpose.PREFERENCE_COUNT, document).random(len(size)) + pair / pairs) % 1.0
+    u = (generator(seed, streams[0], document).random(len(size)) + pair / pairs) % 1.0
     count = np.floor(u * ways).astype(np.int64) + (draws == 1)
-    score = generator(seed, Purpose.PREFERENCE_MASK, document * pairs + pair).random(len(scored))
+    score = generator(seed, streams[1], document * pairs + pair).random(len(scored))
     order = np.lexsort((score, block))
     place = np.arange(len(scored)) - (np.cumsum(size) - size)[block[order]]
     chosen = np.empty(len(scored), dtype=bool)

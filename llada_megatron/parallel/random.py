@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     PREFERENCE_COUNT = 7
     PREFERENCE_MASK = 8
     DECODING = 9
+    CONTINUATION_COUNT = 10
+    CONTINUATION_MASK = 11
 
 
 def generator(

@@ -1,4 +1,4 @@
-"""Golden cases of post-training: CAP, SFT, and preferences over the likelihood bound.
+"""Golden cases of post-training: CAP, SFT, preferences over the likelihood bound, and likelihoods.
 
 In such a set a case belongs to a `group`, and cases of a group share tensors; the README.md beside them says
 which. All masks and weights are stored.
@@ -36,6 +36,7 @@ from llada_megatron.objectives.preference import SIDES, Preference, bounds, pref
 from llada_megatron.record.json_files import require
 from llada_megatron.runtime import device
 from llada_megatron.verify.golden_cases import CaseResult, largest, relative
+from llada_megatron.verify.golden_likelihood import likelihood_case
 from llada_megatron.verify.golden_losses import (
     OVER_MASKED,
     backward,
@@ -382,7 +383,7 @@ class Group:
 
 
 NUMBERS = (
-    *("confidence_beta", "lambda_conf", "temperature", "beta", "block_size"),
+    *("confidence_beta", "lambda_conf", "temperature", "beta", "block_size", "batch_size", "cfg_scale"),
     *("loss", "total", "total_loss", "consistency_loss", "confidence_loss"),
     *("loss_sft", "loss_conf", "n_correct", "loss_sft_rev", "loss_conf_rev", "n_correct_rev"),
 )
@@ -403,5 +404,6 @@ GROUPS = {
         sft_case, ("block_size", "raw_lengths", "quantised_lengths", "prompt_lengths", "per_sequence")
     ),
     "dpo": Group(dpo_case, ("beta", "loss", "per_pair_loss", "masks_shared_policy_reference")),
+    "llada_likelihood": Group(likelihood_case, ("batch_size", "cfg_scale", "log_likelihood")),
     "elbo_kto": Group(kto_case, ("beta", "completion_lengths", "loss"), _kto_unserved),
 }

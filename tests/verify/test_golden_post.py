@@ -19,12 +19,14 @@ from llada_megatron.verify.golden_set import Golden, Stored, load
 
 POST = Path(__file__).parents[1] / "golden_post"
 CASES = json.loads((POST / "cases.json").read_text())["cases"]
-CAP, PAIR, SFT, DPO, KTO = (
+CAP, PAIR, SFT, DPO, KTO, LIK, GUIDED = (
     "cap_mixed_beta2",
     "pair_cap_lambda2_temp0.5",
     "sft_quantised",
     "dpo_bdlm_seq_t_k2_unshared",
     "kto_beta0.02_zero_D1_U1",
+    "lik_a3_b8_wraps",
+    "lik_a7_mc8_cfg05",
 )
 Cases = dict[str, dict[str, Any]]
 Tensors = dict[str, torch.Tensor]
@@ -82,6 +84,10 @@ def weigh(tensors: Tensors) -> None:
     tensors[f"{DPO}.weight_ref_chosen"][0] *= 1.01
 
 
+def others_masked(tensors: Tensors) -> None:
+    tensors[f"{LIK}.mask"] = tensors[f"{LIK}.mask"].flip(-1)
+
+
 def share_masks(cases: Cases) -> None:
     cases[DPO]["masks_shared_policy_reference"] = True
 
@@ -113,6 +119,11 @@ def set_to(name: str, **values: Any) -> Callable[[Cases], object]:
         (DPO, {"tensors": weigh}, {"bound", "preference"}),
         (KTO, {"cases": set_to(KTO, beta=0.021)}, {"preference", "preference_norms"}),
         (KTO, {"tensors": lambda t: t["kto.B_ref"].add_(0.1)}, {"bound"}),
+        (LIK, {"cases": set_to(LIK, log_likelihood=-63.88)}, {"bound"}),
+        (LIK, {"tensors": others_masked}, {"cross_entropy", "bound"}),
+        (LIK, {"tensors": lambda t: t[f"{LIK}.p_mask"][0].zero_()}, {"mask"}),
+        (LIK, {"tensors": lambda t: t[f"{LIK}.per_batch_loss"].mul_(1.1)}, {"bound"}),
+        (GUIDED, {"cases": set_to(GUIDED, cfg_scale=0.51)}, {"cross_entropy", "bound"}),
     ],
 )
 def test_each_quantity_fails_where_it_is_another(
@@ -135,6 +146,9 @@ BAD = [
     (DPO, {"tensors": lambda t: t.pop(f"{DPO}.mask_rejected")}, f"holds no {DPO}.mask_rejected"),
     (DPO, {"tensors": lambda t: t.update({f"{DPO}.margin": torch.zeros(3)})}, "margin of shape [3]"),
     (DPO, {"tensors": lambda t: t.update({"dpo.policy.x": torch.zeros(3)})}, "has no x to put dpo.policy's"),
+    (LIK, {"cases": set_to(LIK, log_likelihood="much")}, "log_likelihood or batch_size that cannot be"),
+    (LIK, {"cases": set_to(LIK, batch_size=3)}, "log_likelihood or batch_size that cannot be"),
+    (LIK, {"tensors": lambda t: t[f"{LIK}.mask"].zero_()}, "mask that is not of draws and tokens"),
 ]
 
 
