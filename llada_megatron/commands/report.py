@@ -1,4 +1,7 @@
-"""`llada report RUN`: writes the report of a run and prints its main table."""
+"""`llada report RUN`: writes the report of a run and prints its main table.
+
+With --compare it sets the results of `llada eval` side by side instead.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,79 @@ import argparse
 import shutil
 from pathlib import Path
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.quantities import short_count
+from llada_megatron.observe.comparison import write_comparison
 from llada_megatron.observe.report import NOT_YET, missing, write_report
-from llada_megatron.record.json_files import read_json
+from llada_megatron.record.json_files import read_json, write_json
 from llada_megatron.record.run_dir import RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `llada report`."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, finished or not")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also copy report.json to FILE")
+    parser.add_argument(
+        "run", type=Path, nargs="?", metavar="RUN", help="directory of a run, finished or not"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="results of `llada eval`, or folders of them, of models or rules side by side; instead of RUN",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the comparison's page (default comparison)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also copy the page's figures to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and print its main table; raises BadInput where RUN holds no run or no step yet."""
+    if (args.run is None) == (args.compare is None):
+        raise BadInput("Give the directory of a run, or files of results with --compare, and not both.")
+    if args.compare is not None:
+        return compare(args.compare, args.out or Path("comparison"), args.json)
+    if args.out is not None:
+        raise BadInput("--out is for --compare: a run's report lies in its directory, remove --out.")
     write_report(args.run)
     print_summary(args.run)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(RunDir(args.run).report_json, args.json)
+    return 0
+
+
+def compare(paths: list[Path], folder: Path, copy: Path | None) -> int:
+    """Write the page of a comparison and print its scores; raises BadInput for what is no file of results."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    content = write_comparison(paths, folder)
+    write_json(copy, content)
+    console = Console(highlight=False)
+    scores = Table(box=None, pad_edge=False)
+    for name in ("model", "decoding", "task", "metric"):
+        scores.add_column(name, overflow="fold")
+    for name in ("score", "std. error", "tokens/forward"):
+        scores.add_column(name, justify="right", no_wrap=True)
+    for score in content["scores"]:
+        names = (score["model"], score["decoding"] or "-", score["task"], score["metric"])
+        speed = score["cost"].get("tokens_per_forward")
+        scores.add_row(
+            *map(Text, names),
+            f"{score['value']:.4f}",
+            "-" if score["error"] is None else f"{score['error']:.4f}",
+            "-" if speed is None else f"{speed:.2f}",
+        )
+    console.print(scores)
+    for line in content["frontiers"]:
+        console.print(
+            f"AUP {line['aup']:.1f}: {line['model']}, {line['rule']}, {line['task']} ({line['metric']})",
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(f"\nComparison: {folder / 'index.html'}", markup=False, soft_wrap=True)
     return 0
 
 

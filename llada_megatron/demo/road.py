@@ -65,8 +65,11 @@ def evaluations(base: Path, questions: Path, *, limit: int | None = None) -> lis
         command = ["eval", str(base / model), *asked, *rule, "--json", str(file)]
         return Step(file.with_name(f"{name}.{last}.json"), command)
 
+    compared = base / "comparison"
     thresholds = ["--threshold", ",".join(THRESHOLDS)]
     models = [
         step(model, model, f"threshold,threshold={THRESHOLDS[-1]}", *thresholds) for model in STAGES[1:]
     ]
-    return [*models, step("rules", STAGES[-1], RULES[-1], "--rule", ",".join(RULES))]
+    rules = step("rules", STAGES[-1], RULES[-1], "--rule", ",".join(RULES))
+    page = ["report", "--compare", str(base / "eval"), "--out", str(compared)]
+    return [*models, rules, Step(compared / "index.html", page)]

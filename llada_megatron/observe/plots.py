@@ -5,7 +5,7 @@ Colours are config/colours.py's; sequences in time use viridis.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from llada_megatron.config.colours import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from llada_megatron.config.objectives import Figure as ObjectiveFigure
+from llada_megatron.observe.frontier import Point, counted, in_order
 from llada_megatron.record.metrics import Record, by_stage
 
 if TYPE_CHECKING:
@@ -115,6 +116,42 @@ def plot_figure(steps: list[Record], name: str, figure_of: ObjectiveFigure, path
         axes.set_xlabel(figure_of.label)
         axes.set_ylabel(figure_of.unit)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9.5, title="early to late")
+
+
+def plot_frontier(lines: Sequence[tuple[str, Sequence[Point]]], metric: str, path: Path) -> None:
+    """Draw accuracy over tokens per forward, one labelled line per model and rule, with standard errors.
+
+    Points that AUP leaves out are hollow.
+    """
+    with _picture(path, height=4.6) as figure:
+        axes = figure.subplots()
+        for index, (label, points) in enumerate(lines):
+            color, marker = LINES[index % len(LINES)]
+            ordered = in_order(points)
+            left_out = {*ordered} - {*counted(ordered)}
+            axes.errorbar(
+                [point.tokens_per_forward for point in ordered],
+                [point.accuracy for point in ordered],
+                [point.error or 0.0 for point in ordered],
+                color=color,
+                linestyle=("-", "--", ":")[index // len(LINES) % 3],
+                linewidth=1.8,
+                capsize=3,
+            )
+            for point in ordered:
+                axes.plot(
+                    point.tokens_per_forward,
+                    point.accuracy,
+                    color=color,
+                    marker=marker,
+                    markersize=6,
+                    markerfacecolor="white" if point in left_out else color,
+                    linestyle="none",
+                    label=label if point is ordered[0] else None,
+                )
+        axes.set_xlabel("tokens per forward")
+        axes.set_ylabel(f"{metric}, %")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), fontsize=9.5)
 
 
 def plot_expert_load(steps: list[Record], path: Path) -> None:

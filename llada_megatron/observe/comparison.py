@@ -1,0 +1,213 @@
+"""Evaluations side by side: the results of `llada eval`, of models and of decoding rules, as one page.
+
+A file is lm-eval's results of one model under one decoding, with `llada` beside them: the checkpoint, the
+decoding, and what it cost. Results of other lm-eval models are scores without a cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.config.errors import BadInput
+from llada_megatron.observe import plots
+from llada_megatron.observe.frontier import Point, aup, unweighted_aup
+from llada_megatron.observe.report import Heading, Paragraph, Part, Picture, Table, to_html, to_markdown
+from llada_megatron.record.json_files import read_json, require, write_json
+
+REMEDY = "give files that `llada eval --json` wrote"
+AUP = (
+    "AUP is d3LLM's (arXiv 2601.07568): tokens per forward times accuracy of the slowest decoding, and the"
+    " area from there to faster ones, accuracies weighted by min(exp(-3 (1 - y / y_max)), 1). y_max is the"
+    " best of this page, and decodings that lose more than 5 points against the slowest are left out. The"
+    " unweighted area is that of MBD-LMs (arXiv 2606.29215): trapezoids alone, of all decodings."
+)
+COSTS = {"tokens_per_forward": 2, "ms_per_forward": 1, "tokens_per_second": 1}
+"""What is shown of a decoding's cost, with its decimals."""
+CAPTION = "Accuracy over tokens per forward, with standard errors. AUP does not count the hollow points."
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a task, of one model under one decoding."""
+
+    model: str
+    rule: str
+    """Of decoding; empty for likelihoods."""
+    decoding: str
+    """The rule with its settings."""
+    task: str
+    metric: str
+    """With its filter, as lm-eval names it: `exact_match,strict-match`."""
+    value: float
+    error: float | None
+    questions: int | None
+    higher_is_better: bool
+    cost: dict[str, Any]
+    """Of the task: tokens_per_forward, ms_per_forward, tokens_per_second, forwards by kind; or empty."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A model under one rule with several settings, on one task."""
+
+    model: str
+    rule: str
+    task: str
+    metric: str
+    points: list[Point]
+    aup: float
+    unweighted_aup: float
+
+    @property
+    def label(self) -> str:
+        """What a legend says."""
+        return f"{self.model}, {self.rule}"
+
+    @property
+    def areas(self) -> tuple[float, float]:
+        """AUP and the unweighted area."""
+        return self.aup, self.unweighted_aup
+
+
+def write_comparison(paths: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Write index.html, comparison.md, comparison.json and pictures into a folder; returns that JSON.
+
+    paths: files, or folders of them. Raises BadInput for what is no file of results.
+    """
+    scores = [score for path in files_in(paths) for score in read_scores(path)]
+    lines = lines_of(scores)
+    content = {
+        "scores": [asdict(score) for score in scores],
+        "frontiers": [asdict(line) for line in lines],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = _parts(scores, lines, folder)
+    (folder / "comparison.md").write_text(to_markdown(parts), encoding="utf-8")
+    (folder / "index.html").write_text(to_html(parts), encoding="utf-8")
+    write_json(folder / "comparison.json", content)
+    return content
+
+
+def files_in(paths: Sequence[Path]) -> list[Path]:
+    """The files, those in folders by name, each once; BadInput for a folder without any."""
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not inside:
+            raise BadInput(f"{path} holds no .json file: {REMEDY}.")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def read_scores(path: Path) -> Iterator[Score]:
+    """Every metric of every task in a file of results; BadInput where it is none."""
+    content = read_json(path, REMEDY)
+    require(content, path, "results", remedy=REMEDY)
+    said = content.get("llada") or {}
+    decoding = said.get("decoding") or {}
+    model = str(said.get("checkpoint") or content.get("model_name") or path.stem)
+    questions = content.get("n-samples", {})
+    better = content.get("higher_is_better", {})
+    for task, figures in content["results"].items():
+        for key, value in figures.items():
+            metric, comma, kept = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = figures.get(f"{metric}_stderr,{kept}")
+            yield Score(
+                model=model,
+                rule=str(decoding.get("rule") or ""),
+                decoding=str(decoding.get("name") or ""),
+                task=task,
+                metric=key.removesuffix(",none"),
+                value=float(value),
+                error=float(error) if isinstance(error, int | float) else None,
+                questions=questions.get(task, {}).get("effective"),
+                higher_is_better=bool(better.get(task, {}).get(metric, True)),
+                cost=said.get("cost", {}).get(task, {}),
+            )
+
+
+def lines_of(scores: Sequence[Score]) -> list[Line]:
+    """One line for each task and metric, model and rule whose tokens per forward are known.
+
+    Metrics are shares, higher ones better. A task's metrics follow each other in lm-eval's order.
+    """
+    groups: dict[tuple[str, str, str, str], list[Point]] = {}
+    best: dict[tuple[str, str], float] = {}
+    for score in scores:
+        speed = score.cost.get("tokens_per_forward")
+        if not score.higher_is_better or not 0 <= score.value <= 1 or speed is None:
+            continue
+        percent = 100 * score.value
+        best[score.task, score.metric] = max(percent, best.get((score.task, score.metric), 0.0))
+        point = Point(speed, percent, None if score.error is None else 100 * score.error, score.decoding)
+        groups.setdefault((score.task, score.metric, score.model, score.rule), []).append(point)
+    return [
+        Line(model, rule, task, metric, points, aup(points, best[task, metric]), unweighted_aup(points))
+        for (task, metric, model, rule), points in groups.items()
+    ]
+
+
+def _parts(scores: list[Score], lines: list[Line], folder: Path) -> list[Part]:
+    parts: list[Part] = [Heading("Evaluations", level=1)]
+    for task in dict.fromkeys(score.task for score in scores):
+        mine = [score for score in scores if score.task == task]
+        mine.sort(key=lambda score: (score.model, score.rule, score.cost.get("tokens_per_forward", 0.0)))
+        parts += [Heading(task), _table_of_scores(mine)]
+        of_task = [line for line in lines if line.task == task]
+        if of_task:
+            # The first metric is the one by which the task is known.
+            shown = [line for line in of_task if line.metric == of_task[0].metric]
+            picture = folder / f"frontier-{_file_name(task)}.png"
+            named = [(f"{line.label} (AUP {line.aup:.1f})", line.points) for line in shown]
+            plots.plot_frontier(named, shown[0].metric, picture)
+            parts.append(Picture(picture.name, CAPTION))
+            parts.append(_table_of_lines(of_task))
+    return [*parts, Paragraph(AUP)] if lines else parts
+
+
+def _table_of_scores(scores: list[Score]) -> Table:
+    header = ["model", "decoding", "metric", "score", "questions"]
+    header += ["tokens/forward", "ms/forward", "tokens/s", "forwards"]
+    rows = []
+    for score in scores:
+        cost = score.cost
+        error = "" if score.error is None else f" ± {score.error:.4f}"
+        forwards = ", ".join(f"{count} {kind}" for kind, count in cost.get("forwards", {}).items() if count)
+        rows.append(
+            [
+                score.model,
+                score.decoding or "-",
+                score.metric + ("" if score.higher_is_better else " (lower is better)"),
+                f"{score.value:.4f}{error}",
+                "-" if score.questions is None else str(score.questions),
+                *(f"{cost[name]:.{digits}f}" if name in cost else "-" for name, digits in COSTS.items()),
+                forwards or "-",
+            ]
+        )
+    return Table(header, rows)
+
+
+def _table_of_lines(lines: list[Line]) -> Table:
+    header = ["model", "rule", "metric", "decodings", "AUP", "unweighted area"]
+    return Table(
+        header,
+        [
+            [
+                line.model,
+                line.rule,
+                line.metric,
+                f"{len(line.points)}",
+                *(f"{area:.1f}" for area in line.areas),
+            ]
+            for line in lines
+        ],
+    )
+
+
+def _file_name(task: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in task)
