@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ MASK_CHARACTER = "░"
 
 def infilled(
     config: Config, model: torch.nn.Module, samples: list[PackedSample], block_size: int
-) -> Iterator[tuple[str, str, str]]:
-    """(original, masked, filled) texts of held-out sequences, half masked in their second half.
+) -> Iterator[dict[str, Any]]:
+    """Held-out sequences, half masked in their second half: texts `original`, `masked` and `filled`, the
+    tokens of the last one as `pieces` of text, and `decided_at`, the forward of its document that decided
+    each, 0 for those that were given.
 
     Each document is decoded by itself, its blocks counted from its first token, as a prompt's are. Every rank
     calls it with the same samples, and has all texts.
@@ -45,10 +48,16 @@ def infilled(
         results = decoder.results(
             [Prompt(tokens, has_holes=True) for tokens in documents], Limits(new_tokens=0)
         )
-    filled = iter(result.tokens for result in results)
+    remaining = iter(results)
     for sample, tokens in zip(samples, masked, strict=True):
-        text = np.concatenate([next(filled) for _ in sample.cu_seqlens[1:]])
-        shown = [
-            MASK_CHARACTER if t == mask_token_id else tokenizer.decode([int(t)]) for t in tokens.tolist()
-        ]
-        yield tokenizer.decode(sample.tokens.tolist()), "".join(shown), tokenizer.decode(text.tolist())
+        of_sample = [next(remaining) for _ in sample.cu_seqlens[1:]]
+        filled = np.concatenate([result.tokens for result in of_sample]).tolist()
+        pieces = [tokenizer.decode([token]) for token in filled]
+        shown = np.where(tokens == mask_token_id, MASK_CHARACTER, pieces)
+        yield {
+            "original": tokenizer.decode(sample.tokens.tolist()),
+            "masked": "".join(shown),
+            "filled": tokenizer.decode(filled),
+            "pieces": pieces,
+            "decided_at": np.concatenate([result.decided_at for result in of_sample]).tolist(),
+        }

@@ -90,6 +90,8 @@ class Result:
     stop: Stop
     decided_at: npt.NDArray[np.int64]
     """The denoising forward, from 1, that each token had its last change in; 0: it was given."""
+    is_edited: npt.NDArray[np.bool_]
+    """Where a token stood before that another one replaced."""
     forwards: dict[str, int]
     """`prefill`: read the prompt alone. `denoise`: changed a block, and read what was not kept before it.
     `store`: only kept a finished block, which none does: the next block's first forward does it as well."""

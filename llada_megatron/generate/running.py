@@ -63,6 +63,7 @@ class Running:
         self.tokens[: len(given)] = given
         self.is_given = self.tokens != mask_token_id
         self.decided_at = np.zeros(length, np.int64)
+        self.is_edited = np.zeros(length, bool)
         self.forwards: Counter[str] = Counter()
         self.began = 0.0
         self.first = self.stop = 0
@@ -130,7 +131,9 @@ class Running:
         self.tokens[block], self._state = change.tokens_m, change.state
         self._step += 1
         self.forwards["denoise"] += 1
-        self.decided_at[block][change.tokens_m != seen.tokens_m] = self.forwards["denoise"]
+        is_other = change.tokens_m != seen.tokens_m
+        self.decided_at[block][is_other] = self.forwards["denoise"]
+        self.is_edited[block] |= is_other & (seen.tokens_m != self.mask_token_id)
         changed = BlockChanged(self.number, self.first, change.tokens_m, self.is_masked, change.is_done)
         return changed, change.is_done and not change.changes(seen)
 
@@ -200,6 +203,7 @@ class Running:
             None if text is None else text(tokens.tolist())[:characters],
             reason,
             self.decided_at[first:stop].copy(),
+            self.is_edited[first:stop].copy(),
             {kind: self.forwards[kind] for kind in ("prefill", "denoise", "store")},
             int((~self.is_given[first:stop]).sum()),
             time.perf_counter() - self.began,

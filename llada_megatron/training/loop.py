@@ -365,11 +365,10 @@ class _Run:
         assert self.evaluator is not None
         chosen = self.evaluator.samples[: self.config.evaluation.infill_sequences]
         model = self.trainer.model[0]
-        for original, masked, filled in infilled(self.config, model, chosen, stage.block_size):
+        for sample in infilled(self.config, model, chosen, stage.block_size):
             if self.trackers is not None:
-                texts = {"original": original, "masked": masked, "filled": filled}
                 self.trackers.sample(
-                    {"step": step, "stage": stage.name, "block_size": stage.block_size, **texts}
+                    {"step": step, "stage": stage.name, "block_size": stage.block_size, **sample}
                 )
 
     def _train_loss(self, stage: Stage | None) -> float | None:

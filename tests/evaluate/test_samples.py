@@ -31,9 +31,8 @@ def test_each_document_is_filled_as_by_itself_and_the_models_mode_stays(config):
         PackedSample(tokens[::-1].copy(), np.array([0, L])),
     ]
     assert model.training
-    for sample, (original, masked, filled) in zip(
-        samples, infilled(config, model, samples, BLOCK), strict=True
-    ):
+    for sample, found in zip(samples, infilled(config, model, samples, BLOCK), strict=True):
+        original, masked, filled = (found[name] for name in ("original", "masked", "filled"))
         assert original == bytes(sample.tokens.tolist()).decode()
         hidden = np.array([character == MASK_CHARACTER for character in masked])
         assert hidden.any() and not hidden[: L // 2].any()
@@ -45,5 +44,10 @@ def test_each_document_is_filled_as_by_itself_and_the_models_mode_stays(config):
             canvas = Canvas(document, BLOCK, mask)
             expected += reference_loop(model, canvas, rule_of("threshold"))[0].tolist()
             model.train()
+        shown = [
+            MASK_CHARACTER if decided_at else piece
+            for piece, decided_at in zip(found["pieces"], found["decided_at"], strict=True)
+        ]
+        assert "".join(shown) == masked and max(found["decided_at"]) > 1
         assert filled == bytes(token for token in expected if token < 256).decode(errors="replace")
     assert model.training

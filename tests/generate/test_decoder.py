@@ -224,9 +224,12 @@ def test_a_block_ends_where_nothing_that_is_wanted_can_change_any_more(model):
     assert result.forwards["denoise"] < forwards == 32
     (string,) = ours.results([prompt], Limits(new_tokens=32, strings=[words(expected[:1])]))
     assert string.forwards == result.forwards and string.stop is Stop.string
+    assert not result.is_edited.any()
     edits = decoder(model, block_size=32, rule=rule_of("joint"))  # whose tokens may still change
     (result,) = edits.results([prompt], Limits(new_tokens=1))
     assert result.tokens == uncached(model, prompt, 1, 32, rule_of("joint"))[0]
+    (result,) = edits.results([prompt], Limits(new_tokens=32))
+    assert result.is_edited.any() and (result.decided_at[result.is_edited] > 1).all()
 
 
 @pytest.mark.usefixtures("model")  # its process groups
