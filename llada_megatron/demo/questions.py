@@ -103,7 +103,7 @@ def _drawn(questions: Questions) -> Iterator[tuple[str, str]]:
 
 def _write_task(path: Path, name: str, questions: Questions) -> None:
     described = {
-        "include": str(FOLDER / "reasoning_gym.yaml"),
+        "include": str(FOLDER / "reasoning_gym" / "_generator.yaml"),
         "task": name,
         "dataset_kwargs": {
             "generator": questions.generator,
