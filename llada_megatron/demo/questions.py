@@ -1,7 +1,7 @@
 """The small task of `make demo-chat`: questions that a program asks and scores, and conversations of people.
 
-reasoning-gym's generators (Apache-2.0) ask for sums, words spelt backwards and letters counted: small enough
-for a model of a few million parameters, and each answer is right or wrong. What the model is scored on is
+reasoning-gym's generators (Apache-2.0) ask for words spelt backwards and letters counted: little enough for a
+model of a few million parameters, and each answer is right or wrong. What the model is scored on is
 drawn from other seeds than what it learns, and its questions are left out of that.
 """
 
@@ -38,17 +38,14 @@ class Questions:
 
 
 TASKS = {
-    "demo_sums": Questions(
-        "basic_arithmetic",
-        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+", "-"]},
-        learnt=6000,
-        preferred=800,
+    "demo_words": Questions(
+        "spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, preferred=700
     ),
-    "demo_spelling": Questions(
-        "spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=9000, preferred=800
+    "demo_long_words": Questions(
+        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, preferred=700
     ),
-    "demo_counting": Questions(
-        "letter_counting", {"min_words": 1, "max_words": 1}, learnt=5000, preferred=400
+    "demo_letters": Questions(
+        "letter_counting", {"min_words": 1, "max_words": 1}, learnt=5000, preferred=600
     ),
 }
 

@@ -12,7 +12,7 @@ from llada_megatron.tasks.data_packages import FOLDER
 FEW = {
     name: questions.Questions(each.generator, each.settings, learnt=60, preferred=8)
     for name, each in questions.TASKS.items()
-    if name != "demo_counting"
+    if name != "demo_long_words"
 }
 
 
