@@ -109,7 +109,7 @@ def _whole_road(args: argparse.Namespace, base: Path) -> None:
     from llada_megatron.demo import questions
     from llada_megatron.observe.report import write_report
 
-    folder = base / "questions"
+    folder, processes = base / "questions", args.processes or 2
     count = len(road.STAGES) + 2
     _say(f"1/{count}  questions of reasoning-gym's programs, conversations of the package chatterbot-corpus")
     if not (folder / "pairs.jsonl").is_file():
@@ -120,19 +120,15 @@ def _whole_road(args: argparse.Namespace, base: Path) -> None:
     for number, stage in enumerate(road.STAGES, 2):
         _say(f"{number}/{count}  {road.SAYS[stage]}")
         if stage == "dpo":
-            run_step(road.reference(base, folder))
+            run_step(road.reference(base, folder, processes))
         data = folder / road.DATA[stage]
-        overrides = [
-            f"run.dir={base / stage}",
-            f"data.path=[{data}]",
-            f"layout.processes={args.processes or 2}",
-        ]
+        overrides = [f"run.dir={base / stage}", f"data.path=[{data}]", f"layout.processes={processes}"]
         overrides += [] if before is None else [f"checkpoint.init_from={before}"]
         _train(_compose(args, f"{road.EXPERIMENT}_{stage}", [*overrides, *args.overrides]))
         write_report(base / stage)
         before = base / stage
     _say(f"{count}/{count}  what each model answers, and how fast, under which rule")
-    for step in road.evaluations(base, folder, limit=10 if args.short else None):
+    for step in road.evaluations(base, folder, processes, limit=10 if args.short else None):
         run_step(step)
 
 

@@ -39,13 +39,13 @@ class Questions:
 
 TASKS = {
     "demo_words": Questions(
-        "spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, preferred=700
+        "spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, preferred=350
     ),
     "demo_long_words": Questions(
-        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, preferred=700
+        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, preferred=350
     ),
     "demo_letters": Questions(
-        "letter_counting", {"min_words": 1, "max_words": 1}, learnt=5000, preferred=600
+        "letter_counting", {"min_words": 1, "max_words": 1}, learnt=5000, preferred=300
     ),
 }
 

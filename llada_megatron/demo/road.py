@@ -39,15 +39,14 @@ def preparation(questions: Path) -> list[Step]:
     return [step("text", "text"), step("chats", "chat"), step("pairs", "preference")]
 
 
-def reference(base: Path, questions: Path) -> Step:
+def reference(base: Path, questions: Path, processes: int) -> Step:
     """The bounds of both answers of each pair, under the model that DPO starts from."""
     pairs = questions / "pairs"
-    return Step(
-        Path(f"{pairs}.scores.safetensors"), ["score", str(base / "cap"), str(pairs), "--block-size", "32"]
-    )
+    command = ["score", str(base / "cap"), str(pairs), "--block-size", "32", f"layout.processes={processes}"]
+    return Step(Path(f"{pairs}.scores.safetensors"), command)
 
 
-def evaluations(base: Path, questions: Path, *, limit: int | None = None) -> list[Step]:
+def evaluations(base: Path, questions: Path, processes: int, *, limit: int | None = None) -> list[Step]:
     """Each model that answers at several thresholds, and the last one under the other rules."""
     asked = [
         "--tasks",
@@ -59,6 +58,7 @@ def evaluations(base: Path, questions: Path, *, limit: int | None = None) -> lis
         "32",
     ]
     asked += [] if limit is None else ["--limit", str(limit)]
+    asked.append(f"layout.processes={processes}")
 
     def step(name: str, model: str, last: str, *rule: str) -> Step:
         file = base / "eval" / f"{name}.json"
