@@ -7,7 +7,7 @@ SMOLLM2 := .venv/smollm2
 CHATS := .venv/chats
 EVAL_DATA := .venv/eval-data
 
-.PHONY: help setup eval-data test test-slow test-full test-gpu gpu-compile demo demo-smollm2 sft-small check lock
+.PHONY: help setup eval-data test test-slow test-full test-gpu gpu-compile demo demo-smollm2 demo-chat sft-small check lock
 
 help:
 	@echo "make setup        environment in .venv, with .venv/bin/llada"
@@ -19,6 +19,7 @@ help:
 	@echo "make gpu-compile  cuDNN's attention kernels, compiled without a CUDA device"
 	@echo "make demo         the whole pipeline, small, on this machine"
 	@echo "make demo-smollm2 a real pretrained model, converted on this machine"
+	@echo "make demo-chat    a small model learns to answer, decodes faster, and is scored"
 	@echo "make sft-small    a small model learns to answer, from conversations that a package ships"
 	@echo "make check        format, lint and types"
 	@echo "make lock         requirements.txt anew from pyproject.toml"
@@ -77,6 +78,9 @@ demo: $(STAMP)
 
 demo-smollm2: $(STAMP) $(SMOLLM2)/.setup-done
 	PYTHONPATH=$(SMOLLM2) $(BIN)/llada demo --experiment demo_smollm2
+
+demo-chat: $(STAMP) $(EVAL_DATA)/.setup-done
+	PYTHONPATH=$(EVAL_DATA) $(BIN)/llada demo --experiment demo_chat
 
 sft-small: $(STAMP) $(CHATS)/.setup-done
 	PYTHONPATH=$(CHATS) $(BIN)/llada demo --experiment sft_small
