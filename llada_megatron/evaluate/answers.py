@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
@@ -112,8 +113,9 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     try:
         decodings = decodings_of(job.rules, job.settings or {})
         decodings = decodings if job.generations else []
-        desk = Desk(job, ranks.from_first_rank(_written, job))
-        if waiting := [each for each in asked(job, decodings) if each not in desk.answers]:
+        keys = list(asked(job, decodings))
+        desk = Desk(job, ranks.from_first_rank(_written, job), len(keys))
+        if waiting := [each for each in keys if each not in desk.answers]:
             (model,) = load_model(config, job.checkpoint)
             with evaluating([model]):
                 Answering(config, job, model, desk, set(waiting)).run(decodings)
@@ -142,8 +144,9 @@ def _written(job: EvaluationJob) -> list[Answer]:
 class Desk:
     """Answers as they come; rank 0 has a file of them where one was asked for."""
 
-    def __init__(self, job: EvaluationJob, written: Iterable[Answer]) -> None:
+    def __init__(self, job: EvaluationJob, written: Iterable[Answer], wanted: int) -> None:
         self.answers: dict[Key, Answer] = {key_of(each): each for each in written}
+        self._wanted = wanted
         self._file: PartialFile | None = None
         if job.partial is not None and ranks.rank() == 0:
             self._file = PartialFile(job.partial, job.identity, "--json")
@@ -160,6 +163,9 @@ class Desk:
         made = {**about, "digest": request.digest, **said, "spent_sec": round(now - self._began, 6)}
         self._began = now
         self.answers[key_of(made)] = made
+        done = len(self.answers)
+        if ranks.rank() == 0 and 10 * done // self._wanted > 10 * (done - 1) // self._wanted:
+            print(f"{done} of {self._wanted} answers", file=sys.stderr, flush=True)
         if self._file is not None:
             self._file.append(json.dumps(made, ensure_ascii=False))
 

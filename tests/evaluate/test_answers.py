@@ -38,8 +38,9 @@ def model():
 
 def answered(model, job: EvaluationJob, written: list[dict[str, Any]] = []) -> dict[Any, dict[str, Any]]:  # noqa: B006
     decodings = decodings_of(job.rules, job.settings or {})
-    desk = Desk(job, written)
-    waiting = {key for key in asked(job, decodings) if key not in desk.answers}
+    keys = list(asked(job, decodings if job.generations else []))
+    desk = Desk(job, written, len(keys))
+    waiting = {key for key in keys if key not in desk.answers}
     Answering(CONFIG, job, model, desk, waiting).run(decodings if job.generations else [])
     return desk.answers
 
