@@ -4,13 +4,11 @@ import re
 from typing import Any
 
 import pytest
-from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.tasks import FOLDER as TASKS
 from llada_megatron.tasks import data_packages, gsm8k
 from llada_megatron.tasks.data_packages import FOLDER
+from tests.tasks.loaded import load
 
 pytestmark = pytest.mark.skipif(
     not FOLDER.is_dir(), reason="needs the packages that `make eval-data` installs"
@@ -19,12 +17,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Any]:
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    return manager.load(["gsm8k", "gsm8k_chat"])["tasks"]
+    return load("gsm8k", "gsm8k_chat")
 
 
 def accuracies(task: Any, answers: list[str]) -> dict[str, list[float]]:
     """exact_match of each answer to each item in order, by filter."""
+    from lm_eval.api.instance import Instance
+
     docs = list(task.test_docs())
     task._instances = [
         Instance(request_type="generate_until", doc=doc, arguments=("", {}), idx=0, resps=[answer])

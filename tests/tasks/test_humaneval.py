@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
-from lm_eval.tasks import TaskManager
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.tasks import FOLDER as TASKS
 from llada_megatron.tasks import code_execution, humaneval
 from llada_megatron.tasks.data_packages import FOLDER
+from tests.tasks.loaded import load
 
 pytestmark = pytest.mark.skipif(
     not FOLDER.is_dir(), reason="needs the packages that `make eval-data` installs"
@@ -32,20 +30,16 @@ def corrupted(problem: dict[str, str]) -> str:
     return "    return NotImplemented\n" + problem["canonical_solution"]
 
 
-def load(names: list[str]) -> dict[str, Any]:
-    return TaskManager(include_path=str(TASKS), include_defaults=False).load(names)["tasks"]
-
-
 def test_the_task_is_refused_before_anything_is_generated_unless_code_is_allowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(code_execution, "_allowed", False)
     with pytest.raises(BadInput, match="allow it with --allow-code"):
-        load(["humaneval"])
+        load("humaneval")
 
 
 def test_a_completion_is_scored_through_the_task(allowed: None) -> None:
-    tasks = load(["humaneval", "humaneval_chat"])
+    tasks = load("humaneval", "humaneval_chat")
     task = tasks["humaneval"]
     assert task.UNSAFE_CODE
     docs = list(task.test_docs())

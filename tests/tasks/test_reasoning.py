@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_eval.tasks import TaskManager
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.tasks import FOLDER as TASKS
+from llada_megatron.harness import tasks
 from llada_megatron.tasks import reasoning
 from llada_megatron.tasks.data_packages import FOLDER
+from tests.tasks.loaded import load
 
 pytestmark = pytest.mark.skipif(
     not FOLDER.is_dir(), reason="needs the packages that `make eval-data` installs"
 )
 
+FILES = Path(reasoning.__file__).parent / "reasoning_gym"
 WITHOUT_GOLD = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 """Their items have a checker and no answer."""
 
@@ -99,17 +100,14 @@ def test_settings_of_a_generator_can_be_chosen_and_wrong_ones_are_refused() -> N
 
 
 def test_every_generator_is_a_task_of_its_name() -> None:
-    index = TaskManager(include_path=str(TASKS), include_defaults=False).task_index
-    named = {name: index[name].cfg for name in index if name.startswith("reasoning_gym:")}
-    assert {name: config["dataset_kwargs"] for name, config in named.items()} == {
-        f"reasoning_gym:{name}": {"generator": name} for name in reasoning.generators()
-    }
+    named = {name for name in tasks.names() if name.startswith("reasoning_gym:")}
+    assert named == {f"reasoning_gym:{name}" for name in reasoning.generators()}
+    for name in reasoning.generators():
+        assert f"{{generator: {name}}}" in (FILES / f"{name}.yaml").read_text()
 
 
 def test_a_task_asks_the_question_alone_or_after_examples_and_scores_as_its_generator() -> None:
-    task = TaskManager(include_path=str(TASKS), include_defaults=False).load(["reasoning_gym:chain_sum"])[
-        "tasks"
-    ]["reasoning_gym:chain_sum"]
+    (task,) = load("reasoning_gym:chain_sum").values()
     doc = task.test_docs()[0]
     assert len(task.test_docs()) == reasoning.SIZE
     assert task.fewshot_context(doc, num_fewshot=0) == doc["question"]
@@ -123,9 +121,7 @@ def test_the_page_on_tasks_has_a_file_for_another_length_and_seed_that_works(tmp
     page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
     (example,) = re.findall(r"^```yaml\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     (tmp_path / "long_sums.yaml").write_text(example)
-    task = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["long_sums"])["tasks"][
-        "long_sums"
-    ]
+    (task,) = load("long_sums", folder=tmp_path).values()
     docs = task.test_docs()
     assert len(docs) == 50
     assert docs[0]["question"].count("+") + docs[0]["question"].count(" - ") == 7
