@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llada_megatron.demo.pretrained import Step
 from llada_megatron.demo.questions import TASKS
+from llada_megatron.record.run_dir import PAGE
 
 EXPERIMENT = "demo_chat"
 STAGES = ("base", "sft", "cap", "dpo")
@@ -72,4 +73,4 @@ def evaluations(base: Path, questions: Path, processes: int, *, limit: int | Non
     ]
     rules = step("rules", STAGES[-1], RULES[-1], "--rule", ",".join(RULES))
     page = ["report", "--compare", str(base / "eval"), "--out", str(compared)]
-    return [*models, rules, Step(compared / "index.html", page)]
+    return [*models, rules, Step(compared / PAGE, page)]
