@@ -1,6 +1,7 @@
 """For every test: no GPU, no GPU tests; hypothesis never judges by the clock; files stay whole."""
 
 import signal
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,14 @@ settings.load_profile("llada")
 # Tests send signals; `make test &` would ignore Ctrl-C, nohup SIGHUP, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Not the user's; they read where it is when they are imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hugging_face"))
+        yield
 
 
 @cache

@@ -23,7 +23,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     "jobs": {"config", "record"},
     "tasks": {"config"},
     "plan": {"config", "record"},
-    "observe": {"config", "record", "jobs"},
+    "observe": {"config", "record", "jobs", "plan"},
     "parallel": {"config", "runtime"},
     "attention": {"config", "runtime", "parallel"},
     "data": {"config", "record", "runtime", "parallel"},
@@ -65,7 +65,7 @@ ROOMS_IMPORT["verify"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",
     "generate", "evaluate", "training",
 }  # fmt: skip
-ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "evaluate"}
+ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "evaluate", "tasks"}
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "objectives", "checkpoint",

@@ -3,13 +3,13 @@
 Legend: S sequence, Q queries, K keys, B batch, H heads, D head dim, Hkv key and value heads, Dv value width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from llada_megatron.attention import cudnn_flex, cudnn_graph, flex_torch
+from llada_megatron.attention import cudnn_flex, cudnn_graph, flex_torch, varlen
 from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
 from llada_megatron.attention.portable import portable_attention
 from llada_megatron.attention.reference import reference_attention
@@ -24,15 +24,20 @@ _EXECUTORS: dict[str, Executor] = {
     "flex_torch": flex_torch.flex_torch_attention,
     "cudnn_graph": cudnn_graph.cudnn_graph_attention,
     "cudnn_flex": cudnn_flex.cudnn_flex_attention,
+    "varlen": varlen.varlen_attention,
 }
 _MISSING_REQUIREMENT: dict[str, MissingRequirement] = {  # the others serve every device, dtype and head_dim
     "flex_torch": flex_torch.missing_requirement,
     "cudnn_graph": cudnn_graph.missing_requirement,
     "cudnn_flex": cudnn_flex.missing_requirement,
+    "varlen": varlen.missing_requirement,
 }
 _ANY_VALUE_WIDTH = ("reference", "portable")
 # By the pairs that each computes and how, not by measured times.
 _FASTEST_FIRST = ("cudnn_flex", "flex_torch", "cudnn_graph", "portable")
+# A forward of decoding mostly has a rectangle of its own. For each cudnn_flex reads a header back from the
+# device, flex_torch makes tables and compiles for some shapes, cudnn_graph compiles for every shape.
+_FASTEST_FIRST_OF_FEW_ROWS = ("varlen", "portable")
 
 
 def executor_names(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -48,16 +53,20 @@ def select_backend(
     head_dim: int,
     needs_backward: bool = True,
     value_dim: int | None = None,
+    few_rows: bool = False,
 ) -> tuple[Executor, str]:
     """Return the executor for a `model.attention_backend` setting and one line that says why.
 
-    "auto" takes the fastest one that can also train, so that training and evaluation use the same; the line
-    then gives the reason against each faster one. Raises BadInput for a name that is neither "auto" nor an
-    executor, and for an executor that cannot serve such tensors: nothing falls back to another one. Values
-    are `value_dim` wide, by default as wide as keys.
+    "auto" takes the fastest one that can also train, so that training and evaluation use the same; for
+    `few_rows` without a backward, as in decoding, the fastest one that does not wait or compile for a
+    rectangle which it has not seen. The line gives the reason against each faster one. Raises BadInput for a
+    name that is neither "auto" nor an executor, and for an executor that cannot serve such tensors: nothing
+    falls back to another one. Values are `value_dim` wide, by default as wide as keys.
     """
     if name == "auto":
-        return _fastest(device, dtype, head_dim, value_dim)
+        is_decoding = few_rows and not needs_backward
+        order = _FASTEST_FIRST_OF_FEW_ROWS if is_decoding else _FASTEST_FIRST
+        return _fastest(order, device, dtype, head_dim, not is_decoding, value_dim)
     if name not in _EXECUTORS:
         choices = ", ".join(["auto", *_EXECUTORS])
         raise BadInput(f"model.attention_backend must be one of {choices}, got {name!r}")
@@ -68,11 +77,16 @@ def select_backend(
 
 
 def _fastest(
-    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None
+    order: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_backward: bool,
+    value_dim: int | None,
 ) -> tuple[Executor, str]:
     passed_over: list[str] = []
-    for name in _FASTEST_FIRST:
-        missing = _missing(name, device, dtype, head_dim, True, value_dim)
+    for name in order:
+        missing = _missing(name, device, dtype, head_dim, needs_backward, value_dim)
         if missing is None:
             reasons = "".join(f"; {reason}" for reason in passed_over)
             return _EXECUTORS[name], f"{name}: the fastest that can serve here{reasons}"
@@ -117,7 +131,7 @@ def block_diffusion_attention(
         return backend(query, key, value, rectangle, scale)
     needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     tensors = query.device, query.dtype, query.size(3), needs_backward, value.size(3)
-    executor, _ = select_backend(backend, *tensors)
+    executor, _ = select_backend(backend, *tensors, rectangle.few_rows)
     return executor(query, key, value, rectangle, scale)
 
 

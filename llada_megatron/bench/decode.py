@@ -45,6 +45,8 @@ class Setting:
     prompt_tokens: int
     new_tokens: int
     batch: int
+    cuda_graphs: bool = False
+    """Of the decoder; the seconds that making them takes count."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
         "block_size": setting.block_size,
         "prompt_tokens": setting.prompt_tokens,
         "new_tokens": setting.new_tokens,
+        "cuda_graphs": setting.cuda_graphs,
         "forward_sec": bound,
         "rules": [asdict(one) for one in found],
     }
@@ -183,6 +186,7 @@ def _decoded(
         mask_token_id=config.model.mask_token_id,
         context=config.data.sequence_length,
         batch=batch,
+        cuda_graphs=setting.cuda_graphs,
     )
     return device.timed(lambda: decoder.results(prompts, Limits(new_tokens=setting.new_tokens)))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
 from llada_megatron.commands import opened
+from llada_megatron.commands.generate import add_graphs_argument
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})"
         )
     decode.add_argument("--block-size", type=int, metavar="B", help="default: of the last stage, or 32")
+    add_graphs_argument(decode)
     decode.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
 
@@ -88,7 +90,7 @@ def _decode(args: argparse.Namespace) -> int:
 
     def measured(path: Path | None, config: Config, block_size: int) -> int:
         tokens = args.prompt_tokens, args.new_tokens
-        setting = decode.Setting(args.rules.split(","), block_size, *tokens, args.batch)
+        setting = decode.Setting(args.rules.split(","), block_size, *tokens, args.batch, args.cuda_graphs)
         return decode.run(config, path, setting, args.json)
 
     if not args.checkpoint:

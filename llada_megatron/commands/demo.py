@@ -1,7 +1,7 @@
 """`llada demo`: text, an autoregressive MoE, its conversion through the block-size schedule, and a report.
 
-The MoE is trained here, or comes from a pretrained model (demo/pretrained.py). In another demo a small model
-learns to answer (demo/conversations.py).
+The MoE is trained here, or comes from a pretrained model (demo/pretrained.py). In two others a small model
+learns to answer (demo/conversations.py; demo/road.py, which goes on to CAP, DPO and scores).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import Interrupted, RunFailed
 from llada_megatron.config.schema import Config
-from llada_megatron.demo import conversations, pretrained
+from llada_megatron.demo import conversations, pretrained, road
 
 EXAMPLE = "llada demo"
 DATA_DIR = Path("runs/data")
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experiment",
         default="demo",
-        help="demo, demo_direct (block 32 at once), demo_smollm2 (a pretrained model: make demo-smollm2), or"
-        " sft_small (conversations: make sft-small)",
+        help="demo, demo_direct (block 32 at once), demo_smollm2 (a pretrained model: make demo-smollm2),"
+        " sft_small (conversations: make sft-small), or demo_chat (the whole road: make demo-chat)",
     )
     parser.add_argument(
         "--processes", type=int, help="processes that share the CPU (default 2; 1 for demo_smollm2)"
@@ -48,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     name = f"{args.experiment}_short" if args.short else args.experiment
     base = Path("runs") / name
+    if args.experiment == road.EXPERIMENT:
+        _whole_road(args, base)
+        _took(began)
+        return 0
     starts = {pretrained.EXPERIMENT: _pretrained, conversations.EXPERIMENT: _on_text}
     start = starts.get(args.experiment, _trained_here)
     config = start(args, [f"run.dir={base}", f"run.name={name}"])
@@ -59,9 +63,12 @@ def run(args: argparse.Namespace) -> int:
     print_summary(base)
     for step in conversations.evaluations(config) if is_chat else []:
         run_step(step)
-    minutes = (time.monotonic() - began) / 60
-    print(f"The demo took {minutes:.1f} minutes.")
+    _took(began)
     return 0
+
+
+def _took(began: float) -> None:
+    print(f"The demo took {(time.monotonic() - began) / 60:.1f} minutes.")
 
 
 def _trained_here(args: argparse.Namespace, overrides: list[str]) -> Config:
@@ -95,6 +102,34 @@ def _on_text(args: argparse.Namespace, overrides: list[str]) -> Config:
     _say("2/4  a small model learns the text: next tokens, then blocks of 32")
     _train(base)
     return chats
+
+
+def _whole_road(args: argparse.Namespace, base: Path) -> None:
+    """Text, next tokens, blocks, answers, CAP, DPO, and what each model scores under which rule."""
+    from llada_megatron.demo import questions
+    from llada_megatron.observe.report import write_report
+
+    folder, processes = base / "questions", args.processes or 2
+    count = len(road.STAGES) + 2
+    _say(f"1/{count}  questions of reasoning-gym's programs, conversations of the package chatterbot-corpus")
+    if not (folder / "pairs.jsonl").is_file():
+        print(", ".join(f"{lines:,} {name}" for name, lines in questions.write(folder).items()))
+    for step in road.preparation(folder):
+        run_step(step)
+    before: Path | None = None
+    for number, stage in enumerate(road.STAGES, 2):
+        _say(f"{number}/{count}  {road.SAYS[stage]}")
+        if stage == "dpo":
+            run_step(road.reference(base, folder, processes))
+        data = folder / road.DATA[stage]
+        overrides = [f"run.dir={base / stage}", f"data.path=[{data}]", f"layout.processes={processes}"]
+        overrides += [] if before is None else [f"checkpoint.init_from={before}"]
+        _train(_compose(args, f"{road.EXPERIMENT}_{stage}", [*overrides, *args.overrides]))
+        write_report(base / stage)
+        before = base / stage
+    _say(f"{count}/{count}  what each model answers, and how fast, under which rule")
+    for step in road.evaluations(base, folder, processes, limit=10 if args.short else None):
+        run_step(step)
 
 
 def _pretrained(args: argparse.Namespace, overrides: list[str]) -> Config:

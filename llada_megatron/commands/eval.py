@@ -6,14 +6,13 @@ Tasks become requests in this process, and answers results; the ranks of the lay
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.commands import generate, opened
 from llada_megatron.config.errors import BadInput
-from llada_megatron.record.json_files import write_json
+from llada_megatron.record.json_files import write_json, write_json_lines
 from llada_megatron.tasks.code_execution import allow_code
 
 if TYPE_CHECKING:
@@ -124,9 +123,8 @@ def _evaluate(args: argparse.Namespace, checkpoint: Checkpoint, loaded: dict[str
         samples = results.pop("samples")
         if args.json is not None:
             path = _file_of(args.json, decoding["name"] if len(decodings) > 1 else "")
-            lines = [json.dumps({"task": task, **each}) for task, those in samples.items() for each in those]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".samples.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+            lines = ({"task": task, **each} for task, those in samples.items() for each in those)
+            write_json_lines(path.with_suffix(".samples.jsonl"), lines)
             write_json(path, results)
         written.append(results)
     if job["partial"] is not None:
@@ -142,15 +140,15 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
     from llada_megatron.data.tokenizer import check_vocabulary, load_tokenizer
     from llada_megatron.harness.asking import Wording
 
-    for option, least in (("max_new_tokens", 1), ("batch", 1), ("max_forwards", 0), ("max_cached_tokens", 0)):
+    at_least_one = ("max_new_tokens", "batch")
+    for option in (*at_least_one, "max_forwards", "max_cached_tokens", "fewshot"):
+        least = int(option in at_least_one)
         if (value := getattr(args, option)) is not None and value < least:
             raise BadInput(f"--{option.replace('_', '-')} {value}: give at least {least}.")
     if args.limit is not None and args.limit <= 0:
         raise BadInput(f"--limit {args.limit:g}: give a number of questions, or a share below 1.")
     if args.draws < 1 or (args.draws > 1 and args.draws % 2):
-        raise BadInput(
-            f"--draws {args.draws}: give 1 or an even number, as masks come with their complements."
-        )
+        raise BadInput(f"--draws {args.draws}: give 1 or an even number, as masks come in pairs.")
     config = generate.configuration(checkpoint, args.overrides)
     name = generate.tokenizer_of(checkpoint, config, args.overrides)
     if name is None:
@@ -186,6 +184,7 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
         seed=args.seed,
         batch=args.batch,
         max_cached_tokens=args.max_cached_tokens,
+        cuda_graphs=args.cuda_graphs,
         partial=None if args.json is None else args.json.with_name(f"{args.json.name}.partial"),
     )
     return config, wording, job
@@ -200,8 +199,8 @@ def is_autoregressive(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
     objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
     if objective in OBJECTIVES:
         return OBJECTIVES[objective].causal
-    is_llada = str(manifest.lineage.get("architecture")).startswith("LLaDA")
-    return not (manifest.block_size or args.block_size or is_llada)
+    fills_masks = generate.is_diffusion(manifest.lineage.get("architecture"))
+    return not (manifest.block_size or args.block_size or fills_masks)
 
 
 def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -68,11 +68,18 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int |
         )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
     parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")
+    add_graphs_argument(parser)
     rules = parser.add_argument_group("rule", "which tokens a forward changes, docs/decoding.md")
     rules.add_argument("--rule", default="threshold", metavar="NAME", help="default threshold")
     for name in RULE_SETTINGS:
         rules.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
+
+
+def add_graphs_argument(parser: argparse.ArgumentParser) -> None:
+    """The switch of generate/graphs.py."""
+    text = "run the forwards within a block as CUDA graphs"
+    parser.add_argument("--cuda-graphs", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,6 +154,7 @@ def decoding(
         tokenizer=name,
         max_cached_tokens=args.max_cached_tokens,
         seed=args.seed,
+        cuda_graphs=args.cuda_graphs,
     )
     return config, job, encoder
 

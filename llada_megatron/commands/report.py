@@ -1,4 +1,4 @@
-"""`llada report RUN`: writes the report of a run and prints its main table.
+"""`llada report RUN`: writes the report of a run and prints its main table; --serve shows it in a browser.
 
 With --compare it sets the results of `llada eval` side by side instead.
 """
@@ -11,10 +11,13 @@ from pathlib import Path
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.quantities import short_count
+from llada_megatron.observe import server
 from llada_megatron.observe.comparison import write_comparison
-from llada_megatron.observe.report import NOT_YET, missing, write_report
+from llada_megatron.observe.parts import NOT_YET
+from llada_megatron.observe.report import write_report
+from llada_megatron.observe.report_training import missing
 from llada_megatron.record.json_files import read_json, write_json
-from llada_megatron.record.run_dir import RunDir
+from llada_megatron.record.run_dir import PAGE, RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,21 +36,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="folder of the comparison's page (default comparison)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also copy the page's figures to FILE")
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="show the page to browsers of this machine, up to date while the run goes on, until Ctrl-C",
+    )
+    parser.add_argument(
+        "--port", type=int, metavar="N", help=f"of --serve, 0 for a free one; default {server.PORT}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and print its main table; raises BadInput where RUN holds no run or no step yet."""
+    """Write the report and print its main table, or serve it, or compare.
+
+    Raises BadInput where RUN holds no run or no step yet, for files that hold no results, and for a port that
+    cannot be had.
+    """
     if (args.run is None) == (args.compare is None):
         raise BadInput("Give the directory of a run, or files of results with --compare, and not both.")
+    if args.serve and args.compare is not None:
+        raise BadInput("--serve shows the page of a run, not of --compare: open its index.html.")
+    if args.port is not None and not args.serve:
+        raise BadInput("--port belongs to --serve: add it.")
     if args.compare is not None:
         return compare(args.compare, args.out or Path("comparison"), args.json)
     if args.out is not None:
         raise BadInput("--out is for --compare: a run's report lies in its directory, remove --out.")
+    if args.serve:
+        return serve(args.run, server.PORT if args.port is None else args.port)
     write_report(args.run)
     print_summary(args.run)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(RunDir(args.run).report_json, args.json)
+    return 0
+
+
+def serve(run_dir: Path, port: int) -> int:
+    """Serve a run's report until Ctrl-C, which leaves as KeyboardInterrupt."""
+    with server.Server(server.LiveReport(run_dir), port) as serving:
+        print(f"{serving.url} shows {run_dir}; Ctrl-C ends it", flush=True)
+        serving.serve_forever()
     return 0
 
 
@@ -86,7 +115,7 @@ def compare(paths: list[Path], folder: Path, copy: Path | None) -> int:
             markup=False,
             soft_wrap=True,
         )
-    console.print(f"\nComparison: {folder / 'index.html'}", markup=False, soft_wrap=True)
+    console.print(f"\nComparison: {folder / PAGE}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,15 @@ from llada_megatron.config import rules
 from llada_megatron.config.compose import load
 from llada_megatron.config.errors import BAD_INPUT, BadInput, Refusal, in_words
 from llada_megatron.config.quantities import short_count
-from llada_megatron.jobs import attempts, slurm
+from llada_megatron.jobs import attempts
+from llada_megatron.jobs.state import state_of
 from llada_megatron.record import events
 from llada_megatron.record.manifest import readable
 from llada_megatron.record.metrics import STEP_FIELDS, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada status runs/llada2_flash"
-FINAL = ("finished", "stopped", "failed")
 UNREADABLE = "unreadable"
-FRESH_SEC = 600
-"""A run without a job counts as running when its record is younger than this."""
-NAMED = 3
-"""So many slow ranks are named in a status."""
 
 
 @dataclass
@@ -80,10 +75,7 @@ def status(run_dir: Path) -> Status:
     record, last_step = events.read(run_dir), _last_record(run_dir)
     done = last_step["step"] + 1 if last_step else 0
     stage = schedule.stage_at(min(done, schedule.total_steps - 1))
-    saved = RunDir(run_dir).newest_step()
-    state, why = ("finished", "") if saved >= steps else _state(run_dir, record)
-    if state == "running":
-        why = "; ".join(filter(None, [_stragglers(record), why]))
+    state, why = state_of(run_dir, record, steps)
     return Status(
         name=config.run.name,
         state=state,
@@ -92,7 +84,7 @@ def status(run_dir: Path) -> Status:
         step=done,
         steps=steps,
         tokens_per_sec=last_step.get("tokens_per_sec") if last_step else None,
-        checkpoint=saved,
+        checkpoint=RunDir(run_dir).newest_step(),
         restarts=max(0, attempts.count(record) - 1),
         why=why,
     )
@@ -109,46 +101,6 @@ def _status_or_why_not(run_dir: Path) -> Status:
             raise
         why = in_words(error)
     return Status(str(run_dir), UNREADABLE, "-", None, 0, 0, None, 0, 0, why)
-
-
-def _state(run_dir: Path, record: list[dict[str, Any]]) -> tuple[str, str]:
-    newest = events.last(record, "submitted", "started", "ended")
-    job = events.last(record, "submitted")
-    in_queue = slurm.state(job["job"]) if job else ""
-    ended = events.last(record, "ended")
-    why = ended["reason"] + _excluded(record) if ended else ""
-    if newest is None:
-        metrics = RunDir(run_dir).metrics
-        recent = metrics.exists() and time.time() - metrics.stat().st_mtime < FRESH_SEC
-        return ("running" if recent else "not running"), ""
-    if newest["event"] == "ended" and newest["outcome"] in FINAL:
-        return newest["outcome"], why
-    if in_queue in slurm.ACTIVE:
-        return in_queue.lower(), why
-    if job is None:
-        return ("running" if newest["event"] == "started" else "stopped"), why
-    if newest["event"] == "ended":
-        return "stopped", why
-    return "lost", f"job {job['job']} is {in_queue.lower() or 'unknown to Slurm'} and recorded no end"
-
-
-def _excluded(record: list[events.Event]) -> str:
-    """What became of the nodes that the newest attempt's preflight named."""
-    newest = events.last(record, "ended", "excluded")
-    if newest is None or newest["event"] == "ended":
-        return ""
-    nodes = ", ".join(newest["nodes"])
-    return (
-        f"; {nodes} not left out: {newest['problem']}" if newest["problem"] else f"; {nodes} left out since"
-    )
-
-
-def _stragglers(record: list[events.Event]) -> str:
-    """The ranks that the others wait for in this attempt, a few of them."""
-    newest = events.last(record, "started", "stragglers")
-    slow = newest.get("slow", []) if newest else []
-    more = f" and {len(slow) - NAMED} more" if len(slow) > NAMED else ""
-    return f"slow: {', '.join(slow[:NAMED])}{more}" if slow else ""
 
 
 def _last_record(run_dir: Path) -> dict[str, Any] | None:

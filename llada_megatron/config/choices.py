@@ -87,6 +87,7 @@ class AttentionBackend(StrEnum):
     cudnn_flex = "cudnn_flex"
     flex_torch = "flex_torch"
     cudnn_graph = "cudnn_graph"
+    varlen = "varlen"
     portable = "portable"
     reference = "reference"
 

@@ -162,7 +162,8 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     init_std: Amount = 0.02
     attention_backend: AttentionBackend = AttentionBackend.auto
-    """cudnn_flex needs sm_90, sm_100 or sm_103, cudnn_graph sm_90 or sm_100; one that cannot stops a run."""
+    """cudnn_flex needs sm_90, sm_100 or sm_103, cudnn_graph sm_90 or sm_100, varlen decodes alone; one that
+    cannot serve stops a run."""
     layer_spec: LayerSpec = LayerSpec.auto
     head_chunk_tokens: Size = 1024
     """Supervised positions per call of the output head; bounds the memory of the logits."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
@@ -64,6 +65,7 @@ class EvaluationJob:
     seed: int = 0
     batch: int = 8
     max_cached_tokens: int = 0
+    cuda_graphs: bool = False
     partial: Path | None = None
     """JSON lines of the answers so far; without it they are only returned."""
     origin: str = ""
@@ -71,8 +73,10 @@ class EvaluationJob:
 
     @property
     def identity(self) -> str:
-        """What decides an answer, besides its decoding: not the batch and its memory, nor other rules."""
-        said = asdict(replace(self, partial=None, batch=0, max_cached_tokens=0, rules=(), settings=None))
+        """What decides an answer, besides its decoding: not how it is computed, nor other rules."""
+        said = asdict(replace(self, rules=(), settings=None))
+        for how in ("batch", "max_cached_tokens", "cuda_graphs", "partial"):
+            del said[how]
         text = json.dumps(said, sort_keys=True, default=str)
         if self.origin:  # the next command has it elsewhere
             text = text.replace(str(self.checkpoint), "")
@@ -88,7 +92,7 @@ def decodings_of(rules: Sequence[str], settings: Mapping[str, Sequence[str]]) ->
             raise BadInput(f"{key} is no setting of {names}: remove it, or add a rule that has it.")
     found = []
     for rule in known:
-        own = {key: values for key, values in settings.items() if key in known[rule]}
+        own = {key: dict.fromkeys(values) for key, values in settings.items() if key in known[rule]}
         for values in product(*own.values()):
             chosen = dict(zip(own, values, strict=True))
             rule_of(rule, chosen)
@@ -107,9 +111,11 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     device.seed_everything(job.seed, config.precision.deterministic)
     groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
     try:
-        decodings = decodings_of(job.rules, job.settings or {}) if job.generations else []
-        desk = Desk(job, ranks.from_first_rank(_written, job))
-        if waiting := [each for each in asked(job, decodings) if each not in desk.answers]:
+        decodings = decodings_of(job.rules, job.settings or {})
+        decodings = decodings if job.generations else []
+        keys = list(asked(job, decodings))
+        desk = Desk(job, ranks.from_first_rank(_written, job), len(keys))
+        if waiting := [each for each in keys if each not in desk.answers]:
             (model,) = load_model(config, job.checkpoint)
             with evaluating([model]):
                 Answering(config, job, model, desk, set(waiting)).run(decodings)
@@ -138,8 +144,9 @@ def _written(job: EvaluationJob) -> list[Answer]:
 class Desk:
     """Answers as they come; rank 0 has a file of them where one was asked for."""
 
-    def __init__(self, job: EvaluationJob, written: Iterable[Answer]) -> None:
+    def __init__(self, job: EvaluationJob, written: Iterable[Answer], wanted: int) -> None:
         self.answers: dict[Key, Answer] = {key_of(each): each for each in written}
+        self._wanted = wanted
         self._file: PartialFile | None = None
         if job.partial is not None and ranks.rank() == 0:
             self._file = PartialFile(job.partial, job.identity, "--json")
@@ -156,6 +163,9 @@ class Desk:
         made = {**about, "digest": request.digest, **said, "spent_sec": round(now - self._began, 6)}
         self._began = now
         self.answers[key_of(made)] = made
+        done = len(self.answers)
+        if ranks.rank() == 0 and 10 * done // self._wanted > 10 * (done - 1) // self._wanted:
+            print(f"{done} of {self._wanted} answers", file=sys.stderr, flush=True)
         if self._file is not None:
             self._file.append(json.dumps(made, ensure_ascii=False))
 
@@ -229,9 +239,8 @@ class Answering:
         for score in self.job.scores:
             if (GREEDY, "", score.task, score.number) not in self.waiting:
                 continue
-            (first, *others) = windows(
-                0, score.context, score.continuation, length - length % size, exact=False
-            )
+            room = length if sees_all else length - length % size
+            (first, *others) = windows(0, score.context, score.continuation, room, exact=False)
             if others:  # longer than the context: nothing could decode it
                 self.desk.add(score, GREEDY, is_greedy=False)
             else:
@@ -305,6 +314,7 @@ class Answering:
             batch=self.job.batch,
             max_cached_tokens=self.job.max_cached_tokens,
             seed=self.job.seed,
+            cuda_graphs=self.job.cuda_graphs,
             text=self.text,
         )
 

@@ -14,10 +14,11 @@ likelihood itself where every m_b is 1: in block 1, or of one token.
 
 The estimate of the right side is unbiased. Blocks do not interact: masks of block b reach only the cross
 entropies of block b, so the sum over blocks has the sum of their means, whether or not the counts of blocks
-are drawn together, and one pass over [x_t ; x_0] serves all blocks. In a block draws come in pairs, M and its
-complement, with k uniform in 0..m and the weights (m + 1)/k and (m + 1)/(m - k); the mean of the two has the
-mean sum over k of 1/k E[sum over M of CE], which is the right side. The counts of a block's pairs step evenly
-through [0, 1) from one random place: each is uniform by itself, so the mean of all has the same mean.
+are drawn together, and one pass over [x_t ; x_0] serves all blocks. In a block the count of each draw is
+uniform in 1..m_b and its subset uniform of that count, so the mean of each draw is the right side, and so is
+that of all, however they are drawn together. They are so that little is left to chance: in pairs, k tokens
+and what is left of them with one more (objectives/bound.py: antithetic_count_mask), with counts that step
+evenly through 1..m_b from pair to pair.
 
 Draws are functions of (seed, number of the pair, draw, place of the token), so no batch or layout changes
 them. `llada generate` may write a continuation with another probability: this one averages over all orders,
@@ -31,7 +32,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -46,18 +46,14 @@ from llada_megatron.generate.prompt import Ids
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.readout import CONFIDENCE, CROSS_ENTROPY
 from llada_megatron.objectives.autoregressive import autoregressive_batch
-from llada_megatron.objectives.bound import complementary_count_mask
+from llada_megatron.objectives.bound import antithetic_count_mask
 from llada_megatron.objectives.diffusion import diffusion_inputs, readout_of
 from llada_megatron.objectives.passes import evaluating
 from llada_megatron.parallel.dealing import data_parallel
-from llada_megatron.parallel.random import Purpose
 from llada_megatron.runtime import device
 
 Mask = Callable[[int, int, int, int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """(seed, number, draw, draws, starts, scored) -> masked and weights, as objectives/bound.py has them."""
-COMPLEMENTARY: Mask = partial(
-    complementary_count_mask, streams=(Purpose.CONTINUATION_COUNT, Purpose.CONTINUATION_MASK)
-)
 WINDOWS = 2**20
 """More than a text has: the draws of window w of text n are those of number n * WINDOWS + w."""
 
@@ -123,16 +119,14 @@ class Scorer:
     seed: int = 0
     tokens: int = 1024
     """Of a forward, at least as many as the longest pair has."""
-    mask: Mask = COMPLEMENTARY
+    mask: Mask = antithetic_count_mask
 
     def __post_init__(self) -> None:
         for axis in ("pp", "cp"):
             if getattr(self.config.layout, axis) > 1:
                 raise BadInput(f"Likelihoods of continuations serve tp, ep and dp: set layout.{axis}=1.")
         if self.draws < 1 or (self.draws > 1 and self.draws % 2):
-            raise BadInput(
-                f"{self.draws} draws: give 1 or an even number, since masks come with their complements."
-            )
+            raise BadInput(f"{self.draws} draws: give 1 or an even number, since masks come in pairs.")
 
     def run(self, pairs: Sequence[Pair]) -> Iterator[Likelihood]:
         """The likelihood of each pair, as it is there.

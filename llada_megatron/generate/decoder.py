@@ -29,6 +29,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
+from llada_megatron.generate.graphs import Graphs, graphs_of
 from llada_megatron.generate.pages import Pages
 from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, PromptRead, Result
 from llada_megatron.generate.rules import Rule
@@ -88,6 +89,9 @@ class Decoder:
     """Of draws, which are functions of (seed, prompt, position, step)."""
     text: Text | None = None
     """Token ids to text: without it there are neither texts nor stop strings."""
+    cuda_graphs: bool = False
+    """Run the forwards within a block as CUDA graphs (generate/graphs.py); BadInput where none can be. The
+    model is changed for it: nothing can learn it any more."""
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
@@ -113,6 +117,7 @@ class Decoder:
         gathers = get_attr_wrapped_model(self.model, "config").moe_token_dispatcher_type == "allgather"
         self._even = gathers and self._replicas > 1
         self._learns = any(parameter.requires_grad for parameter in self.model.parameters())
+        self.graphs: Graphs | None = graphs_of(self.model) if self.cuda_graphs else None
         self._keys: tuple[Any, PooledKeys, torch.Tensor] | None = None
 
     @property
@@ -214,7 +219,7 @@ class Decoder:
             readout=self.rule.figures.readout(self.mask_token_id),
         )
         with self._without_gradients():
-            output = self.model(inputs)
+            output = (self.graphs or self.model)(inputs)
         self.counts.forwards += 1
         self.counts.rows += S
         return (output if output.dtype is torch.float64 else output.float()).cpu().numpy()

@@ -45,6 +45,7 @@ class Job:
     batch: int = 8
     max_cached_tokens: int = 0
     seed: int = 0
+    cuda_graphs: bool = False
     origin: str = ""
     """What a temporary checkpoint was made from."""
     records: Sequence[Mapping[str, Any]] = ()
@@ -58,8 +59,9 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """What decides the results, as far as a command says it: not the batch and its memory."""
+        """What decides the results, as far as a command says it: not the batch, its memory and graphs."""
         said = asdict(replace(self, output=None, batch=0, max_cached_tokens=0))
+        del said["cuda_graphs"]
         text = json.dumps(said, sort_keys=True, default=str)
         if self.origin:  # the next command has it elsewhere
             text = text.replace(str(self.checkpoint), "")
@@ -102,6 +104,7 @@ def decoder_of(config: Config, job: Job) -> Decoder:
         batch=job.batch,
         max_cached_tokens=job.max_cached_tokens,
         seed=job.seed,
+        cuda_graphs=job.cuda_graphs,
         text=None if job.tokenizer is None else load_tokenizer(job.tokenizer).decode,
     )
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 from llada_megatron.config.errors import BadInput
@@ -63,13 +65,10 @@ class Wording:
         """The tokens of a context and of what follows it."""
         if context in self._chats:  # a question and its answer are tokenized apart, as for training
             return self._chats[context], self.tokenizer.encode(continuation)
-        bare = context.rstrip()
-        before = self.prompt(bare)
-        whole = self.prompt(context + continuation)
-        after = whole[len(before) :]
-        if not before and self.block_size == 0:
-            before = self._first()
-        return before, after
+        if not context:
+            return self._first() if self.block_size == 0 else [], self.tokenizer.encode(continuation)
+        before = self.prompt(context.rstrip())
+        return before, self.prompt(context + continuation)[len(before) :]
 
     def _first(self) -> list[int]:
         if self.tokenizer.end_of_document_id is None:
@@ -113,7 +112,7 @@ def build(task: Any, wording: Wording, *, limit: float | None) -> None:
     from lm_eval.evaluator_utils import get_sample_size
 
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    with seeded():
+    with seeded(), redirect_stderr(StringIO()):  # its bar of progress
         task.build_all_requests(
             limit=get_sample_size(task, limit), rank=0, world_size=1, **chat_arguments(wording)
         )

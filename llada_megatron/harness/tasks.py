@@ -59,6 +59,7 @@ def load(wanted: Sequence[str], folders: Sequence[Path], *, fewshot: int | None)
     for folder in folders:
         if not folder.is_dir():
             raise BadInput(f"--include-path {folder} is no folder: give one that holds tasks as .yaml files.")
+        _check_files(folder)
     manager = _manager(folders, stock=False)
     if not all(_matching(manager, each) for each in wanted):
         manager = _manager(folders, stock=True)  # 14,000 of them: seconds
@@ -81,6 +82,15 @@ def load(wanted: Sequence[str], folders: Sequence[Path], *, fewshot: int | None)
         elif fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 is what a task insists on
             task.set_config(key="num_fewshot", value=fewshot)
     return loaded
+
+
+def _check_files(folder: Path) -> None:
+    """Raises BadInput for a file that lm-eval would pass over without a word."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(folder.glob("**/*.yaml")):
+        with said_of(str(path)):
+            load_yaml(path, resolve_func=False, recursive=True)
 
 
 def _manager(folders: Sequence[Path], *, stock: bool) -> Any:

@@ -45,17 +45,9 @@ def exact_count_mask(
 
 
 def complementary_count_mask(
-    seed: int,
-    document: int,
-    draw: int,
-    draws: int,
-    starts: np.ndarray,
-    supervised: np.ndarray,
-    streams: tuple[Purpose, Purpose] = (Purpose.PREFERENCE_COUNT, Purpose.PREFERENCE_MASK),
+    seed: int, document: int, draw: int, draws: int, starts: np.ndarray, supervised: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `exact_count_mask`, of one document, whose number in its corpus is all that the masks depend on.
-
-    streams: of random numbers, for the counts and for the subsets.
 
     draws: 1, or an even number: draws 2j and 2j + 1 then score a subset of k of each block's m tokens and
     its complement, k uniform in 0..m, with the weights (m + 1)/k and (m + 1)/(m - k). Every token is scored
@@ -68,9 +60,9 @@ def complementary_count_mask(
     block, size = np.unique(starts[scored], return_inverse=True, return_counts=True)[1:]
     ways = size + 1 if draws > 1 else size
     # Stratified over the pairs of draws: u steps evenly through [0, 1) from a random place of each block.
-    u = (generator(seed, streams[0], document).random(len(size)) + pair / pairs) % 1.0
+    u = (generator(seed, Purpose.PREFERENCE_COUNT, document).random(len(size)) + pair / pairs) % 1.0
     count = np.floor(u * ways).astype(np.int64) + (draws == 1)
-    score = generator(seed, streams[1], document * pairs + pair).random(len(scored))
+    score = generator(seed, Purpose.PREFERENCE_MASK, document * pairs + pair).random(len(scored))
     order = np.lexsort((score, block))
     place = np.arange(len(scored)) - (np.cumsum(size) - size)[block[order]]
     chosen = np.empty(len(scored), dtype=bool)
@@ -80,4 +72,34 @@ def complementary_count_mask(
     masked, weights = np.zeros(len(starts), dtype=bool), np.zeros(len(starts))
     masked[scored] = chosen
     weights[scored] = np.where(chosen, (ways / np.maximum(count, 1))[block], 0.0)
+    return masked, weights
+
+
+def antithetic_count_mask(
+    seed: int, number: int, draw: int, draws: int, starts: np.ndarray, scored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `exact_count_mask`, of one text, whose number is all that the masks depend on.
+
+    Draws 2j and 2j + 1 score a subset of k of each block's m tokens and what is left of it with one token of
+    it, m + 1 - k tokens, so that every token is scored. Both counts are uniform in 1..m and both subsets
+    uniform, so either draw by itself has the bound as its mean. Where a cross entropy hardly depends on the
+    mask the two weights, m / k and m / (m + 1 - k), leave no variance; those of `complementary_count_mask`,
+    which differences of bounds cancel, would.
+    """
+    pair, is_other = divmod(draw, 2)
+    tokens = np.flatnonzero(scored)
+    block, size = np.unique(starts[tokens], return_inverse=True, return_counts=True)[1:]
+    # Stratified over the pairs: u steps evenly through [0, 1) from a random place of each block.
+    pairs = -(-draws // 2)
+    shift = generator(seed, Purpose.CONTINUATION_COUNT, number).random(len(size))
+    count = 1 + np.floor((shift + pair / pairs) % 1.0 * size).astype(np.int64)
+    score = generator(seed, Purpose.CONTINUATION_MASK, number * pairs + pair).random(len(tokens))
+    order = np.lexsort((score, block))
+    place = np.arange(len(tokens)) - (np.cumsum(size) - size)[block[order]]
+    chosen = np.empty(len(tokens), dtype=bool)
+    chosen[order] = place >= (count - 1)[block[order]] if is_other else place < count[block[order]]
+    count = size + 1 - count if is_other else count
+    masked, weights = np.zeros(len(starts), dtype=bool), np.zeros(len(starts))
+    masked[tokens] = chosen
+    weights[tokens] = np.where(chosen, (size / count)[block], 0.0)
     return masked, weights

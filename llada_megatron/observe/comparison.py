@@ -14,8 +14,10 @@ from typing import Any
 from llada_megatron.config.errors import BadInput
 from llada_megatron.observe import plots
 from llada_megatron.observe.frontier import Point, aup, unweighted_aup
-from llada_megatron.observe.report import Heading, Paragraph, Part, Picture, Table, to_html, to_markdown
+from llada_megatron.observe.page import to_html
+from llada_megatron.observe.parts import Heading, Paragraph, Part, Picture, Table, to_markdown
 from llada_megatron.record.json_files import read_json, require, write_json
+from llada_megatron.record.run_dir import PAGE
 
 REMEDY = "give files that `llada eval --json` wrote"
 AUP = (
@@ -77,22 +79,32 @@ def write_comparison(paths: Sequence[Path], folder: Path) -> dict[str, Any]:
 
     paths: files, or folders of them. Raises BadInput for what is no file of results.
     """
+    scores, lines = compared(paths)
+    content = figures_of(scores, lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [Heading("Evaluations", level=1), *parts_of(scores, lines, folder)]
+    (folder / "comparison.md").write_text(to_markdown(parts), encoding="utf-8")
+    (folder / PAGE).write_text(to_html(parts), encoding="utf-8")
+    write_json(folder / "comparison.json", content)
+    return content
+
+
+def compared(paths: Sequence[Path]) -> tuple[list[Score], list[Line]]:
+    """What files of results, or folders of them, hold; BadInput for what is none."""
     scores: list[Score] = []
     for score in (score for path in files_in(paths) for score in read_scores(path)):
         if score not in scores:  # likelihoods are in the files of every decoding
             scores.append(score)
     scores.sort(key=lambda score: (score.model, score.rule, score.cost.get("tokens_per_forward", 0.0)))
-    lines = lines_of(scores)
-    content = {
+    return scores, lines_of(scores)
+
+
+def figures_of(scores: list[Score], lines: list[Line]) -> dict[str, Any]:
+    """The content of comparison.json."""
+    return {
         "scores": [asdict(score) for score in scores],
         "frontiers": [asdict(line) for line in lines],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = _parts(scores, lines, folder)
-    (folder / "comparison.md").write_text(to_markdown(parts), encoding="utf-8")
-    (folder / "index.html").write_text(to_html(parts), encoding="utf-8")
-    write_json(folder / "comparison.json", content)
-    return content
 
 
 def files_in(paths: Sequence[Path]) -> list[Path]:
@@ -158,11 +170,12 @@ def lines_of(scores: Sequence[Score]) -> list[Line]:
     ]
 
 
-def _parts(scores: list[Score], lines: list[Line], folder: Path) -> list[Part]:
-    parts: list[Part] = [Heading("Evaluations", level=1)]
+def parts_of(scores: list[Score], lines: list[Line], folder: Path, level: int = 2) -> list[Part]:
+    """Tables and pictures by task, under headings of a level; draws the pictures into `folder`."""
+    parts: list[Part] = []
     for task in dict.fromkeys(score.task for score in scores):
         mine = [score for score in scores if score.task == task]
-        parts.append(Heading(task))
+        parts.append(Heading(task, level))
         of_task = [line for line in lines if line.task == task]
         if of_task:
             # The first metric is the one by which the task is known.
@@ -170,7 +183,7 @@ def _parts(scores: list[Score], lines: list[Line], folder: Path) -> list[Part]:
             picture = folder / f"frontier-{_file_name(task)}.png"
             named = [(f"{line.label} (AUP {line.aup:.1f})", line.points) for line in shown]
             plots.plot_frontier(named, shown[0].metric, picture)
-            parts += [Picture(picture.name, CAPTION), _table_of_lines(of_task)]
+            parts += [Picture.of(picture, CAPTION), _table_of_lines(of_task)]
         parts.append(_table_of_scores(mine))
     return [*parts, Paragraph(AUP)] if lines else parts
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 """In a checkpoint; its presence means that the checkpoint is whole."""
+PAGE = "index.html"
+"""Of a report's folder, or of a comparison's."""
 SHARDS = "shards"
 """Folder of a checkpoint with its tensors, in megatron-core's torch_dist format."""
 
@@ -21,6 +23,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.scores = self.path / "eval"  # results of `llada eval --json` that the report shows
         self.prometheus = self.path / "metrics.prom"
         self.wandb = self.path / "wandb"
         self.wandb_id = self.path / "wandb_id"
@@ -29,7 +32,7 @@ class RunDir:
         self.lock = self.path / "training.lock"
         self.stacks = self.path / "stacks"
         self.report = self.path / "report"
-        self.report_page = self.report / "index.html"
+        self.report_page = self.report / PAGE
         self.report_json = self.path / "report.json"
         self.logs = self.path / "logs"
         self.stop = self.path / "stop"  # `llada stop` was called, so nothing is requeued

@@ -9,6 +9,8 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy
 import psutil
@@ -86,6 +88,31 @@ def timed[T](function: Callable[[], T]) -> tuple[T, float]:
     began = time.process_time()
     result = function()
     return result, time.process_time() - began
+
+
+def capture[T](function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+    """A CUDA graph of a call: its result, and what computes the result anew from what its inputs then hold.
+
+    The call runs a few times before, for whatever is made when it is first needed. Raises RuntimeError where
+    the call waits for the device, as for a number that the host reads.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Of other threads, NCCL's watchdog asks for events meanwhile.
+    with torch.cuda.graph(graph, pool=_graph_memory(), capture_error_mode="thread_local"):
+        result = function()
+    return result, graph.replay
+
+
+@cache
+def _graph_memory() -> Any:
+    """One pool for all graphs: they run one after the other."""
+    return torch.cuda.graph_pool_handle()
 
 
 def peak_memory_bytes() -> int:

@@ -316,6 +316,7 @@ class _Run:
                 **record,
                 "tokens_per_sec": tokens_per_sec,
                 "mfu": self._mfu(stage, tokens_per_sec),
+                "peak_memory_bytes": device.peak_memory_bytes(),
                 "skipped_steps": self.position.skipped_steps + int(result.skipped),
             }
         )

@@ -3,16 +3,18 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, select_backend
+from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, registry, select_backend
 from llada_megatron.attention import cudnn_flex as cudnn_flex_module
 from llada_megatron.attention.cudnn_flex import cudnn_flex_attention
 from llada_megatron.attention.cudnn_graph import cudnn_graph_attention
 from llada_megatron.attention.flex_torch import flex_torch_attention
 from llada_megatron.attention.portable import portable_attention
+from llada_megatron.attention.varlen import varlen_attention
 from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime import device
 
@@ -120,6 +122,56 @@ def test_a_deterministic_backward_of_cudnn_graph_exists_on_hopper_alone(pretend,
         select_backend("cudnn_graph", CUDA, torch.bfloat16, 128, needs_backward=False)
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_auto_on_a_gpu_is_varlen_for_the_few_rows_of_decoding_alone(pretend, architecture):
+    pretend(architecture)
+    tensors = CUDA, torch.bfloat16, 128
+    executor, reason = select_backend("auto", *tensors, needs_backward=False, few_rows=True)
+    assert executor is varlen_attention and reason == "varlen: the fastest that can serve here"
+    for needs_backward, few_rows in ((True, True), (False, False), (True, False)):
+        executor, _ = select_backend("auto", *tensors, needs_backward=needs_backward, few_rows=few_rows)
+        assert executor is not varlen_attention
+
+
+@pytest.mark.parametrize(
+    "machine, device, dtype, head_dim, reason",
+    [
+        (("CPU",), CPU, torch.bfloat16, 128, "needs a device of sm_80 or later, this is a CPU"),
+        (("sm_75",), CUDA, torch.bfloat16, 128, "needs a device of sm_80 or later, this is an sm_75"),
+        (("sm_90",), CUDA, torch.float32, 128, "serves bfloat16 and float16, not float32"),
+        (("sm_90",), CUDA, torch.bfloat16, 100, "serves a head_dim .* of 8 up to 256, not 100"),
+        (("sm_90",), CUDA, torch.bfloat16, 264, "serves a head_dim .* of 8 up to 256, not 264"),
+    ],
+)
+def test_few_rows_that_varlen_cannot_serve_are_portable(pretend, machine, device, dtype, head_dim, reason):
+    pretend(*machine)
+    tensors = device, dtype, head_dim, False
+    executor, line = select_backend("auto", *tensors, few_rows=True)
+    assert executor is portable_attention
+    assert re.fullmatch(f"portable: the fastest that can serve here; varlen {reason}", line)
+    with pytest.raises(BadInput, match=f"model.attention_backend=varlen {reason}"):
+        select_backend("varlen", *tensors)
+
+
+def test_varlen_is_refused_for_training(pretend):
+    pretend()
+    with pytest.raises(BadInput, match="attention_backend=varlen serves decoding alone, without a backward"):
+        select_backend("varlen", CUDA, torch.bfloat16, 128)
+
+
+def test_few_rows_ask_for_the_executor_of_few_rows(pretend, monkeypatch):
+    pretend()
+    asked = []
+    monkeypatch.setattr(
+        registry, "select_backend", lambda *given: asked.append(given) or (lambda q, *rest: q, "")
+    )
+    mask = BlockDiffusionMask([torch.tensor([0, 12])], 4, clean_copy=False, causal=True)
+    rows = mask.whole()
+    for rectangle in (rows, replace(rows, few_rows=True)):
+        block_diffusion_attention(*[torch.zeros(12, 1, 2, 8)] * 3, rectangle)
+    assert [given[-1] for given in asked] == [False, True]
 
 
 def test_a_call_that_the_executor_cannot_serve_is_refused_by_value():

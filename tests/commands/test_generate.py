@@ -71,6 +71,8 @@ def interrupted(run, prompts, output, whole) -> str:
     from llada_megatron.record.manifest import find
 
     arguments = ["--input", prompts, "--output", str(output), "--max-new-tokens", "9"]
+    # Neither graphs nor the batch decide the results.
+    arguments += ["--cuda-graphs", "--batch", "3"]
     _, args = cli.parse("generate", [run, *arguments, "--temperature", "0.8", "--seed", "4"])
     return json.dumps({"job": Job(**prepare(args, find(run))[1]).identity}) + "\n"
 
@@ -101,6 +103,7 @@ def test_the_options_are_the_settings_of_all_rules():
         (["--prompt", "a", "--batch", "0"], "--batch 0: give at least 1."),
         (["--prompt", "a", "--block-size", "0"], "--block-size 0: give at least 1."),
         (["--prompt", "a", "--max-cached-tokens", "8"], "takes 32 cached tokens"),
+        (["--prompt", "a", "--cuda-graphs"], "CUDA graphs (--cuda-graphs) need a CUDA device, this is a CPU"),
         (["--prompt", "a", "layout.pp=2"], "Decoding serves tp, ep and dp, not pp: set layout.pp=1."),
         (["--prompt", "a", "layout.tp=3"], "layout.tp=3 does not divide"),
         (["--input", "nowhere.jsonl"], "nowhere.jsonl does not exist: give a file of prompts."),

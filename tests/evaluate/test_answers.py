@@ -38,8 +38,9 @@ def model():
 
 def answered(model, job: EvaluationJob, written: list[dict[str, Any]] = []) -> dict[Any, dict[str, Any]]:  # noqa: B006
     decodings = decodings_of(job.rules, job.settings or {})
-    desk = Desk(job, written)
-    waiting = {key for key in asked(job, decodings) if key not in desk.answers}
+    keys = list(asked(job, decodings if job.generations else []))
+    desk = Desk(job, written, len(keys))
+    waiting = {key for key in keys if key not in desk.answers}
     Answering(CONFIG, job, model, desk, waiting).run(decodings if job.generations else [])
     return desk.answers
 
@@ -82,6 +83,7 @@ def test_a_rule_takes_the_settings_that_it_has_in_every_combination():
         *(f"threshold,threshold={t},temperature={d}" for t in ("0.5", "0.9") for d in ("0", "1")),
         *(f"factor,temperature={d}" for d in ("0", "1")),
     ]
+    assert len(decodings_of(["factor", "factor"], {"factor": ["1", "1"]})) == 1
     for rules, given, said in (
         (["factor", "quota"], {"kl_threshold": ["1"]}, "kl_threshold is no setting of factor or quota"),
         (["threshold"], {"threshold": ["2"]}, "threshold"),

@@ -84,17 +84,6 @@ def test_the_estimate_has_no_bias_whatever_the_number_of_draws(model, draws):
     assert abs(found.mean() - bound_by_hand(model, pair, 4)) < 4 * error
 
 
-def test_a_draw_that_masks_nothing_may_have_a_forward_of_its_own(model):
-    pairs = [Pair(number, prompt_of(3), prompt_of(2)) for number in range(6)]
-    counts = []
-    scorer = Scorer(CONFIG, model, 4, draws=2, tokens=1)
-    for pair in pairs:
-        for batch in scorer._batches([pair]):
-            counts.append(len(scorer._inputs(batch, 5, 5)[1]))
-    assert 0 in counts and 2 in counts
-    assert scored(model, pairs, 4, draws=2, tokens=1) == scored(model, pairs, 4, draws=2, tokens=1)
-
-
 def test_block_one_and_single_tokens_are_exact_in_one_draw(model):
     for pair, block_size in ((pair_of(3, 6), 1), (pair_of(0, 4), 1), (pair_of(5, 1), 4)):
         ((one),) = scored(model, [pair], block_size, draws=8)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from tests.gpu.compile_cudnn import MODELS, TOKENS, attend
+from tests.gpu.compile_cudnn import MODELS, TOKENS, attend, decoding_rectangles
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     cudnn.pygraph = partial(cudnn.pygraph, sm_version=90)
     mask = BlockDiffusionMask([torch.tensor([0, 1000, 1024, TOKENS]), torch.tensor([0, TOKENS])], 32)
     causal = BlockDiffusionMask(mask.cu_seqlens, 1, clean_copy=False, causal=True)
-    shard = ContextShard(mask, rank=1, ranks=4)
+    shard, decoding = ContextShard(mask, rank=1, ranks=4), decoding_rectangles()
     accepted: set[cudnn_sdpa.Graph] = set()
 
     def accept(graph: cudnn_sdpa.Graph, buffers: dict[str, torch.Tensor]) -> None:
@@ -56,6 +56,8 @@ def main() -> int:
                     of_sum = torch.empty((), dtype=output.dtype, device="cuda").expand_as(output)
                     gradients = output.grad_fn.apply(of_sum)
                     assert [tensor.dtype for tensor in gradients[:3]] == [output.dtype] * 3
+            for rectangle in decoding:
+                attend(model, rectangle, "cudnn_graph", learns=False)
         check_that_a_wrong_graph_is_refused(max(accepted, key=lambda graph: graph.geometry.queries))
     seconds = time.perf_counter() - began
     print(f"cuDNN {cudnn.backend_version()}: {len(accepted)} operation graphs accepted, {seconds:.1f} s")

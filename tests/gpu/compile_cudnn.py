@@ -65,7 +65,7 @@ def compile_for(architecture: str, packages: Path, kernels: Path) -> None:
         BlockDiffusionMask([documents], 1, clean_copy=False, causal=True)
         for documents in (packed, torch.tensor([0, TOKENS]))
     )
-    shard = ContextShard(mask, rank=1, ranks=4)
+    shard, decoding = ContextShard(mask, rank=1, ranks=4), decoding_rectangles()
     watch = Watch(architecture, kernels)
     with FakeTensorMode():
         for model in MODELS:
@@ -80,6 +80,22 @@ def compile_for(architecture: str, packages: Path, kernels: Path) -> None:
             run_backward(attend(model, mask.whole()))
             watch.compiled(f"{model} deterministic backward")
             torch.use_deterministic_algorithms(False)
+            for rectangle in decoding:
+                attend(model, rectangle, learns=False)
+            watch.compiled(f"{model} decoding", at_least=0)
+
+
+def decoding_rectangles():
+    """Rows of 32 at a time: one active block, those of eight sequences, and one behind a block just done."""
+    import numpy as np
+
+    from llada_megatron.attention.keys import KeyPool, PooledKeys
+
+    eight = [(32 * n, 32 * n + 32) for n in range(1, 65, 8)]
+    return [
+        PooledKeys(KeyPool(1), [(kept, np.arange(length)) for kept, length in parts], 32).rectangle
+        for parts in ([(4000, 4032)], eight, [(4000, 4064), *eight[:3]])
+    ]
 
 
 def pretend_device(number: int) -> None:
@@ -110,7 +126,7 @@ def check_stated_limits() -> None:
     assert square == {*cudnn_flex.HEAD_DIMS}
 
 
-def attend(model: str, rectangle, backend: str = "cudnn_flex"):
+def attend(model: str, rectangle, backend: str = "cudnn_flex", *, learns: bool = True):
     """The output of our executor, chosen by the registry, for the head shape of a model."""
     import torch
 
@@ -121,7 +137,7 @@ def attend(model: str, rectangle, backend: str = "cudnn_flex"):
 
     def fake(tokens: int, heads: int) -> torch.Tensor:
         size = tokens, rectangle.batch, heads, shape.head_dim
-        return torch.empty(size, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        return torch.empty(size, dtype=torch.bfloat16, device="cuda", requires_grad=learns)
 
     query, key, value = (
         fake(tokens, heads)
@@ -161,9 +177,9 @@ class Watch:
         self.seen: set[Path] = set()
         self.began = time.perf_counter()
 
-    def compiled(self, step: str) -> None:
+    def compiled(self, step: str, at_least: int = 1) -> None:
         new = {*self.folder.rglob("*.o")} - self.seen
-        if not new:
+        if len(new) < at_least:
             raise RuntimeError(f"{self.architecture} {step}: no kernel was compiled")
         for kernel in new:
             # The object names the assembler's target beside the machine code.

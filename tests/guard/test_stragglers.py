@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from llada_megatron.commands.status import _stragglers, status
+from llada_megatron.commands.status import status
 from llada_megatron.guard.stragglers import Times, slow_ranks
+from llada_megatron.jobs.state import stragglers
 from llada_megatron.record import events
 from tests.distributed import run_ranks
 from tests.training.runs import TWO, configure
@@ -72,6 +73,6 @@ def test_a_run_names_the_rank_that_the_others_wait_for_until_it_is_well_again(co
 def test_a_status_names_a_few_slow_ranks_of_the_present_attempt(tmp_path):
     events.append(tmp_path, "started")
     events.append(tmp_path, "stragglers", step=9, slow=[f"rank {rank}" for rank in range(9)])
-    assert _stragglers(events.read(tmp_path)) == "slow: rank 0, rank 1, rank 2 and 6 more"
+    assert stragglers(events.read(tmp_path)) == "slow: rank 0, rank 1, rank 2 and 6 more"
     events.append(tmp_path, "started")
-    assert _stragglers(events.read(tmp_path)) == ""
+    assert stragglers(events.read(tmp_path)) == ""

@@ -19,10 +19,8 @@ TOKENIZER = ByteTokenizer()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hugging_face"))
-        tasks.prepare()
+def offline() -> None:
+    tasks.prepare()
 
 
 def wording(*, chat: bool = False, context: int = 64, block_size: int = 4, **options: Any) -> Wording:
@@ -38,6 +36,7 @@ def test_a_pair_is_tokenized_as_one_text_and_its_space_belongs_to_the_continuati
     assert asked.pair("The cat \n", "sat") == (list(b"The cat"), list(b" \nsat"))
     assert asked.pair("The cat", " sat") == (list(b"The cat"), list(b" sat"))
     assert asked.pair("", "é") == ([], list("é".encode()))
+    assert wording(chat=True).pair("", "<|endoftext|>") == ([], list(b"<|endoftext|>"))  # a text that says so
     assert wording(block_size=0).pair("", "a") == ([256], [97])  # something must predict the first token
 
 

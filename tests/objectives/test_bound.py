@@ -8,7 +8,7 @@ import pytest
 
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.schema import BlockGrid
-from llada_megatron.objectives.bound import exact_count_mask
+from llada_megatron.objectives.bound import antithetic_count_mask, exact_count_mask
 
 BLOCK = 4
 DOCUMENTS = np.array([0, 6, 19, 24])  # off the grid: blocks of 4, 2, 2, 4, 4, 3, 1 and 4 tokens
@@ -35,20 +35,26 @@ def bound_by_definition(block: np.ndarray) -> float:
     return total
 
 
-def estimates(seed: int, sequences: int, draws: int) -> np.ndarray:
+def antithetic(seed: int, number: int, draw: int, draws: int, starts: np.ndarray):
+    return antithetic_count_mask(seed, number, draw, draws, starts, np.ones(len(starts), dtype=bool))
+
+
+def estimates(seed: int, sequences: int, draws: int, mask=exact_count_mask) -> np.ndarray:
     """Sum of every block, [sequences, blocks], averaged over the draws of a sequence."""
     found = np.zeros((sequences, len(BLOCKS)))
     for sequence in range(sequences):
         for draw in range(draws):
-            masked, weights = exact_count_mask(seed, sequence, draw, draws, STARTS)
+            masked, weights = mask(seed, sequence, draw, draws, STARTS)
             terms = weights * cross_entropy(masked)
             found[sequence] += [terms[block].sum() / draws for block in BLOCKS.values()]
     return found
 
 
-@pytest.mark.parametrize("draws", [1, 3])
-def test_the_estimate_s_mean_is_the_bound_by_definition(draws):
-    found = estimates(seed=1, sequences=4000 // draws, draws=draws)
+@pytest.mark.parametrize(
+    ("mask", "draws"), [(exact_count_mask, 1), (exact_count_mask, 3), (antithetic, 1), (antithetic, 4)]
+)
+def test_the_estimate_s_mean_is_the_bound_by_definition(mask, draws):
+    found = estimates(seed=1, sequences=4000 // draws, draws=draws, mask=mask)
     for column, block in enumerate(BLOCKS.values()):
         error = found[:, column].std() / math.sqrt(len(found))
         assert abs(found[:, column].mean() - bound_by_definition(block)) <= 4 * error + 1e-12
@@ -89,6 +95,24 @@ def test_the_draws_of_a_block_step_through_its_counts():
     for sequence in range(20):
         counts = [int(exact_count_mask(4, sequence, d, 8, np.zeros(8, int))[0].sum()) for d in range(8)]
         assert sorted(counts) == list(range(1, 9))
+
+
+def test_antithetic_draws_score_every_token_and_each_by_itself_has_the_mean():
+    scored = np.arange(L) >= 3
+    size = {start: int(scored[block].sum()) for start, block in BLOCKS.items()}
+    counts = []
+    for number, pair in itertools.product(range(30), range(2)):
+        drawn = [antithetic_count_mask(3, number, 2 * pair + half, 4, STARTS, scored) for half in (0, 1)]
+        assert ((drawn[0][0] | drawn[1][0]) == scored).all()
+        for masked, weights in drawn:
+            for start, block in BLOCKS.items():  # no variance where the mask changes no cross entropy
+                assert weights[block].sum() == pytest.approx(size[start]) and masked[block].any()
+        both = [int(masked[BLOCKS[8]].sum()) for masked, _ in drawn]
+        assert sum(both) == 5
+        counts.append(tuple(both))
+    assert set(counts) == {(1, 4), (2, 3), (3, 2), (4, 1)}
+    second = np.mean([antithetic_count_mask(5, n, 1, 2, STARTS, scored)[1] for n in range(3000)], axis=0)
+    assert np.abs(second - scored).max() < 0.15
 
 
 def test_every_position_is_masked_equally_often():

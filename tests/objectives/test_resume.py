@@ -106,7 +106,7 @@ def test_a_preference_s_evaluation_is_on_record_on_the_terminal_and_in_the_repor
     assert all(figure["se"] >= 0 for figure in figures.values()) and figures["chosen_bound"]["mean"] > 0
     shown = f"{figures['margin']['mean']:.4f} ± {figures['margin']['se']:.4f}"
     assert f"held out: margin {shown}, accuracy" in evaluation_line(record)
-    page = write_report(straight["dpo"]).with_name("report.md").read_text()
+    page = write_report(straight["dpo"]).page.with_name("report.md").read_text()
     assert "| margin | accuracy |" in page and f"| {shown} |" in page
     del record["held_out"]  # as of another objective
     assert "held out" not in evaluation_line(record)

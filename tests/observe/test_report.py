@@ -2,145 +2,20 @@
 
 import argparse
 import json
-import math
 import random
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from llada_megatron.commands.report import add_arguments, print_summary, run
 from llada_megatron.config.errors import BadInput
+from llada_megatron.observe.parts import Decoded, Span
 from llada_megatron.observe.plots import _running_mean, _spread
-from llada_megatron.observe.report import (
-    Heading,
-    Paragraph,
-    Table,
-    Verbatim,
-    to_html,
-    to_markdown,
-    write_report,
-)
-
-LENGTH = 256
-SCHEDULE = [
-    ("pretrain", "1", "autoregressive", 60),
-    ("warmup-1", "1", "diffusion", 8),
-    ("warmup-4", "4", "diffusion", 8),
-    ("warmup-32", "32", "diffusion", 8),
-    ("warmup-64", "64", "diffusion", 8),
-    ("stable", "full", "diffusion", 80),
-    ("decay-128", "128", "diffusion", 10),
-    ("decay-64", "64", "diffusion", 10),
-    ("decay-32", "32", "diffusion", 20),
-]
-STEP_TOKENS = 8 * LENGTH
-
-
-def block_size_of(text: str) -> int:
-    return LENGTH if text == "full" else int(text)
-
-
-def make_run(run_dir, schedule=SCHEDULE, stop_after=None, evaluated=True, experts=8):
-    """A run's directory whose numbers look like a conversion's; `stop_after` steps it is still going."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(0)
-    write_config(run_dir, schedule, experts)
-    steps, evaluations = [], []
-    if evaluated:
-        evaluations.append(evaluation("init", "diffusion", 1, -1, 0, 0, 5.2, rng))
-    for index, (name, size, objective, count) in enumerate(schedule):
-        for position in range(count):
-            step = len(steps)
-            floor = 1.6 if objective == "autoregressive" else 1.9 + 0.1 * math.log(block_size_of(size), 4)
-            start = 5.5 if index == 0 else floor + 0.8
-            loss = floor + (start - floor) * math.exp(-position / 12) + rng.gauss(0, 0.1)
-            steps.append(step_record(step, name, objective, block_size_of(size), loss, experts, rng))
-        if evaluated and (stop_after is None or len(steps) <= stop_after):
-            evaluations.append(
-                evaluation(name, objective, block_size_of(size), len(steps) - 1, len(steps), count, 2.0, rng)
-            )
-    steps = steps[:stop_after]
-    write_lines(run_dir / "metrics.jsonl", steps)
-    write_lines(run_dir / "evaluations.jsonl", evaluations)
-    if evaluated:
-        sample = {
-            "stage": schedule[-1][0],
-            "block_size": 32,
-            "masked": "a ░░ <b> ``` c\nd",
-            "filled": "a 12",
-            "original": "a|34",
-        }
-        write_lines(run_dir / "samples.jsonl", [sample] * 3)
-    return run_dir
-
-
-def write_config(run_dir, schedule, experts):
-    stages = "".join(
-        f"  - {{name: {name}, block_size: '{size}', tokens: {count * STEP_TOKENS}, objective: {objective}}}\n"
-        for name, size, objective, count in schedule
-    )
-    (run_dir / "config.yaml").write_text(
-        f"run: {{name: synthetic_run, dir: 'runs/${{run.name}}'}}\n"
-        f"model: {{vocab_size: 512, layers: 4, hidden_size: 64, experts: {experts}, experts_per_token: 2}}\n"
-        f"data: {{sequence_length: {LENGTH}}}\nschedule:\n  stages:\n{stages}"
-    )
-
-
-def step_record(step, stage, objective, block_size, loss, experts, rng):
-    diffusion = objective == "diffusion"
-    by_t = [loss * (0.4 + 0.12 * bin) + rng.gauss(0, 0.05) for bin in range(10)]
-    by_t[rng.randrange(10)] = None  # a bin that no sample of the step fell into
-    return {
-        "step": step,
-        "consumed_samples": 8 * (step + 1),
-        "consumed_tokens": STEP_TOKENS * (step + 1),
-        "stage": stage,
-        "objective": objective,
-        "block_size": block_size,
-        "loss": None if step == 20 else loss,
-        "grad_norm": 1.0,
-        "lr": 1e-3 * min(1, (step + 1) / 20),
-        "tokens_per_sec": 1000 + step,
-        "mfu": None,
-        "load_max_over_mean": 1.1 + math.exp(-step / 30) + rng.gauss(0, 0.03) if experts else None,
-        "loss_by_t": by_t if diffusion else None,
-        "loss_by_block_position": [loss] * min(block_size, 4),
-        "skipped_steps": int(step >= 20),
-        "mask_row_norm": 1.0,
-        "embedding_noise_sigma": 0.0,
-    }
-
-
-def evaluation(stage, objective, block_size, step, steps_done, stage_steps, level, rng):
-    bound = {}
-    if objective == "diffusion":
-        for size in (1, 4, 32, LENGTH):
-            mean = level + 0.08 * math.log2(size) + 0.4 * math.exp(-steps_done / 80) + rng.gauss(0, 0.02)
-            bound[str(size)] = {"mean": mean, "se": 0.012, "bits_per_byte": mean / 3 / math.log(2)}
-    return {
-        "step": step,
-        "consumed_tokens": STEP_TOKENS * steps_done,
-        "stage": stage,
-        "objective": objective,
-        "block_size": block_size,
-        "stage_tokens": STEP_TOKENS * stage_steps,
-        "train_loss": level if stage_steps else None,
-        "bound": bound,
-        "ar": {"nll": 1.7, "se": 0.01, "bits_per_byte": 0.82, "tokens": 60 * STEP_TOKENS}
-        if stage == "pretrain"
-        else None,
-        "block1_views": {"unshifted": 5.3, "shifted": 1.8, "ar_from_clean_half": 1.7}
-        if stage == "init"
-        else None,
-        "baselines": {"unigram": 4.2, "bigram": 2.9},
-        "vocab_size": 512,
-        "wall_sec": 2.0 * steps_done,
-    }
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+from llada_megatron.observe.report import write_report
+from llada_megatron.observe.report_training import decoded
+from llada_megatron.record.run_dir import RunDir
+from tests.observe.evaluations import results, write
+from tests.observe.runs import LENGTH, SCHEDULE, STEP_TOKENS, evaluation, make_run
 
 
 def read_texts(run_dir):
@@ -156,7 +31,7 @@ def pixels(path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run_dir = make_run(tmp_path_factory.mktemp("runs") / "synthetic_run")
-    assert write_report(run_dir) == run_dir / "report" / "index.html"
+    assert write_report(run_dir).page == run_dir / "report" / "index.html"
     return run_dir
 
 
@@ -176,7 +51,10 @@ def test_the_report_shows_a_picture_that_is_not_blank(finished, name):
 
 def test_report_json_has_the_documented_keys_and_numbers(finished):
     report = json.loads((finished / "report.json").read_text())
-    assert set(report) == {"schema", "stages", "ar", "baselines", "vocab_size", "wall_sec", "versions"}
+    assert set(report) == {
+        "schema", "progress", "stages", "ar", "baselines", "vocab_size", "wall_sec", "tasks", "plan", "cost",
+        "versions",
+    }  # fmt: skip
     assert report["schema"] == 1
     assert [stage["name"] for stage in report["stages"]] == ["init", *(stage[0] for stage in SCHEDULE)]
     assert all(
@@ -232,36 +110,6 @@ def test_a_directory_that_is_no_run_is_refused_in_one_sentence(tmp_path):
         write_report(tmp_path / "new")
 
 
-def test_the_page_is_balanced_and_loads_nothing_but_the_pictures_beside_it(finished):
-    class Checker(HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.open, self.sources = [], []
-
-        def handle_starttag(self, tag, attributes):
-            self.sources += [value for key, value in attributes if key in ("src", "href")]
-            if tag not in ("meta", "img"):
-                self.open.append(tag)
-
-        def handle_endtag(self, tag):
-            assert self.open.pop() == tag
-
-    checker = Checker()
-    checker.feed(read_texts(finished)[1])
-    assert checker.open == []
-    assert len(checker.sources) == 4 and all(
-        (finished / "report" / source).is_file() for source in checker.sources
-    )
-
-
-def test_text_of_a_run_cannot_break_either_format():
-    parts = [Heading("<t>", 1), Paragraph("a & b"), Table(["x|y"], [["<i>"]]), Verbatim("```\n</pre>")]
-    page, markdown = to_html(parts), to_markdown(parts)
-    assert "<title>&lt;t&gt;</title>" in page and "a &amp; b" in page and "<td>&lt;i&gt;</td>" in page
-    assert "<pre>```\n&lt;/pre&gt;</pre>" in page
-    assert "| x\\|y |" in markdown and "````text\n```\n</pre>\n````" in markdown
-
-
 def test_labels_are_moved_apart_in_their_order_and_stay_in_the_picture():
     places = np.array([0.99, 0.5, 0.51, 0.98, 0.1])
     moved = _spread(places, 0.06)
@@ -298,3 +146,30 @@ def test_the_summary_of_a_run_without_evaluations_says_not_yet(tmp_path, capsys)
     write_report(run_dir)
     print_summary(run_dir)
     assert "not yet" in capsys.readouterr().out
+
+
+def test_filled_tokens_have_the_colour_of_their_forward_and_what_was_given_has_none():
+    record = {"pieces": ["a", "b", "", "c", "d"], "decided_at": [0, 0, 1, 3, 3], "is_edited": [0, 0, 0, 1, 0]}
+    expected = [Span("ab"), Span("", 0.0), Span("c", 1.0, is_edited=True), Span("d", 1.0)]
+    assert decoded(record) == Decoded(expected)
+    assert decoded({"filled": "abcd"}) is None  # as earlier versions wrote it
+    with_one = {"pieces": ["a"], "decided_at": [1]}
+    assert decoded(with_one) == Decoded([Span("a", 0.0)])
+
+
+def test_scores_of_tasks_that_lie_in_the_run_are_shown_with_their_frontier(tmp_path):
+    run_dir = make_run(tmp_path / "run", stop_after=3, evaluated=False)
+    write_report(run_dir)
+    assert "Not yet. Made by `llada eval" in read_texts(run_dir)[0]
+    decoded_at_two_speeds = [
+        results("runs/a", "threshold", setting, accuracy=accuracy, speed=speed)
+        for setting, accuracy, speed in (("0.9", 0.8, 2.0), ("0.5", 0.77, 4.0))
+    ]
+    write(RunDir(run_dir).scores, *decoded_at_two_speeds)
+    figures = write_report(run_dir).figures
+    for text in read_texts(run_dir):
+        assert "0.7700 ± 0.0100" in text and "frontier-gsm8k.png" in text and "AUP" in text
+    assert [score["value"] for score in figures["tasks"]["scores"]][::2] == [0.8, 0.77]
+    (RunDir(run_dir).scores / "other.json").write_text("{}")
+    assert write_report(run_dir).figures["tasks"]["scores"] == []
+    assert "other.json has no 'results'" in read_texts(run_dir)[0]

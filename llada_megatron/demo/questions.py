@@ -1,0 +1,113 @@
+"""The small task of `make demo-chat`: questions that a program asks and scores, and conversations of people.
+
+reasoning-gym's generators (Apache-2.0) ask for words spelt backwards and letters counted: little enough for a
+model of a few million parameters, and each answer is right or wrong. What the model is scored on is
+drawn from other seeds than what it learns, and its questions are left out of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from llada_megatron.demo import conversations
+from llada_megatron.record.json_files import write_json_lines
+from llada_megatron.tasks import FOLDER, reasoning
+
+ASKED = 100
+"""Questions of each task."""
+LONGEST = 24
+"""Tokens of an answer, at most: bytes, and the mark of its end."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What one generator asks."""
+
+    generator: str
+    settings: dict[str, Any]
+    learnt: int
+    """Items drawn to learn from; what is asked is left out."""
+    preferred: int
+    """Items drawn after them, for pairs of a right answer and a near miss."""
+
+
+TASKS = {
+    "demo_words": Questions(
+        "spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, preferred=350
+    ),
+    "demo_long_words": Questions(
+        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, preferred=350
+    ),
+    "demo_letters": Questions(
+        "letter_counting", {"min_words": 1, "max_words": 1}, learnt=5000, preferred=300
+    ),
+}
+
+
+def write(folder: Path) -> dict[str, int]:
+    """Write text.jsonl, chats.jsonl, pairs.jsonl, and a folder `tasks` for `llada eval`; returns how many
+    lines each file has.
+
+    The order of lines is mixed, and the same each time.
+    """
+    random = Random(0)
+    talk = conversations.distinct(conversations.yaml_files())
+    chats = [conversations.as_messages(turns) for turns in talk]
+    texts = [{"text": "\n".join(turns)} for turns in talk]
+    pairs = []
+    for name, questions in TASKS.items():
+        drawn = list(_drawn(questions))
+        for question, answer in drawn[: -questions.preferred]:
+            chats.append(conversations.as_messages((question, answer)))
+            texts.append({"text": f"{question}\n{answer}"})
+        for question, answer in drawn[-questions.preferred :]:
+            pairs.append({"prompt": question, "chosen": answer, "rejected": near_miss(answer, random)})
+        _write_task(folder / "tasks" / f"{name}.yaml", name, questions)
+    counts = {}
+    for name, records in (("text", texts), ("chats", chats), ("pairs", pairs)):
+        random.shuffle(records)
+        write_json_lines(folder / f"{name}.jsonl", records)
+        counts[name] = len(records)
+    return counts
+
+
+def near_miss(answer: str, random: Random) -> str:
+    """A wrong answer that is almost right: the next number, or two neighbouring letters in each other's
+    place."""
+    if answer.removeprefix("-").isdigit():
+        return str(int(answer) + random.choice((-1, 1)))
+    places = [place for place in range(len(answer) - 1) if answer[place] != answer[place + 1]]
+    if not places:
+        return answer + answer[-1:]
+    place = random.choice(places)
+    return answer[:place] + answer[place + 1] + answer[place] + answer[place + 2 :]
+
+
+def _drawn(questions: Questions) -> Iterator[tuple[str, str]]:
+    """Questions with their answers, none that is asked."""
+    what: dict[str, Any] = {"generator": questions.generator, "settings": questions.settings}
+    asked = {item["question"] for item in reasoning.documents(size=ASKED, **what)["test"]}
+    for item in reasoning.documents(size=questions.learnt + questions.preferred, seed=0, **what)["test"]:
+        if item["question"] not in asked:
+            yield item["question"], item["answer"]
+
+
+def _write_task(path: Path, name: str, questions: Questions) -> None:
+    described = {
+        "include": str(FOLDER / "reasoning_gym" / "_generator.yaml"),
+        "task": name,
+        "dataset_kwargs": {
+            "generator": questions.generator,
+            "size": ASKED,
+            "settings": questions.settings,
+        },
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": LONGEST, "do_sample": False},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
