@@ -203,7 +203,7 @@ def _span(span: Span) -> str:
 
 def _kind(column: list[str]) -> str:
     """How a table's column is set: numbers to the right, long texts in lines."""
-    if all(NUMBER.fullmatch(cell) for cell in column):
+    if all(NUMBER.fullmatch(cell) for cell in column) and any(cell[:1].isdigit() for cell in column):
         return "number"
     return "long" if max(map(len, column)) > LONG else ""
 
