@@ -112,24 +112,36 @@ def _whole_road(args: argparse.Namespace, base: Path) -> None:
     folder, processes = base / "questions", args.processes or 2
     count = len(road.STAGES) + 2
     _say(f"1/{count}  questions of reasoning-gym's programs, conversations of the package chatterbot-corpus")
-    if not (folder / "pairs.jsonl").is_file():
+    if not (folder / "tries.jsonl").is_file():
         print(", ".join(f"{lines:,} {name}" for name, lines in questions.write(folder).items()))
-    for step in road.preparation(folder):
-        run_step(step)
+    run_step(road.preparation(folder, "text", "text"))
+    run_step(road.preparation(folder, "chats", "chat"))
     before: Path | None = None
     for number, stage in enumerate(road.STAGES, 2):
         _say(f"{number}/{count}  {road.SAYS[stage]}")
         if stage == "dpo":
-            run_step(road.reference(base, folder, processes))
+            _prepare_pairs(base, folder, processes)
         data = folder / road.DATA[stage]
         overrides = [f"run.dir={base / stage}", f"data.path=[{data}]", f"layout.processes={processes}"]
         overrides += [] if before is None else [f"checkpoint.init_from={before}"]
         _train(_compose(args, f"{road.EXPERIMENT}_{stage}", [*overrides, *args.overrides]))
-        write_report(base / stage)
         before = base / stage
     _say(f"{count}/{count}  what each model answers, and how fast, under which rule")
     for step in road.evaluations(base, folder, processes, limit=10 if args.short else None):
         run_step(step)
+    for stage in road.STAGES:
+        print(f"Report: {write_report(base / stage)}")
+
+
+def _prepare_pairs(base: Path, folder: Path, processes: int) -> None:
+    from llada_megatron.demo import questions
+
+    run_step(road.tries(base, folder, processes))
+    if not (folder / "pairs.jsonl").is_file():
+        counts = questions.write_pairs(folder / "tried.jsonl", folder / "pairs.jsonl")
+        print(f"{folder}/pairs.jsonl: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    run_step(road.preparation(folder, "pairs", "preference"))
+    run_step(road.reference(base, folder, processes))
 
 
 def _pretrained(args: argparse.Namespace, overrides: list[str]) -> Config:

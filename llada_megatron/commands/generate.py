@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int | None) -> None:
     """How it is decoded, whatever is: limits, the cache, the rule and settings.
 
-    new_tokens: by default; None: something else says how many.
+    new_tokens: by default; None: a task says how many.
     """
     parser.add_argument("--chat-template", metavar="NAME", help="llada2, plain or a file; default: its own")
     for name, default, what in (
@@ -64,7 +64,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int |
             type=int,
             default=default,
             metavar="N",
-            help=what if default is None else f"{what} (default {default})",
+            help=f"{what} (default {'as a task says' if default is None else default})",
         )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
     parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")

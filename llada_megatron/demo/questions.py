@@ -7,6 +7,7 @@ drawn from other seeds than what it learns, and its questions are left out of th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,25 +34,21 @@ class Questions:
     settings: dict[str, Any]
     learnt: int
     """Items drawn to learn from; what is asked is left out."""
-    preferred: int
-    """Items drawn after them, for pairs of a right answer and a near miss."""
+    tried: int
+    """Items drawn after them, whose answers a model tries, for pairs of a right answer and a wrong one."""
 
 
 TASKS = {
-    "demo_words": Questions(
-        "spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, preferred=350
-    ),
+    "demo_words": Questions("spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, tried=700),
     "demo_long_words": Questions(
-        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, preferred=350
+        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, tried=700
     ),
-    "demo_letters": Questions(
-        "letter_counting", {"min_words": 1, "max_words": 1}, learnt=5000, preferred=300
-    ),
+    "demo_letters": Questions("letter_counting", {"min_words": 2, "max_words": 3}, learnt=5000, tried=600),
 }
 
 
 def write(folder: Path) -> dict[str, int]:
-    """Write text.jsonl, chats.jsonl, pairs.jsonl, and a folder `tasks` for `llada eval`; returns how many
+    """Write text.jsonl, chats.jsonl, tries.jsonl, and a folder `tasks` for `llada eval`; returns how many
     lines each file has.
 
     The order of lines is mixed, and the same each time.
@@ -60,21 +57,38 @@ def write(folder: Path) -> dict[str, int]:
     talk = conversations.distinct(conversations.yaml_files())
     chats = [conversations.as_messages(turns) for turns in talk]
     texts = [{"text": "\n".join(turns)} for turns in talk]
-    pairs = []
+    tries = []
     for name, questions in TASKS.items():
         drawn = list(_drawn(questions))
-        for question, answer in drawn[: -questions.preferred]:
+        for question, answer in drawn[: -questions.tried]:
             chats.append(conversations.as_messages((question, answer)))
             texts.append({"text": f"{question}\n{answer}"})
-        for question, answer in drawn[-questions.preferred :]:
-            pairs.append({"prompt": question, "chosen": answer, "rejected": near_miss(answer, random)})
+        for question, answer in drawn[-questions.tried :]:
+            tries.append({"messages": [{"role": "user", "content": question}], "answer": answer})
         _write_task(folder / "tasks" / f"{name}.yaml", name, questions)
     counts = {}
-    for name, records in (("text", texts), ("chats", chats), ("pairs", pairs)):
+    for name, records in (("text", texts), ("chats", chats), ("tries", tries)):
         random.shuffle(records)
         write_json_lines(folder / f"{name}.jsonl", records)
         counts[name] = len(records)
     return counts
+
+
+def write_pairs(tried: Path, pairs: Path) -> dict[str, int]:
+    """From what `llada generate` made of tries.jsonl: right answers, each before the wrong one that the model
+    gave, or before a near miss where it was right. Returns how many there are of both kinds.
+    """
+    random, records, mistakes = Random(1), [], 0
+    for line in tried.read_text(encoding="utf-8").splitlines():
+        try_ = json.loads(line)
+        said, answer = try_["text"].strip(), try_["answer"]
+        is_mistake = bool(said) and said != answer
+        mistakes += is_mistake
+        rejected = said if is_mistake else near_miss(answer, random)
+        question = try_["messages"][0]["content"]
+        records.append({"prompt": question, "chosen": answer, "rejected": rejected})
+    write_json_lines(pairs, records)
+    return {"mistakes": mistakes, "near misses": len(records) - mistakes}
 
 
 def near_miss(answer: str, random: Random) -> str:
@@ -93,7 +107,7 @@ def _drawn(questions: Questions) -> Iterator[tuple[str, str]]:
     """Questions with their answers, none that is asked."""
     what: dict[str, Any] = {"generator": questions.generator, "settings": questions.settings}
     asked = {item["question"] for item in reasoning.documents(size=ASKED, **what)["test"]}
-    for item in reasoning.documents(size=questions.learnt + questions.preferred, seed=0, **what)["test"]:
+    for item in reasoning.documents(size=questions.learnt + questions.tried, seed=0, **what)["test"]:
         if item["question"] not in asked:
             yield item["question"], item["answer"]
 

@@ -175,7 +175,7 @@ def parts_of(scores: list[Score], lines: list[Line], folder: Path, level: int = 
     parts: list[Part] = []
     for task in dict.fromkeys(score.task for score in scores):
         mine = [score for score in scores if score.task == task]
-        parts += [Heading(task, level), _table_of_scores(mine)]
+        parts.append(Heading(task, level))
         of_task = [line for line in lines if line.task == task]
         if of_task:
             # The first metric is the one by which the task is known.
@@ -183,31 +183,47 @@ def parts_of(scores: list[Score], lines: list[Line], folder: Path, level: int = 
             picture = folder / f"frontier-{_file_name(task)}.png"
             named = [(f"{line.label} (AUP {line.aup:.1f})", line.points) for line in shown]
             plots.plot_frontier(named, shown[0].metric, picture)
-            parts.append(Picture.of(picture, CAPTION))
-            parts.append(_table_of_lines(of_task))
+            parts += [Picture.of(picture, CAPTION), _table_of_lines(of_task)]
+        parts.append(_table_of_scores(mine))
     return [*parts, Paragraph(AUP)] if lines else parts
 
 
 def _table_of_scores(scores: list[Score]) -> Table:
-    header = ["model", "decoding", "metric", "score", "questions"]
-    header += ["tokens/forward", "ms/forward", "tokens/s", "forwards"]
+    """A row for each model and decoding, its metrics side by side."""
+    lower = {score.metric for score in scores if not score.higher_is_better}
+    metrics = [*dict.fromkeys(score.metric for score in scores)]
+    header = [metric + (" (lower is better)" if metric in lower else "") for metric in metrics]
+    header = [
+        "model",
+        "decoding",
+        *header,
+        "questions",
+        "tokens/forward",
+        "ms/forward",
+        "tokens/s",
+        "forwards",
+    ]
     rows = []
-    for score in scores:
-        cost = score.cost
-        error = "" if score.error is None else f" ± {score.error:.4f}"
+    for model, decoding in dict.fromkeys((score.model, score.decoding) for score in scores):
+        mine = {score.metric: score for score in scores if (score.model, score.decoding) == (model, decoding)}
+        first = next(iter(mine.values()))
+        cost = first.cost
         forwards = ", ".join(f"{count} {kind}" for kind, count in cost.get("forwards", {}).items() if count)
         rows.append(
             [
-                score.model,
-                score.decoding or "-",
-                score.metric + ("" if score.higher_is_better else " (lower is better)"),
-                f"{score.value:.4f}{error}",
-                "-" if score.questions is None else str(score.questions),
+                model,
+                decoding or "-",
+                *(_with_error(mine[metric]) if metric in mine else "-" for metric in metrics),
+                "-" if first.questions is None else str(first.questions),
                 *(f"{cost[name]:.{digits}f}" if name in cost else "-" for name, digits in COSTS.items()),
                 forwards or "-",
             ]
         )
     return Table(header, rows)
+
+
+def _with_error(score: Score) -> str:
+    return f"{score.value:.4f}" + ("" if score.error is None else f" ± {score.error:.4f}")
 
 
 def _table_of_lines(lines: list[Line]) -> Table:

@@ -126,7 +126,8 @@ def plot_frontier(lines: Sequence[tuple[str, Sequence[Point]]], metric: str, pat
     with _picture(path, height=4.6) as figure:
         axes = figure.subplots()
         for index, (label, points) in enumerate(lines):
-            color, marker = LINES[index % len(LINES)]
+            color, _ = LINES[index % len(LINES)]
+            _, marker = LINES[(index + index // len(LINES)) % len(LINES)]  # no two lines have both alike
             ordered = in_order(points)
             left_out = {*ordered} - {*counted(ordered)}
             axes.errorbar(

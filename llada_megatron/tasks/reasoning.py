@@ -158,7 +158,7 @@ def _size_of(exponent: ast.expr) -> float | None:
 
 @cache
 def _draw(generator: str, size: int, seed: int, settings: str) -> tuple[Any, list[dict[str, Any]]]:
-    """The generator and its items; drawing one can take a second."""
+    """The generator and its items, the same in every process; drawing one can take a second."""
     if generator not in generators():
         raise BadInput(
             f"reasoning-gym has no generator '{generator}': take one of {', '.join(generators())}."
@@ -178,10 +178,15 @@ def _draw(generator: str, size: int, seed: int, settings: str) -> tuple[Any, lis
     return source, pickle.loads(drawn.stdout)
 
 
+def draw_items(generator: str, size: int, seed: int, settings: str) -> tuple[Any, list[dict[str, Any]]]:
+    """The generator and its items as this process draws them."""
+    source = _package().create_dataset(generator, size=size, seed=seed, **json.loads(settings))
+    return source, [source[index] for index in range(size)]
+
+
 def _print_items(generator: str, size: str, seed: str, settings: str) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # a few generators print
-        source = _package().create_dataset(generator, size=int(size), seed=int(seed), **json.loads(settings))
-        items = [source[index] for index in range(int(size))]
+        _, items = draw_items(generator, int(size), int(seed), settings)
     sys.stdout.buffer.write(pickle.dumps(items))
 
 

@@ -10,7 +10,7 @@ from llada_megatron.tasks import reasoning
 from llada_megatron.tasks.data_packages import FOLDER
 
 FEW = {
-    name: questions.Questions(each.generator, each.settings, learnt=60, preferred=8)
+    name: questions.Questions(each.generator, each.settings, learnt=60, tried=8)
     for name, each in questions.TASKS.items()
     if name != "demo_long_words"
 }
@@ -39,9 +39,9 @@ def test_what_is_asked_is_not_learnt(tmp_path, monkeypatch):
         for name in counts
     }
     assert {name: len(each) for name, each in lines.items()} == counts
-    assert counts["text"] == counts["chats"] > 100 and counts["pairs"] == 16
+    assert counts["text"] == counts["chats"] > 100 and counts["tries"] == 16
     learnt = {record["messages"][0]["content"] for record in lines["chats"]}
-    learnt |= {record["prompt"] for record in lines["pairs"]}
+    learnt |= {record["messages"][0]["content"] for record in lines["tries"]}
     for each in FEW.values():
         asked = reasoning.documents(generator=each.generator, size=questions.ASKED, settings=each.settings)[
             "test"
@@ -50,7 +50,22 @@ def test_what_is_asked_is_not_learnt(tmp_path, monkeypatch):
     assert {
         "messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
     } in lines["chats"]
-    assert all(record["chosen"] != record["rejected"] for record in lines["pairs"])
     before = (tmp_path / "chats.jsonl").read_bytes()
     questions.write(tmp_path)
     assert (tmp_path / "chats.jsonl").read_bytes() == before
+
+
+def test_a_pair_is_a_right_answer_and_the_models_mistake_or_a_near_miss(tmp_path):
+    tried = [("cat", "tac", "tac"), ("dog", "god", "gad"), ("sun", "nus", " ")]
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": question}], "answer": answer, "text": text})
+        for question, answer, text in tried
+    ]
+    (tmp_path / "tried.jsonl").write_text("\n".join(lines))
+    counts = questions.write_pairs(tmp_path / "tried.jsonl", tmp_path / "pairs.jsonl")
+    assert counts == {"mistakes": 1, "near misses": 2}
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [(pair["prompt"], pair["chosen"]) for pair in pairs] == [each[:2] for each in tried]
+    assert pairs[1]["rejected"] == "gad" and all(
+        pair["rejected"] not in (" ", pair["chosen"]) for pair in pairs
+    )
