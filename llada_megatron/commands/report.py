@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if (args.run is None) == (args.compare is None):
         raise BadInput("Give the directory of a run, or files of results with --compare, and not both.")
-    if args.serve and args.compare is not None:
-        raise BadInput("--serve shows the page of a run, not of --compare: open its index.html.")
+    if args.serve and (args.compare is not None or args.json is not None):
+        raise BadInput("--serve shows the page of a run: leave out --compare and --json.")
     if args.port is not None and not args.serve:
         raise BadInput("--port belongs to --serve: add it.")
     if args.compare is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llada_megatron.demo.pretrained import Step
 from llada_megatron.demo.questions import LONGEST, TASKS
+from llada_megatron.record.run_dir import PAGE
 
 EXPERIMENT = "demo_chat"
 STAGES = ("base", "sft", "cap", "dpo")
@@ -69,4 +70,4 @@ def evaluations(base: Path, questions: Path, processes: int, *, limit: int | Non
     rules = step(STAGES[-1], "rules", RULES[-1], "--rule", ",".join(RULES))
     folders = [str(base / model / "eval") for model in STAGES[1:]]
     page = ["report", "--compare", *folders, "--out", str(compared)]
-    return [*models, rules, Step(compared / "index.html", page)]
+    return [*models, rules, Step(compared / PAGE, page)]

@@ -206,8 +206,8 @@ def decoded(record: Record) -> Decoded | None:
 
     None of an older record, which does not say.
     """
-    pieces, decided_at = record.get("pieces"), record.get("decided_at")
-    if not pieces or not decided_at:
+    pieces, decided_at = record.get("pieces", []), record.get("decided_at", [])
+    if not pieces or len(pieces) != len(decided_at):
         return None
     edited = record.get("is_edited") or [False] * len(pieces)
     last = max(max(decided_at), 2)

@@ -180,6 +180,7 @@ def test_the_command_serves_the_page_until_ctrl_c(tmp_path, capsys, monkeypatch)
 def test_the_command_refuses_what_it_cannot_serve(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--serve"]) == 2
     assert main(["report", str(tmp_path), "--port", "8000"]) == 2
-    assert [line.startswith("llada report: error: ") for line in capsys.readouterr().err.splitlines()] == [
-        True
-    ] * 2
+    assert main(["report", str(tmp_path), "--serve", "--json", "figures.json"]) == 2
+    assert main(["report", "--compare", str(tmp_path), "--serve"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4 and all(line.startswith("llada report: error: ") for line in said)
