@@ -130,7 +130,7 @@ def _whole_road(args: argparse.Namespace, base: Path) -> None:
     for step in road.evaluations(base, folder, processes, limit=10 if args.short else None):
         run_step(step)
     for stage in road.STAGES:
-        print(f"Report: {write_report(base / stage)}")
+        print(f"Report: {write_report(base / stage).page}")
 
 
 def _prepare_pairs(base: Path, folder: Path, processes: int) -> None:
