@@ -6,6 +6,7 @@ from functools import cache
 from math import lcm, prod
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -38,6 +39,7 @@ def in_megatron_core(layout: LayoutConfig) -> tuple[dict[str, int], int, int]:
     groups.initialize(layout)
     from megatron.core import parallel_state as state
 
+    torch.distributed.barrier()  # whoever is first would hang up on one that still makes its groups
     return (
         {
             "tp": state.get_tensor_model_parallel_rank(),

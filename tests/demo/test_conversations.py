@@ -12,6 +12,7 @@ from llada_megatron.cli import main
 from llada_megatron.config.compose import compose
 from llada_megatron.config.ranges import shares_of
 from llada_megatron.demo import conversations
+from llada_megatron.tasks import data_packages
 
 FOLDER = Path(sys.prefix) / "chats"
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,8 @@ def test_no_prompt_of_the_package_is_on_both_sides_of_the_split(tmp_path) -> Non
 
 def test_without_the_package_the_demo_says_what_to_do(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) != FOLDER])
+    elsewhere = (FOLDER, data_packages.FOLDER)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry) not in elsewhere])
     assert main(["demo", "--experiment", "sft_small", "--short"]) == 2
     assert "run `make sft-small`" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
