@@ -39,11 +39,11 @@ class Questions:
 
 
 TASKS = {
-    "demo_words": Questions("spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, tried=700),
+    "demo_words": Questions("spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, tried=350),
     "demo_long_words": Questions(
-        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, tried=700
+        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, tried=350
     ),
-    "demo_letters": Questions("letter_counting", {"min_words": 2, "max_words": 3}, learnt=5000, tried=600),
+    "demo_letters": Questions("letter_counting", {"min_words": 1, "max_words": 1}, learnt=4000, tried=300),
 }
 
 
