@@ -107,8 +107,10 @@ def _on_text(args: argparse.Namespace, overrides: list[str]) -> Config:
 def _whole_road(args: argparse.Namespace, base: Path) -> None:
     """Text, next tokens, blocks, answers, CAP, DPO, and what each model scores under which rule."""
     from llada_megatron.demo import questions
+    from llada_megatron.harness import tasks
     from llada_megatron.observe.report import write_report
 
+    tasks.prepare()  # before questions import what it keeps quiet
     folder, processes = base / "questions", args.processes or 2
     count = len(road.STAGES) + 2
     _say(f"1/{count}  questions of reasoning-gym's programs, conversations of the package chatterbot-corpus")
