@@ -115,7 +115,8 @@ def _whole_road(args: argparse.Namespace, base: Path) -> None:
     count = len(road.STAGES) + 2
     _say(f"1/{count}  questions of reasoning-gym's programs, conversations of the package chatterbot-corpus")
     if not (folder / "tries.jsonl").is_file():
-        print(", ".join(f"{lines:,} {name}" for name, lines in questions.write(folder).items()))
+        counts = questions.write(folder, divisor=SHORT_DIVISOR if args.short else 1)
+        print(", ".join(f"{lines:,} {name}" for name, lines in counts.items()))
     run_step(road.preparation(folder, "text", "text"))
     run_step(road.preparation(folder, "chats", "chat"))
     before: Path | None = None

@@ -47,11 +47,11 @@ TASKS = {
 }
 
 
-def write(folder: Path) -> dict[str, int]:
+def write(folder: Path, *, divisor: int = 1) -> dict[str, int]:
     """Write text.jsonl, chats.jsonl, tries.jsonl, and a folder `tasks` for `llada eval`; returns how many
     lines each file has.
 
-    The order of lines is mixed, and the same each time.
+    The order of lines is mixed, and the same each time. divisor: of the items that are drawn.
     """
     random = Random(0)
     talk = conversations.distinct(conversations.yaml_files())
@@ -59,11 +59,12 @@ def write(folder: Path) -> dict[str, int]:
     texts = [{"text": "\n".join(turns)} for turns in talk]
     tries = []
     for name, questions in TASKS.items():
-        drawn = list(_drawn(questions))
-        for question, answer in drawn[: -questions.tried]:
+        tried = max(1, questions.tried // divisor)
+        drawn = list(_drawn(questions, questions.learnt // divisor + tried))
+        for question, answer in drawn[:-tried]:
             chats.append(conversations.as_messages((question, answer)))
             texts.append({"text": f"{question}\n{answer}"})
-        for question, answer in drawn[-questions.tried :]:
+        for question, answer in drawn[-tried:]:
             tries.append({"messages": [{"role": "user", "content": question}], "answer": answer})
         _write_task(folder / "tasks" / f"{name}.yaml", name, questions)
     counts = {}
@@ -103,11 +104,11 @@ def near_miss(answer: str, random: Random) -> str:
     return answer[:place] + answer[place + 1] + answer[place] + answer[place + 2 :]
 
 
-def _drawn(questions: Questions) -> Iterator[tuple[str, str]]:
+def _drawn(questions: Questions, count: int) -> Iterator[tuple[str, str]]:
     """Questions with their answers, none that is asked."""
     what: dict[str, Any] = {"generator": questions.generator, "settings": questions.settings}
     asked = {item["question"] for item in reasoning.documents(size=ASKED, **what)["test"]}
-    for item in reasoning.documents(size=questions.learnt + questions.tried, seed=0, **what)["test"]:
+    for item in reasoning.documents(size=count, seed=0, **what)["test"]:
         if item["question"] not in asked:
             yield item["question"], item["answer"]
 
