@@ -53,7 +53,10 @@ def infilled(
         of_sample = [next(remaining) for _ in sample.cu_seqlens[1:]]
         filled = np.concatenate([result.tokens for result in of_sample]).tolist()
         pieces = [tokenizer.decode([token]) for token in filled]
-        shown = np.where(tokens == mask_token_id, MASK_CHARACTER, pieces)
+        shown = [
+            MASK_CHARACTER if token == mask_token_id else piece
+            for token, piece in zip(tokens.tolist(), pieces, strict=True)
+        ]
         yield {
             "original": tokenizer.decode(sample.tokens.tolist()),
             "masked": "".join(shown),
