@@ -59,7 +59,7 @@ ROOMS_IMPORT["dryrun"] = {
 }
 ROOMS_IMPORT["bench"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "checkpoint",
-    "convert", "generate", "observe", "training",
+    "convert", "generate", "evaluate", "observe", "training",
 }  # fmt: skip
 ROOMS_IMPORT["verify"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",

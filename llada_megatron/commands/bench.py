@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_graphs_argument(decode)
     decode.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
+    clips = benches.add_parser("clips", help="which mask rates leave the loss the least variance")
+    clips.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run: its newest")
+    clips.add_argument("--block-sizes", metavar="B,B", help="default: as the run evaluated itself")
+    for name, default, what in (("sequences", 16, "held-out sequences"), ("draws", 64, "masks of each")):
+        clips.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+    clips.add_argument("--out", type=Path, metavar="DIR", help="write clips.json and a picture")
+    clips.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         return checkpoint.run(args.sizes, directory=args.directory, json_file=args.json)
     if args.bench == "decode":
         return _decode(args)
+    if args.bench == "clips":
+        return _clips(args)
     from llada_megatron.bench import objectives, step
 
     suite = step if args.suite == "pretraining" else objectives
@@ -98,6 +107,26 @@ def _decode(args: argparse.Namespace) -> int:
     with opened.opened(args) as checkpoint:
         config = configuration(checkpoint, args.overrides)
         return measured(checkpoint.path, config, block_size_for(checkpoint, args.block_size))
+
+
+def _clips(args: argparse.Namespace) -> int:
+    from llada_megatron.bench import clips
+    from llada_megatron.config import compose
+    from llada_megatron.config.schedule import block_size_of
+    from llada_megatron.record.manifest import find
+
+    for name in ("sequences", "draws"):
+        if getattr(args, name) < 2:
+            raise BadInput(f"--{name} {getattr(args, name)}: give at least 2.")
+    checkpoint = find(args.checkpoint)
+    settings = [f"evaluation.sequences={args.sequences}", "layout.processes=1"]
+    if args.block_sizes is not None:
+        settings.append(f"evaluation.block_sizes=[{args.block_sizes}]")
+    config = compose.elsewhere(checkpoint.manifest.config, settings + args.overrides)
+    length = config.data.sequence_length
+    sizes = [block_size_of(size, length, "--block-sizes") for size in config.evaluation.block_sizes]
+    clips.run(config, checkpoint.path, sizes, draws=args.draws, out=args.out)
+    return 0
 
 
 def _attention(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import server
-from llada_megatron.observe.comparison import write_comparison
+from llada_megatron.observe.compared_runs import write_comparison
 from llada_megatron.observe.parts import NOT_YET
 from llada_megatron.observe.report import write_report
 from llada_megatron.observe.report_training import missing
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="results of `llada eval`, or folders of them, of models or rules side by side; instead of RUN",
+        help="results of `llada eval`, folders of them, or runs: models or rules side by side",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the comparison's page (default comparison)"

@@ -68,6 +68,5 @@ def evaluations(base: Path, questions: Path, processes: int, *, limit: int | Non
         step(model, "threshold", f"threshold,threshold={THRESHOLDS[-1]}", *thresholds) for model in STAGES[1:]
     ]
     rules = step(STAGES[-1], "rules", RULES[-1], "--rule", ",".join(RULES))
-    folders = [str(base / model / "eval") for model in STAGES[1:]]
-    page = ["report", "--compare", *folders, "--out", str(compared)]
+    page = ["report", "--compare", *(str(base / stage) for stage in STAGES), "--out", str(compared)]
     return [*models, rules, Step(compared / PAGE, page)]

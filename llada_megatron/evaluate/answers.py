@@ -14,6 +14,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llada_megatron.checkpoint.load import load_model
@@ -105,8 +106,9 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     """The answers to all requests, on rank 0, and the decodings; for every rank of config.layout.
 
     An answer has `kind`, `decoding`, `task`, `number`, `digest` and `spent_sec`, the time since the one
-    before; a likelihood `nats` and `se`; `greedy` `is_greedy`; a text `text`, `tokens`, `stop`, `forwards` by
-    kind and `spent_forwards`. Raises BadInput before the first forward for whatever cannot be answered.
+    before; a likelihood `nats` and `se`; `greedy` `is_greedy`; a text `text`, `tokens` with the forward that
+    each was `decided_at`, places of those that were `edited`, `stop`, `forwards` by kind and
+    `spent_forwards`. Raises BadInput before the first forward for whatever cannot be answered.
     """
     device.seed_everything(job.seed, config.precision.deterministic)
     groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
@@ -290,6 +292,8 @@ class Answering:
                     decoding.name,
                     text=event.text,
                     tokens=event.tokens.tolist(),
+                    decided_at=event.decided_at.tolist(),
+                    edited=np.flatnonzero(event.is_edited).tolist(),
                     stop=event.stop.value,
                     forwards=event.forwards,
                     spent_forwards=decoder.counts.forwards - forwards,

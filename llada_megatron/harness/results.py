@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 from lm_eval.api.model import LM
@@ -21,6 +22,8 @@ from llada_megatron.harness.tasks import FEWSHOT_SEED, said_of, seeded
 
 RESAMPLES = 1000
 """For errors of metrics that are no means: within a fortieth of them; lm-eval's 100,000 take minutes."""
+SHOWN = 3
+"""Answers of a task that a page shows."""
 Answers = Mapping[Key, Mapping[str, Any]]
 
 
@@ -57,6 +60,10 @@ class Answered(LM):
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Nats of whole texts."""
         return [answer["nats"] for _, _, answer in self._of(requests, ROLLING)]
+
+    def text_of(self, task: str, number: int) -> Mapping[str, Any] | None:
+        """The answer of a task that asks for texts."""
+        return self._answers.get((GENERATE, self._decoding, task, number))
 
     def _of(
         self, requests: Iterable[Any], kind: str, decoding: str = ""
@@ -104,12 +111,13 @@ def results_of(
     config = {"model": "llada", "model_args": dict(model), "limit": limit, "fewshot_seed": FEWSHOT_SEED}
     cost = {name: cost_of(answers, name, decoding["name"]) for name in loaded["tasks"]}
     cut = {name: count for name, count in wording.cut.items() if count}
+    shown = {name: shown_of(loaded["tasks"][name], found["samples"][name], lm, wording) for name in cost}
     return {
         **json.loads(json.dumps(found, default=handle_non_serializable)),
         "config": config,
         "date": time.time(),
         "lm_eval_version": version("lm_eval"),
-        "llada": {**model, "decoding": dict(decoding), "cost": cost, "prompts_cut": cut},
+        "llada": {**model, "decoding": dict(decoding), "cost": cost, "prompts_cut": cut, "shown": shown},
     }
 
 
@@ -146,4 +154,29 @@ def cost_of(answers: Iterable[Mapping[str, Any]], task: str, decoding: str) -> d
             "likelihood_seconds": sum(each["spent_sec"] for each in mine if each["kind"] != GENERATE),
             "nats_se": (sum(error**2 for error in errors) / len(errors)) ** 0.5 if errors else None,
         }
+    return found
+
+
+def shown_of(
+    task: Any, samples: Iterable[Mapping[str, Any]], lm: Answered, wording: Wording
+) -> list[dict[str, Any]]:
+    """A task's first answers for the eye: `question`, `target`, `scores` by metric; the tokens as `pieces` of
+    text with the forward that each was `decided_at` and whether it `is_edited`."""
+    found = []
+    for number, sample in enumerate(islice(samples, SHOWN)):
+        answer = lm.text_of(task.task_name, number)
+        if answer is None:
+            continue
+        pieces = [wording.tokenizer.decode([token]) for token in answer["tokens"]]
+        scores = {name: sample[name] for name in sample["metrics"]}
+        found.append(
+            {
+                "question": str(task.doc_to_text(sample["doc"])),
+                "target": str(sample["target"]),
+                "scores": {name: value for name, value in scores.items() if isinstance(value, int | float)},
+                "pieces": pieces,
+                "decided_at": answer["decided_at"],
+                "is_edited": [place in answer["edited"] for place in range(len(pieces))],
+            }
+        )
     return found

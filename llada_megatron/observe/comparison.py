@@ -11,13 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.config.errors import BadInput
 from llada_megatron.observe import plots
 from llada_megatron.observe.frontier import Point, aup, unweighted_aup
-from llada_megatron.observe.page import to_html
-from llada_megatron.observe.parts import Heading, Paragraph, Part, Picture, Table, to_markdown
-from llada_megatron.record.json_files import read_json, require, write_json
-from llada_megatron.record.run_dir import PAGE
+from llada_megatron.observe.parts import LEGEND, Decoded, Fold, Heading, Paragraph, Part, Picture, Table
+from llada_megatron.record.json_files import read_json, require
 
 REMEDY = "give files that `llada eval --json` wrote"
 AUP = (
@@ -74,57 +71,55 @@ class Line:
         return self.aup, self.unweighted_aup
 
 
-def write_comparison(paths: Sequence[Path], folder: Path) -> dict[str, Any]:
-    """Write index.html, comparison.md, comparison.json and pictures into a folder; returns that JSON.
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote under one decoding to a question of a task."""
 
-    paths: files, or folders of them. Raises BadInput for what is no file of results.
-    """
-    scores, lines = compared(paths)
-    content = figures_of(scores, lines)
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [Heading("Evaluations", level=1), *parts_of(scores, lines, folder)]
-    (folder / "comparison.md").write_text(to_markdown(parts), encoding="utf-8")
-    (folder / PAGE).write_text(to_html(parts), encoding="utf-8")
-    write_json(folder / "comparison.json", content)
-    return content
+    model: str
+    decoding: str
+    task: str
+    said: dict[str, Any]
+    """`question`, `target`, `scores` and what Decoded.of reads."""
 
 
-def compared(paths: Sequence[Path]) -> tuple[list[Score], list[Line]]:
-    """What files of results, or folders of them, hold; BadInput for what is none."""
+@dataclass(frozen=True)
+class Compared:
+    """What files of results hold."""
+
+    scores: list[Score]
+    lines: list[Line]
+    answers: list[Answer]
+    """The first of each task, model and decoding."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Scores and frontiers in plain JSON."""
+        return {
+            "scores": [asdict(score) for score in self.scores],
+            "frontiers": [asdict(line) for line in self.lines],
+        }
+
+
+def compared(paths: Sequence[Path]) -> Compared:
+    """What files of results hold; BadInput for what is none."""
     scores: list[Score] = []
-    for score in (score for path in files_in(paths) for score in read_scores(path)):
-        if score not in scores:  # likelihoods are in the files of every decoding
-            scores.append(score)
-    scores.sort(key=lambda score: (score.model, score.rule, score.cost.get("tokens_per_forward", 0.0)))
-    return scores, lines_of(scores)
-
-
-def figures_of(scores: list[Score], lines: list[Line]) -> dict[str, Any]:
-    """The content of comparison.json."""
-    return {
-        "scores": [asdict(score) for score in scores],
-        "frontiers": [asdict(line) for line in lines],
-    }
-
-
-def files_in(paths: Sequence[Path]) -> list[Path]:
-    """The files, those in folders by name, each once; BadInput for a folder without any."""
-    found: list[Path] = []
+    answers: list[Answer] = []
     for path in paths:
-        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
-        if not inside:
-            raise BadInput(f"{path} holds no .json file: {REMEDY}.")
-        found += inside
-    return list(dict.fromkeys(found))
+        content = read_json(path, REMEDY)
+        require(content, path, "results", remedy=REMEDY)
+        for score in read_scores(content, path.stem):
+            if score not in scores:  # likelihoods are in the files of every decoding
+                scores.append(score)
+        answers += read_answers(content)
+    scores.sort(key=lambda score: (score.model, score.rule, score.cost.get("tokens_per_forward", 0.0)))
+    return Compared(scores, lines_of(scores), answers)
 
 
-def read_scores(path: Path) -> Iterator[Score]:
-    """Every metric of every task in a file of results; BadInput where it is none."""
-    content = read_json(path, REMEDY)
-    require(content, path, "results", remedy=REMEDY)
+def read_scores(content: dict[str, Any], name: str) -> Iterator[Score]:
+    """Every metric of every task of a file's content; name: of the model where nothing says it."""
     said = content.get("llada") or {}
     decoding = said.get("decoding") or {}
-    model = str(said.get("checkpoint") or content.get("model_name") or path.stem)
+    model = str(said.get("checkpoint") or content.get("model_name") or name)
     questions = content.get("n-samples", {})
     better = content.get("higher_is_better", {})
     for task, figures in content["results"].items():
@@ -149,6 +144,14 @@ def read_scores(path: Path) -> Iterator[Score]:
             )
 
 
+def read_answers(content: dict[str, Any]) -> Iterator[Answer]:
+    """Answers for the eye; files of other lm-eval models have none."""
+    said = content.get("llada") or {}
+    for task, answers in said.get("shown", {}).items():
+        for answer in answers:
+            yield Answer(str(said["checkpoint"]), str(said["decoding"]["name"]), task, answer)
+
+
 def lines_of(scores: Sequence[Score]) -> list[Line]:
     """One line for each task and metric, model and rule whose tokens per forward are known.
 
@@ -170,13 +173,12 @@ def lines_of(scores: Sequence[Score]) -> list[Line]:
     ]
 
 
-def parts_of(scores: list[Score], lines: list[Line], folder: Path, level: int = 2) -> list[Part]:
-    """Tables and pictures by task, under headings of a level; draws the pictures into `folder`."""
+def parts_of(found: Compared, folder: Path, level: int = 2) -> list[Part]:
+    """Tables, pictures and answers by task, under headings of a level; draws the pictures into `folder`."""
     parts: list[Part] = []
-    for task in dict.fromkeys(score.task for score in scores):
-        mine = [score for score in scores if score.task == task]
+    for task in dict.fromkeys(score.task for score in found.scores):
         parts.append(Heading(task, level))
-        of_task = [line for line in lines if line.task == task]
+        of_task = [line for line in found.lines if line.task == task]
         if of_task:
             # The first metric is the one by which the task is known.
             shown = [line for line in of_task if line.metric == of_task[0].metric]
@@ -184,8 +186,23 @@ def parts_of(scores: list[Score], lines: list[Line], folder: Path, level: int = 
             named = [(f"{line.label} (AUP {line.aup:.1f})", line.points) for line in shown]
             plots.plot_frontier(named, shown[0].metric, picture)
             parts += [Picture.of(picture, CAPTION), _table_of_lines(of_task)]
-        parts.append(_table_of_scores(mine))
-    return [*parts, Paragraph(AUP)] if lines else parts
+        parts.append(_table_of_scores([score for score in found.scores if score.task == task]))
+        if answers := [answer for answer in found.answers if answer.task == task]:
+            parts.append(Fold("Answers", _answers(answers)))
+    return [*parts, Paragraph(AUP)] if found.lines else parts
+
+
+def _answers(answers: list[Answer]) -> list[Part]:
+    """Each question once, under it what each model wrote under each decoding."""
+    parts: list[Part] = [*LEGEND]
+    for question in dict.fromkeys(answer.said["question"] for answer in answers):
+        mine = [answer for answer in answers if answer.said["question"] == question]
+        parts.append(Paragraph(f"{question} (right: {mine[0].said['target']})"))
+        for answer in mine:
+            scores = ", ".join(f"{name} {value:g}" for name, value in answer.said["scores"].items())
+            parts.append(Paragraph(f"{answer.model}, {answer.decoding}: {scores}"))
+            parts += [decoded] if (decoded := Decoded.of(answer.said)) else []
+    return parts
 
 
 def _table_of_scores(scores: list[Score]) -> Table:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 NOT_YET = "not yet"
 
@@ -86,6 +89,25 @@ class Decoded:
 
     spans: list[Span]
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Decoded | None:
+        """A record's `pieces`, one per token, coloured by the forward that decided each (`decided_at`, 0:
+        given), those that `is_edited` says replaced underlined. None of an older record, which does not say.
+        """
+        pieces, decided_at = record.get("pieces", []), record.get("decided_at", [])
+        if not pieces or len(pieces) != len(decided_at):
+            return None
+        edited = record.get("is_edited") or [False] * len(pieces)
+        last = max(max(decided_at), 2)
+        return cls(
+            [
+                Span("".join(piece for piece, _, _ in run), (at - 1) / (last - 1) if at else None, is_edited)
+                for (at, is_edited), run in groupby(
+                    zip(pieces, decided_at, edited, strict=True), key=lambda token: (token[1], bool(token[2]))
+                )
+            ]
+        )
+
 
 @dataclass
 class Fold:
@@ -96,6 +118,27 @@ class Fold:
 
 
 Part = Heading | Paragraph | Progress | Facts | Table | Picture | Verbatim | Decoded | Fold
+
+
+LEGEND: list[Part] = [
+    Paragraph("Tokens have the colour of the forward that decided them, replaced ones are underlined:"),
+    Decoded(
+        [
+            *(Span(text, place / 4) for place, text in enumerate(("first", " ", "later", " ", "last"))),
+            Span(" "),
+            Span("replaced", 1.0, is_edited=True),
+        ]
+    ),
+]
+
+
+def plus_minus(estimate: Mapping[str, Any] | None, absent: str = NOT_YET) -> str:
+    """A cell of an estimate's `mean` and `se`."""
+    if estimate is None:
+        return absent
+    if estimate["mean"] is None:
+        return "not finite"
+    return f"{estimate['mean']:.4f}" + ("" if estimate["se"] is None else f" ± {estimate['se']:.4f}")
 
 
 def title_of(parts: list[Part]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import comparison, plots
 from llada_megatron.observe.parts import (
+    LEGEND,
     NOT_YET,
     Decoded,
     Fold,
@@ -18,19 +18,15 @@ from llada_megatron.observe.parts import (
     Paragraph,
     Part,
     Picture,
-    Span,
     Table,
     Verbatim,
+    plus_minus,
 )
 from llada_megatron.observe.run import Figures, Run
 from llada_megatron.record.metrics import Record, by_stage
 from llada_megatron.record.run_dir import RunDir
 
 SAMPLES_PER_STAGE = 2
-LEGEND: list[Part] = [
-    Paragraph("Filled tokens have the colour of the forward that decided them:"),
-    Decoded([Span(text, place / 4) for place, text in enumerate(("first", " ", "later", " ", "last"))]),
-]
 
 
 def missing(stage: Figures) -> str:
@@ -43,7 +39,7 @@ def likelihood(run: Run, figures: Figures, folder: Path) -> list[Part]:
     rows = []
     for stage in figures["stages"]:
         absent = missing(stage)
-        cells = [_plus_minus(stage["bound"].get(size), absent) for size in sizes] or [absent]
+        cells = [plus_minus(stage["bound"].get(size), absent) for size in sizes] or [absent]
         loss = absent if stage["train_loss"] is None else f"{stage['train_loss']:.4f}"
         rows.append([stage["name"], str(stage["block_size"]), short_count(stage["tokens"]), loss, *cells])
     header = [
@@ -78,9 +74,7 @@ def likelihood(run: Run, figures: Figures, folder: Path) -> list[Part]:
 def _references(run: Run, figures: Figures) -> Table:
     ar, baselines = run.latest("ar"), figures["baselines"] or {}
     trained = f" after {short_count(ar['tokens'])} tokens" if ar and ar["tokens"] else ""
-    rows = [
-        [f"autoregressive model{trained}, exact", _plus_minus(ar and {"mean": ar["nll"], "se": ar["se"]})]
-    ]
+    rows = [[f"autoregressive model{trained}, exact", plus_minus(ar and {"mean": ar["nll"], "se": ar["se"]})]]
     for name in ("bigram", "unigram"):
         value = baselines.get(name)
         rows.append([f"{name} entropy", NOT_YET if value is None else f"{value:.4f}"])
@@ -124,7 +118,7 @@ def _held_out(evaluations: list[Record]) -> list[Part]:
     for record in evaluations:
         if figures := record.get("held_out"):
             parts.append(Paragraph(f"Of {record['stage']} on held-out sequences, mean ± standard error."))
-            parts.append(Table([*figures], [[_plus_minus(figure) for figure in figures.values()]]))
+            parts.append(Table([*figures], [[plus_minus(figure) for figure in figures.values()]]))
     return parts
 
 
@@ -183,7 +177,7 @@ def samples(found: list[Record]) -> list[Part]:
         return [Paragraph(f"{NOT_YET.capitalize()}.")]
     *before, (stage, newest) = by_stage(found)
     shown: list[Part] = [Paragraph("░ is a masked token."), Heading(f"After {stage}", level=3)]
-    if any(decoded(record) for record in found):
+    if any(Decoded.of(record) for record in found):
         shown[1:1] = LEGEND
     folded = [Fold(f"After {name}", _samples_of(records)) for name, records in reversed(before)]
     return [*shown, *_samples_of(newest), *folded]
@@ -193,7 +187,7 @@ def _samples_of(records: list[Record]) -> list[Part]:
     parts: list[Part] = []
     for record in records[:SAMPLES_PER_STAGE]:
         for name in ("masked", "filled", "original"):
-            shown = name == "filled" and decoded(record)
+            shown = name == "filled" and Decoded.of(record)
             parts += [
                 Paragraph(f"{name}, block size {record['block_size']}"),
                 shown or Verbatim(record[name]),
@@ -201,39 +195,11 @@ def _samples_of(records: list[Record]) -> list[Part]:
     return parts
 
 
-def decoded(record: Record) -> Decoded | None:
-    """A record's `pieces`, one per token, coloured by the forward that decided each (`decided_at`, 0: given).
-
-    None of an older record, which does not say.
-    """
-    pieces, decided_at = record.get("pieces", []), record.get("decided_at", [])
-    if not pieces or len(pieces) != len(decided_at):
-        return None
-    edited = record.get("is_edited") or [False] * len(pieces)
-    last = max(max(decided_at), 2)
-    return Decoded(
-        [
-            Span("".join(piece for piece, _, _ in run), (at - 1) / (last - 1) if at else None, is_edited)
-            for (at, is_edited), run in groupby(
-                zip(pieces, decided_at, edited, strict=True), key=lambda token: (token[1], bool(token[2]))
-            )
-        ]
-    )
-
-
 def tasks(run: Run, folder: Path) -> list[Part]:
     """Scores of tasks and what decoding costs in them, of the files that lie in the run's directory."""
     if run.unread:
         return [Paragraph(run.unread)]
-    if run.scores:
-        return comparison.parts_of(run.scores, run.lines, folder, level=3)
+    if run.tasks.scores:
+        return comparison.parts_of(run.tasks, folder, level=3)
     command = f"llada eval {run.dir} --tasks TASK --json {RunDir(run.dir).scores}/TASK.json"
     return [Paragraph(f"{NOT_YET.capitalize()}. Made by `{command}`.")]
-
-
-def _plus_minus(estimate: Record | None, absent: str = NOT_YET) -> str:
-    if estimate is None:
-        return absent
-    if estimate["mean"] is None:
-        return "not finite"
-    return f"{estimate['mean']:.4f}" + ("" if estimate["se"] is None else f" ± {estimate['se']:.4f}")

@@ -44,9 +44,8 @@ class Run:
     """The last one of each stage, in the order of the run."""
     samples: list[Record]
     events: list[events.Event]
-    scores: list[comparison.Score]
-    """Of tasks: what files in RunDir.scores say."""
-    lines: list[comparison.Line]
+    tasks: comparison.Compared
+    """What files in RunDir.scores say."""
     unread: str = ""
     """Why those files could not be read."""
 
@@ -68,7 +67,7 @@ class Run:
         config = load(files.config)
         saved_last = readable(run_dir)[-1:]
         batches = saved_last[0].manifest.batches(config.layout.global_batch) if saved_last else ()
-        scores, lines, unread = _scores(files.scores)
+        tasks, unread = _tasks(files.scores)
         return cls(
             run_dir,
             config,
@@ -77,8 +76,7 @@ class Run:
             list(last_of_stage.values()),
             read_jsonl(files.samples, "block_size"),
             events.read(run_dir),
-            scores,
-            lines,
+            tasks,
             unread,
         )
 
@@ -89,13 +87,12 @@ class Run:
         )
 
 
-def _scores(folder: Path) -> tuple[list[comparison.Score], list[comparison.Line], str]:
-    """Scores, their frontiers, and why there are none where a file is no file of results."""
-    paths = sorted(folder.glob("*.json"))
+def _tasks(folder: Path) -> tuple[comparison.Compared, str]:
+    """What files of results say, and why nothing where one is none."""
     try:
-        return *comparison.compared(paths), ""
+        return comparison.compared(sorted(folder.glob("*.json"))), ""
     except BadInput as fault:
-        return [], [], str(fault)
+        return comparison.compared([]), str(fault)
 
 
 def figures_of(run: Run) -> Figures:
@@ -109,7 +106,7 @@ def figures_of(run: Run) -> Figures:
         "baselines": run.latest("baselines"),
         "vocab_size": run.latest("vocab_size") or run.config.model.vocab_size,
         "wall_sec": run.latest("wall_sec"),
-        "tasks": comparison.figures_of(run.scores, run.lines),
+        "tasks": run.tasks.figures,
         "plan": _plan(run),
         "cost": _cost(run),
         "versions": {"python": platform.python_version()}

@@ -12,7 +12,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.harness import tasks
 from llada_megatron.harness.asking import Wording, requests_of
 from llada_megatron.harness.requests import GENERATE, GREEDY
-from llada_megatron.harness.results import results_of
+from llada_megatron.harness.results import SHOWN, results_of
 from tests.harness.questions import CHOOSES, CONTINUES, GENERATES, QUESTIONS, ROLLS, folder_of
 from tests.harness.test_asking import offline, wording  # noqa: F401 - an autouse fixture
 
@@ -38,7 +38,8 @@ def answers_to(made: Wording, loaded: dict[str, Any]) -> list[dict[str, Any]]:
         for text in texts:
             answer = QUESTIONS[text.number]["answer"] if decoding == "slow" else "no"
             about = {"decoding": decoding, "task": text.task, "number": text.number, "digest": text.digest}
-            said = {"kind": GENERATE, "text": answer, "tokens": [1] * 6, "stop": "length"}
+            said = {"kind": GENERATE, "text": answer, "tokens": [104, 105, 1, 1, 1, 1], "stop": "length"}
+            said |= {"decided_at": [1, 2, 2, 2, 2, 2], "edited": [1]}
             found.append({**about, **said, **COST})
     return found
 
@@ -75,6 +76,12 @@ def test_answers_are_scored_under_their_decoding_with_their_cost(tmp_path):
         "seconds": 2.0,
         "stops": {"length": 4},
     }
+    assert [len(each) for each in slow["llada"]["shown"].values()] == [SHOWN, 0, 0, 0]
+    first = slow["llada"]["shown"]["writes"][0]
+    assert first["question"] == slow["samples"]["writes"][0]["arguments"][0][0]
+    assert first["target"] == "sat" and first["scores"] == {"exact_match": 1.0}
+    assert first["pieces"][:2] == ["h", "i"] and first["decided_at"] == [1, 2, 2, 2, 2, 2]
+    assert first["is_edited"] == [False, True, False, False, False, False]
     assert cost["continues"] == {"likelihoods": 4, "likelihood_seconds": 8, "nats_se": pytest.approx(0.1)}
     assert len(slow["samples"]["chooses"]) == 4 and slow["samples"]["writes"][0]["resps"] == [["sat"]]
 

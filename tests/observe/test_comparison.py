@@ -7,9 +7,11 @@ import pytest
 
 from llada_megatron.cli import main
 from llada_megatron.config.errors import BAD_INPUT, BadInput
-from llada_megatron.observe.comparison import files_in, lines_of, read_scores, write_comparison
+from llada_megatron.observe.compared_runs import files_in, write_comparison
+from llada_megatron.observe.comparison import compared
 from llada_megatron.observe.frontier import Point, aup
 from tests.observe.evaluations import likelihoods, results, write
+from tests.observe.runs import make_run
 
 
 def test_a_line_is_a_model_under_a_rule_and_its_points_are_the_settings(tmp_path: Path) -> None:
@@ -21,17 +23,17 @@ def test_a_line_is_a_model_under_a_rule_and_its_points_are_the_settings(tmp_path
         results("runs/b", "threshold", "0.9", accuracy=0.85, speed=1.5),
         likelihoods("runs/a"),
     )
-    lines = lines_of([score for path in paths for score in read_scores(path)])
+    lines = compared(paths).lines
     strict = [line for line in lines if line.metric == "exact_match,strict-match"]
     assert [(line.model, line.rule, len(line.points)) for line in strict] == [
-        ("runs/a", "threshold", 2),
         ("runs/a", "factor", 1),
+        ("runs/a", "threshold", 2),
         ("runs/b", "threshold", 1),
     ]
-    first = strict[0].points[0]
+    first = strict[1].points[0]
     assert first == Point(2.0, pytest.approx(80.0), pytest.approx(1.0), "threshold,threshold=0.9")  # type: ignore[arg-type]
-    assert strict[0].aup == aup(strict[0].points, best=85.0)  # the best of the page, which another model has
-    (flexible, *_) = [line for line in lines if line.metric == "exact_match,flexible-extract"]
+    assert strict[1].aup == aup(strict[1].points, best=85.0)  # the best of the page, which another model has
+    (_, flexible, *_) = [line for line in lines if line.metric == "exact_match,flexible-extract"]
     assert flexible.points[0].error is None
 
 
@@ -59,9 +61,10 @@ def test_the_page_has_every_score_and_a_picture_of_each_task_that_was_decoded(tm
 
 def test_results_of_other_models_are_scores_without_a_cost(tmp_path: Path) -> None:
     (path,) = write(tmp_path, {"results": {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": 0.1}}})
-    (score,) = read_scores(path)
+    found = compared([path])
+    (score,) = found.scores
     assert (score.model, score.metric, score.value, score.error, score.cost) == ("0", "acc", 0.5, 0.1, {})
-    assert lines_of([score]) == []
+    assert found.lines == found.answers == []
 
 
 def test_likelihoods_are_of_no_decoding_and_come_once(tmp_path: Path) -> None:
@@ -75,6 +78,34 @@ def test_likelihoods_are_of_no_decoding_and_come_once(tmp_path: Path) -> None:
     ]
     assert found == [("perplexity", "")]
     assert len(content["scores"]) == 5
+
+
+def test_runs_bring_their_scores_their_bounds_and_what_they_wrote(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", stop_after=80)
+    without = make_run(tmp_path / "without", stop_after=3, evaluated=False)
+    said = results("runs/a", "joint", "0.9", accuracy=0.8, speed=2.0)
+    said["llada"]["shown"] = {
+        "gsm8k": [
+            {
+                "question": "1 + 2 <b>?",
+                "target": "3",
+                "scores": {"exact_match": 1.0},
+                "pieces": ["3", ".", "0"],
+                "decided_at": [1, 2, 2],
+                "is_edited": [False, True, True],
+            }
+        ]
+    }
+    (run / "eval").mkdir()
+    write(run / "eval", said)
+    content = write_comparison([run, without], tmp_path / "page")
+    assert [score["model"] for score in content["scores"]] == ["runs/a"] * 2
+    assert [stage["stage"] for stage in content["stages"]] == ["init", "warmup-1", "warmup-4"]
+    bound = content["stages"][1]["bound"]["32"]
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert f"{bound['mean']:.4f} ± {bound['se']:.4f}" in page
+    assert '<mark class="t0">3</mark>' in page and "<ins>.0</ins>" in page
+    assert "1 + 2 &lt;b&gt;? (right: 3)" in page and "runs/a, joint,threshold=0.9: exact_match 1" in page
 
 
 def test_what_holds_no_results_is_named(tmp_path: Path) -> None:

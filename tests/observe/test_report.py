@@ -12,7 +12,6 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.observe.parts import Decoded, Span
 from llada_megatron.observe.plots import _running_mean, _spread
 from llada_megatron.observe.report import write_report
-from llada_megatron.observe.report_training import decoded
 from llada_megatron.record.run_dir import RunDir
 from tests.observe.evaluations import results, write
 from tests.observe.runs import LENGTH, SCHEDULE, STEP_TOKENS, evaluation, make_run
@@ -151,10 +150,10 @@ def test_the_summary_of_a_run_without_evaluations_says_not_yet(tmp_path, capsys)
 def test_filled_tokens_have_the_colour_of_their_forward_and_what_was_given_has_none():
     record = {"pieces": ["a", "b", "", "c", "d"], "decided_at": [0, 0, 1, 3, 3], "is_edited": [0, 0, 0, 1, 0]}
     expected = [Span("ab"), Span("", 0.0), Span("c", 1.0, is_edited=True), Span("d", 1.0)]
-    assert decoded(record) == Decoded(expected)
-    assert decoded({"filled": "abcd"}) is None  # as earlier versions wrote it
+    assert Decoded.of(record) == Decoded(expected)
+    assert Decoded.of({"filled": "abcd"}) is None  # as earlier versions wrote it
     with_one = {"pieces": ["a"], "decided_at": [1]}
-    assert decoded(with_one) == Decoded([Span("a", 0.0)])
+    assert Decoded.of(with_one) == Decoded([Span("a", 0.0)])
 
 
 def test_scores_of_tasks_that_lie_in_the_run_are_shown_with_their_frontier(tmp_path):
