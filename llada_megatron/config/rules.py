@@ -106,8 +106,8 @@ def _check_best(config: Config, schedule: Schedule) -> None:
 def _check_objective(config: Config) -> None:
     diffusion, optimizer = config.diffusion, config.optimizer
     require(
-        diffusion.mask_rate_min < diffusion.mask_rate_max,
-        f"diffusion.mask_rate_min={diffusion.mask_rate_min} must be less than"
+        diffusion.mask_rate_min <= diffusion.mask_rate_max,
+        f"diffusion.mask_rate_min={diffusion.mask_rate_min} must not be above"
         f" mask_rate_max={diffusion.mask_rate_max}.",
     )
     require(

@@ -1,7 +1,7 @@
 """The small task of `make demo-chat`: questions that a program asks and scores, and conversations of people.
 
-reasoning-gym's generators (Apache-2.0) ask for words spelt backwards and letters counted: little enough for a
-model of a few million parameters, and each answer is right or wrong. What the model is scored on is
+reasoning-gym's generator (Apache-2.0) asks for words spelt backwards: little enough for a model of a few
+million parameters to learn in minutes, and each answer is right or wrong. What the model is scored on is
 drawn from other seeds than what it learns, and its questions are left out of that.
 """
 
@@ -20,7 +20,7 @@ from llada_megatron.demo import conversations
 from llada_megatron.record.json_files import write_json_lines
 from llada_megatron.tasks import FOLDER, reasoning
 
-ASKED = 100
+ASKED = 200
 """Questions of each task."""
 LONGEST = 24
 """Tokens of an answer, at most: bytes, and the mark of its end."""
@@ -39,12 +39,15 @@ class Questions:
 
 
 TASKS = {
-    "demo_words": Questions("spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, tried=350),
-    "demo_long_words": Questions(
-        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, tried=350
+    "demo_words": Questions(
+        "spell_backward", {"min_word_len": 3, "max_word_len": 5}, learnt=8000, tried=1500
     ),
-    "demo_letters": Questions("letter_counting", {"min_words": 1, "max_words": 1}, learnt=4000, tried=300),
+    "demo_long_words": Questions(
+        "spell_backward", {"min_word_len": 6, "max_word_len": 8}, learnt=6000, tried=1500
+    ),
 }
+LEAST_PAIRS = 200
+"""Where a model makes fewer mistakes, near misses make them up."""
 
 
 def write(folder: Path, *, divisor: int = 1) -> dict[str, int]:
@@ -77,26 +80,21 @@ def write(folder: Path, *, divisor: int = 1) -> dict[str, int]:
 
 def write_pairs(tried: Path, pairs: Path) -> dict[str, int]:
     """From what `llada generate` made of tries.jsonl: right answers, each before the wrong one that the model
-    gave, or before a near miss where it was right. Returns how many there are of both kinds.
+    gave; near misses of answers that it gave right, up to LEAST_PAIRS. Returns how many there are of both.
     """
-    random, records, mistakes = Random(1), [], 0
-    for line in tried.read_text(encoding="utf-8").splitlines():
-        try_ = json.loads(line)
-        said, answer = try_["text"].strip(), try_["answer"]
-        is_mistake = bool(said) and said != answer
-        mistakes += is_mistake
-        rejected = said if is_mistake else near_miss(answer, random)
-        question = try_["messages"][0]["content"]
-        records.append({"prompt": question, "chosen": answer, "rejected": rejected})
-    write_json_lines(pairs, records)
-    return {"mistakes": mistakes, "near misses": len(records) - mistakes}
+    random = Random(1)
+    tries = [json.loads(line) for line in tried.read_text(encoding="utf-8").splitlines()]
+    said = [(each["messages"][0]["content"], each["answer"], each["text"].strip()) for each in tries]
+    mistakes = [each for each in said if each[2] and each[2] != each[1]]
+    right = [each for each in said if each[2] == each[1]][: max(0, LEAST_PAIRS - len(mistakes))]
+    misses = [(question, answer, near_miss(answer, random)) for question, answer, _ in right]
+    names = ("prompt", "chosen", "rejected")
+    write_json_lines(pairs, [dict(zip(names, pair, strict=True)) for pair in mistakes + misses])
+    return {"mistakes": len(mistakes), "near misses": len(misses)}
 
 
 def near_miss(answer: str, random: Random) -> str:
-    """A wrong answer that is almost right: the next number, or two neighbouring letters in each other's
-    place."""
-    if answer.removeprefix("-").isdigit():
-        return str(int(answer) + random.choice((-1, 1)))
+    """A wrong answer that is almost right: two neighbouring letters in each other's place."""
     places = [place for place in range(len(answer) - 1) if answer[place] != answer[place + 1]]
     if not places:
         return answer + answer[-1:]

@@ -19,11 +19,11 @@ SAYS = {
     "base": "a small Mixture-of-Experts model learns the text: next tokens, then blocks that grow",
     "sft": "it learns to answer",
     "cap": "and to be sure of what is right, for more tokens a forward",
-    "dpo": "and to prefer right answers to its own mistakes, or to near misses",
+    "dpo": "and to prefer right answers to its own mistakes",
 }
 DATA = {"base": "text", "sft": "chats", "cap": "chats", "dpo": "pairs"}
 THRESHOLDS = ("0.5", "0.7", "0.9", "0.95")
-RULES = ("factor", "entropy", "hierarchical", "credit", "klass", "quota")
+RULES = ("factor", "entropy", "hierarchical", "credit", "klass", "quota", "joint")
 """Of the last model, beside `threshold`."""
 
 

@@ -28,7 +28,7 @@ BROKEN = [
     (["model.experts_per_token=3"], "model.expert_groups_per_token"),
     ([f"schedule.stages=[{BD}, {AR}]"], "autoregressive stages first"),
     (["schedule.stages=[{name: a, block_size: '4', tokens: 4096, learning_rate: rewarm}]"], "rewarm_tokens"),
-    (["diffusion.mask_rate_min=0.5", "diffusion.mask_rate_max=0.5"], "diffusion.mask_rate_min"),
+    (["diffusion.mask_rate_min=0.6", "diffusion.mask_rate_max=0.5"], "diffusion.mask_rate_min"),
     (["diffusion.mask_rate_min=0"], "diffusion.mask_rate_min"),
     (["diffusion.complementary=true"], "diffusion.mask_rate_max"),
     (
@@ -60,6 +60,7 @@ SOUND = [
     ["diffusion.complementary=true", "diffusion.mask_rate_max=0.9", "layout.micro_batch=1"],
     ["diffusion.complementary=true", "diffusion.weight=flat"],
     ["diffusion.mask_rate_min=0", "diffusion.weight=flat"],
+    ["diffusion.mask_rate_min=1", "diffusion.mask_rate_max=1"],  # always masked
     [f"schedule.stages=[{AR}, {BD}]"],
     ["model.dense_layers=4", "model.experts=0", "model.experts_per_token=0"],
     ["evaluation.block_sizes=['1', full]"],

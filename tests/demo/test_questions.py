@@ -12,19 +12,15 @@ from llada_megatron.tasks.data_packages import FOLDER
 FEW = {
     name: questions.Questions(each.generator, each.settings, learnt=60, tried=8)
     for name, each in questions.TASKS.items()
-    if name != "demo_long_words"
 }
 
 
-@pytest.mark.parametrize("answer", ["0", "-1", "10", "aa", "eno", "oo", "nogo"])
+@pytest.mark.parametrize("answer", ["aa", "eno", "oo", "nogo"])
 def test_a_near_miss_is_wrong_and_near(answer):
     for seed in range(20):
         missed = questions.near_miss(answer, Random(seed))
         assert missed != answer
-        if answer.removeprefix("-").isdigit():
-            assert abs(int(missed) - int(answer)) == 1
-        else:
-            assert sorted(missed) == sorted(answer) or missed[:-1] == answer
+        assert sorted(missed) == sorted(answer) or missed[:-1] == answer
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the packages that `make eval-data` installs")
@@ -55,17 +51,19 @@ def test_what_is_asked_is_not_learnt(tmp_path, monkeypatch):
     assert (tmp_path / "chats.jsonl").read_bytes() == before
 
 
-def test_a_pair_is_a_right_answer_and_the_models_mistake_or_a_near_miss(tmp_path):
-    tried = [("cat", "tac", "tac"), ("dog", "god", "gad"), ("sun", "nus", " ")]
+def test_a_pair_is_a_right_answer_and_the_models_mistake(tmp_path, monkeypatch):
+    """Nothing said is no mistake; a few near misses of right answers make them up."""
+    tried = [("cat", "tac", "tac"), ("dog", "god", "gad"), ("sun", "nus", " "), ("low", "wol", "wol")]
     lines = [
         json.dumps({"messages": [{"role": "user", "content": question}], "answer": answer, "text": text})
         for question, answer, text in tried
     ]
     (tmp_path / "tried.jsonl").write_text("\n".join(lines))
-    counts = questions.write_pairs(tmp_path / "tried.jsonl", tmp_path / "pairs.jsonl")
-    assert counts == {"mistakes": 1, "near misses": 2}
-    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    assert [(pair["prompt"], pair["chosen"]) for pair in pairs] == [each[:2] for each in tried]
-    assert pairs[1]["rejected"] == "gad" and all(
-        pair["rejected"] not in (" ", pair["chosen"]) for pair in pairs
-    )
+    for least, questions_of_pairs in ((0, ["dog"]), (2, ["dog", "cat"]), (9, ["dog", "cat", "low"])):
+        monkeypatch.setattr(questions, "LEAST_PAIRS", least)
+        counts = questions.write_pairs(tmp_path / "tried.jsonl", tmp_path / "pairs.jsonl")
+        pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+        assert [pair["prompt"] for pair in pairs] == questions_of_pairs
+        assert counts == {"mistakes": 1, "near misses": len(pairs) - 1}
+        assert pairs[0] == {"prompt": "dog", "chosen": "god", "rejected": "gad"}
+        assert all(pair["rejected"] != pair["chosen"] for pair in pairs)
