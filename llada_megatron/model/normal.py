@@ -33,12 +33,11 @@ def noise_rows(seed: int, rows: int, width: int, device: torch.device) -> torch.
 
 def hashed_rows(seed: int, rows: int, width: int, device: torch.device) -> torch.Tensor:
     """What `noise_rows` gives on CUDA."""
-    noise = torch.empty(rows, width, device=device)
-    for part, first in zip(
-        noise.view(-1).split(ELEMENTS_PER_CALL), range(0, rows * width, ELEMENTS_PER_CALL), strict=True
-    ):
+    noise = torch.empty(rows * width, device=device)
+    for first in range(0, len(noise), ELEMENTS_PER_CALL):
+        part = noise[first : first + ELEMENTS_PER_CALL]
         part.copy_(counter_normal(torch.arange(first, first + len(part), device=device), seed, NOISE))
-    return noise
+    return noise.view(rows, width)
 
 
 def _splitmix64(x: torch.Tensor) -> torch.Tensor:
