@@ -65,7 +65,7 @@ ROOMS_IMPORT["verify"] = {
     "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",
     "generate", "evaluate", "training",
 }  # fmt: skip
-ROOMS_IMPORT["demo"] = {"config", "record", "runtime", "parallel", "convert", "evaluate", "tasks"}
+ROOMS_IMPORT["demo"] = {"config", "record", "parallel", "convert", "evaluate", "tasks"}
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
     "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "objectives", "checkpoint",

@@ -146,10 +146,9 @@ def _converted(name: str, convert: Callable[[], Any]) -> dict[str, Any]:
 def _build(config: Config) -> tuple[Any, Any]:
     from llada_megatron.model.provider import build_model
     from llada_megatron.parallel import groups
-    from llada_megatron.runtime.launch import threads_per_process
     from llada_megatron.training.optimizer import build_optimizer, wrap
 
-    groups.initialize(config.layout, threads=threads_per_process(1))
+    groups.initialize(config.layout, threads=0)
     model = wrap(config, build_model(config))
     return model, build_optimizer(config, model)
 

@@ -129,7 +129,7 @@ def trainers(config: Config) -> dict[str, Any]:
     from llada_megatron.parallel import groups
     from llada_megatron.training.step import assemble
 
-    groups.initialize(config.layout, threads=step.threads(config))
+    groups.initialize(config.layout, threads=config.training.threads)
     schedule, data = rules.schedule_of(config), data_of(config)
     one = assemble(config, schedule, cast(PackedSequences, None))
     for objective in one.objectives.values():

@@ -24,7 +24,7 @@ from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.corpus import read_index
 from llada_megatron.record.json_files import write_json
-from llada_megatron.runtime.launch import already_started, launch, threads_per_process
+from llada_megatron.runtime.launch import already_started, launch
 
 RATIO_TOLERANCE = 0.10
 OVERHEAD_LIMIT = 0.03
@@ -92,16 +92,11 @@ def finish(report: dict[str, Any], json_file: Path | None) -> int:
     return 0 if all(check["passed"] for check in report["checks"]) else 1
 
 
-def threads(config: Config) -> int:
-    """Of each process."""
-    return config.training.threads or threads_per_process(config.layout.processes)
-
-
 def _trainer(config: Config) -> Any:
     from llada_megatron.parallel import groups
     from llada_megatron.training.loop import build_trainer
 
-    groups.initialize(config.layout, threads=threads(config))
+    groups.initialize(config.layout, threads=config.training.threads)
     return build_trainer(config, rules.schedule_of(config))
 
 
@@ -181,7 +176,7 @@ def described(config: Config, documents: str) -> dict[str, Any]:
     return {
         "model": f"{model.layers} layers, hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
         "device": device.name(),
-        "threads": threads(config),
+        "threads": device.threads(),
         "tokens_per_step": rules.schedule_of(config).tokens_per_step,
         "documents": documents,
         "config": OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),

@@ -88,14 +88,12 @@ def _on_this_rank(
     from llada_megatron.generate.job import Job, decoder_of
     from llada_megatron.parallel import groups, ranks
     from llada_megatron.runtime import interrupts
-    from llada_megatron.runtime.launch import threads_per_process
 
     made = Job(**job)
     assert made.tokenizer is not None
     if config.layout.processes > 1 and os.environ["RANK"] == "0":
         signal.signal(signal.SIGINT, interrupts.interrupt)  # until `talk` has its own
-    threads = threads_per_process(config.layout.processes)
-    groups.join(config.layout, threads=threads, timeout_sec=WAIT_SEC)
+    groups.join(config.layout, threads=0, timeout_sec=WAIT_SEC)
     try:
         groups.initialize(config.layout)
         decoder = decoder_of(config, made)

@@ -20,10 +20,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
 
+from llada_megatron.config.choices import AttentionBackend
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import ModelConfig
 from llada_megatron.record.json_files import write_json
 from llada_megatron.record.manifest import git_commit
 
@@ -31,6 +35,8 @@ EXAMPLE = "llada doctor --runs runs"
 PYTHONS = ((3, 12), (3, 13))
 DISK_TEST_BYTES = 64 << 20
 COMMAND_TIMEOUT_SEC = 20.0
+HEAD_DIM = 128
+"""Of LLaDA2's attention."""
 SLURM_PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sacct")
 
 
@@ -173,7 +179,9 @@ def transformer_engine() -> Finding:
     version = installed("transformer-engine")
     if version and importlib.util.find_spec("transformer_engine"):
         return Finding("transformer-engine", State.ok, version)
-    text = "not installed: faster layers on CUDA; pip install '.[cuda]' there, or docker/Dockerfile.gpu"
+    text = (
+        "not installed: faster layers, AdamW on CUDA; pip install '.[cuda]' there, or docker/Dockerfile.gpu"
+    )
     return Finding("transformer-engine", State.absent, text)
 
 
@@ -192,6 +200,45 @@ def cudnn() -> Finding:
     have = f"{library}; " if library else ""
     text = f"{have}without {lacking}: faster attention on CUDA; pip install '.[cuda]' there"
     return Finding("cudnn", State.absent, text)
+
+
+def layers() -> Finding:
+    """Which of the two sets of layers `model.layer_spec=auto` takes here."""
+    return engine("layers", lambda: _start().layer_spec_line(ModelConfig()))
+
+
+def optimizer() -> Finding:
+    return engine("optimizer", lambda: _start().optimizer_line())
+
+
+def attention() -> Finding:
+    """What trains LLaDA2's heads here; no GPU trains with what a CPU falls back to."""
+
+    def line() -> str:
+        from llada_megatron.runtime import device
+
+        dtype = device.DTYPES["bf16"]
+        found = _start().training_executor(AttentionBackend.auto, dtype, HEAD_DIM)
+        name, _, why = found.partition(": ")
+        return f"{name}, in bf16 with a head_dim of {HEAD_DIM}" + (f": {why}" if device.on_cuda() else "")
+
+    return engine("attention", line)
+
+
+def engine(name: str, line: Callable[[], str]) -> Finding:
+    """What a part of a run would be computed with here."""
+    try:
+        return Finding(name, State.ok, line())
+    except BadInput as refused:
+        return Finding(name, State.missing, str(refused))
+    except (ImportError, OSError, RuntimeError) as error:
+        return Finding(name, State.missing, f"cannot be told ({last_line(error)}): make setup")
+
+
+def _start() -> Any:
+    from llada_megatron.training import start
+
+    return start
 
 
 def wandb() -> Finding:
@@ -262,6 +309,9 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     megatron_core,
     transformer_engine,
     cudnn,
+    layers,
+    optimizer,
+    attention,
     wandb,
     slurm,
     containers,

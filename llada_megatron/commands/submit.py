@@ -23,7 +23,7 @@ from llada_megatron.jobs import slurm
 from llada_megatron.record import events
 from llada_megatron.record.json_files import read_json, write_json
 from llada_megatron.record.manifest import git_commit, git_diff, versions
-from llada_megatron.record.metrics import STEP_FIELDS, read_jsonl, step_seconds
+from llada_megatron.record.pace import pace_of
 from llada_megatron.record.run_dir import RunDir
 
 EXAMPLE = "llada submit experiment=llada2_flash_cpt cluster=my_site --dry-run"
@@ -31,7 +31,6 @@ SOURCE = Path(__file__).resolve().parents[2]
 TEMPLATE = SOURCE / "llada_megatron" / "jobs" / "train.sbatch"
 SAFE_OPTION = re.compile(r"[\w.,:=@+&|()\[\]*%/-]+")
 LEAD_MARGIN_SEC = 30
-STEPS_LOOKED_AT = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,10 +133,7 @@ def plan_verdict(config: Config) -> dict[str, Any]:
 
 def lead_sec(run_dir: Path, at_least: int) -> int:
     """Warning before the time limit: two steps and two saves by this run's own record, or the setting."""
-    steps = read_jsonl(RunDir(run_dir).metrics, *STEP_FIELDS)
-    step_sec = max(map(step_seconds, steps[-STEPS_LOOKED_AT:]), default=0.0)
-    saves = [event["seconds"] for event in events.read(run_dir) if event["event"] == "saved"]
-    return max(at_least, int(2 * step_sec + 2 * max(saves, default=0.0) + LEAD_MARGIN_SEC))
+    return max(at_least, int(pace_of(run_dir).stop_sec + LEAD_MARGIN_SEC))
 
 
 def render(config: Config, *, lead_sec: int) -> str:

@@ -78,6 +78,7 @@ def train(config: Config) -> Outcome:
     What refuses the run is on its record, where the job around it finds it (jobs/attempts.py).
     """
     began = time.time()
+    launch.set_environment(str(RunDir(config.run.dir).last_messages))
     try:
         if launch.already_started():
             return _worker(config)

@@ -95,6 +95,18 @@ def metric(value: str) -> str | None:
     return None if named else "nll_ar, or nll_block and a block size, for example nll_block32"
 
 
+def span(value: str) -> str | None:
+    """Numbers from one to another, both included."""
+    return None if spans_of([value]) else "a number, or two with a dash between them, for example 4000-4095"
+
+
+def spans_of(values: list[str]) -> list[range]:
+    """What `span` accepts, as ranges; an empty one for anything else is left out."""
+    found = [re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", value) for value in values]
+    ranges = [range(int(each[1]), int(each[2] or each[1]) + 1) for each in found if each]
+    return [each for each in ranges if each]
+
+
 def shares(value: str) -> str | None:
     """Two shares, of documents for training and for validation."""
     return None if _shares(value) else "two shares, for example '99,1'"

@@ -51,6 +51,7 @@ from llada_megatron.config.ranges import (
     block_size,
     metric,
     shares,
+    span,
 )
 from llada_megatron.config.site import ClusterConfig, SlurmConfig
 
@@ -341,8 +342,9 @@ class PrecisionConfig:
     """Numbers of the weights and activations; the optimizer keeps fp32 masters and moments."""
 
     dtype: Dtype = Dtype.fp32
-    deterministic: bool = True
-    """Ask torch for deterministic kernels on CUDA; CPU runs are deterministic anyway."""
+    deterministic: bool = False
+    """Ask for deterministic kernels and one order of adding on CUDA, which cost time; for an experiment that
+    compares runs bit for bit. CPU runs are deterministic anyway."""
 
 
 @dataclass
@@ -400,6 +402,20 @@ class TrainingConfig:
     """Parameters that stay as they are, by patterns of their names in a checkpoint: ["*.router.*"]."""
     skip_window_steps: Count = 1000
     """Steps in which max_skipped_steps and max_skipped_samples count; 0: the whole run."""
+    max_loss_over_median: Amount = 0.0
+    """A step whose loss is more than so many times its median over the stage's last spike_window_steps is
+    skipped and recorded, as one that is not finite; 0: never."""
+    max_grad_norm_over_median: Amount = 0.0
+    """Likewise for the norm of the gradient before it is clipped."""
+    spike_window_steps: Annotated[int, Range(at_least=1, at_most=10_000)] = 128
+    """Until a stage has so many steps none of them is a spike."""
+    skip_samples: list[Annotated[str, span]] = field(default_factory=list)
+    """Global samples to learn nothing from, `4000-4095` or `4000`: a step that holds one is passed over."""
+    collective_timeout_sec: Annotated[float, Range(at_least=1, at_most=1e9)] = 600.0
+    """How long a rank waits for the others in one message, and in a save.
+
+    This and the next two are raised, with a line that says so, where a save of the run has taken more than
+    half as long (guard/timeouts.py)."""
     hang_timeout_sec: Seconds = 1800.0
     """A process without progress for so long leaves its stacks in run.dir/stacks and ends with exit code 1.
 
@@ -407,7 +423,11 @@ class TrainingConfig:
     stop_deadline_sec: Seconds = 300.0
     """From a signal to the end of the process, checkpoint included; past it the same happens. 0: no limit."""
     threads: Annotated[int, Range(at_least=0, at_most=4096)] = 0
-    """CPU threads per process; 0: cores divided by processes."""
+    """CPU threads per process; 0: its share of its node's cores, as the process may use them."""
+    bind_cores: bool = True
+    """On CUDA, keep each process to its share of the cores beside its device."""
+    collect_garbage_every_steps: Count = 50
+    """Python's garbage is collected after every Nth step, on all processes at once; 0: when Python likes."""
     preflight: bool = False
     """Check every node before the model is built: clock, disk, products, messages (guard/preflight.py)."""
     straggler_every_steps: Count = 0

@@ -30,7 +30,7 @@ from llada_megatron.convert.loaded import (
     model_tensors,
 )
 from llada_megatron.convert.mapping import expert_rows
-from llada_megatron.model.initialize import counter_normal
+from llada_megatron.model.normal import counter_normal
 from llada_megatron.record import carried
 from llada_megatron.record.manifest import Manifest, find
 from llada_megatron.record.run_dir import SHARDS

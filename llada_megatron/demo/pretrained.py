@@ -74,10 +74,9 @@ def preparation(config: Config, text: Path) -> Step:
 def print_autoregressive_nll(config: Config) -> None:
     """Print the exact NLL of both checkpoints, in fp32, on the held-out sequences of the configuration."""
     from llada_megatron.parallel import groups
-    from llada_megatron.runtime.launch import threads_per_process
 
     target = Path(config.checkpoint.init_from)
-    groups.initialize(LayoutConfig(), threads=threads_per_process(1))
+    groups.initialize(LayoutConfig(), threads=0)
     try:
         for name, checkpoint in (("dense", target.with_name("dense")), ("MoE", target)):
             print(

@@ -30,7 +30,6 @@ from llada_megatron.harness.requests import GENERATE, GREEDY, Generation, Key, R
 from llada_megatron.objectives.passes import evaluating
 from llada_megatron.parallel import groups, ranks
 from llada_megatron.runtime import device
-from llada_megatron.runtime.launch import threads_per_process
 
 ONE_BY_ONE = rule_of("quota", {"threshold": 1.0})
 """Greedy decoding: each forward fills the most probable token."""
@@ -111,7 +110,7 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     `spent_forwards`. Raises BadInput before the first forward for whatever cannot be answered.
     """
     device.seed_everything(job.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
+    groups.initialize(config.layout, threads=0)
     try:
         decodings = decodings_of(job.rules, job.settings or {})
         decodings = decodings if job.generations else []

@@ -36,7 +36,6 @@ from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import even_parts
 from llada_megatron.parallel.ranks import warn
 from llada_megatron.runtime import device
-from llada_megatron.runtime.launch import threads_per_process
 
 Estimate = dict[str, float | None]
 
@@ -222,7 +221,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, *, autoregressive: boo
     as they are.
     """
     device.seed_everything(config.run.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
+    groups.initialize(config.layout, threads=0)
     try:
         evaluator = Evaluator(config, load_model(config, checkpoint))
         exact = evaluator.autoregressive() if autoregressive else None

@@ -16,7 +16,6 @@ from llada_megatron.data.packed import build_sequences
 from llada_megatron.objectives.preference import Preference
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
-from llada_megatron.runtime.launch import threads_per_process
 
 
 def score_checkpoint(config: Config, checkpoint: Path, block_size: int) -> np.ndarray:
@@ -25,7 +24,7 @@ def score_checkpoint(config: Config, checkpoint: Path, block_size: int) -> np.nd
     For every rank of config.layout, which need not be the layout that saved; the same on each.
     """
     device.seed_everything(config.run.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
+    groups.initialize(config.layout, threads=0)
     try:
         return bounds_of(config, load_model(config, checkpoint), block_size)
     finally:

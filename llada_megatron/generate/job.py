@@ -23,7 +23,6 @@ from llada_megatron.generate.prompt import Limits, Prompt, Result
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.parallel import groups, ranks
 from llada_megatron.runtime import device
-from llada_megatron.runtime.launch import threads_per_process
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
     For every rank of config.layout. Raises BadInput before the first forward for whatever cannot be decoded.
     """
     device.seed_everything(job.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
+    groups.initialize(config.layout, threads=0)
     try:
         decoder = decoder_of(config, job)
         for number, tokens in enumerate(job.prompts):

@@ -28,6 +28,15 @@ class Watchdog:
         self._ends_at = float("inf")  # when the stop that was asked for must be done
         self._lock = threading.Lock()
 
+    def allow(self, *, hang_timeout_sec: float, stop_deadline_sec: float) -> None:
+        """From now on it may take so long; a stop that was asked for already as well."""
+        with self._lock:
+            longer_sec = (stop_deadline_sec or float("inf")) - self._stop_deadline_sec
+            if longer_sec:
+                self._ends_at += longer_sec
+            self._hang_timeout_sec = hang_timeout_sec or float("inf")
+            self._stop_deadline_sec = stop_deadline_sec or float("inf")
+
     def start(self) -> None:
         """Begin to watch; OSError when run_dir cannot be written."""
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from llada_megatron.model.core_attention import KeysParams
 from llada_megatron.model.head import head_output, reduce_input_gradient_once
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
+from llada_megatron.model.normal import noise_rows
 from llada_megatron.model.rotary import ExplicitRotary
 
 
@@ -84,8 +85,7 @@ class BlockDiffusionGPT(GPTModel):
         H = embedded.shape[-1]
         noise_SBH = embedded.new_zeros(S, embedded.shape[1], H)
         for b, (seed, rows) in enumerate(zip(noise.seeds, noise.rows, strict=True)):
-            generator = torch.Generator(embedded.device).manual_seed(seed)
-            eps = torch.randn(len(rows), H, generator=generator, device=embedded.device)
+            eps = noise_rows(seed, len(rows), H, embedded.device)
             here = rows >= 0
             noise_SBH[rows[here], b] = (noise.sigma * eps[here]).to(embedded.dtype)
         if not self.config.sequence_parallel:

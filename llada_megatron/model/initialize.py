@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 
@@ -11,11 +10,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.normal import ELEMENTS_PER_CALL, counter_normal
 
 SHARDING_METADATA = {"non_homogeneous_layers": True}
 """Each layer keeps a name of its own in checkpoints, whatever the architecture."""
-ELEMENTS_PER_CALL = 1 << 21
-"""Bounds the temporaries of the hash to a few tens of MB."""
 
 
 def initialize_weights(model: BlockDiffusionGPT, *, seed: int, std: float, layers: int) -> None:
@@ -71,28 +69,3 @@ def _fill_normal(shard: ShardedTensor, seed: int, std: float) -> None:
         rows = torch.arange(first, min(first + rows_per_call, data.shape[0]), device=data.device)
         index = base + (rows * strides[own_axes]).view(-1, *[1] * columns.dim()) + columns
         data[first : first + len(rows)].copy_(std * counter_normal(index, seed, shard.key))
-
-
-def counter_normal(index: torch.Tensor, seed: int, name: str) -> torch.Tensor:
-    """Standard normals, float64, of the int64 `index`'s shape: Box-Muller over two hashes of each index."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    keys = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in (0, 8)]
-    u1, u2 = (_uniform(_splitmix64(index + key)) for key in keys)
-    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
-
-
-def _splitmix64(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64 (Steele et al., OOPSLA'14); int64 arithmetic wraps as uint64 does."""
-
-    def shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
-        return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical shift of a signed type
-
-    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15
-    x = (x ^ shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ shifted(x, 31)
-
-
-def _uniform(bits: torch.Tensor) -> torch.Tensor:
-    """float64 in (0, 1) from the upper 53 bits."""
-    return (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) / float(1 << 53)

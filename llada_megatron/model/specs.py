@@ -53,6 +53,22 @@ def resolve_layer_spec(model: ModelConfig) -> str:
     return name
 
 
+def layer_spec_line(model: ModelConfig) -> str:
+    """Which layers a model gets here and why not TransformerEngine's; BadInput when it cannot be served."""
+    name = resolve_layer_spec(model)
+    if model.layer_spec != "auto":
+        return f"{name}: set by model.layer_spec"
+    if name == "transformer_engine":
+        return f"{name}: the fastest that can serve here"
+    if not device.on_cuda():
+        reason = "needs a CUDA device"
+    elif model.lora.rank:
+        reason = "holds no adapters"
+    else:
+        reason = "is not installed (pip install '.[cuda]')"
+    return f"{name}: transformer_engine {reason}"
+
+
 def block_spec(
     config: TransformerConfig,
     *,

@@ -8,7 +8,8 @@ library only, since a batch script calls it with whatever Python a node has.
 all are well again), `global_batch` (a resume changed it: step, sample, before, now, the schedule's steps and
 tokens), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome, reason),
 `excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py, reason,
-nodes at fault), `left_out` (step, sequences of the data, why).
+nodes at fault), `left_out` (step, sequences of the data, why), `spike` (step, samples: first and last, why it
+was skipped), `passed_over` (step, samples: for training.skip_samples).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 

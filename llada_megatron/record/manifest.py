@@ -46,6 +46,9 @@ class Manifest:
     skipped_lately: list[int] = field(default_factory=list)
     """Which steps were skipped, and below the step of each sample that was left out, of the latest window."""
     left_out_lately: list[int] = field(default_factory=list)
+    losses_lately: list[float] = field(default_factory=list)
+    """Of the stage's last steps that were learnt from, and their gradient norms: what spikes are told by."""
+    grad_norms_lately: list[float] = field(default_factory=list)
     wall_sec: float = 0.0
     """Seconds of training so far, over all restarts."""
     autoregressive_tokens: int = 0

@@ -31,6 +31,7 @@ class RunDir:
         self.merged = self.path / "merged"
         self.lock = self.path / "training.lock"
         self.stacks = self.path / "stacks"
+        self.last_messages = self.stacks / "nccl_rank_"  # and the rank's number: what torch writes
         self.report = self.path / "report"
         self.report_page = self.report / PAGE
         self.report_json = self.path / "report.json"

@@ -47,21 +47,45 @@ def backend() -> str:
     return "nccl" if on_cuda() else "gloo"
 
 
-def bind(local_rank: int, threads: int) -> None:
-    """Bind this process to its device and its share of the CPU threads."""
+def bind(local_rank: int) -> None:
+    """Bind this process to its device."""
     if on_cuda():
         torch.cuda.set_device(local_rank)
-    torch.set_num_threads(threads)
+
+
+def use_threads(count: int) -> None:
+    """Let one operation of this process use so many CPU threads."""
+    torch.set_num_threads(count)
+
+
+def threads() -> int:
+    """CPU threads of one of this process's operations."""
+    return torch.get_num_threads()
+
+
+def pci_address() -> str:
+    """Of this process's CUDA device, as the kernel writes it; empty where there is none."""
+    if not on_cuda():
+        return ""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed the ambient generators; nothing that training computes reads them, libraries might."""
+    """Seed the ambient generators; nothing that training computes reads them, libraries might.
+
+    Deterministic kernels on CUDA: torch's where it has them, cuBLAS's, and one order of adding for NCCL, of
+    which Megatron vouches for Ring (megatron/training/determinism.py). torch would also fill all memory that
+    is taken with NaN; that costs a pass over every buffer and shows errors alone, so it is off.
+    """
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if deterministic and on_cuda():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def synchronize() -> None:
@@ -140,8 +164,7 @@ def name() -> str:
     """The CUDA device's name, or the CPU's architecture and the threads that torch uses."""
     if on_cuda():
         return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{platform.machine()} CPU, {threads()} thread{'s' if threads() > 1 else ''}"
 
 
 def names() -> dict[str, int]:

@@ -79,9 +79,17 @@ def in_slurm_job() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
-def threads_per_process(processes: int) -> int:
-    """Cores of this machine divided evenly, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+def set_environment(last_messages: str) -> None:
+    """What torch reads in the ranks of a run, before it is imported; what the user has set stays.
+
+    Memory of a device grows in place, since no two batches need the same. A rank keeps its last messages over
+    NCCL, a few MB of host memory, and when one times out writes them to `last_messages` and its number.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", os.path.abspath(last_messages))
 
 
 def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str) -> list[Any]:

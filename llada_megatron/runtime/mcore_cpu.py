@@ -15,12 +15,11 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.adamw import adamw
 
 from llada_megatron.runtime import quiet
 
@@ -56,59 +55,6 @@ class _NoStream:
 
     def record_event(self, *args: Any) -> _NoEvent:
         return _NoEvent()
-
-
-class FusedAdamCPU(torch.optim.Optimizer):
-    """AdamW with the contract of TE's and Apex's FusedAdam: `step` lives in the parameter group.
-
-    megatron-core's fall-back to torch.optim.AdamW saves but does not load: optimizer/distrib_optimizer.py
-    wants one common step of a fresh optimizer (line 839) and finds no `step` in the reshardable form.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        **unused: Any,
-    ) -> None:
-        if not adam_w_mode:
-            raise ValueError("FusedAdamCPU decouples weight decay: keep adam_w_mode=True.")
-        super().__init__(
-            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
-        )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not group["params"]:
-                continue
-            done = int(group.get("step", 0))
-            group["step"] = done + 1
-            for param in params:
-                if "exp_avg" not in self.state[param]:
-                    self.state[param]["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
-                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
-            adamw(
-                params,
-                [param.grad for param in params],
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
-                [],
-                [torch.tensor(float(done)) for _ in params],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
 
 
 def install() -> bool:
@@ -236,14 +182,6 @@ def _patch_megatron() -> None:
     )
     dist.all_gather = _uneven_all_gather(dist.all_gather)
     dist.reduce_scatter = _uneven_reduce_scatter(dist.reduce_scatter)
-
-    optimizer = expect("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER = True", "adam_cls = Adam")
-    distributed = expect(
-        "megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE = False", "'torch.cuda.FloatTensor"
-    )
-    optimizer.Adam = distributed.Adam = FusedAdamCPU
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
 
 
 def _uneven_all_gather(even: Callable[..., Any]) -> Callable[..., Any]:

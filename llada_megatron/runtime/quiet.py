@@ -6,7 +6,7 @@ import logging
 import warnings
 
 WARNINGS: list[tuple[type[Warning], str, str]] = [  # category, beginning of the message, module that warns
-    # Optional packages: our own norms and FusedAdamCPU stand in, or TransformerEngine is there.
+    # Optional packages: our own norms and FusedAdamW (adamw.py) stand in, or TransformerEngine is there.
     (UserWarning, "Apex is not installed", ""),
     (UserWarning, "Transformer Engine and Apex are not installed", ""),
     # Asked before the process group exists; megatron-core then takes rank 0 to print other warnings.

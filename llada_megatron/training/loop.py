@@ -17,8 +17,9 @@ from llada_megatron.config import rules
 from llada_megatron.config.compose import model_of, save
 from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
+from llada_megatron.config.ranges import spans_of
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import BadSamples, Config
+from llada_megatron.config.schema import BadSamples, Config, TrainingConfig
 from llada_megatron.data.packed import build_sequences, fingerprint, refuse_pairs
 from llada_megatron.data.tokenizer import check_vocabulary
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
@@ -28,6 +29,7 @@ from llada_megatron.guard.exclusive import LINGER_SEC, only_training_of
 from llada_megatron.guard.preflight import check_nodes
 from llada_megatron.guard.signals import StopRequest
 from llada_megatron.guard.stragglers import Stragglers
+from llada_megatron.guard.timeouts import fitted
 from llada_megatron.guard.watchdog import Watchdog
 from llada_megatron.model.adapters import is_adapter
 from llada_megatron.objectives.batch import MicroBatch
@@ -39,9 +41,10 @@ from llada_megatron.record import carried, events
 from llada_megatron.record.manifest import Checkpoint, find
 from llada_megatron.record.metrics import read_jsonl
 from llada_megatron.record.outcome import Outcome
+from llada_megatron.record.pace import Pace, pace_of
 from llada_megatron.record.run_dir import RunDir
-from llada_megatron.runtime import device
-from llada_megatron.runtime.launch import in_slurm_job, threads_per_process
+from llada_megatron.runtime import device, garbage
+from llada_megatron.runtime.launch import in_slurm_job
 from llada_megatron.training.position import (
     Position,
     batch_change,
@@ -52,8 +55,9 @@ from llada_megatron.training.position import (
 )
 from llada_megatron.training.saving import Saving
 from llada_megatron.training.skips import Skips
-from llada_megatron.training.start import attention_line
-from llada_megatron.training.step import StepResult, Trainer, assemble, train_step
+from llada_megatron.training.spikes import Spikes
+from llada_megatron.training.start import attention_line, engine_lines
+from llada_megatron.training.step import StepResult, Trainer, assemble, open_stage, train_step
 
 TRAIN_LOSS_STEPS = 20
 """The train loss of a stage is the mean of its last steps."""
@@ -73,10 +77,13 @@ def run(
     """
     rules.check(config)
     device.seed_everything(config.run.seed, config.precision.deterministic)
-    groups.join(
-        config.layout, threads=config.training.threads or threads_per_process(config.layout.processes)
-    )
     training = config.training
+    groups.join(
+        config.layout,
+        threads=training.threads,
+        bind=training.bind_cores,
+        timeout_sec=training.collective_timeout_sec,
+    )
     watchdog = Watchdog(
         Path(config.run.dir),
         dist.get_rank(),
@@ -90,16 +97,18 @@ def run(
         if training.preflight:
             check_nodes(config)
         watchdog.start()  # writes to run.dir, whose faults the preflight names with their node
-        groups.initialize(config.layout)
-        _announce_attention(config)
+        pace = from_first_rank(pace_of, Path(config.run.dir))
+        groups.initialize(config.layout, timeout_sec=keep_time(training, pace, watchdog))
+        attention_line(config)  # before the model is built, which may take minutes
         lingering_sec = LINGER_SEC if in_slurm_job() else 0.0
         with only_training_of(Path(config.run.dir), wait_sec=lingering_sec):
             if number := stop.agreed():  # before the model is built, which may take minutes
                 outcome = stopped_at_start(config, number, is_writer=dist.get_rank() == 0)
             else:
-                training_run = _Run(config, data_fingerprint, watchdog)
+                training_run = _Run(config, data_fingerprint, watchdog, pace)
                 training_run.trainer.deal, training_run.trainer.on_batch = deal, on_batch
-                outcome = training_run.train(stop)
+                with garbage.by_hand(training.collect_garbage_every_steps):
+                    outcome = training_run.train(stop)
         if outcome.signal:  # a launcher ends the others when the first one leaves with the signal's exit code
             dist.barrier()
         return outcome
@@ -117,11 +126,14 @@ def stopped_at_start(config: Config, number: int, *, is_writer: bool = True) -> 
     return Outcome(step, rules.schedule_of(config).total_steps, number, finished=False)
 
 
-def _announce_attention(config: Config) -> None:
-    """Say which executor of attention the run uses and why not a faster one; BadInput when it cannot."""
-    line = attention_line(config)
-    if dist.get_rank() == 0:
-        print(f"attention {line}", flush=True)
+def keep_time(settings: TrainingConfig, pace: Pace, watchdog: Watchdog) -> float:
+    """Raise the limits that a save of this run may pass, and say so; returns that of messages, in seconds."""
+    timeouts, raised = fitted(settings, pace)
+    watchdog.allow(hang_timeout_sec=timeouts.hang_timeout_sec, stop_deadline_sec=timeouts.stop_deadline_sec)
+    groups.wait_longer(timeouts.collective_timeout_sec)
+    if raised and dist.get_rank() == 0:
+        print("\n".join(raised), flush=True)
+    return timeouts.collective_timeout_sec
 
 
 def build_trainer(config: Config, schedule: Schedule) -> Trainer:
@@ -141,8 +153,10 @@ def build_trainer(config: Config, schedule: Schedule) -> Trainer:
 
 
 class _Run:
-    def __init__(self, config: Config, data_fingerprint: dict[str, Any], watchdog: Watchdog) -> None:
-        self.config, self.watchdog = config, watchdog
+    def __init__(
+        self, config: Config, data_fingerprint: dict[str, Any], watchdog: Watchdog, pace: Pace
+    ) -> None:
+        self.config, self.watchdog, self.pace = config, watchdog, pace
         self.files = RunDir(config.run.dir)
         self.dir = self.files.path
         self.is_writer = dist.get_rank() == 0
@@ -154,11 +168,15 @@ class _Run:
         batches = checkpoint.manifest.batches(config.layout.global_batch) if checkpoint else ()
         self.schedule = rules.schedule_of(config, batches)
         self.trainer = build_trainer(config, self.schedule)
+        if self.is_writer:
+            print("\n".join(engine_lines(config, get_model_config(self.trainer.model[0]))), flush=True)
         self.carried_along: dict[str, bytes] = {}
         self.position = self._load(checkpoint)
         self._open_stage()
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(self.config, self.trainer, data_fingerprint, self.carried_along)
+        self.passed_over = spans_of(config.training.skip_samples)
+        self.step_sec = 0.0  # of the last step of this attempt
         self.replayed = 0
         self.metrics: dict[str, float] = {}  # of the evaluation at the present step
         self.evaluator = None
@@ -185,14 +203,8 @@ class _Run:
                 self._evaluate(0, None)
             while step < last_step and not signal_number:
                 stage = self.schedule.stage_at(step)
-                self.stragglers.begin(step)
-                began = device.seconds()
-                result = train_step(self.trainer, step)
-                if step == self.position.step:
-                    self._record("first_step", step=step, replayed=self.replayed)
-                self._log(step, stage, result, device.seconds() - began)
-                self.stragglers.report(step)
-                self._count_skipped(step, stage, result)
+                if not self._passes_over(step):
+                    self._learn(step, stage)
                 step += 1
                 self.watchdog.beat()
                 signal_number = stop.agreed()
@@ -211,6 +223,8 @@ class _Run:
                 else:
                     self.saving.poll()
                 self.watchdog.beat()
+                self._keep_time()
+                garbage.collect(step, config.training.collect_garbage_every_steps)
             self.saving.finish()
             if step >= last_step:
                 self._check_trained(step)
@@ -224,6 +238,32 @@ class _Run:
                 self.trackers.close()
         return Outcome(step, self.schedule.total_steps, signal_number, finished=step >= last_step)
 
+    def _passes_over(self, step: int) -> bool:
+        """Whether training.skip_samples leaves out a step; the rate and the place in the data move on."""
+        first, end = (self.schedule.samples_before(each) for each in (step, step + 1))
+        if not any(each.start < end and first < each.stop for each in self.passed_over):
+            return False
+        open_stage(self.trainer, step)
+        self._record("passed_over", step=step, samples=[first, end - 1])
+        return True
+
+    def _learn(self, step: int, stage: Stage) -> None:
+        self.stragglers.begin(step)
+        began = device.seconds()
+        result = train_step(self.trainer, step)
+        if not self.step_sec:
+            self._record("first_step", step=step, replayed=self.replayed)
+        self.step_sec = device.seconds() - began
+        self._log(step, stage, result, self.step_sec)
+        self.stragglers.report(step)
+        self._count_skipped(step, stage, result)
+
+    def _keep_time(self) -> None:
+        """After a save that took longer than any before, see to it that the next one can end."""
+        if self.saving.longest_sec > self.pace.save_sec:
+            self.pace = Pace(max(self.pace.step_sec, self.step_sec), self.saving.longest_sec)
+            keep_time(self.config.training, self.pace, self.watchdog)
+
     def _load(self, checkpoint: Checkpoint | None) -> Position:
         """Load weights and return the run's place: that of its own checkpoint, or its start."""
         if checkpoint is not None:
@@ -236,6 +276,7 @@ class _Run:
             if (change := batch_change(self.schedule, manifest)) and self.is_writer:
                 print(change[0], flush=True)
                 self._record("global_batch", **change[1])
+            self.trainer.spikes = Spikes(manifest.losses_lately, manifest.grad_norms_lately)
             skips = Skips(manifest.skipped_lately, manifest.left_out_lately)
             return Position(
                 manifest.step,
@@ -288,7 +329,9 @@ class _Run:
         if result.skipped:
             self.position.skipped_steps += 1
             first, end = (self.schedule.samples_before(each) for each in (step, step + 1))
-            skips.add_step(settings, step, range(first, end))
+            if result.spike:
+                self._record("spike", step=step, samples=[first, end - 1], why=result.spike)
+            skips.add_step(settings, step, range(first, end), result.spike)
 
     def _check_trained(self, step: int) -> None:
         if step and self.position.skipped_steps == step:
@@ -302,7 +345,7 @@ class _Run:
             return
         tokens_per_sec = self.schedule.tokens_per_step / seconds
         record = asdict(result)
-        record.pop("skipped")
+        del record["skipped"], record["spike"]
         record |= record.pop("figures")
         self.trackers.log(
             {
@@ -365,6 +408,8 @@ class _Run:
     def _infill(self, step: int, stage: Stage) -> None:
         assert self.evaluator is not None
         chosen = self.evaluator.samples[: self.config.evaluation.infill_sequences]
+        if not chosen:  # a decoder refuses layouts that an evaluation of the bound serves
+            return
         model = self.trainer.model[0]
         for sample in infilled(self.config, model, chosen, stage.block_size):
             if self.trackers is not None:

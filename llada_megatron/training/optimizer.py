@@ -17,7 +17,9 @@ from megatron.core.utils import get_model_config
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import Config, LearningRateAtStart
 from llada_megatron.config.schema import OptimizerConfig as OptimizerSettings
-from llada_megatron.runtime import device
+from llada_megatron.runtime import adamw, device
+
+adamw.install()
 
 BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000
 """Gradients of one message during backward, the larger of the two; megatron-core's own numbers."""
@@ -101,6 +103,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
             overlap_param_gather=config.layout.overlap_param_gather,
         ),
         list(model),
+        use_gloo_process_groups=False,
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.init_state_fn is not None and part.optimizer is not None:

@@ -35,6 +35,9 @@ class Saving:
         self.config, self.trainer, self.fingerprint = config, trainer, data_fingerprint
         self.carried_along = carried_along
         self._pending: Save | None = None
+        self._began = 0.0
+        self.longest_sec = 0.0
+        """Of a whole save, from its capture until it was published."""
 
     def is_due(self, step: int, *, stage_ended: bool, is_last: bool) -> bool:
         """Whether the configuration asks for a checkpoint after `step` steps."""
@@ -49,7 +52,7 @@ class Saving:
     ) -> None:
         """Save after `step` steps; in the background it returns when everything is captured."""
         self.finish()
-        began = time.monotonic()
+        self._began = began = time.monotonic()
         manifest = Manifest(
             config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
             step=step,
@@ -62,6 +65,8 @@ class Saving:
             skipped_steps=position.skipped_steps,
             skipped_lately=list(position.skips.steps),
             left_out_lately=list(position.skips.samples),
+            losses_lately=list(self.trainer.spikes.losses),
+            grad_norms_lately=list(self.trainer.spikes.grad_norms),
             wall_sec=wall_sec,
             autoregressive_tokens=position.autoregressive_tokens,
             metrics=metrics,
@@ -96,6 +101,7 @@ class Saving:
             return
         pending, self._pending = self._pending, None
         pending.publish()
+        self.longest_sec = max(self.longest_sec, time.monotonic() - self._began)
         if dist.get_rank() == 0:
             retire(Path(self.config.run.dir), self.config.checkpoint)
         dist.barrier()

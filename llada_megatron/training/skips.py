@@ -17,14 +17,18 @@ class Skips:
     samples: list[int] = field(default_factory=list)
     """The step of each sample that was left out."""
 
-    def add_step(self, settings: TrainingConfig, step: int, samples: range) -> None:
-        """Count a skipped step; raises RunFailed when it is one too many, naming its samples."""
+    def add_step(self, settings: TrainingConfig, step: int, samples: range, spike: str = "") -> None:
+        """Count a skipped step; raises RunFailed when it is one too many, naming its samples.
+
+        spike: what was wrong with a step of which all was finite.
+        """
         self.steps = _lately(settings, [*self.steps, step])
         if len(self.steps) > (limit := settings.max_skipped_steps):
+            why = spike or "for a non-finite loss or gradient or for want of good samples"
             raise RunFailed(
                 f"Step {step} (samples {samples[0]} to {samples[-1]}) is skipped as number {len(self.steps)}"
-                f" {_window(settings)}, for a non-finite loss or gradient or for want of good samples: more"
-                f" than training.max_skipped_steps={limit}. Lower optimizer.lr or look at these samples."
+                f" {_window(settings)}, {why}: more than training.max_skipped_steps={limit}. Lower"
+                " optimizer.lr or look at these samples, which training.skip_samples passes over."
             )
 
     def add_samples(self, settings: TrainingConfig, step: int, why: list[str]) -> None:

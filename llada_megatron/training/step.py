@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.embedding import embedding_statistics
 from llada_megatron.training.frozen import freeze
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
+from llada_megatron.training.spikes import Spikes
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Trainer:
     balance: ExpertBalance
     objectives: Mapping[str, Objective]
     """By the name that stages give."""
+    spikes: Spikes = field(default_factory=Spikes)
     deal: Deal = sample_indices
     on_batch: Callable[[list[int], MicroBatch], None] | None = None
     """Sees every micro-batch that is built, whole, with its sample indices: a run's journal."""
@@ -85,6 +87,8 @@ class StepResult:
     grad_norm: float
     lr: float
     skipped: bool
+    spike: str
+    """Why it was skipped although all was finite, as a clause; empty else."""
     load_max_over_mean: float | None
     mask_row_norm: float
     """Of the mask token's embedding."""
@@ -96,13 +100,12 @@ class StepResult:
 def train_step(trainer: Trainer, step: int) -> StepResult:
     """Forward, backward and update of the step's global batch.
 
-    A non-finite loss or gradient norm, or a batch of which every sample is left out, leaves weights, moments
-    and expert biases as they were.
+    A loss or gradient norm that is not finite or is a spike, or a batch of which every sample is left out,
+    leaves weights, moments and expert biases as they were.
     """
     stage = trainer.schedule.stage_at(step)
     objective = trainer.objectives[stage.objective]
-    if step == stage.first_step and stage.moments is MomentsAtStart.reset:
-        reset_moments(trainer.optimizer)
+    open_stage(trainer, step)
     lr = trainer.learning_rate.apply(step)
     embedding = embedding_statistics(trainer.model[0], trainer.config.model.mask_token_id)
     sigma = objective.noise_sigma(step, embedding.rms)
@@ -130,7 +133,10 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     grad_norm = float(trainer.optimizer.get_grad_norm())
     all_left_out = trainer.config.training.bad_samples is BadSamples.skip and not any(counts)
     skipped = all_left_out or not (math.isfinite(loss) and math.isfinite(grad_norm))
+    spike = "" if skipped else trainer.spikes.found(trainer.config.training, loss, grad_norm)
+    skipped = skipped or bool(spike)
     if not skipped:
+        trainer.spikes.learnt(trainer.config.training, loss, grad_norm)
         with trainer.section("optimizer"):
             trainer.optimizer.step()
         trainer.balance.update()
@@ -139,11 +145,22 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         grad_norm=grad_norm,
         lr=lr,
         skipped=skipped,
+        spike=spike,
         load_max_over_mean=trainer.balance.load_max_over_mean(),
         mask_row_norm=embedding.mask_row_norm,
         embedding_noise_sigma=sigma,
         figures=objective.shown(stage, means),
     )
+
+
+def open_stage(trainer: Trainer, step: int) -> None:
+    """What the first step of a stage begins with, whether it is trained or passed over."""
+    stage = trainer.schedule.stage_at(step)
+    if step != stage.first_step:
+        return
+    trainer.spikes.clear()
+    if stage.moments is MomentsAtStart.reset:
+        reset_moments(trainer.optimizer)
 
 
 def pass_sizes(config: Config, stage: Stage) -> dict[str, int]:

@@ -16,7 +16,6 @@ from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.ranks import gathered
 from llada_megatron.runtime import device
-from llada_megatron.runtime.launch import threads_per_process
 from llada_megatron.training.loop import build_trainer
 from llada_megatron.training.step import Trainer, train_step
 from llada_megatron.verify.comparison import Measurement
@@ -31,7 +30,7 @@ def measure(config: Config, reference: Measurement | None) -> Measurement:
     """Train and evaluate on this rank; every rank returns the figures of all."""
     schedule = rules.check(config)
     device.seed_everything(config.run.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=threads_per_process(config.layout.processes))
+    groups.initialize(config.layout, threads=0)
     try:
         trainer = build_trainer(config, schedule)
         margin = RoutingMargin(trainer.balance.routers) if reference is None else None

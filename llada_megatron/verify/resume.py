@@ -141,7 +141,9 @@ class _Check:
         )
 
     def _config(self, run_dir: Path, *overrides: str) -> Config:
-        return compose([*self.overrides, *self.own_text, f"run.dir={run_dir}", *overrides])
+        config = compose([*self.overrides, *self.own_text, f"run.dir={run_dir}", *overrides])
+        config.precision.deterministic = True  # of CUDA: the certificate compares bits
+        return config
 
     def _journal(self, run_dir: Path) -> Path:
         return run_dir.with_name(f"{run_dir.name}_journal")

@@ -12,6 +12,7 @@ import pytest
 
 from llada_megatron.commands import doctor
 from llada_megatron.commands.doctor import Finding, State
+from llada_megatron.config.errors import BadInput
 
 
 def run_here(monkeypatch, tmp_path, *findings):
@@ -39,9 +40,23 @@ def test_this_machine_can_train_without_a_gpu_slurm_git_or_containers(tmp_path):
     assert found["can_train"] and [line.split()[1] for line in lines] == list(states)
     assert max(len(line) for line in lines[:-1]) < 130  # the last one holds this folder's path
     needed = ("python", "packages", "torch", "collectives", "megatron-core", "disk")
+    needed += ("layers", "optimizer", "attention")
     assert all(states[name] == "ok" for name in needed)
     assert all(states[name] == "-" for name in ("cuda", "slurm", "containers", "git"))
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"], "nothing else is left behind"
+
+
+def test_what_a_run_would_compute_with_is_missing_where_nothing_serves():
+    def refuse():
+        raise BadInput("portable does not train on CUDA: set another")
+
+    def fail():
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    assert doctor.engine("attention", refuse).state is State.missing
+    found = doctor.engine("optimizer", fail)
+    assert found.state is State.missing and "libcudart.so.13" in found.text
+    assert doctor.attention().text == "portable, in bf16 with a head_dim of 128"
 
 
 def test_the_exit_code_is_1_and_the_last_line_names_what_is_missing(monkeypatch, tmp_path, capsys):

@@ -17,8 +17,8 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, ModelConfig
 from llada_megatron.model import initialize, specs
 from llada_megatron.model.gpt import BlockDiffusionGPT
-from llada_megatron.model.initialize import counter_normal
 from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.normal import counter_normal
 from llada_megatron.model.provider import build_model, build_stage
 from llada_megatron.model.readout import CROSS_ENTROPY, LOGITS
 from llada_megatron.parallel import groups

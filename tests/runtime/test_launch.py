@@ -7,7 +7,7 @@ import time
 import pytest
 
 from llada_megatron.config.errors import BadInput, NodeFault
-from llada_megatron.runtime.launch import WorkerError, already_started, threads_per_process
+from llada_megatron.runtime.launch import WorkerError, already_started, set_environment
 from tests.distributed import run_ranks
 
 
@@ -139,7 +139,17 @@ def test_a_slurm_allocation_with_one_task_starts_nothing(monkeypatch):
     assert not already_started()
 
 
-def test_threads_are_divided_and_never_fewer_than_one():
-    cores = len(os.sched_getaffinity(0))
-    assert threads_per_process(1) == cores
-    assert threads_per_process(10 * cores) == 1
+def test_what_torch_reads_in_ranks_is_set_unless_the_user_has(monkeypatch, tmp_path):
+    for name in ("PYTORCH_ALLOC_CONF", "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    monkeypatch.chdir(tmp_path)
+    set_environment("run/stacks/nccl_rank_")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/run/stacks/nccl_rank_"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    set_environment("other")
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/run/stacks/nccl_rank_"

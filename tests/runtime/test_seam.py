@@ -68,37 +68,6 @@ def test_tensors_that_are_asked_for_on_cuda_are_made_on_the_cpu():
     assert run_ranks(devices) == [(["cpu"] * 3, "torch.cuda.FloatTensor")]
 
 
-def test_fused_adam_equals_torch_s_adamw():
-    def parameters():
-        generator = torch.Generator().manual_seed(0)
-        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 3), (7,))]
-
-    settings = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    ours, theirs = parameters(), parameters()
-    fused = mcore_cpu.FusedAdamCPU(
-        [{"params": ours[:1]}, {"params": ours[1:], "weight_decay": 0.0}], **settings
-    )
-    adamw = torch.optim.AdamW(
-        [{"params": theirs[:1]}, {"params": theirs[1:], "weight_decay": 0.0}], **settings
-    )
-    generator = torch.Generator().manual_seed(1)
-    for step in range(6):
-        for one, other in zip(ours, theirs, strict=True):
-            one.grad = torch.randn(one.shape, generator=generator)
-            other.grad = one.grad.clone()
-        for optimizer in (fused, adamw):
-            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
-            optimizer.step()
-    assert [group["step"] for group in fused.param_groups] == [6, 6]
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
-
-
-def test_fused_adam_refuses_coupled_weight_decay():
-    with pytest.raises(ValueError, match="adam_w_mode"):
-        mcore_cpu.FusedAdamCPU([torch.nn.Parameter(torch.zeros(1))], adam_w_mode=False)
-
-
 def gather_and_scatter(sizes):
     import torch.distributed as dist
 

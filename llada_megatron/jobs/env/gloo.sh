@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# gloo's variables; sourced by the batch script for runs on GPUs as well: megatron-core makes gloo groups beside
-# NCCL's, and the preflight exchanges its reports over gloo. What the site or the user has set stays.
+# gloo's variables; sourced by the batch script for runs on GPUs as well: the preflight exchanges its reports over
+# gloo. What the site or the user has set stays.
 
 # gloo listens on the interface that the node's own name resolves to. Where /etc/hosts says 127.0.1.1 (Debian), that
 # is the loopback, which other nodes cannot reach: name the interface in the site file then ("Gloo connectFullMesh

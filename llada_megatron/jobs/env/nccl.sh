@@ -6,25 +6,15 @@
 # Warnings and errors, nothing else: the guide's minimum for production. Look closer with INFO.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# The order in which an all-reduce adds decides its last bits. precision.deterministic (the default) and a resume
-# that is bit for bit need one order: megatron/training/determinism.py vouches for Ring, not for Tree or NVLS.
-# With precision.deterministic=false set NCCL_ALGO='' in the site file: NCCL then takes the fastest.
-export NCCL_ALGO="${NCCL_ALGO-Ring}"
-[[ -n $NCCL_ALGO ]] || unset NCCL_ALGO
-
 # layout.tp > 1 turns on sequence parallelism, whose messages must be queued before the product that hides them:
 # megatron/core/tensor_parallel/layers.py relies on one hardware queue for that. Blackwell needs it no more
 # (megatron/training/arguments.py); there it does no harm that we know of.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-
-# PyTorch keeps the last collectives of each rank and writes them to a file when one times out, which tells the
-# rank that never came. The log line that begins with ProcessGroupNCCL names the file. A few MB of host memory.
-export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
-export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
 # Left to NCCL, and to the site file where NCCL chooses wrongly:
 #   NCCL_SOCKET_IFNAME  the interface for its first contact. NCCL prefers names that begin with ib and avoids lo and
 #                       docker; a site whose nodes have several networks names one, for example =eno1.
 #   NCCL_IB_HCA         the adapters for data, where some of a node's are for storage.
 #   NCCL_IB_TIMEOUT     on very large networks, when the log says IBV_WC_RETRY_EXC_ERR (error 12).
+#   NCCL_ALGO           Ring where precision.deterministic=true (runtime/device.py), else NCCL takes the fastest.
 #   NCCL_NET_PLUGIN     a cloud's own network, such as EFA: its image or module sets it.
