@@ -195,24 +195,23 @@ def write_index(directory: Path, stored: Iterable[Stored]) -> None:
     Raises ValueError where the parts of a tensor do not make the whole of it.
     """
     entries: dict[str, Any] = {}
-    results, held = [], dict[str, int]()
+    results, held, places = [], dict[str, int](), set[tuple[str, tuple[int, ...]]]()
     for each in stored:
         part = each.part
-        index = MetadataIndex(part.name)
+        places.add((part.name, part.offset))
         if each.dtype is None:
-            entries[part.name] = BytesStorageMetadata()
+            entries[part.name], index = BytesStorageMetadata(), MetadataIndex(part.name)
         else:
-            properties = TensorProperties(dtype=each.dtype)
-            entry = entries.setdefault(
-                part.name, TensorStorageMetadata(properties, torch.Size(part.shape), [])
-            )
+            if part.name not in entries:
+                properties = TensorProperties(dtype=each.dtype)
+                entries[part.name] = TensorStorageMetadata(properties, torch.Size(part.shape), [])
             chunk = ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size))
-            entry.chunks.append(chunk)
+            entries[part.name].chunks.append(chunk)
             index = MetadataIndex(part.name, chunk.offsets)
             held[part.name] = held.get(part.name, 0) + part.elements
         results.append(WriteResult(index, each.length, _StorageInfo(each.file, each.offset, each.length)))
     wrong = [name for name, count in held.items() if count != math.prod(entries[name].size)]
-    if wrong or len({result.index for result in results}) != len(results):
+    if wrong or len(places) != len(results):
         raise ValueError(f"The parts of a tensor are missing, or were written twice: {wrong[:3]}")
     FileSystemWriter(directory).finish(Metadata(entries), [results])
     save_config(CheckpointingConfig("torch_dist"), str(directory))

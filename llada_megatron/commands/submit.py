@@ -136,7 +136,8 @@ def lead_sec(run_dir: Path, at_least: int) -> int:
     """Warning before the time limit: two steps and two saves by this run's own record, or the setting."""
     steps = read_jsonl(RunDir(run_dir).metrics, *STEP_FIELDS)
     step_sec = max(map(step_seconds, steps[-STEPS_LOOKED_AT:]), default=0.0)
-    saves = [event["seconds"] for event in events.read(run_dir) if event["event"] == "saved"]
+    whole = ("saved", "published")
+    saves = [event["seconds"] for event in events.read(run_dir) if event["event"] in whole]
     return max(at_least, int(2 * step_sec + 2 * max(saves, default=0.0) + LEAD_MARGIN_SEC))
 
 

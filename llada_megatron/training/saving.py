@@ -39,6 +39,7 @@ class Saving:
         self.in_background = device.on_cuda() if asked is None else asked
         self._saver = Saver(threads=config.checkpoint.writer_threads, in_background=self.in_background)
         self._pending: Save | None = None
+        self._began = 0.0
 
     def is_due(self, step: int, *, stage_ended: bool, is_last: bool) -> bool:
         """Whether the configuration asks for a checkpoint after `step` steps."""
@@ -53,7 +54,7 @@ class Saving:
     ) -> None:
         """Save after `step` steps; in the background it returns when everything is captured."""
         self.finish()
-        began = time.monotonic()
+        began = self._began = time.monotonic()
         manifest = Manifest(
             config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
             step=step,
@@ -101,4 +102,9 @@ class Saving:
         pending.publish()
         if dist.get_rank() == 0:
             retire(Path(self.config.run.dir), self.config.checkpoint)
+            if self.in_background:
+                took = time.monotonic() - self._began
+                events.append(
+                    Path(self.config.run.dir), "published", step=pending.manifest.step, seconds=took
+                )
         dist.barrier()
