@@ -62,8 +62,8 @@ ROOMS_IMPORT["bench"] = {
     "convert", "generate", "evaluate", "observe", "training",
 }  # fmt: skip
 ROOMS_IMPORT["verify"] = {
-    "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "convert",
-    "generate", "evaluate", "training",
+    "config", "record", "runtime", "parallel", "attention", "data", "model", "objectives", "checkpoint",
+    "convert", "generate", "evaluate", "training",
 }  # fmt: skip
 ROOMS_IMPORT["demo"] = {"config", "record", "parallel", "convert", "evaluate", "tasks"}
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called

@@ -33,7 +33,6 @@ from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.observe.plots import STYLE
 from llada_megatron.parallel import groups
 from llada_megatron.record.json_files import write_json
-from llada_megatron.runtime.launch import threads_per_process
 
 LEAST_RATE = 1e-3
 """Of unclipped training, whose variance grows without a bound as it goes to 0."""
@@ -69,7 +68,7 @@ def run(
 
     Raises BadInput for draws so few that some clip has none.
     """
-    groups.initialize(LayoutConfig(), threads=threads_per_process(1))
+    groups.initialize(LayoutConfig(), threads=config.training.threads)
     try:
         evaluator = Evaluator(config, load_model(config, checkpoint))
         measured = {}

@@ -7,7 +7,10 @@ half-written is ever loaded. Every function is collective where there is a proce
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ from llada_megatron.record.manifest import (
 )
 from llada_megatron.record.run_dir import MANIFEST, damaged, partial
 
+THREADS = 4
+"""That hash files, per rank."""
+
 
 def begin(final: Path) -> Path:
     """Make the directory to write into; BadInput when `final` is there already."""
@@ -37,26 +43,26 @@ def begin(final: Path) -> Path:
 
 
 def finish(aside: Path, final: Path, manifest: Manifest, hashed: dict[str, Any] | None = None) -> None:
-    """Hash every file into the manifest, and give the directory its name.
+    """Record every file in the manifest, and give the directory its name; rank 0 does it.
 
-    `hashed` holds the records of files that this rank has hashed already, by path in the checkpoint; the
-    others are dealt out over the ranks.
+    `hashed` holds the records of files that were hashed and synced as they were written, by their paths in
+    the checkpoint; the others are read.
     """
-    names = from_first_rank(_files, aside)
-    known = _merge(hashed or {})
-    left = [name for name in names if name not in known]
-    manifest.files = known | _merge({name: file_record(aside / name) for name in _share(left)})
-    manifest.versions = versions()
     if rank() == 0:
+        known = hashed or {}
+        left = [name for name in _files(aside) if name not in known]
+        records = _in_threads(lambda name: file_record(aside / name), left)
+        manifest.files = known | dict(zip(left, records, strict=True))
+        manifest.versions = versions()
         manifest.git_commit = git_commit()
         manifest.write(aside)
-        give_name(aside, final)
+        give_name(aside, final, synced=known)
     barrier()
 
 
-def give_name(aside: Path, final: Path) -> None:
-    """Sync a directory that is whole and rename it; one rank calls it."""
-    _sync(aside)
+def give_name(aside: Path, final: Path, synced: Collection[str] = ()) -> None:
+    """Sync a directory that is whole, but for the files that were, and rename it; one rank calls it."""
+    _sync(aside, synced)
     os.replace(aside, final)
     _sync_directory(final.parent)
 
@@ -65,10 +71,28 @@ def _files(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def damage(checkpoint: Checkpoint) -> list[str]:
-    """What is wrong with the files of a checkpoint, one phrase each; every rank hashes a share of them."""
-    found = gathered(file_damage(checkpoint, _share(sorted(checkpoint.manifest.files))))
-    return [phrase for part in found for phrase in part]
+def damage(checkpoint: Checkpoint, *, but: str = "") -> list[str]:
+    """What is wrong with the files of a checkpoint, one phrase each; every rank hashes a share of them.
+
+    `but` names a folder that is left out. A rank takes the files that the rank of its number wrote, so in the
+    layout that saved a load finds them in its node's memory.
+    """
+    names = [name for name in sorted(checkpoint.manifest.files) if not but or not name.startswith(f"{but}/")]
+    share = [name for index, name in enumerate(names) if _writer(name, index) % ranks() == rank()]
+    found = gathered(_in_threads(lambda name: file_damage(checkpoint, [name]), share))
+    return [phrase for part in found for of_file in part for phrase in of_file]
+
+
+def _writer(name: str, index: int) -> int:
+    """The rank that wrote a file; of one that does not say so, its place in the list."""
+    named = re.search(r"/__(\d+)_\d+\.distcp$", name)
+    return int(named[1]) if named else index
+
+
+def _in_threads[T](function: Callable[[str], T], names: list[str]) -> list[T]:
+    """Hashing lets other threads run."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, names))
 
 
 def set_aside_damaged(checkpoint: Path) -> Path:
@@ -90,16 +114,10 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
-def _share(names: list[str]) -> list[str]:
-    return names[rank() :: ranks()]
-
-
-def _merge(mine: dict[str, Any]) -> dict[str, Any]:
-    return {name: record for part in gathered(mine) for name, record in part.items()}
-
-
-def _sync(directory: Path) -> None:
+def _sync(directory: Path, synced: Collection[str]) -> None:
     for path in sorted(directory.rglob("*")):
+        if str(path.relative_to(directory)) in synced:
+            continue
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

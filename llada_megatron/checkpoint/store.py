@@ -1,4 +1,9 @@
-"""Save and load a run's weights and optimizer over megatron-core's dist_checkpointing."""
+"""Save and load a run's weights and optimizer: megatron-core's format and its sharing out over ranks.
+
+Every data-parallel rank holds the same weights and another run of the optimizer's state. megatron-core's
+FullyParallel wrappers deal the weights out, to be written and to be read, each byte by one rank of a group;
+the optimizer's parts are dealt out already (moments.py). Weights and training state lie in separate files.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +24,49 @@ from megatron.core.dist_checkpointing.core import CONFIG_FNAME as FORMAT
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llada_megatron.checkpoint import publish
+from llada_megatron.checkpoint import moments, publish
+from llada_megatron.checkpoint.shards import Part, ShardsReader, Written, write_index, write_parts
+from llada_megatron.checkpoint.staging import Staging
 from llada_megatron.config.errors import BadInput, Refusal
 from llada_megatron.model.initialize import SHARDING_METADATA
+from llada_megatron.parallel.ranks import from_first_rank, on_first_rank
 from llada_megatron.record import carried
 from llada_megatron.record.json_files import read_json
-from llada_megatron.record.manifest import Checkpoint, Manifest, file_record
-from llada_megatron.record.run_dir import SHARDS
-from llada_megatron.runtime import device, unpickling, writer_queue
+from llada_megatron.record.manifest import Checkpoint, Manifest
+from llada_megatron.record.run_dir import OPTIMIZER, SHARDS
+from llada_megatron.runtime import device, unpickling
 
-OPTIMIZER_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
+STEP = "step"
+"""Of Adam, in what the optimizer's files hold beside tensors."""
+REMEDY = "take another checkpoint"
+type Parts = list[tuple[Part, torch.Tensor]]
 
 
-class Save:
-    """One checkpoint on its way: captured when made, written by a thread, published by `publish`.
+class Saver:
+    """What the saves of a run share: threads, host memory, and which rank writes which weights."""
 
-    In the background every tensor is copied to host memory first, so training may go on at once. Every rank
-    makes it and calls each method. Raises OSError naming the path when it cannot be written; what was
-    published before stays whole.
-    """
+    def __init__(self, *, threads: int, in_background: bool) -> None:
+        """threads: files that each rank writes at the same time."""
+        self.threads, self.in_background = threads, in_background
+        self._staging = Staging()
+        self._sharing = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy(), _replicas(), do_cache_distribution=True
+        )
 
-    def __init__(
+    def save(
         self,
         final: Path,
         manifest: Manifest,
@@ -53,41 +74,93 @@ class Save:
         optimizer: MegatronOptimizer | None,
         *,
         carried_along: Mapping[str, bytes],
-        in_background: bool,
-    ) -> None:
-        """carried_along: files of the checkpoint's `hf/` by name; the first rank's are written."""
-        self.final, self.manifest = final, manifest
+    ) -> Save:
+        """Begin a checkpoint, once the one before it is published; every rank calls it.
+
+        carried_along: files of the checkpoint's `hf/` by name; the first rank's are written. Raises OSError
+        where the disk has no room.
+        """
         for chunk in model:
             if chunk.ddp_config.overlap_param_gather:  # the next forward would gather what the optimizer left
                 chunk.start_param_sync(force_sync=True)
-        sharded = _sharded(model, optimizer)
-        _require_space(final.parent, sharded)
+        sharded = sharded_model(model)
+        contents = {SHARDS: _Content(common={} if dist.get_rank() == 0 else None)}
+        if optimizer is not None:
+            step = {STEP: _adam_step_of(optimizer)} if dist.get_rank() == 0 else None
+            held = [each for each in moments.held_here(sharded, optimizer) if each.is_saved]
+            contents[OPTIMIZER] = _Content([(each.part, each.values) for each in held], step)
+        contents[SHARDS].parts = self._own_weights(sharded)
+        _require_space(final.parent, contents)
+        return Save(final, manifest, self._captured(contents), carried_along, self.threads)
+
+    def _own_weights(self, sharded: dict[str, Any]) -> Parts:
+        """The parts of the weights that this rank writes; `sharded` is changed."""
+        state, _ = save_preprocess(sharded, validate_access_integrity=False)
+        self._sharing.apply_saving_parallelization(state)
+        shards = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+        return [_part_of(shard) for shard in shards if is_main_replica(shard.replica_id)]
+
+    def _captured(self, contents: dict[str, _Content]) -> dict[str, _Content]:
+        """The same in host memory; a foreground save on a CPU writes what lies there already."""
+        if not self.in_background and not device.on_cuda():
+            return contents
+        tensors = [values for content in contents.values() for _, values in content.parts]
+        copies = iter(self._staging.copies(tensors))
+        return {
+            name: _Content([(part, next(copies)) for part, _ in content.parts], content.common)
+            for name, content in contents.items()
+        }
+
+
+@dataclass
+class _Content:
+    """What this rank writes into one directory of a checkpoint."""
+
+    parts: Parts = field(default_factory=list)
+    common: dict[str, Any] | None = None
+
+
+class Save:
+    """One checkpoint on its way: captured when made, written by a thread, published by `publish`.
+
+    Every rank makes it and calls each method. Raises OSError naming the path when it cannot be written; what
+    was published before stays whole.
+    """
+
+    def __init__(
+        self,
+        final: Path,
+        manifest: Manifest,
+        contents: dict[str, _Content],
+        carried_along: Mapping[str, bytes],
+        threads: int,
+    ) -> None:
+        self.final, self.manifest = final, manifest
+        self._contents, self._threads = contents, threads
         self._aside = publish.begin(final)
-        shards = self._aside / SHARDS
         if dist.get_rank() == 0:
-            shards.mkdir()
+            for name in contents:
+                (self._aside / name).mkdir()
             carried.write(carried_along, self._aside)
         dist.barrier()
-        self._hashed: dict[str, Any] = {}
-        writer_queue.use_plain_queue()
-        with _as_os_error(final):
-            self._request = dist_checkpointing.save(
-                sharded, str(shards), async_sharded_save=True, async_strategy="mcore"
-            )
-        rank, buckets, results = self._request.async_fn_args or (dist.get_rank(), [], None)
-        captured = [
-            (file, key, (objects, [(item, tensor.to("cpu", copy=in_background)) for item, tensor in tensors]))
-            for file, key, (objects, tensors) in buckets
-        ]
-        self._thread = threading.Thread(target=self._write, args=(rank, captured, results), daemon=True)
+        self._written: dict[str, Written] | str = "the writer ended early"
+        self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
-    def _write(self, rank: int, buckets: list[Any], results: Any) -> None:
-        if not buckets:
-            return
-        self._request.async_fn(rank, buckets, results)  # puts an error into `results`, for the finalization
-        for path in sorted((self._aside / SHARDS).glob(f"__{rank}_*")):
-            self._hashed[f"{SHARDS}/{path.name}"] = file_record(path)
+    def _write(self) -> None:
+        try:
+            self._written = {
+                name: write_parts(
+                    self._aside / name,
+                    f"__{dist.get_rank()}_",
+                    content.parts,
+                    content.common,
+                    threads=self._threads,
+                )
+                for name, content in self._contents.items()
+            }
+        except Exception as error:  # of a thread, so `publish` raises it, on every rank
+            self._written = _reason(error)
 
     def is_written(self) -> bool:
         """Whether every rank has written its part, so that `publish` will not wait."""
@@ -98,25 +171,40 @@ class Save:
     def publish(self) -> None:
         """Wait for every rank's part, then give the checkpoint its name."""
         self._thread.join()
-        with _as_os_error(self.final):
-            for finalize in self._request.finalize_fns:
-                finalize()
-        publish.finish(self._aside, self.final, self.manifest, self._hashed)
+        written = on_first_rank(self._written)
+        if reason := from_first_rank(self._index, written):
+            raise OSError(errno.EIO, f"the checkpoint could not be written: {reason}", str(self.final))
+        publish.finish(self._aside, self.final, self.manifest, _records(written))
+
+    def _index(self, written: list[Any]) -> str:
+        """Write where everything lies; why that cannot be, empty where it was done."""
+        for each in written:
+            if isinstance(each, str):
+                return each
+        try:
+            for name in self._contents:
+                stored = [entry for each in written for entry in each[name].stored]
+                write_index(self._aside / name, stored)
+        except OSError as error:
+            return _reason(error)
+        return ""
 
 
-@contextmanager
-def _as_os_error(final: Path) -> Iterator[None]:
-    """Turn what a failed write raises, which differs by place, into an OSError that names the checkpoint."""
-    try:
-        yield
-    except (OSError, CheckpointException) as error:  # a RuntimeError is a collective whose peer is gone
-        reason = f"the checkpoint could not be written: {_reason(error)}"
-        raise OSError(errno.EIO, reason, str(final)) from error
+def _records(written: list[Any]) -> dict[str, Any]:
+    return {
+        f"{name}/{file}": record
+        for each in written
+        for name, part in each.items()
+        for file, record in part.records.items()
+    }
 
 
-def verified(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, whose files are what its manifest says; BadInput naming what is damaged."""
-    if damage := publish.damage(checkpoint):
+def verified(checkpoint: Checkpoint, *, weights_alone: bool = False) -> Checkpoint:
+    """The checkpoint, whose files are what its manifest says; BadInput naming what is damaged.
+
+    weights_alone: of files that hold the optimizer's state nothing is read.
+    """
+    if damage := publish.damage(checkpoint, but=OPTIMIZER if weights_alone else ""):
         raise BadInput(f"{checkpoint.path} is damaged: {', '.join(damage)}.")
     return checkpoint
 
@@ -135,14 +223,25 @@ def load(
     the model, or holds what could run code; OSError where its files cannot be read.
     """
     shards = checkpoint / SHARDS
-    remedy = "take another checkpoint"
-    if read_json(shards / FORMAT, remedy).get("sharded_backend") != "torch_dist":
-        raise BadInput(f"{shards / FORMAT} is not of the format torch_dist: {remedy}.")
-    sharded = _sharded(model, optimizer, is_loading=True)
+    if read_json(shards / FORMAT, REMEDY).get("sharded_backend") != "torch_dist":
+        raise BadInput(f"{shards / FORMAT} is not of the format torch_dist: {REMEDY}.")
+    sharded = sharded_model(model)
+    held = list(moments.held_here(sharded, optimizer)) if optimizer is not None else []
     kept = [_taken_out(sharded[f"model{index}"], keep) for index in range(len(model))]
+    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replicas())
+    with _as_bad_input(checkpoint), unpickling.read_once(shards):
+        loaded = dist_checkpointing.load(sharded, str(shards), strategy)
+        for index, chunk in enumerate(model):
+            _bare(chunk).load_state_dict(loaded[f"model{index}"] | kept[index])
+        if optimizer is not None:
+            _load_optimizer(checkpoint, optimizer, held, loaded.get("optimizer"))
+
+
+@contextmanager
+def _as_bad_input(checkpoint: Path) -> Iterator[None]:
+    """Turn what a reader raises of a checkpoint that does not fit into BadInput that names it."""
     try:
-        with unpickling.read_once(shards):
-            loaded = dist_checkpointing.load(sharded, str(shards))
+        yield
     except CheckpointException as error:  # torch's word for whatever was raised while it read
         [(inner, _), *_] = error.failures.values()
         if isinstance(inner, OSError | Refusal | MemoryError | torch.OutOfMemoryError):
@@ -150,14 +249,6 @@ def load(
         raise BadInput(f"{checkpoint} cannot be loaded: {unpickling.in_words(inner)}.") from error
     except (CheckpointingException, pickle.UnpicklingError) as error:
         raise BadInput(f"{checkpoint} cannot be loaded: {unpickling.in_words(error)}.") from error
-    for index, chunk in enumerate(model):
-        _bare(chunk).load_state_dict(loaded[f"model{index}"] | kept[index])
-    if optimizer is not None:
-        try:
-            step = _adam_step(loaded["optimizer"])
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise BadInput(f"{checkpoint} holds no step of Adam to go on from: {remedy}.") from None
-        _load_optimizer(optimizer, loaded["optimizer"], step)
 
 
 def _taken_out(sharded: dict[str, Any], keep: Callable[[str], bool] | None) -> dict[str, torch.Tensor]:
@@ -166,30 +257,45 @@ def _taken_out(sharded: dict[str, Any], keep: Callable[[str], bool] | None) -> d
     return {name: sharded.pop(name).data for name in names}
 
 
-def _adam_step(loaded: dict[Any, Any]) -> int:
-    saved = [loaded, *(state for index, state in loaded.items() if isinstance(index, int))]
-    return max(
-        int(group.get("step", 0))
-        for state in saved
-        if "optimizer" in state
-        for group in state["optimizer"]["param_groups"]
-    )
+def _load_optimizer(
+    checkpoint: Path, optimizer: MegatronOptimizer, held: list[moments.Held], earlier: Any
+) -> None:
+    """Load masters, moments and Adam's step.
 
-
-def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[Any, Any], step: int) -> None:
-    """Load moments and masters, and Adam's step.
-
-    megatron-core chains one optimizer per kind of process group, so the layout decides how many there are,
-    and the saved non-tensor part may be of another number. All it holds but the step is configuration.
+    earlier: what is no tensor in a checkpoint whose optimizer lies among the weights, as they all were once.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for index, part in enumerate(parts):
+    own = checkpoint / OPTIMIZER
+    reader = ShardsReader(own if own.is_dir() else checkpoint / SHARDS, training_state=True)
+    try:
+        step = int(reader.common()[STEP]) if own.is_dir() else _earlier_step(earlier)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{checkpoint} holds no step of Adam to go on from: {REMEDY}.") from None
+    try:
+        moments.load(reader, held)
+    except moments.Misfit as misfit:
+        raise BadInput(f"{checkpoint} cannot be loaded: {misfit}.") from None
+    for part in moments.parts_of(optimizer):
         state = part.state_dict()
         for group in state["optimizer"]["param_groups"]:
             group["step"] = step
-        state["param_state"] = (loaded if len(parts) == 1 else loaded[index])["param_state"]
-        state["param_state_sharding_type"] = OPTIMIZER_METADATA["distrib_optim_sharding_type"]
         part.load_state_dict(state)
+
+
+def _adam_step_of(optimizer: MegatronOptimizer) -> int:
+    states = [part.state_dict()["optimizer"] for part in moments.parts_of(optimizer)]  # wherever it keeps it
+    groups = [group for state in states for group in state["param_groups"]]
+    return max((int(group.get("step") or 0) for group in groups), default=0)
+
+
+def _earlier_step(saved: dict[Any, Any]) -> int:
+    """megatron-core chained one optimizer per kind of process group; the layout decided how many."""
+    states = [saved, *(state for index, state in saved.items() if isinstance(index, int))]
+    return max(
+        int(group.get("step", 0))
+        for state in states
+        if "optimizer" in state
+        for group in state["optimizer"]["param_groups"]
+    )
 
 
 def _bare(stage: torch.nn.Module) -> torch.nn.Module:
@@ -197,31 +303,30 @@ def _bare(stage: torch.nn.Module) -> torch.nn.Module:
     return stage.module if isinstance(stage, DistributedDataParallel) else stage
 
 
-def _sharded(
-    model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool = False
-) -> dict[str, Any]:
-    metadata = {
-        **SHARDING_METADATA,
-        **OPTIMIZER_METADATA,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    state: dict[str, Any] = {
+def _replicas() -> dist.ProcessGroup:
+    """The ranks among which the same weights are dealt out."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def sharded_model(model: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """megatron-core's description of every stage's weights and their place in the whole model."""
+    metadata = {**SHARDING_METADATA, "dp_cp_group": _replicas()}
+    return {
         f"model{index}": _bare(chunk).sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(model)
     }
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=metadata
-        )
-    return state
 
 
-def _require_space(checkpoints: Path, sharded: dict[str, Any]) -> None:
-    """Raise OSError before anything is written where the disk has no room for the shards of all ranks."""
+def _part_of(shard: ShardedTensor) -> tuple[Part, torch.Tensor]:
+    size = (*(1 for _ in range(shard.prepend_axis_num)), *shard.local_shape)
+    part = Part(shard.key, tuple(shard.global_shape), tuple(shard.global_offset), size)
+    return part, shard.data.detach().view(size)
+
+
+def _require_space(checkpoints: Path, contents: dict[str, _Content]) -> None:
+    """Raise OSError before anything is written where the disk has no room for the parts of all ranks."""
     checkpoints.mkdir(parents=True, exist_ok=True)
-    shards = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
-    written = [shard for shard in shards if shard.data is not None and is_main_replica(shard.replica_id)]
-    own = sum(shard.data.nbytes for shard in written)
+    own = sum(values.nbytes for content in contents.values() for _, values in content.parts)
     needed = torch.tensor(own, dtype=torch.int64, device=device.device())
     dist.all_reduce(needed)
     free = torch.tensor(shutil.disk_usage(checkpoints).free, dtype=torch.int64, device=device.device())

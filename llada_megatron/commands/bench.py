@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint = benches.add_parser("checkpoint", help="saving, loading, converting: seconds and memory")
     checkpoint.add_argument("--sizes", nargs="+", choices=tuple(WIDTHS), default=list(WIDTHS))
     checkpoint.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="data-parallel ones that save and load"
+    )
+    checkpoint.add_argument(
         "--directory", type=Path, metavar="DIR", help="the disk to measure; default: /tmp"
     )
     checkpoint.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
@@ -74,7 +77,11 @@ def run(args: argparse.Namespace) -> int:
     if args.bench == "checkpoint":
         from llada_megatron.bench import checkpoint
 
-        return checkpoint.run(args.sizes, directory=args.directory, json_file=args.json)
+        if args.processes < 1:
+            raise BadInput(f"--processes {args.processes}: give at least 1.")
+        return checkpoint.run(
+            args.sizes, processes=args.processes, directory=args.directory, json_file=args.json
+        )
     if args.bench == "decode":
         return _decode(args)
     if args.bench == "clips":

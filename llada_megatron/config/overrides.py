@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.ranges import hints_of, rules_of
+from llada_megatron.config.ranges import hints_of, rules_of, takes_null
 from llada_megatron.config.schema import Config
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def _type_of(key: str) -> Any:
 
 def _wanted(hint: Any, value: Any) -> str | None:
     """What a setting takes, where `value` is nothing of the kind."""
+    if value is None and takes_null(hint):
+        return None
     bare, _ = rules_of(hint)
     if isinstance(value, str) and "${" in value:  # of another setting, known when all are composed
         return None

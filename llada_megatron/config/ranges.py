@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from llada_megatron.config.errors import BadInput
@@ -182,11 +183,18 @@ def _leaves(key: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, list[Ru
 
 
 def rules_of(hint: Any) -> tuple[Any, list[Rule]]:
-    """A type of the schema without its rules, and they."""
+    """A type of the schema without its rules and without null, and they."""
+    if takes_null(hint):
+        (hint,) = (each for each in get_args(hint) if each is not NoneType)
     if get_origin(hint) is Annotated:
         bare, *rules = get_args(hint)
         return bare, rules
     return hint, []
+
+
+def takes_null(hint: Any) -> bool:
+    """Whether a setting may be left open: `bool | None`."""
+    return isinstance(hint, UnionType)
 
 
 @cache

@@ -354,8 +354,10 @@ class CheckpointConfig:
     every_steps: Count = 0
     """0: only at the end, on a signal and at the end of a stage."""
     at_stage_end: bool = True
-    in_background: bool = False
-    """Write while training goes on, from a copy in host memory of what this rank saves."""
+    in_background: bool | None = None
+    """Write while training goes on, from a copy in host memory of what this rank saves; null: on CUDA."""
+    writer_threads: Annotated[int, Range(at_least=1, at_most=64)] = 4
+    """Files that each rank writes at the same time; small parts share one."""
     keep_last: Positive = 2
     """Older checkpoints are deleted, except those at the end of a stage and those kept by the next keys."""
     keep_every_steps: Count = 0

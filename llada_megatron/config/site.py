@@ -42,6 +42,10 @@ class ClusterConfig:
     network_gb_per_sec: Amount = 0.0
     """Per device and direction, between nodes, in 10^9 bytes per second."""
     network_latency_us: Amount = 0.0
+    host_gb_per_sec: Amount = 0.0
+    """Per device, into its node's pinned memory, in 10^9 bytes per second."""
+    storage_gb_per_sec: Amount = 0.0
+    """Per node to and from the file system of checkpoints, while all nodes write or read."""
     gemm_efficiency: Share = 0.0
     """Share of the peak that plain matrix products reach."""
     grouped_gemm_efficiency: Share = 0.0

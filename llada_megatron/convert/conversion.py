@@ -118,7 +118,7 @@ def mcore_to_hf(
     Tensors keep their type unless `dtype` is given. Without `architecture` a MoE that was trained with
     diffusion is LLaDA2MoeModelLM. Otherwise as `hf_to_mcore`.
     """
-    checkpoint = store.verified(find(source))
+    checkpoint = store.verified(find(source), weights_alone=True)
     manifest = checkpoint.manifest
     model = model_of(checkpoint.path, manifest.config)
     folder = carried.folder_of(checkpoint)

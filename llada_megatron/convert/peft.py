@@ -41,7 +41,7 @@ def mcore_to_peft(source: str, target: Path, *, architecture: str | None = None)
     Nothing appears at `target` unless the files, read again, add to every matrix what the checkpoint's
     adapters do. Raises BadInput for a checkpoint without adapters and a target that exists.
     """
-    checkpoint = store.verified(find(source))
+    checkpoint = store.verified(find(source), weights_alone=True)
     model = model_of(checkpoint.path, checkpoint.manifest.config)
     if not model.lora.rank:
         raise BadInput(f"{checkpoint.path} has no adapters: export it with `llada convert mcore-to-hf`.")

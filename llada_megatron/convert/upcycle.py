@@ -55,7 +55,7 @@ def upcycle(
     unless the certificate passes. Needs process groups of one process. Raises BadInput for a source that
     has experts already, numbers that make no MoE, and a target that exists.
     """
-    checkpoint = store.verified(find(source))
+    checkpoint = store.verified(find(source), weights_alone=True)
     path = checkpoint.path
     dense = model_of(checkpoint.path, checkpoint.manifest.config)
     moe = upcycled_config(dense, experts, experts_per_token, dense_layers)

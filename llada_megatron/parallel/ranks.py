@@ -36,6 +36,15 @@ def gathered(mine: Any) -> list[Any]:
     return parts
 
 
+def on_first_rank(mine: Any) -> list[Any]:
+    """What every rank gave, in rank order, on rank 0 alone; nothing on the others. It must be picklable."""
+    if not dist.is_initialized():
+        return [mine]
+    parts: list[Any] | None = [None] * ranks() if rank() == 0 else None
+    dist.gather_object(mine, parts)
+    return parts or []
+
+
 def from_first_rank[T](function: Callable[..., T], *arguments: Any) -> T:
     """What rank 0 finds in the file system, on every rank: the others may see it later than rank 0.
 

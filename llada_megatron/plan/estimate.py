@@ -19,6 +19,7 @@ from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan.activations import recomputed_modules
+from llada_megatron.plan.checkpoints import Checkpoints, checkpoints_of
 from llada_megatron.plan.decoding import Decoding, decoding_of
 from llada_megatron.plan.planner import Placement, Planner, Step
 from llada_megatron.plan.topology import gpus
@@ -105,6 +106,7 @@ class Plan:
     price_per_gpu_hour: float
     decoding: Decoding | None
     """None where the last stage of the schedule trains no model that fills masks."""
+    checkpoints: Checkpoints
 
     @property
     def fullest(self) -> RankMemory:
@@ -154,6 +156,7 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
             cached_token_bytes(planner.model, planner.config.precision, layout),
             context=planner.config.data.sequence_length,
         ),
+        checkpoints=checkpoints_of(planner.config, layout, placement.held, b=planner.b),
     )
 
 

@@ -10,6 +10,7 @@ from llada_megatron.config.layout import data_parallel_size
 from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.quantities import GB, amount, duration, quantity
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
+from llada_megatron.plan.checkpoints import HASH_GB_PER_SEC, INDEX_SEC
 from llada_megatron.plan.estimate import Plan, StageTime
 from llada_megatron.plan.memory import NOT_MODELLED
 from llada_megatron.plan.search import Result, describe
@@ -22,7 +23,7 @@ COLOURS = ("blue", "cyan", "magenta", "green", "yellow", "red", "bright_blue", "
 def print_plan(plan: Plan, config: Config) -> None:
     """Everything about one layout."""
     console = Console(highlight=False)
-    _verdict(console, plan, config.model)
+    _verdict(console, plan, config.model, config.checkpoint.every_steps)
     _memory(console, plan)
     longest = max(plan.stages, key=lambda stage: stage.hours)
     _schedule(console, plan)
@@ -31,7 +32,7 @@ def print_plan(plan: Plan, config: Config) -> None:
     _assumptions(console, plan, config)
 
 
-def _verdict(console: Console, plan: Plan, model: ModelConfig) -> None:
+def _verdict(console: Console, plan: Plan, model: ModelConfig, every_steps: int) -> None:
     fullest, usable = plan.fullest, plan.usable_bytes / GB
     word, style = ("fits", "bold green") if plan.fits else ("does not fit", "bold red")
     where = f" on {plan.cluster} ({plan.gpus} GPU{'s' * (plan.gpus > 1)})"
@@ -48,6 +49,7 @@ def _verdict(console: Console, plan: Plan, model: ModelConfig) -> None:
             f"  decoding {amount(1000 * kept.cached_token_bytes)} of keys and values per 1,000 tokens on each"
             f" process,\n           {amount(kept.bytes)} for {kept.batch} sequences of {kept.context:,}"
         )
+    console.print(f"  saves   {_saves(plan, every_steps)}")
     tokens = sum(stage.tokens for stage in plan.stages)
     cost = "" if plan.cost is None else f", cost {plan.cost:,.0f}"
     console.print(
@@ -55,6 +57,21 @@ def _verdict(console: Console, plan: Plan, model: ModelConfig) -> None:
         f" GPU-hours{cost}"
     )
     console.print(f"  speed   {quantity(plan.tokens_per_sec)} tokens/s, MFU {plan.mfu:.1%}, estimated")
+
+
+def _saves(plan: Plan, every_steps: int) -> str:
+    """A sentence on checkpoints."""
+    cost = plan.checkpoints
+    text = f"{amount(cost.bytes)} each"
+    if cost.host_bytes_per_node:
+        text += f", {amount(cost.host_bytes_per_node)} of host memory per node"
+    if cost.wait_seconds is None or cost.write_seconds is None or cost.load_seconds is None:
+        return f"{text}; cluster.host_gb_per_sec and storage_gb_per_sec would tell seconds"
+    text += f";\n          written in {cost.write_seconds:.0f} s, training waits {cost.wait_seconds:.1f} s"
+    if every_steps:
+        interval = every_steps * min(stage.step_seconds for stage in plan.stages)
+        text += f" of every {interval:,.0f} ({cost.wait_seconds / interval:.1%})"
+    return f"{text},\n          loaded in {cost.load_seconds:.0f} s"
 
 
 def _memory(console: Console, plan: Plan) -> None:
@@ -181,7 +198,13 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
         " transients are upper bounds; what layers keep is derived from"
         f" megatron-core's local spec{'' if derived else ', for TransformerEngine an estimate'}."
     )
-    console.print(f"Not modelled: {NOT_MODELLED}; evaluation and checkpoints. See docs/planning.md.")
+    if plan.checkpoints.load_seconds is not None:
+        console.print(
+            f"Of checkpoints: each device copies {cluster.host_gb_per_sec:g} GB/s, a node's storage moves"
+            f" {cluster.storage_gb_per_sec:g} GB/s while all ask, a thread hashes {HASH_GB_PER_SEC:g} GB/s,"
+            f" the index takes {INDEX_SEC:g} s; a load in the layout that saved."
+        )
+    console.print(f"Not modelled: {NOT_MODELLED}; evaluation. See docs/planning.md.")
 
 
 def print_search(result: Result, *, top: int) -> None:

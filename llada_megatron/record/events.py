@@ -4,7 +4,8 @@ Written by the submission, by the job around the training, and by rank 0; read b
 library only, since a batch script calls it with whatever Python a node has.
 
 `submitted` (job), `started` (job, restart, nodes, devices, step), `first_step` (step, replayed), `saved`
-(step, seconds), `evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when
+(step, seconds that training waited), `published` (of a save in the background: step, seconds since it began),
+`evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when
 all are well again), `global_batch` (a resume changed it: step, sample, before, now, the schedule's steps and
 tokens), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome, reason),
 `excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py, reason,

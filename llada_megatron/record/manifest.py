@@ -1,7 +1,8 @@
 """What a checkpoint is: its manifest, readable without torch and without loading a tensor.
 
 runs/NAME/checkpoints/step_00000012/
-    shards/         megatron-core's torch_dist format: weights, fully reshardable optimizer state
+    shards/         megatron-core's torch_dist format: weights
+    optimizer/      the same format: masters and moments, for a resume in any layout
     hf/             configurations and tokenizer that came with the weights (carried.py)
     manifest.json   position, configuration, origin, SHA-256 of every file; its presence means "whole"
 """

@@ -28,6 +28,7 @@ class Pace:
 def pace_of(run_dir: Path) -> Pace:
     """Of a run's last steps, and of all its saves."""
     steps = read_jsonl(RunDir(run_dir).metrics, *STEP_FIELDS)
-    saves = [event["seconds"] for event in events.read(run_dir) if event["event"] == "saved"]
+    whole = ("saved", "published")  # in the background, what training waited for, and all of it
+    saves = [event["seconds"] for event in events.read(run_dir) if event["event"] in whole]
     step_sec = max(map(step_seconds, steps[-STEPS_LOOKED_AT:]), default=0.0)
     return Pace(step_sec, max(saves, default=0.0))

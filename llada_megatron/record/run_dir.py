@@ -10,7 +10,9 @@ MANIFEST = "manifest.json"
 PAGE = "index.html"
 """Of a report's folder, or of a comparison's."""
 SHARDS = "shards"
-"""Folder of a checkpoint with its tensors, in megatron-core's torch_dist format."""
+"""Folder of a checkpoint with its weights, in megatron-core's torch_dist format."""
+OPTIMIZER = "optimizer"
+"""Folder with what only training reads, in the same format; earlier checkpoints hold it among the weights."""
 
 
 class RunDir:

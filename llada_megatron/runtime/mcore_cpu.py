@@ -109,8 +109,9 @@ def _patch_torch() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
     torch.Tensor.record_stream = lambda self, *args: None  # type: ignore[assignment,method-assign]
-    # pipeline_parallel/schedules.py:749, optimizer/optimizer.py, clip_grads.py: literal device="cuda".
-    for name in ("zeros", "ones", "empty", "full", "tensor", "arange"):
+    # pipeline_parallel/schedules.py:749, optimizer/optimizer.py, clip_grads.py: literal device="cuda";
+    # dist_checkpointing/exchange_utils.py:103: empty_like.
+    for name in ("zeros", "ones", "empty", "empty_like", "full", "tensor", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # optimizer/distrib_optimizer.py:466, optimizer.py:1028: Tensor.type() must be 'torch.cuda.FloatTensor'.
     tensor_type = torch.Tensor.type

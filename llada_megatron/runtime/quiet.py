@@ -43,8 +43,6 @@ LOGGED = [  # logger, part of the message
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
     # Advice to move to HybridModel; the version is pinned and GPTModel still gets its fixes.
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
-    # Said by every save; checkpoint/store.py writes in a thread of its own.
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
 ]
 
 

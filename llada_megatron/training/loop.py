@@ -286,7 +286,9 @@ class _Run:
                 skips,
             )
         if self.config.checkpoint.init_from:
-            checkpoint = store.verified(from_first_rank(find, self.config.checkpoint.init_from))
+            checkpoint = store.verified(
+                from_first_rank(find, self.config.checkpoint.init_from), weights_alone=True
+            )
             check_same_model(self.config, checkpoint)
             had_adapters = model_of(checkpoint.path, checkpoint.manifest.config).lora.rank > 0
             keep = None if had_adapters else is_adapter

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from llada_megatron.checkpoint.retention import retire
-from llada_megatron.checkpoint.store import Save
+from llada_megatron.checkpoint.store import Save, Saver
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.record import events
 from llada_megatron.record.manifest import Manifest
 from llada_megatron.record.run_dir import RunDir
+from llada_megatron.runtime import device
 from llada_megatron.training.position import Position
 from llada_megatron.training.step import Trainer
 
@@ -34,6 +35,9 @@ class Saving:
         """carried_along: what came with the weights that the run started from, in every checkpoint of it."""
         self.config, self.trainer, self.fingerprint = config, trainer, data_fingerprint
         self.carried_along = carried_along
+        asked = config.checkpoint.in_background
+        self.in_background = device.on_cuda() if asked is None else asked
+        self._saver = Saver(threads=config.checkpoint.writer_threads, in_background=self.in_background)
         self._pending: Save | None = None
         self._began = 0.0
         self.longest_sec = 0.0
@@ -72,15 +76,14 @@ class Saving:
             metrics=metrics,
             data_fingerprint=self.fingerprint | self._identities(),
         )
-        self._pending = Save(
+        self._pending = self._saver.save(
             RunDir(self.config.run.dir).checkpoint(step),
             manifest,
             self.trainer.model,
             self.trainer.optimizer,
             carried_along=self.carried_along,
-            in_background=self.config.checkpoint.in_background,
         )
-        if not self.config.checkpoint.in_background:
+        if not self.in_background:
             self.finish()
         if dist.get_rank() == 0:
             events.append(Path(self.config.run.dir), "saved", step=step, seconds=time.monotonic() - began)
@@ -101,7 +104,12 @@ class Saving:
             return
         pending, self._pending = self._pending, None
         pending.publish()
-        self.longest_sec = max(self.longest_sec, time.monotonic() - self._began)
+        took = time.monotonic() - self._began
+        self.longest_sec = max(self.longest_sec, took)
         if dist.get_rank() == 0:
             retire(Path(self.config.run.dir), self.config.checkpoint)
+            if self.in_background:
+                events.append(
+                    Path(self.config.run.dir), "published", step=pending.manifest.step, seconds=took
+                )
         dist.barrier()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.config.errors import RunFailed
-from llada_megatron.config.schema import Config, LayoutConfig
+from llada_megatron.config.schema import Config
 
 if TYPE_CHECKING:
     from llada_megatron.objectives.batch import MicroBatch
@@ -70,22 +70,10 @@ def state_sha256(checkpoint: Path) -> str:
     """Of every tensor of a checkpoint by name: weights, moments, masters and expert biases. One process."""
     import torch
 
-    from llada_megatron.parallel import groups
-    from megatron.core import dist_checkpointing  # isort: skip  # after our own, which make it importable
+    from llada_megatron.checkpoint.shards import tensors_of
 
-    groups.initialize(LayoutConfig())
-    try:
-        tensors = _leaves(dist_checkpointing.load_plain_tensors(str(checkpoint / "shards")))
-    finally:
-        groups.destroy()
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name, values in tensors_of(checkpoint):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(values.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _leaves(node: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(node, dict):
-        return {k: v for key, value in node.items() for k, v in _leaves(value, f"{name}/{key}").items()}
-    return {name: node} if hasattr(node, "untyped_storage") else {}

@@ -57,3 +57,5 @@ def test_the_warning_before_the_limit_grows_with_what_saves_have_taken(tmp_path)
     assert lead_sec(tmp_path, 300) == 300
     events.append(tmp_path, "saved", step=10, seconds=400.0)
     assert lead_sec(tmp_path, 300) == 830
+    events.append(tmp_path, "published", step=20, seconds=600.0)  # behind training, which waited for less
+    assert lead_sec(tmp_path, 300) == 1230

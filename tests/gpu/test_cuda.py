@@ -68,3 +68,15 @@ def test_the_attention_benchmark_finds_every_executor_right_and_transformer_engi
     if importlib.util.find_spec("transformer_engine"):
         of_baseline = [result for result in results if result["executor"] == "TE unfused"]
         assert of_baseline and all(result["seconds"] and result["peak_bytes"] for result in of_baseline)
+
+
+def test_a_save_copies_into_pinned_memory_that_the_next_one_uses_again():
+    import torch
+
+    from llada_megatron.checkpoint.staging import Staging
+
+    staging = Staging()
+    values = [torch.arange(1000, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    first = staging.copies(values)
+    assert all(copy.is_pinned() and copy.equal(each.cpu()) for copy, each in zip(first, values, strict=True))
+    assert [copy.data_ptr() for copy in staging.copies(values)] == [copy.data_ptr() for copy in first]

@@ -84,7 +84,14 @@ def arrays_in(folders: list[Path]) -> list[dict[str, bytes]]:
         return {name: node.contiguous().numpy().tobytes()} if hasattr(node, "numpy") else {}
 
     groups.initialize(LayoutConfig())
-    return [leaves(dist_checkpointing.load_plain_tensors(str(folder / "shards"))) for folder in folders]
+    return [
+        {
+            name: array
+            for part in ("shards", "optimizer")
+            for name, array in leaves(dist_checkpointing.load_plain_tensors(str(folder / part))).items()
+        }
+        for folder in folders
+    ]
 
 
 def assert_equal_within_rounding(run_dir: Path, straight: Path) -> None:

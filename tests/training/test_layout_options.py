@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from llada_megatron.config import rules
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import Config, LayoutConfig
+from llada_megatron.config.schema import Config
 from tests.config.test_layout import configs
 from tests.distributed import run_ranks
 from tests.training.runs import (
@@ -108,12 +108,9 @@ def train_in_small_buckets(all_configs: list[Config]) -> list[tuple[int, int, bo
 
 def not_the_optimizers(folder: Path) -> list[str]:
     """Weights of a checkpoint that differ from the fp32 ones that its optimizer updates."""
-    from megatron.core import dist_checkpointing
+    from llada_megatron.checkpoint.shards import tensors_of
 
-    from llada_megatron.parallel import groups
-
-    groups.initialize(LayoutConfig())
-    tensors = dist_checkpointing.load_plain_tensors(str(folder / "shards"))
+    tensors = dict(tensors_of(folder))
     prefix = "optimizer.state.param."
     masters = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     assert masters
