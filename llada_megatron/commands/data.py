@@ -150,23 +150,18 @@ def _report(prefix: str | Path, summary: dict[str, Any]) -> None:
 
 def _index(args: argparse.Namespace) -> int:
     from llada_megatron.config.compose import compose
-    from llada_megatron.config.rules import schedule_of
-    from llada_megatron.data.packed import build_sequences, held_out_sequences
+    from llada_megatron.data.packed import build_sequences
 
     config = compose(args.overrides)
-    wanted = {"train": schedule_of(config).total_tokens // config.data.sequence_length}
-    if config.evaluation.block_sizes:
-        wanted["validation"] = held_out_sequences(config.evaluation)
-    for split, sequences_wanted in wanted.items():
+    for split in ("train", *(["validation"] if config.evaluation.block_sizes else [])):
         sequences = build_sequences(
             config.data,
             split=split,
             seed=config.run.seed,
             vocab_size=config.model.vocab_size,
             mask_token_id=config.model.mask_token_id,
-            sequences_wanted=sequences_wanted,
         )
-        print(f"{split}: {sequences.sequences_per_epoch} sequences an epoch, {sequences_wanted} wanted")
+        print(f"{split}: {sequences.sequences_per_epoch} sequences an epoch")
     return 0
 
 

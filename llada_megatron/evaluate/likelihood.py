@@ -69,7 +69,6 @@ class Evaluator:
             seed=config.run.seed,
             vocab_size=config.model.vocab_size,
             mask_token_id=config.model.mask_token_id,
-            sequences_wanted=wanted,
             refuse_ids=config.training.bad_samples is BadSamples.refuse,
         )
         held_out = list(_good(data, min(data.sequences_per_epoch, wanted), config))
