@@ -67,11 +67,12 @@ class Findings:
             return None
         with self._about("data.split"):
             from llada_megatron.data.fingerprint import fingerprint
-            from llada_megatron.data.packed import check_split, refuse_pairs
+            from llada_megatron.data.packed import check_split, held_out, refuse_pairs
 
             refuse_pairs(data, {stage.objective for stage in self.config.schedule.stages})
-            for split in ("train", *(["validation"] if self.config.evaluation.block_sizes else [])):
-                check_split(data, split)
+            check_split(data, "train")
+            for part in held_out(data).values() if self.config.evaluation.block_sizes else ():
+                check_split(part, "validation")
             return fingerprint(data)
         return None
 

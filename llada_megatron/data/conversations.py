@@ -107,6 +107,7 @@ class PackedConversations:
                 f"{data.sequence_length}: raise it, or set data.too_long=cut."
             )
         self._packing = best_fit(self._padded.sum(axis=1), data.sequence_length, seed)
+        self._ordered: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -153,9 +154,11 @@ class PackedConversations:
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of the sequences in an epoch, a function of (seed, epoch) alone."""
-        if getattr(self, "_ordered_epoch", None) != epoch:
-            self._ordered, self._ordered_epoch = permutation(self._seed, epoch, len(self._packing)), epoch
-        return self._ordered
+        known, order = self._ordered  # taken at once: several threads may read
+        if known != epoch:
+            order = permutation(self._seed, epoch, len(self._packing))
+            self._ordered = epoch, order
+        return order
 
     def _shorten(self, documents: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> int:
         """Set the length of what does not fit to where it is cut, or to 0; returns how many did not fit."""

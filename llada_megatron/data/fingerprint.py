@@ -20,7 +20,7 @@ def fingerprint(data: DataConfig) -> dict[str, Any]:
     """
     corpora = survey(data)
     found: dict[str, Any] = {
-        "corpora": [_described(corpus) for corpus in corpora],
+        "corpora": [content_of(corpus) for corpus in corpora],
         "weights": [float(weight) for weight in data.weights],
         "split": data.split,
         "sequence_length": data.sequence_length,
@@ -40,7 +40,8 @@ def of_this_node(data: DataConfig) -> dict[str, Any]:
     return fingerprint(data) if is_first_here and rank() else first
 
 
-def _described(corpus: Corpus) -> dict[str, Any]:
+def content_of(corpus: Corpus) -> dict[str, Any]:
+    """Sizes and digests of the files of a corpus."""
     found = {
         "bin_bytes": sum(shard.bin_bytes for shard in corpus.shards),
         "idx_bytes": sum(shard.idx_bytes for shard in corpus.shards),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from megatron.core.datasets.utils import Split
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.objectives import OBJECTIVES
-from llada_megatron.config.schema import DataConfig, EvaluationConfig
+from llada_megatron.config.schema import DataConfig
 from llada_megatron.data.blend import Blend
 from llada_megatron.data.conversations import (
     ANSWER,
@@ -34,7 +34,7 @@ from llada_megatron.data.conversations import (
 from llada_megatron.data.index_cache import filled, loaded
 from llada_megatron.data.packing import permutation
 from llada_megatron.data.reading import TokenFiles
-from llada_megatron.data.shards import Corpus, cache_of, prefixes_of, survey
+from llada_megatron.data.shards import Corpus, cache_of, domains, prefixes_of, survey
 from llada_megatron.data.token_ids import check_ids
 from llada_megatron.parallel.ranks import from_first_rank, warn
 
@@ -83,9 +83,9 @@ class BadSample(BadInput):
 class PackedDocuments:
     """The sequences of one corpus and split: endless, each epoch in an order of its own."""
 
-    def __init__(self, corpus: Corpus, indices: Path, sequence_length: int, seed: int) -> None:
+    def __init__(self, corpus: Corpus, indices: Path, seed: int) -> None:
         """indices: the folder of megatron-core's indices of the split."""
-        self.corpus, self._length, self._seed = corpus, sequence_length, seed
+        self._seed = seed
         self.document_index, self.sample_index, self.shuffle_index = (
             loaded(indices, part) for part in INDICES
         )
@@ -190,13 +190,16 @@ class PackedSequences:
         return sample
 
 
-BASELINE_SEQUENCES = 4096
-"""The entropies of the text are taken over at most this many held-out sequences."""
+def held_out(data: DataConfig) -> dict[str, DataConfig]:
+    """By domain, the data whose `validation` split is held out: all of each entry of data.validation.
 
-
-def held_out_sequences(evaluation: EvaluationConfig) -> int:
-    """How many sequences of the validation split an evaluation reads, for the model and for the entropies."""
-    return max(evaluation.sequences, BASELINE_SEQUENCES)
+    Without any the tails of data.path, under no name.
+    """
+    if not data.validation:
+        return {"": data}
+    own = replace(data, validation=[], weights=[], split="0,1", cache_dir=str(cache_of(data)))
+    names = domains(data.validation)
+    return {names[entry]: replace(own, path=[entry]) for entry in data.validation}
 
 
 def build_sequences(
@@ -222,7 +225,7 @@ def build_sequences(
         check_ids(corpora, vocab_size, mask_token_id, cache_of(data))
     folders = from_first_rank(_indices, data, corpora, split, seed)
     members: list[Member] = [
-        PackedDocuments(corpus, folder, data.sequence_length, seed)
+        PackedDocuments(corpus, folder, seed)
         if folder
         else PackedConversations(corpus.index(), corpus.documents_of(split, data.split), data, seed)
         for corpus, folder in zip(corpora, folders, strict=True)
@@ -253,27 +256,24 @@ def _corpora_of(data: DataConfig, split: str) -> tuple[list[Corpus], list[float]
     corpora = survey(data)
     tokens = [corpus.tokens_of(split, data.split) for corpus in corpora]
     weights = [float(weight) for weight in data.weights or tokens]
-    kept = []
+    kept, short = [], []
     for number, corpus in enumerate(corpora):
         if tokens[number] >= (1 if corpus.holds_conversations else data.sequence_length):
             kept.append(number)
-            continue
-        documents = len(corpus.documents_of(split, data.split))
-        refusal = (
-            f"{corpus.entry}: the {split} split holds {documents} of {corpus.documents} documents and"
-            f" {tokens[number]} tokens, less than one sequence"
-        )
-        if split == "train" or len(corpora) == 1:
-            raise BadInput(
-                f"{refusal}: change data.split ({data.split}) or data.sequence_length"
-                f" ({data.sequence_length})."
+        else:
+            documents = len(corpus.documents_of(split, data.split))
+            short.append(
+                f"{corpus.entry}: the {split} split holds {documents} of {corpus.documents} documents and"
+                f" {tokens[number]} tokens, less than one sequence"
             )
-        warn(f"{refusal}: it is left out of evaluations")
-    if not kept:
+    if short and (split == "train" or not kept):
+        instead = ", or name held-out text in data.validation" if split == "validation" else ""
         raise BadInput(
-            f"No corpus holds a sequence in its {split} split: change data.split ({data.split}) or"
-            f" data.sequence_length ({data.sequence_length})."
+            f"{short[0]}: change data.split ({data.split}) or data.sequence_length"
+            f" ({data.sequence_length}){instead}."
         )
+    for sentence in short:
+        warn(f"{sentence}: it is left out of evaluations")
     return [corpora[number] for number in kept], [weights[number] for number in kept]
 
 

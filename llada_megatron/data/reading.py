@@ -83,18 +83,19 @@ class TokenFiles:
             os.close(file)
 
 
-_ALWAYS_ALLOWED = 256
-"""Files that no system forbids beside those that are open anyway."""
+_OTHER_FILES = 256
+"""Of libraries, sockets and logs."""
 
 
 def _allow_files(more: int) -> None:
     """Raise this process's limit of open files by as many; BadInput where the system's is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if more <= _ALWAYS_ALLOWED or soft == resource.RLIM_INFINITY:
+    if soft == resource.RLIM_INFINITY:
         return
-    if hard != resource.RLIM_INFINITY and soft + more > hard:
+    if hard != resource.RLIM_INFINITY and more + _OTHER_FILES > hard:
         raise BadInput(
             f"The data has {more // 2} shards, and a process may open {hard} files in all: raise"
             " `ulimit -Hn`, or prepare fewer and larger shards."
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft + more, hard))
+    enough = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))

@@ -12,6 +12,8 @@ import glob
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,6 +148,16 @@ def prefixes_of(entry: str) -> list[str]:
     if not found:
         raise BadInput(f"data.path names {entry}, where no .idx lies: name a prefix, a folder or a pattern.")
     return sorted(found)
+
+
+def domains(entries: Sequence[str]) -> dict[str, str]:
+    """A short name for each entry: the last part of its path, without a pattern's signs; or all of it."""
+    named = {}
+    for entry in entries:
+        parts = [re.sub(r"[*?\[\]]+", "", part).strip("_-. ") for part in entry.split("/")]
+        named[entry] = next((part for part in reversed(parts) if part), entry)
+    counts = Counter(named.values())
+    return {entry: name if counts[name] == 1 else entry for entry, name in named.items()}
 
 
 def survey(data: DataConfig) -> list[Corpus]:
