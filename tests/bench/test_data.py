@@ -4,8 +4,8 @@ from llada_megatron.bench import data
 
 
 def test_the_start_of_a_few_small_shards_is_measured(tmp_path):
-    found = data.start(tmp_path, shards=3, shard_bytes=100_000, documents=50)
-    assert len(found) == 5 and all(seconds > 0 for seconds in found.values())
+    found = data.start(tmp_path, shards=3, shard_bytes=4_000_000, documents=50)
+    assert len(found) == 6 and all(seconds > 0 for seconds in found.values())
 
 
 def test_both_readers_read_the_same_documents(tmp_path):
