@@ -129,7 +129,6 @@ def _prompts(config: Config, setting: Setting) -> list[np.ndarray]:
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=setting.batch,
     )
     return [data[index].tokens[: setting.prompt_tokens] for index in range(setting.batch)]
 

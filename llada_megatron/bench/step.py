@@ -23,6 +23,7 @@ from llada_megatron.config.flops import training_flops_per_sequence
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.corpus import read_index
+from llada_megatron.data.shards import prefixes_of
 from llada_megatron.record.json_files import write_json
 from llada_megatron.runtime.launch import already_started, launch
 
@@ -65,7 +66,7 @@ def run(overrides: list[str], *, rounds: int, json_file: Path | None) -> int:
     cases = on_every_rank(_time, config, rounds)
     if cases is None:
         return 0
-    report = described(config, str(read_index(config.data.path[0]).log_normal))
+    report = described(config, str(read_index(prefixes_of(config.data.path[0])[0]).log_normal))
     if config.layout.processes > 1:
         report |= {"cases": [case.times() for case in cases], "checks": []}
     else:

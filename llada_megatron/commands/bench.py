@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--directory", type=Path, metavar="DIR", help="the disk to measure; default: /tmp"
     )
     checkpoint.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    data = benches.add_parser("data", help="until a run has its data; reading a sequence cold and warm")
+    data.add_argument("--shards", type=int, default=4000, metavar="N", help="default 4000")
+    data.add_argument("--shard-gb", type=float, default=10.0, metavar="GB", help="of holes (default 10)")
+    data.add_argument("--documents", type=int, default=10_000, metavar="N", help="a shard (default 10000)")
+    data.add_argument("--directory", type=Path, metavar="DIR", help="the disk to measure; default: /tmp")
+    data.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode = benches.add_parser("decode", help="decoding with a cache: equal tokens first, then speed")
     opened.add_arguments(decode, default="first weights of model=small")
     decode.add_argument("--rules", default="threshold", metavar="NAME,NAME", help="default threshold")
@@ -82,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
         return checkpoint.run(
             args.sizes, processes=args.processes, directory=args.directory, json_file=args.json
         )
+    if args.bench == "data":
+        from llada_megatron.bench import data
+
+        if min(args.shards, args.shard_gb, args.documents) <= 0:
+            raise BadInput("--shards, --shard-gb and --documents must be above 0.")
+        return data.run(args.shards, args.shard_gb, args.documents, args.directory, args.json)
     if args.bench == "decode":
         return _decode(args)
     if args.bench == "clips":

@@ -50,6 +50,7 @@ class Findings:
     def _data(self) -> dict[str, Any] | None:
         """What a resume compares; None where the data cannot be used."""
         from llada_megatron.data.corpus import read_index
+        from llada_megatron.data.shards import prefixes_of
         from llada_megatron.data.tokenizer import check_vocabulary
 
         data, model = self.config.data, self.config.model
@@ -58,17 +59,20 @@ class Findings:
         with self._about("data.path"):
             if not data.path:
                 raise BadInput("data.path is empty: name the prefix of at least one .bin/.idx pair.")
-            for prefix in data.path:
-                read_index(prefix)
+            for entry in data.path:
+                for prefix in prefixes_of(entry):
+                    read_index(prefix)
         if not {"data.tokenizer", "data.path"} <= {*self.checked}:
             self.unknown = ["data.split", "whether a checkpoint's data is this one"]
             return None
         with self._about("data.split"):
-            from llada_megatron.data.packed import check_split, fingerprint, refuse_pairs
+            from llada_megatron.data.fingerprint import fingerprint
+            from llada_megatron.data.packed import check_split, held_out, refuse_pairs
 
             refuse_pairs(data, {stage.objective for stage in self.config.schedule.stages})
-            for split in ("train", *(["validation"] if self.config.evaluation.block_sizes else [])):
-                check_split(data, split)
+            check_split(data, "train")
+            for part in held_out(data).values() if self.config.evaluation.block_sizes else ():
+                check_split(part, "validation")
             return fingerprint(data)
         return None
 

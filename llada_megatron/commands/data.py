@@ -50,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", metavar="NAME", help=f"{', '.join(BUILT_IN)} or a file; default: the tokenizer's")
     add("--supervise", choices=("all", "last"), default="all", help="answers of a chat that are learnt")
     add("--skip-bad", type=int, default=0, metavar="N", help="go on without up to N unreadable records")
-    add("--mask-token-in-text", choices=MASK_RULES, default="refuse", help="what becomes of such a document")
+    add(
+        "--mask-token-in-text",
+        choices=MASK_RULES,
+        default=MASK_RULES[0],
+        help="of such a document; default drop",
+    )
     add("--workers", type=int, help="processes; default: the cores this process may use")
 
     python_text = commands.add_parser("python-text", help="the text that CPython carries, prepared as bytes")
@@ -150,23 +155,22 @@ def _report(prefix: str | Path, summary: dict[str, Any]) -> None:
 
 def _index(args: argparse.Namespace) -> int:
     from llada_megatron.config.compose import compose
-    from llada_megatron.config.rules import schedule_of
-    from llada_megatron.data.packed import build_sequences, held_out_sequences
+    from llada_megatron.data.packed import build_sequences, held_out
 
     config = compose(args.overrides)
-    wanted = {"train": schedule_of(config).total_tokens // config.data.sequence_length}
+    parts = [("train", "", config.data)]
     if config.evaluation.block_sizes:
-        wanted["validation"] = held_out_sequences(config.evaluation)
-    for split, sequences_wanted in wanted.items():
+        for domain, data in held_out(config.data).items():
+            parts.append(("validation", domain and f" {domain}", data))
+    for split, domain, data in parts:
         sequences = build_sequences(
-            config.data,
+            data,
             split=split,
             seed=config.run.seed,
             vocab_size=config.model.vocab_size,
             mask_token_id=config.model.mask_token_id,
-            sequences_wanted=sequences_wanted,
         )
-        print(f"{split}: {sequences.sequences_per_epoch} sequences an epoch, {sequences_wanted} wanted")
+        print(f"{split}{domain}: {sequences.sequences_per_epoch} sequences an epoch")
     return 0
 
 

@@ -94,6 +94,7 @@ def _settings(args: argparse.Namespace) -> list[str]:
         given.append(f"evaluation.block_sizes=[{args.block_sizes}]")
     if args.data is not None:
         given += [f"data.path={json.dumps(args.data)}", "data.weights=[]", "data.split=0,1"]
+        given.append("data.validation=[]")
     for name in ("sequences", "draws"):
         if (value := getattr(args, name)) is not None:
             if value < 1:
@@ -117,9 +118,11 @@ def _print(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def row(name: str, estimate: dict[str, float | None], mean: str) -> None:
+    def row(name: str, estimate: dict[str, Any], mean: str) -> None:
         cells = (estimate[key] for key in (mean, "se", "bits_per_byte"))
         table.add_row(name, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
+        for domain, own in estimate.get("domains", {}).items():
+            row(f"  {domain}", own, "mean")
 
     table = Table(box=None, pad_edge=False)
     table.add_column("")

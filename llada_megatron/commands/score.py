@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from llada_megatron.config import compose
     from llada_megatron.config.layout_rules import check_layout
     from llada_megatron.config.schedule import block_size_of
-    from llada_megatron.data.packed import fingerprint
+    from llada_megatron.data.fingerprint import fingerprint
     from llada_megatron.objectives.reference import check_pairs, scored_under, weights_digest, write_scores
     from llada_megatron.record.manifest import find
 

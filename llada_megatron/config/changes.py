@@ -21,6 +21,7 @@ FREE = (
     "model.head_chunk_tokens",
     "data.path",
     "data.cache_dir",
+    "data.validation",
     "schedule.stages",
     "layout.micro_batch",
     "layout.processes",

@@ -180,9 +180,11 @@ class DataConfig:
     """Where clean tokens come from."""
 
     path: list[Path] = field(default_factory=list)
-    """Prefixes of Megatron .bin/.idx pairs."""
+    """Prefixes of Megatron .bin/.idx pairs; a folder or a pattern of prefixes is one corpus of shards."""
     weights: list[Factor] = field(default_factory=list)
     """One per path; empty means in proportion to the tokens."""
+    validation: list[Path] = field(default_factory=list)
+    """Held-out text of its own, named as in path; each entry is a domain. Empty: what split keeps back."""
     split: Annotated[str, shares] = "99,1"
     """Shares of the documents for training and validation, in file order."""
     sequence_length: Size = MISSING

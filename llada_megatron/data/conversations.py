@@ -17,6 +17,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import DataConfig, TooLong
 from llada_megatron.data.corpus import CorpusIndex, read_index, read_sidecar
 from llada_megatron.data.packing import best_fit, permutation, quantised
+from llada_megatron.data.reading import TokenFiles
 
 ROLES = ("", "system", "user", "assistant", "tool", "padding")
 """By number; the first is any role but these."""
@@ -87,13 +88,12 @@ class PackedConversations:
         """The texts of these documents. Raises BadInput where roles and tokens do not belong together, for a
         conversation that is too long where data.too_long says so, and for a split without a sequence.
         """
-        # Not above: whoever prepares or encodes conversations would wait for torch in every worker.
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         self.dataset_path, self._data, self._seed = corpus.prefix, data, seed
         self._end_of_document_id = _said(corpus.prefix)["end_of_document_id"]
-        self._tokens = IndexedDataset(corpus.prefix)
-        self._roles = IndexedDataset(read_roles(corpus).prefix)
+        self._tokens, self._roles = (
+            TokenFiles([(index.prefix, index.dtype.name, len(index.document_lengths))])
+            for index in (corpus, read_roles(corpus))
+        )
         self._texts = texts_of(corpus.prefix)
         documents = documents.astype(np.int64).reshape(-1, self._texts)
         lengths = corpus.document_lengths[documents].astype(np.int64)
@@ -107,6 +107,7 @@ class PackedConversations:
                 f"{data.sequence_length}: raise it, or set data.too_long=cut."
             )
         self._packing = best_fit(self._padded.sum(axis=1), data.sequence_length, seed)
+        self._ordered: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -114,18 +115,9 @@ class PackedConversations:
         return len(self._packing)
 
     @property
-    def unique_description(self) -> str:
-        """Identity for the index of a blend, which is of lengths alone."""
-        return f"{self.dataset_path} {self._documents.shape} {self._data.sequence_length} {self._data.pad_to}"
-
-    @property
     def padding(self) -> float:
         """Share of the tokens of an epoch that belong to no conversation."""
         return 1 - int(self._lengths.sum()) / (len(self._packing) * self._data.sequence_length)
-
-    def __len__(self) -> int:
-        """Return more than any blend asks for: members start their next epoch by themselves."""
-        return 2**62
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Tokens [L], roles uint8 [L], cu_seqlens [documents + 1] and document_ids [documents] of an index
@@ -144,8 +136,8 @@ class PackedConversations:
                     int(self._lengths[conversation, text]),
                 )
                 start, stop = ends[-1], ends[-1] + int(self._padded[conversation, text])
-                tokens[start : start + size] = self._tokens.get(document, length=size)
-                roles[start : start + size] = self._roles.get(document, length=size)
+                tokens[start : start + size] = self._tokens.read([(document, 0, size)])[0]
+                roles[start : start + size] = self._roles.read([(document, 0, size)])[0]
                 roles[start + size : stop] = after
                 ends.append(stop)
                 documents.append(document)
@@ -162,9 +154,11 @@ class PackedConversations:
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of the sequences in an epoch, a function of (seed, epoch) alone."""
-        if getattr(self, "_ordered_epoch", None) != epoch:
-            self._ordered, self._ordered_epoch = permutation(self._seed, epoch, len(self._packing)), epoch
-        return self._ordered
+        known, order = self._ordered  # taken at once: several threads may read
+        if known != epoch:
+            order = permutation(self._seed, epoch, len(self._packing))
+            self._ordered = epoch, order
+        return order
 
     def _shorten(self, documents: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> int:
         """Set the length of what does not fit to where it is cut, or to 0; returns how many did not fit."""
@@ -180,7 +174,8 @@ class PackedConversations:
         for conversation in long:
             keep = 0
             if data.too_long is TooLong.cut and self._texts == 1:
-                is_answer = self._roles.get(int(documents[conversation, 0])) >= ANSWER
+                (own,) = self._roles.read([(int(documents[conversation, 0]), 0, None)])
+                is_answer = own >= ANSWER
                 stops = 1 + np.flatnonzero(is_answer & ~np.append(is_answer[1:], False))
                 keep = max((stop for stop in stops.tolist() if stop <= room), default=0)
             lengths[conversation] = keep

@@ -20,6 +20,7 @@ from llada_megatron.config.flops import DocumentLengths
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
+IDX_HEADER_BYTES = _INDEX_HEADER.size
 _TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
 _SIDECAR_TYPES = {"tokenizer": str, "tokenizer_sha256": str, "vocab_size": int, "tokens": int, "bytes": int}
@@ -93,6 +94,11 @@ def read_index(prefix: str) -> CorpusIndex:
     if bin_bytes == 0:
         raise BadInput(f"{bin_path} holds no tokens: prepare the corpus again.")
     return CorpusIndex(prefix, dtype, lengths, offsets)
+
+
+def mapped_lengths(prefix: str, documents: int) -> numpy.ndarray:
+    """int32 [documents], in tokens, of an index that was checked before."""
+    return numpy.memmap(f"{prefix}.idx", "<i4", "r", IDX_HEADER_BYTES, (documents,))
 
 
 def read_sidecar(prefix: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from llada_megatron.data.conversations import ANSWER
 from llada_megatron.data.formats import FORMATS
 from llada_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
-MASK_RULES = ("refuse", "drop", "split")
+MASK_RULES = ("drop", "refuse", "split")
 
 _tokenizer = functools.cache(load_tokenizer)  # once in each worker
 
@@ -35,9 +35,9 @@ class Preparation:
     format: str = "text"
     """A name of data/formats.py's `FORMATS` or of data/chat.py's `CONVERSATIONS`."""
     text_field: str = "text"
-    mask_token_in_text: str = "refuse"
-    """What becomes of a document that holds the mask token, one of `MASK_RULES`: the preparation is refused,
-    the document is dropped, or it is split there into documents without it."""
+    mask_token_in_text: str = "drop"
+    """What becomes of a document that holds the mask token, one of `MASK_RULES`: it is dropped and counted,
+    the preparation is refused, or it is split there into documents without it."""
     skip_bad: int = 0
     """Go on without up to this many records that cannot be read."""
     chat_template: str | None = None

@@ -21,23 +21,29 @@ import numpy
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.data.durable import write_out
-from llada_megatron.parallel.ranks import from_first_rank, warn
+from llada_megatron.parallel.ranks import warn
 
 DIGESTS = "sha256.json"
 
 
-def cached[Dataset](
-    root: Path, identity: dict[str, Any], parts: Sequence[str], build: Callable[[Path], Dataset]
-) -> Dataset:
-    """Return `build(folder)` after rank 0 has filled the folder, or has found it whole.
+def filled(
+    root: Path, identity: dict[str, Any], parts: Sequence[str], build: Callable[[Path], object]
+) -> Path:
+    """The folder of these indices, whole: as it is found, or after `build(folder)` has filled it.
 
-    parts: names of the arrays that megatron-core keeps there. A damaged folder is built again, and said.
-    Every rank must call it. Raises BadInput, on every rank alike, where the folder cannot be written.
+    parts: names of the arrays that megatron-core keeps there. A damaged folder is built again, and said. For
+    one process; the others are told. Raises BadInput where the folder cannot be written.
     """
     content = json.dumps({"megatron_core": megatron.core.__version__, **identity}, sort_keys=True)
     folder = root / hashlib.sha256(content.encode()).hexdigest()[:32]
-    from_first_rank(_fill, folder, parts, build)
-    return build(folder)
+    _fill(folder, parts, build)
+    return folder
+
+
+def loaded(folder: Path, part: str) -> numpy.ndarray:
+    """One of the arrays of a folder that was found whole, memory-mapped."""
+    (path,) = folder.glob(f"*-{part}.npy")
+    return numpy.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def damage(folder: Path, parts: Sequence[str]) -> str | None:

@@ -21,6 +21,7 @@ from llada_megatron.data.chat import CONVERSATIONS
 from llada_megatron.data.containers import CONTAINERS, BadRecord
 from llada_megatron.data.documents import Preparation, conversations, documents
 from llada_megatron.data.durable import write_out
+from llada_megatron.data.shards import described
 from llada_megatron.data.sources import Source, find_sources
 from llada_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from llada_megatron.runtime import interrupts
@@ -74,7 +75,8 @@ def prepare_corpus(
     output_prefix.parent.mkdir(parents=True, exist_ok=True)
     try:
         counts = _write_tokens(aside, sources, how, tokenizer, workers, say)
-        summary = _described(how, tokenizer, sources) | counts
+        files = described(_dtype(tokenizer).__name__, counts["documents"], counts["tokens"], aside)
+        summary = _said(how, tokenizer, sources) | counts | {"files": files}
         aside["json"].write_text(json.dumps(summary, indent=1) + "\n")
         write_out(aside.values())
         # An .idx is what makes a .bin a corpus: the old one goes first and the new one comes last,
@@ -90,7 +92,7 @@ def prepare_corpus(
     return summary
 
 
-def _described(how: Preparation, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:
+def _said(how: Preparation, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:
     return {
         "version": SIDECAR_VERSION,
         "tokenizer": how.tokenizer if how.tokenizer == "bytes" else os.path.abspath(how.tokenizer),
@@ -152,11 +154,11 @@ def _write_tokens(
     say: Callable[[str], None],
 ) -> dict[str, int]:
     """Write the pairs of files of all sources, in their order, and return the counts and the range of ids."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    dtype = _dtype(tokenizer)
     builder = IndexedDatasetBuilder(str(aside["bin"]), dtype=dtype)
     roles = (
         IndexedDatasetBuilder(str(aside["roles.bin"]), dtype=numpy.uint8) if "roles.bin" in aside else None
@@ -187,6 +189,12 @@ def _write_tokens(
     if roles is not None:
         roles.finalize(str(aside["roles.idx"]))
     return {name: counts[name] for name in _COUNTED} | {"lowest_id": lowest, "highest_id": highest}
+
+
+def _dtype(tokenizer: Tokenizer) -> type[numpy.number]:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    return DType.optimal_dtype(tokenizer.vocab_size)
 
 
 def _allow(bad: list[str], so_far: int, allowed: int, say: Callable[[str], None]) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.data.corpus import CorpusIndex, read_sidecar
+from llada_megatron.data.corpus import CorpusIndex, read_index, read_sidecar
+from llada_megatron.data.shards import Corpus, Shard, is_about, remember, remembered_file
 from llada_megatron.parallel.ranks import from_first_rank, gathered, rank, ranks, warn
 
 BLOCK_TOKENS = 2**23
@@ -20,8 +20,23 @@ _LARGE_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
+class Ids:
+    """What ids a .bin holds."""
+
+    lowest: int
+    highest: int
+    mask_token_id: int
+    masked: int
+    """How many of them are the mask token; 0 where it is not between the lowest and the highest."""
+
+    def are_good(self, vocab_size: int) -> bool:
+        """Whether all are in 0..vocab_size - 1 and none is the mask token."""
+        return self.lowest >= 0 and self.highest < vocab_size and not self.masked
+
+
+@dataclass(frozen=True)
 class Outside:
-    """Ids of a corpus that a vocabulary does not hold."""
+    """Ids of a corpus that a model cannot read or must not."""
 
     ids: int
     documents: int
@@ -32,42 +47,72 @@ class Outside:
     token_id: int
 
 
-def check_ids(corpus: CorpusIndex, vocab_size: int, cache: Path) -> None:
-    """Raise BadInput, on every rank alike, when a document holds an id outside 0..vocab_size - 1.
+def check_ids(corpora: Sequence[Corpus], vocab_size: int, mask_token_id: int, cache: Path) -> None:
+    """Raise BadInput, on every rank alike, for an id outside 0..vocab_size - 1 or the mask token.
 
-    Every rank must call it. The ranks share one reading of the .bin, whose result is kept in the folder
-    `cache` until the corpus changes; a corpus that was prepared here tells it in its .json.
+    Every rank must call it. The ranks share one reading of a .bin, whose result is kept in the folder `cache`
+    until the corpus changes; a corpus that was prepared here tells it in its .json.
     """
-    limits = numpy.iinfo(corpus.dtype)
-    if limits.min >= 0 and limits.max < vocab_size:
-        return
-    found = from_first_rank(_known_range, corpus, cache)
-    if found is None:
-        if corpus.tokens > _LARGE_TOKENS:
-            warn(f"reading the {corpus.tokens:,} ids of {corpus.prefix}.bin through, once")
-        parts = [part for part in gathered(id_range(corpus, rank(), ranks())) if part]
-        found = min(part[0] for part in parts), max(part[1] for part in parts)
+    shards = [shard for corpus in corpora for shard in corpus.shards]
+    known = dict(zip(shards, from_first_rank(_known, shards, vocab_size, mask_token_id, cache), strict=True))
+    unknown = [shard for shard, ids in known.items() if ids is None]
+    if unknown:
+        tokens = sum(shard.tokens for shard in unknown)
+        if tokens > _LARGE_TOKENS:
+            more = f" and {len(unknown) - 1} other files" if len(unknown) > 1 else ""
+            warn(f"reading the {tokens:,} ids of {unknown[0].prefix}.bin{more} through, once")
+        parts = gathered([_part(shard, mask_token_id, rank(), ranks()) for shard in unknown])
+        read = [_united([part for part in own if part]) for own in zip(*parts, strict=True)]
         if rank() == 0:
-            _remember(corpus, cache, found)
-    if found[0] < 0 or found[1] >= vocab_size:
-        from_first_rank(_refuse, corpus, vocab_size)
+            for shard, all_ids in zip(unknown, read, strict=True):
+                remember(remembered_file("ids", shard.prefix, cache), astuple(all_ids))
+        known |= dict(zip(unknown, read, strict=True))
+    for shard, ids in known.items():
+        if ids and not ids.are_good(vocab_size):
+            from_first_rank(_refuse, shard, vocab_size, mask_token_id)
 
 
-def id_range(corpus: CorpusIndex, part: int = 0, parts: int = 1) -> tuple[int, int] | None:
-    """Return the lowest and the highest id in one of equal parts of the .bin; None where it is empty."""
-    blocks = [(int(block.min()), int(block.max())) for _, block in _blocks(corpus, part, parts)]
-    return (min(low for low, _ in blocks), max(high for _, high in blocks)) if blocks else None
+def id_range(corpus: CorpusIndex) -> tuple[int, int] | None:
+    """Return the lowest and the highest id of the .bin; None where it is empty."""
+    found = [part for part in [_ids(corpus.prefix, corpus.dtype, -1)] if part]
+    return (found[0].lowest, found[0].highest) if found else None
+
+
+def _part(shard: Shard, mask_token_id: int, part: int, parts: int) -> Ids | None:
+    return _ids(shard.prefix, numpy.dtype(shard.dtype), mask_token_id, part, parts)
+
+
+def _ids(prefix: str, dtype: numpy.dtype, mask_token_id: int, part: int = 0, parts: int = 1) -> Ids | None:
+    """The ids in one of equal parts of a .bin; None where it is empty."""
+    found = [
+        Ids(int(block.min()), int(block.max()), mask_token_id, int((block == mask_token_id).sum()))
+        for _, block in _blocks(prefix, dtype, part, parts)
+    ]
+    return _united(found) if found else None
+
+
+def _united(parts: Sequence[Ids]) -> Ids:
+    return Ids(
+        min(part.lowest for part in parts),
+        max(part.highest for part in parts),
+        parts[0].mask_token_id,
+        sum(part.masked for part in parts),
+    )
 
 
 def outside(corpus: CorpusIndex, vocab_size: int) -> Outside | None:
     """Return what documents hold outside 0..vocab_size - 1; None when all is inside."""
+    return _found(corpus, lambda block: (block < 0) | (block >= vocab_size))
+
+
+def _found(corpus: CorpusIndex, is_bad: Callable[[numpy.ndarray], numpy.ndarray]) -> Outside | None:
     starts = corpus.document_offsets // corpus.dtype.itemsize
     order = numpy.argsort(starts, kind="stable")
     starts, lengths = starts[order], corpus.document_lengths[order]
     faulty = numpy.zeros(len(starts), dtype=bool)
     count, first = 0, None
-    for begin, block in _blocks(corpus):
-        places = begin + numpy.flatnonzero((block < 0) | (block >= vocab_size))
+    for begin, block in _blocks(corpus.prefix, corpus.dtype):
+        places = begin + numpy.flatnonzero(is_bad(block))
         documents = numpy.searchsorted(starts, places, side="right") - 1
         inside = (documents >= 0) & (places < starts[documents] + lengths[documents])
         places, documents = places[inside], documents[inside]
@@ -91,50 +136,64 @@ def complaint(corpus: CorpusIndex, found: Outside, vocab_size: int) -> str:
     )
 
 
-def _refuse(corpus: CorpusIndex, vocab_size: int) -> None:
-    if found := outside(corpus, vocab_size):  # else such ids lie between documents, where nobody reads
+def _refuse(shard: Shard, vocab_size: int, mask_token_id: int) -> None:
+    """Raise BadInput for what is wrong; ids between documents, where nobody reads, are not."""
+    corpus = read_index(shard.prefix)
+    if found := outside(corpus, vocab_size):
         raise BadInput(f"{complaint(corpus, found, vocab_size)}, or set model.vocab_size to theirs.")
+    if found := _found(corpus, lambda block: block == mask_token_id):
+        raise BadInput(
+            f"{corpus.prefix}.bin: document {found.document} (counted from 0) contains the mask token"
+            f" {mask_token_id} at its token {found.position}, as do {found.documents - 1} others: prepare the"
+            " corpus again without it (--mask-token-in-text), change model.mask_token_id, or set"
+            " training.bad_samples=skip, which leaves their sequences out."
+        )
 
 
-def _blocks(corpus: CorpusIndex, part: int = 0, parts: int = 1) -> Iterator[tuple[int, numpy.ndarray]]:
-    path = f"{corpus.prefix}.bin"
-    tokens = numpy.memmap(path, corpus.dtype, "r", shape=(os.path.getsize(path) // corpus.dtype.itemsize,))
+def _blocks(
+    prefix: str, dtype: numpy.dtype, part: int = 0, parts: int = 1
+) -> Iterator[tuple[int, numpy.ndarray]]:
+    path = f"{prefix}.bin"
+    tokens = numpy.memmap(path, dtype, "r", shape=(os.path.getsize(path) // dtype.itemsize,))
     begin, end = (number * len(tokens) // parts for number in (part, part + 1))
     for start in range(begin, end, BLOCK_TOKENS):
         yield start, tokens[start : min(start + BLOCK_TOKENS, end)]
 
 
-def _known_range(corpus: CorpusIndex, cache: Path) -> tuple[int, int] | None:
-    """What is known of a .bin without reading it."""
-    json_path, bin_path = Path(f"{corpus.prefix}.json"), Path(f"{corpus.prefix}.bin")
-    sidecar = read_sidecar(corpus.prefix)
-    if (
-        sidecar
-        and sidecar["tokens"] * corpus.dtype.itemsize == bin_path.stat().st_size
-        and bin_path.stat().st_mtime_ns <= json_path.stat().st_mtime_ns  # it was written about this one
-        and type(sidecar.get("lowest_id")) is type(sidecar.get("highest_id")) is int
-    ):
-        return sidecar["lowest_id"], sidecar["highest_id"]
-    try:
-        lowest, highest = json.loads(_record(corpus, cache).read_bytes())
-        return int(lowest), int(highest)
-    except (OSError, ValueError, TypeError):
+def _known(shards: Sequence[Shard], vocab_size: int, mask_token_id: int, cache: Path) -> list[Ids | None]:
+    """What is known of each .bin without reading it."""
+    return [
+        _of_dtype(shard, vocab_size, mask_token_id)
+        or _said(shard, mask_token_id)
+        or _remembered(shard, mask_token_id, cache)
+        for shard in shards
+    ]
+
+
+def _of_dtype(shard: Shard, vocab_size: int, mask_token_id: int) -> Ids | None:
+    """The ids that a dtype can hold, where all of them are good."""
+    limits = numpy.iinfo(shard.dtype)
+    all_good = limits.min >= 0 and limits.max < vocab_size and mask_token_id > limits.max
+    return Ids(int(limits.min), int(limits.max), mask_token_id, 0) if all_good else None
+
+
+def _said(shard: Shard, mask_token_id: int) -> Ids | None:
+    """The ids by what prepared them, which let no mask token of its own pass."""
+    sidecar = read_sidecar(shard.prefix)
+    token_bytes = numpy.dtype(shard.dtype).itemsize
+    if not sidecar or not is_about(shard.prefix, ["bin"], [sidecar["tokens"] * token_bytes]):
         return None
+    lowest, highest = (sidecar.get(name) for name in ("lowest_id", "highest_id"))
+    if not (type(lowest) is type(highest) is int):
+        return None
+    is_clean = sidecar.get("mask_token_id") == mask_token_id or not lowest <= mask_token_id <= highest
+    return Ids(lowest, highest, mask_token_id, 0) if is_clean else None
 
 
-def _remember(corpus: CorpusIndex, cache: Path, found: tuple[int, int]) -> None:
-    path = _record(corpus, cache)
-    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+def _remembered(shard: Shard, mask_token_id: int, cache: Path) -> Ids | None:
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(found))
-        aside.rename(path)
-    except OSError:
-        pass  # it will be read through again
-
-
-def _record(corpus: CorpusIndex, cache: Path) -> Path:
-    """The file whose name says which .bin and .idx it is about."""
-    paths = [os.path.realpath(f"{corpus.prefix}.{suffix}") for suffix in ("bin", "idx")]
-    identity = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    return cache / f"ids-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.json"
+        ids = Ids(*json.loads(remembered_file("ids", shard.prefix, cache).read_bytes()))
+        is_about_mask = ids.mask_token_id == mask_token_id
+        return ids if is_about_mask and all(type(each) is int for each in astuple(ids)) else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None

@@ -15,66 +15,32 @@ from megatron.core import parallel_state
 
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.checkpoint.load import load_model
-from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schedule import block_size_of
-from llada_megatron.config.schema import BadSamples, Config
-from llada_megatron.data.packed import (
-    BadSample,
-    PackedSample,
-    PackedSequences,
-    build_sequences,
-    held_out_sequences,
-)
-from llada_megatron.evaluate.baselines import bytes_per_token, entropies
+from llada_megatron.config.schema import Config
+from llada_megatron.data.packed import PackedSample
+from llada_megatron.evaluate.held_out import HeldOut
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.objectives import passes
 from llada_megatron.objectives.autoregressive import autoregressive_batch
-from llada_megatron.objectives.batch import MicroBatch, context_part, read_sample
+from llada_megatron.objectives.batch import MicroBatch, context_part
 from llada_megatron.objectives.bound import exact_count_mask
 from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import even_parts
-from llada_megatron.parallel.ranks import warn
 from llada_megatron.runtime import device
 
-Estimate = dict[str, float | None]
-
-
-def _good(data: PackedSequences, sequences: int, config: Config) -> Iterator[PackedSample]:
-    """The first sequences of the data, without those that training.bad_samples leaves out."""
-    found = 0
-    for index in range(sequences):
-        try:
-            yield read_sample(data, index, config.model.vocab_size)
-        except BadSample as fault:
-            if config.training.bad_samples is BadSamples.refuse:
-                raise
-            warn(f"left out of the evaluation: {fault}")
-        else:
-            found += 1
-    if not found:
-        raise BadInput(f"None of the first {sequences} held-out sequences can be read: mend the corpus.")
+Estimate = dict[str, Any]
+"""`mean`, `se` and `bits_per_byte`; of several domains the same of each under `domains`, by name."""
 
 
 class Evaluator:
-    """Evaluates a model on the first `evaluation.sequences` held-out sequences."""
+    """Evaluates a model on the first `evaluation.sequences` held-out sequences, of each domain."""
 
     def __init__(self, config: Config, model: Sequence[torch.nn.Module]) -> None:
         self.config, self.model = config, model
-        wanted = held_out_sequences(config.evaluation)
-        data = build_sequences(
-            config.data,
-            split="validation",
-            seed=config.run.seed,
-            vocab_size=config.model.vocab_size,
-            mask_token_id=config.model.mask_token_id,
-            sequences_wanted=wanted,
-            refuse_ids=config.training.bad_samples is BadSamples.refuse,
-        )
-        held_out = list(_good(data, min(data.sequences_per_epoch, wanted), config))
-        self.samples = held_out[: config.evaluation.sequences]
-        self.bytes_per_token = bytes_per_token(config.data.path)
-        self.baselines = entropies(held_out)
+        self.held_out = HeldOut(config)
+        self.samples = self.held_out.samples
+        self.baselines = self.held_out.entropies
 
     def bounds(self) -> dict[str, Estimate]:
         """The bound at every `evaluation.block_sizes`, keyed by block size."""
@@ -121,7 +87,7 @@ class Evaluator:
         masks = [
             exact_count_mask(
                 seed,
-                index,
+                self.held_out.places[index],
                 draw,
                 draws,
                 block_starts(sample.cu_seqlens, block_size, grid),
@@ -187,11 +153,24 @@ class Evaluator:
             yield context_part(batch).to(device.device())
 
     def _estimate(self, sums: np.ndarray, tokens: np.ndarray) -> Estimate:
-        mean = float(sums.sum() / tokens.sum())
-        per_sequence = sums / tokens
-        error = float(per_sequence.std(ddof=1) / math.sqrt(len(sums))) if len(sums) > 1 else None
-        bits = mean / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
-        return {"mean": mean, "se": error, "bits_per_byte": bits}
+        """Of all sequences, and of those of each domain where there are several."""
+        bytes_per_token = self.held_out.bytes_per_token
+        estimate = _estimate(sums, tokens, bytes_per_token[""])
+        own = self.held_out.domains
+        if len(own) > 1:
+            estimate["domains"] = {
+                name: _estimate(sums[places], tokens[places], bytes_per_token[name])
+                for name, places in own.items()
+            }
+        return estimate
+
+
+def _estimate(sums: np.ndarray, tokens: np.ndarray, bytes_per_token: float | None) -> Estimate:
+    mean = float(sums.sum() / tokens.sum())
+    per_sequence = sums / tokens
+    error = float(per_sequence.std(ddof=1) / math.sqrt(len(sums))) if len(sums) > 1 else None
+    bits = mean / math.log(2) / bytes_per_token if bytes_per_token else None
+    return {"mean": mean, "se": error, "bits_per_byte": bits}
 
 
 def _batch(inputs: ModelInputs, weights: np.ndarray) -> MicroBatch:
@@ -227,8 +206,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, *, autoregressive: boo
         exact = evaluator.autoregressive() if autoregressive else None
         return {
             "bound": evaluator.bounds(),
-            "ar": exact
-            and {"nll": exact["mean"], "se": exact["se"], "bits_per_byte": exact["bits_per_byte"]},
+            "ar": exact and {"nll": exact.pop("mean"), **exact},
             "baselines": evaluator.baselines,
             "sequences": len(evaluator.samples),
         }

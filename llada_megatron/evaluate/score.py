@@ -40,7 +40,6 @@ def bounds_of(config: Config, model: Sequence[torch.nn.Module], block_size: int)
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=0,
     )
     return objective.text_bounds(
         model,

@@ -7,7 +7,7 @@ from typing import Any
 from llada_megatron.config.compose import differences
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import fingerprint_difference
+from llada_megatron.data.fingerprint import fingerprint_difference
 from llada_megatron.parallel.ranks import gathered
 from llada_megatron.record.manifest import versions
 

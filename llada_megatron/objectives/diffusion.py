@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,10 @@ class Diffusion(Objective):
         super().__init__(name, config, schedule)
         self.readout = readout_of(self.readout, config)
 
+    def sequences(self, indices: Sequence[int]) -> list[int]:
+        """Two samples share one sequence where they are complementary."""
+        return [data_index(index, self.config.diffusion) for index in indices]
+
     def batch(
         self,
         data: PackedSequences,
@@ -55,7 +59,7 @@ class Diffusion(Objective):
     ) -> MicroBatch:
         """`[x_t ; x_0]` of the samples, corrupted as the stage asks."""
         diffusion, seed = self.config.diffusion, self.config.run.seed
-        samples = self.read(data, [data_index(index, diffusion) for index in indices])
+        samples = self.read(data, indices)
         corruptions = [
             self.corrupt(seed, index, sample.cu_seqlens, stage.block_size, diffusion, sample.supervised)
             for index, sample in zip(indices, samples, strict=True)

@@ -100,12 +100,16 @@ class Objective:
         """Figures of held-out sequences besides the bound, `mean` and `se` by name; every rank calls it."""
         return {}
 
-    def read(self, data: Samples, sequences: Sequence[int]) -> list[PackedSample]:
-        """Sequences of the data by their index; one that cannot be trained on is `is_left_out`, or BadSample.
+    def sequences(self, indices: Sequence[int]) -> list[int]:
+        """The sequence of the data that each of these samples is made of."""
+        return [*indices]
+
+    def read(self, data: Samples, indices: Sequence[int]) -> list[PackedSample]:
+        """The sequences of these samples; one that cannot be trained on is `is_left_out`, or BadSample.
 
         As training.bad_samples says. From what is left out `batch` supervises nothing, and counts nothing.
         """
-        return [self._read(data, sequence) for sequence in sequences]
+        return [self._read(data, sequence) for sequence in self.sequences(indices)]
 
     def _read(self, data: Samples, sequence: int) -> PackedSample:
         try:

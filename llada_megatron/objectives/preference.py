@@ -62,6 +62,10 @@ class Preference(Diffusion):
         assert self.scores is not None
         return self.scores
 
+    def sequences(self, indices: Sequence[int]) -> list[int]:
+        """The draws of a pair are samples of one sequence."""
+        return [index // self.config.preference.draws for index in indices]
+
     def batch(
         self,
         data: PackedSequences,
@@ -87,7 +91,7 @@ class Preference(Diffusion):
             self.config.run.seed,
             self.config.diffusion.block_grid,
         )
-        samples = self.read(data, [index // draws for index in indices])
+        samples = self.read(data, indices)
         texts: list[tuple[str, int]] = []
         first_text: dict[int, int] = {}  # of a sequence
         tokens = 0  # of the chosen texts

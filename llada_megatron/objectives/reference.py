@@ -22,7 +22,7 @@ from llada_megatron.config.foreign import parse_json
 from llada_megatron.config.schema import Config
 from llada_megatron.data.conversations import holds_conversations, texts_of
 from llada_megatron.data.corpus import read_index
-from llada_megatron.data.packed import fingerprint
+from llada_megatron.data.fingerprint import fingerprint
 from llada_megatron.record.manifest import Checkpoint, find
 
 BOUNDS, SAID = "bounds", "of"

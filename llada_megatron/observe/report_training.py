@@ -67,7 +67,8 @@ def likelihood(run: Run, figures: Figures, folder: Path) -> list[Part]:
             ),
         )
     )
-    parts += _bits_per_byte(evaluated, sizes, run.latest("ar")) + _block1_views(run.evaluations)
+    parts += _domains(evaluated, sizes) + _bits_per_byte(evaluated, sizes, run.latest("ar"))
+    parts += _block1_views(run.evaluations)
     return parts + _held_out(run.evaluations)
 
 
@@ -79,6 +80,21 @@ def _references(run: Run, figures: Figures) -> Table:
         value = baselines.get(name)
         rows.append([f"{name} entropy", NOT_YET if value is None else f"{value:.4f}"])
     return Table(["reference", "nats per token"], rows)
+
+
+def _domains(evaluated: list[Record], sizes: list[str]) -> list[Part]:
+    """The bound by domain of the held-out text, where there are several."""
+    rows = []
+    for record in evaluated:
+        bounds = {size: record["bound"].get(size, {}).get("domains", {}) for size in sizes}
+        names = dict.fromkeys(name for own in bounds.values() for name in own)
+        for name in names:
+            cells = [plus_minus(bounds[size].get(name), "-") for size in sizes]
+            rows.append([record["stage"], name, *cells])
+    if not rows:
+        return []
+    header = ["stage", "domain", *(f"block {size}" for size in sizes)]
+    return [Paragraph("The same bound by domain of the held-out text."), Table(header, rows)]
 
 
 def _bits_per_byte(evaluated: list[Record], sizes: list[str], ar: Record | None) -> list[Part]:

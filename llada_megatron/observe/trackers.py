@@ -137,6 +137,10 @@ def evaluation_line(record: Record) -> str:
     if record["ar"] is not None:
         parts.append(f"AR {_number(record['ar']['nll'], '.4f')}")
     line = f"evaluation after {record['stage']}, nats per token: {', '.join(parts)}"
+    for size, bound in record["bound"].items():
+        if own := bound.get("domains"):
+            by_domain = (f"{name} {_estimate(each)}" for name, each in own.items())
+            line = f"{line}\nblock {size} by domain: {', '.join(by_domain)}"
     if record.get("held_out"):
         figures = (f"{name} {_estimate(figure)}" for name, figure in record["held_out"].items())
         line = f"{line}\nheld out: {', '.join(figures)}"

@@ -20,7 +20,8 @@ from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.ranges import spans_of
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import BadSamples, Config, TrainingConfig
-from llada_megatron.data.packed import build_sequences, fingerprint, refuse_pairs
+from llada_megatron.data.fingerprint import of_this_node
+from llada_megatron.data.packed import build_sequences, refuse_pairs
 from llada_megatron.data.tokenizer import check_vocabulary
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
 from llada_megatron.evaluate.samples import infilled
@@ -92,7 +93,7 @@ def run(
     )
     stop = StopRequest(watchdog.stop_was_asked)  # before the model is built, which may take minutes
     try:
-        data_fingerprint = fingerprint(config.data)
+        data_fingerprint = of_this_node(config.data)
         check_agreement(config, data_fingerprint)
         if training.preflight:
             check_nodes(config)
@@ -139,14 +140,13 @@ def keep_time(settings: TrainingConfig, pace: Pace, watchdog: Watchdog) -> float
 def build_trainer(config: Config, schedule: Schedule) -> Trainer:
     """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
     check_vocabulary(config.data.tokenizer, config.model.vocab_size)
-    refuse_pairs(config.data, {stage.objective for stage in schedule.stages})
+    from_first_rank(refuse_pairs, config.data, {stage.objective for stage in schedule.stages})
     data = build_sequences(
         config.data,
         split="train",
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=schedule.total_samples,
         refuse_ids=config.training.bad_samples is BadSamples.refuse,
     )
     return assemble(config, schedule, data)

@@ -16,7 +16,8 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import fingerprint_difference
+from llada_megatron.data.blend import PERIOD
+from llada_megatron.data.fingerprint import fingerprint_difference
 from llada_megatron.parallel.ranks import from_first_rank, warn
 from llada_megatron.record.manifest import Checkpoint, Manifest, find, readable
 from llada_megatron.record.run_dir import RunDir
@@ -84,6 +85,7 @@ def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[st
             + " or start anew with another run.name (from these weights with checkpoint.init_from)."
         )
     _check_same_data(manifest.data_fingerprint, data_fingerprint, allowed)
+    _check_same_blend(manifest.data_fingerprint, config, manifest)
 
 
 def _check_same_data(saved: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> None:
@@ -103,6 +105,17 @@ def _check_same_data(saved: dict[str, Any], now: dict[str, Any], allowed: list[s
         raise BadInput(
             f"The data changed since the checkpoint: {found} Documents begin where they did: set"
             f" run.allow_change=[{', '.join(needed)}] to go on."
+        )
+
+
+def _check_same_blend(fingerprint: dict[str, Any], config: Config, manifest: Manifest) -> None:
+    """A blend without a period had one order for the whole run, which ours follows for a period."""
+    samples = schedule_of(config, manifest.batches(config.layout.global_batch)).total_samples
+    if len(fingerprint["corpora"]) > 1 and "blend_period" not in fingerprint and samples > PERIOD:
+        raise BadInput(
+            f"The checkpoint's blend was ordered for all of its {samples:,} samples by an earlier version,"
+            f" and is ordered in periods of {PERIOD:,} now: it would be another one after the first. Go on"
+            " with that version, or start a new run from these weights with checkpoint.init_from."
         )
 
 

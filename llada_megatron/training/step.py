@@ -106,6 +106,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     stage = trainer.schedule.stage_at(step)
     objective = trainer.objectives[stage.objective]
     open_stage(trainer, step)
+    _announce(trainer, step)
     lr = trainer.learning_rate.apply(step)
     embedding = embedding_statistics(trainer.model[0], trainer.config.model.mask_token_id)
     sigma = objective.noise_sigma(step, embedding.rms)
@@ -190,6 +191,18 @@ def _dealt(trainer: Trainer, stage: Stage, step: int) -> list[list[int]]:
     """Global sample indices of this rank's micro-batches of a step."""
     first = trainer.schedule.samples_before(step)
     return trainer.deal(first, stage.micro_batch, trainer.config.layout.global_batch)
+
+
+def _announce(trainer: Trainer, step: int) -> None:
+    """Let the data read ahead what this rank needs in this step and in the next one."""
+    if not isinstance(trainer.data, PackedSequences):
+        return  # a benchmark's
+    sequences: list[int] = []
+    for each in range(step, min(step + 2, trainer.schedule.total_steps)):
+        stage = trainer.schedule.stage_at(each)
+        indices = [index for part in _dealt(trainer, stage, each) for index in part]
+        sequences += trainer.objectives[stage.objective].sequences(indices)
+    trainer.data.announce(sequences)
 
 
 def _part(

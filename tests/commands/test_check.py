@@ -29,7 +29,7 @@ def checkpoint(config, directory, step=2):
     """The record of one, without tensors."""
     from dataclasses import asdict
 
-    from llada_megatron.data.packed import fingerprint
+    from llada_megatron.data.fingerprint import fingerprint
 
     path = RunDir(directory).checkpoint(step)
     path.mkdir(parents=True)

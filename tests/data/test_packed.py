@@ -14,13 +14,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from llada_megatron.commands.data import add_arguments, run
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import Config, DataConfig, EvaluationConfig, StageConfig
-from llada_megatron.data.packed import (
-    build_sequences,
-    fingerprint,
-    fingerprint_difference,
-    held_out_sequences,
-)
+from llada_megatron.config.schema import Config, DataConfig, EvaluationConfig
+from llada_megatron.data import shards
+from llada_megatron.data.fingerprint import fingerprint, fingerprint_difference
+from llada_megatron.data.packed import build_sequences
 from tests.distributed import forked
 
 L = 16
@@ -41,14 +38,14 @@ def lengths_of(documents, seed=0):
     return numpy.random.default_rng(seed).integers(1, 60, documents).tolist()
 
 
-def build(data, split="train", seed=5, mask_token_id=MASK, sequences_wanted=1):
+def build(data, split="train", seed=5, mask_token_id=MASK, refuse_ids=True):
     return build_sequences(
         data,
         split=split,
         seed=seed,
         vocab_size=2**31,
         mask_token_id=mask_token_id,
-        sequences_wanted=sequences_wanted,
+        refuse_ids=refuse_ids,
     )
 
 
@@ -141,17 +138,13 @@ def test_train_and_validation_share_no_document(data):
     assert max(seen["train"]) < 72 <= min(seen["validation"])
 
 
-def test_a_blend_honours_weights_and_a_longer_one_begins_with_a_shorter_one(blend):
-    short = build(blend, sequences_wanted=200)
-    long = build(blend, sequences_wanted=2000)
-    prefix = tokens_of(short, 200)
-    assert tokens_of(long, 200) == prefix
-    shares = collections.Counter(tokens[0] >= 1_000_000 for tokens in tokens_of(long, 2000))
+def test_a_blend_honours_weights(blend):
+    shares = collections.Counter(tokens[0] >= 1_000_000 for tokens in tokens_of(build(blend), 2000))
     assert abs(shares[True] - 1500) <= 2
 
 
 def test_members_of_a_blend_pass_their_epochs_like_a_corpus_alone(blend):
-    sequences = build(blend, sequences_wanted=2000)
+    sequences = build(blend)
     alone = build(DataConfig(path=[blend.path[1]], sequence_length=L, split=blend.split))
     second = [tokens for tokens in tokens_of(sequences, 2000) if tokens[0] >= 1_000_000]
     assert len(second) > 3 * alone.sequences_per_epoch
@@ -160,21 +153,19 @@ def test_members_of_a_blend_pass_their_epochs_like_a_corpus_alone(blend):
 
 def test_a_blend_without_weights_follows_the_tokens(blend):
     blend.weights = []
-    sequences = build(blend, sequences_wanted=1000)
+    sequences = build(blend)
     tokens = [sum(lengths_of(80)[:72]), sum(lengths_of(40, seed=1)[:36])]
     drawn = sum(sample[0] < 1_000_000 for sample in tokens_of(sequences, 1000))
     assert abs(drawn - 1000 * tokens[0] / sum(tokens)) <= 2
 
 
-def test_an_index_outside_is_refused(data, blend):
+def test_an_index_outside_is_refused(data):
     with pytest.raises(IndexError):
         build(data)[-1]
-    with pytest.raises(IndexError, match="larger sequences_wanted"):
-        build(blend, sequences_wanted=4)[4]
 
 
 def test_a_sequence_with_the_mask_token_is_refused_by_prefix_and_document(data):
-    sequences = build(data, mask_token_id=7000)
+    sequences = build(data, mask_token_id=7000, refuse_ids=False)
     hits = []
     for index in range(sequences.sequences_per_epoch):
         try:
@@ -216,27 +207,21 @@ def test_a_build_that_was_cut_off_is_not_trusted(data, tmp_path, monkeypatch):
 def test_the_index_command_builds_what_a_run_loads(blend, tmp_path, monkeypatch, capsys):
     config = Config(data=blend)
     config.model.vocab_size, config.model.mask_token_id = 2**31, MASK
-    config.schedule.stages = [StageConfig(name="all", block_size="full", tokens=600 * L)]
     config.evaluation = EvaluationConfig(block_sizes=["full"], sequences=20)
     monkeypatch.setattr("llada_megatron.config.compose.compose", lambda overrides: config)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     assert run(parser.parse_args(["index", "experiment=any"])) == 0
-    assert "600 wanted" in capsys.readouterr().out
+    assert "an epoch" in capsys.readouterr().out
     before = sorted(path.name for path in (tmp_path / "first.cache").iterdir())
-    build(blend, seed=config.run.seed, sequences_wanted=600)
-    build(
-        blend,
-        "validation",
-        seed=config.run.seed,
-        sequences_wanted=held_out_sequences(config.evaluation),
-    )
+    for split in ("train", "validation"):
+        build(blend, split, seed=config.run.seed)
     assert sorted(path.name for path in (tmp_path / "first.cache").iterdir()) == before
 
 
 def _read_in_a_group(rank, init_file, data, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    sequences = build(data, sequences_wanted=100)
+    sequences = build(data)
     results.put(hashlib.sha256(str(tokens_of(sequences, 100)).encode()).hexdigest())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -255,10 +240,8 @@ def test_every_process_of_a_group_reads_the_same_sequences(blend, tmp_path):
     for process in processes:
         process.join(timeout=120)
         assert process.exitcode == 0
-    assert digests == {
-        hashlib.sha256(str(tokens_of(build(blend, sequences_wanted=100), 100)).encode()).hexdigest()
-    }
-    assert len(folders_of(f"{blend.path[0]}.cache")) == 3
+    assert digests == {hashlib.sha256(str(tokens_of(build(blend), 100)).encode()).hexdigest()}
+    assert len(folders_of(f"{blend.path[0]}.cache")) == 2
 
 
 @pytest.mark.parametrize(
@@ -276,12 +259,12 @@ def test_every_process_of_a_group_reads_the_same_sequences(blend, tmp_path):
         ({"sequence_length": 0}, "data.sequence_length must be at least 1"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(data, change, message):
+def test_settings_that_cannot_work_are_refused(data, tmp_path, change, message):
     for name, value in change.items():
         setattr(data, name, value)
     with pytest.raises(BadInput, match=message):
         build(data)
-    assert not Path(f"{data.path[0]}.cache").exists() if data.path else True
+    assert not [*tmp_path.glob("*.cache/*/")]
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(data):
@@ -321,18 +304,16 @@ def test_the_fingerprint_names_every_setting_that_changed(data, blend):
 
 
 def test_a_large_file_is_sampled_from_its_first_to_its_last_byte(tmp_path, monkeypatch):
-    from llada_megatron.data import packed
-
-    monkeypatch.setattr(packed, "_MIB", 16)
+    monkeypatch.setattr(shards, "_MIB", 16)
     path = tmp_path / "large"
     content = bytearray(range(256)) * 40
     path.write_bytes(content)
-    whole = packed._sampled_sha256(str(path))
+    whole = shards.sampled_sha256(str(path))
     changes = 0
     for offset in (0, 15, len(content) - 1):
         content[offset] ^= 1
         path.write_bytes(content)
-        changes += packed._sampled_sha256(str(path)) != whole
+        changes += shards.sampled_sha256(str(path)) != whole
         content[offset] ^= 1
     assert changes == 3
 
@@ -341,7 +322,23 @@ def test_an_id_outside_the_vocabulary_is_found_before_any_index_is_built(data):
     with pytest.raises(
         BadInput, match=r"corpus\.bin: document 50 \(counted from 0\) holds the id 50000 at its"
     ):
-        build_sequences(
-            data, split="train", seed=5, vocab_size=50_000, mask_token_id=MASK, sequences_wanted=1
-        )
+        build_sequences(data, split="train", seed=5, vocab_size=50_000, mask_token_id=MASK)
     assert not folders_of(f"{data.path[0]}.cache")
+
+
+def test_announced_sequences_are_read_by_a_thread_and_are_the_same(data):
+    expected, sequences = tokens_of(build(data), 40), build(data)
+    sequences.announce(range(20))
+    assert tokens_of(sequences, 20) == expected[:20]
+    assert sequences[3] is sequences[3]  # kept for whoever reads it again
+    sequences.announce(range(10, 40))
+    assert tokens_of(sequences, 40) == expected
+    assert sequences[3] is not sequences[3]
+
+
+def test_a_file_that_is_cut_off_meanwhile_is_named(data):
+    sequences = build(data)
+    with open(f"{data.path[0]}.bin", "r+b") as file:
+        file.truncate(8)
+    with pytest.raises(BadInput, match=r"corpus\.bin ends before byte \d+: it was cut off"):
+        tokens_of(sequences, 20)

@@ -105,7 +105,7 @@ def test_a_document_with_the_mask_token_is_refused_by_file_and_line(tmp_path, wo
     how = dict(tokenizer=words, parse_special=True)
     assert encode(tmp_path, ["a", "a"], **how).tokens.tolist() == [1, 3, 1, 3]
     with pytest.raises(BadInput, match=r"in\.jsonl, line 3 contains the mask token \(id 4\).*drop or split"):
-        encode(tmp_path, ["a", "", "a [MASK] a"], **how)
+        encode(tmp_path, ["a", "", "a [MASK] a"], **how, mask_token_in_text="refuse")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,8 @@ def test_a_document_with_the_mask_token_is_refused_by_file_and_line(tmp_path, wo
 )
 def test_the_mask_token_in_a_text_drops_or_splits_its_document(tmp_path, words, rule, tokens, documents):
     texts = ["a", "[MASK] a [MASK] [MASK] b a", "[MASK]", "b"]
-    found = encode(tmp_path, texts, tokenizer=words, parse_special=True, mask_token_in_text=rule)
+    asked = {} if rule == "drop" else {"mask_token_in_text": rule}  # it is what happens unasked
+    found = encode(tmp_path, texts, tokenizer=words, parse_special=True, **asked)
     assert (found.tokens.tolist(), len(found.lengths)) == (tokens, documents)
     assert found.counts["documents_with_mask_token"] == 2
     assert found.counts["documents"] == documents

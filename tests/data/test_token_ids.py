@@ -9,10 +9,12 @@ import pytest
 
 from llada_megatron.commands import data as command
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import DataConfig
 from llada_megatron.data import token_ids
 from llada_megatron.data.corpus import read_index
 from llada_megatron.data.prepare import prepare_corpus
-from llada_megatron.data.token_ids import Outside, check_ids, id_range, outside
+from llada_megatron.data.shards import survey
+from llada_megatron.data.token_ids import Outside, id_range, outside
 from tests.distributed import run_ranks
 
 CODES = {"int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
@@ -38,6 +40,15 @@ def write(prefix, documents, dtype="int32", order=None):
     return read_index(str(prefix))
 
 
+NO_MASK = 2**40
+
+
+def check_ids(corpus, vocab_size, cache, mask_token_id=NO_MASK):
+    """Of one corpus, as it is now."""
+    data = DataConfig(path=[corpus.prefix], sequence_length=1, cache_dir=str(cache))
+    token_ids.check_ids(survey(data), vocab_size, mask_token_id, cache)
+
+
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_ids_outside_are_counted_and_the_first_is_named(tmp_path, monkeypatch, block):
     monkeypatch.setattr(token_ids, "BLOCK_TOKENS", block)
@@ -46,8 +57,8 @@ def test_ids_outside_are_counted_and_the_first_is_named(tmp_path, monkeypatch, b
     assert id_range(corpus) == (-4, 99)
     assert outside(corpus, 99) == Outside(4, 2, document=2, position=1, token_id=99)
     assert outside(corpus, 100) == Outside(1, 1, document=2, position=2, token_id=-4)
-    parts = [id_range(corpus, part, 3) for part in range(3)]
-    assert (min(low for low, _ in parts), max(high for _, high in parts)) == (-4, 99)
+    parts = [token_ids._ids(corpus.prefix, corpus.dtype, 99, part, 3) for part in range(3)]
+    assert token_ids._united(parts) == token_ids.Ids(-4, 99, mask_token_id=99, masked=3)
 
 
 def test_documents_in_any_order_of_the_bin_are_named_by_the_idx(tmp_path):
@@ -90,13 +101,13 @@ def test_an_id_outside_is_refused_by_file_and_document(tmp_path, dtype, value, v
 
 def test_a_corpus_is_read_through_once_until_it_changes(tmp_path, monkeypatch):
     reads = []
-    real = token_ids.id_range
-    monkeypatch.setattr(token_ids, "id_range", lambda *args: reads.append(1) or real(*args))
+    real = token_ids._part
+    monkeypatch.setattr(token_ids, "_part", lambda *args: reads.append(1) or real(*args))
     corpus = write(tmp_path / "corpus", [[1, 2]])
     for vocab_size in (3, 4, 5):
         check_ids(corpus, vocab_size, tmp_path / "cache")
     assert len(reads) == 1
-    (record,) = (tmp_path / "cache").iterdir()
+    (record,) = (tmp_path / "cache").glob("ids-*")
     record.write_text("damaged")
     check_ids(corpus, 3, tmp_path / "cache")
     assert len(reads) == 2
@@ -113,7 +124,7 @@ def test_a_prepared_corpus_tells_its_range_while_its_bin_is_the_one_it_was_writt
     prepare_corpus([tmp_path / "a.txt"], prefix, workers=1)
     cache = tmp_path / "cache"
     check_ids(read_index(str(prefix)), 258, cache)
-    assert not cache.exists()
+    assert not [*cache.glob("ids-*")]
     with pytest.raises(BadInput, match="holds the id 256"):
         check_ids(read_index(str(prefix)), 256, cache)
     numpy.array([97, 999, 98, 256], "uint16").tofile(f"{prefix}.bin")  # the .json is older now
@@ -127,8 +138,36 @@ def test_a_prepared_corpus_tells_its_range_while_its_bin_is_the_one_it_was_writt
 
 
 def test_unsigned_ids_that_all_fit_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_ids, "id_range", None)
+    monkeypatch.setattr(token_ids, "_part", None)
     check_ids(write(tmp_path / "corpus", [[65535]], "uint16"), 65536, tmp_path / "cache")
+
+
+def test_a_mask_token_is_refused_by_file_and_document_and_remembered(tmp_path, monkeypatch):
+    corpus = write(tmp_path / "corpus", [[1, 2], [3, 7, 7], [7]], "uint16")
+    message = (
+        r"corpus\.bin: document 1 \(counted from 0\) contains the mask token 7 at its token 1, as do 1 oth"
+    )
+    for _ in range(2):
+        with pytest.raises(BadInput, match=message):
+            check_ids(corpus, 65536, tmp_path / "cache", mask_token_id=7)
+        monkeypatch.setattr(token_ids, "_part", None)
+    monkeypatch.undo()
+    check_ids(corpus, 65536, tmp_path / "cache", mask_token_id=5)
+
+
+def test_a_prepared_corpus_is_not_read_for_the_mask_token_that_it_was_prepared_without(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("abc")
+    prepare_corpus([tmp_path / "a.txt"], tmp_path / "corpus", workers=1)
+    read = []
+    real = token_ids._part
+    monkeypatch.setattr(token_ids, "_part", lambda *args: read.append(1) or real(*args))
+    index, cache = read_index(str(tmp_path / "corpus")), tmp_path / "cache"
+    for mask, reads in ((257, 0), (96, 0), (98, 1)):  # its own, below all ids, and a letter
+        try:
+            check_ids(index, 300, cache, mask_token_id=mask)
+        except BadInput:
+            assert mask == 98
+        assert len(read) == reads
 
 
 def _verdict(prefix: str, cache: str) -> str:

@@ -65,7 +65,6 @@ def test_both_checkpoints_have_the_nll_that_plain_pytorch_computes_from_the_file
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
         mask_token_id=16,
-        sequences_wanted=3,
     )
     reference, total, predicted = Smollm2(pretrained.gguf_file()), 0.0, 0
     for sample in (held_out[index] for index in range(3)):

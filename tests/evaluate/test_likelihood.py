@@ -136,7 +136,7 @@ def test_a_blend_of_corpora_is_evaluated(corpus, tmp_path):
 
 
 def test_bits_per_byte_use_the_bytes_of_the_corpus(corpus, tmp_path):
-    from llada_megatron.evaluate.likelihood import bytes_per_token
+    from llada_megatron.evaluate.baselines import bytes_per_token
 
     assert bytes_per_token([corpus]) == pytest.approx(1, abs=0.05)  # bytes, and an end to each document
     assert bytes_per_token([corpus]) < 1
@@ -150,7 +150,7 @@ def test_bits_per_byte_use_the_bytes_of_the_corpus(corpus, tmp_path):
 
 def test_entropies_of_a_text_by_hand():
     from llada_megatron.data.packed import PackedSample
-    from llada_megatron.evaluate.likelihood import entropies
+    from llada_megatron.evaluate.baselines import entropies
 
     # Two documents, 0 1 0 1 and 0 0: inside them the pairs 01, 10, 01 and 00.
     made = entropies([PackedSample(np.array([0, 1, 0, 1, 0, 0]), np.array([0, 4, 6]))])

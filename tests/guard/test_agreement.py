@@ -35,6 +35,7 @@ def test_a_rank_that_reads_other_data_is_told_apart(corpus, tmp_path):
     other = copy_corpus(corpus, tmp_path)
     with open(f"{other}.bin", "r+b") as file:
         file.write(bytes([65, 0, 66, 0]))
+    os.remove(f"{other}.json")  # which says what the file held before
     mine = configure(corpus, tmp_path / "run", TWO)
     with pytest.raises(BadInput, match=r"Rank 1 .*\.bin of data\.path\[0\] has the same size and other"):
         run_ranks(train_with_own_fingerprint, mine, other, processes=2)
@@ -43,20 +44,17 @@ def test_a_rank_that_reads_other_data_is_told_apart(corpus, tmp_path):
 
 def train_with_own_fingerprint(config, other):
     """Rank 1 finds other bytes under the same path, as on a node with a stale copy."""
+    from dataclasses import replace
     from unittest import mock
 
+    from llada_megatron.data import fingerprint
     from llada_megatron.training import loop
 
     if os.environ["RANK"] == "0":
         return loop.run(config)
-    fingerprint = loop.fingerprint
-
-    def stale(data):
-        from dataclasses import replace
-
-        return fingerprint(replace(data, path=[other]))
-
-    with mock.patch.object(loop, "fingerprint", stale):
+    of_path = fingerprint.fingerprint
+    stale = mock.patch.object(fingerprint, "fingerprint", lambda data: of_path(replace(data, path=[other])))
+    with stale, mock.patch.dict(os.environ, LOCAL_RANK="0"):  # the first of its node
         return loop.run(config)
 
 

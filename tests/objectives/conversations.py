@@ -11,7 +11,7 @@ import numpy as np
 from llada_megatron.config.compose import compose
 from llada_megatron.config.schema import Config
 from llada_megatron.data.documents import Preparation
-from llada_megatron.data.packed import fingerprint
+from llada_megatron.data.fingerprint import fingerprint
 from llada_megatron.data.prepare import prepare_corpus
 from llada_megatron.objectives.reference import scored_under, write_scores
 from tests.distributed import run_ranks

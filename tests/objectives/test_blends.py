@@ -55,7 +55,6 @@ def test_a_blend_holds_its_shares_and_every_token_of_a_document_is_learnt(corpor
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=64,
     )
     samples = [data[index] for index in range(64)]
     assert Counter(sample.corpus for sample in samples) == {corpora["chat"]: 48, corpora["text"]: 16}

@@ -101,7 +101,6 @@ def asked_outside_answers(config: Config, objective: type[Diffusion]) -> int:
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=8,
     )
     made = objective(OBJECTIVES["sft"], config, schedule)
     sample = data[0]

@@ -87,7 +87,6 @@ def sequences(config: Config):
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=8,
     )
 
 

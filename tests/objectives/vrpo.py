@@ -127,7 +127,6 @@ def _sequences(config: Config) -> Any:
         seed=config.run.seed,
         vocab_size=config.model.vocab_size,
         mask_token_id=config.model.mask_token_id,
-        sequences_wanted=0,
     )
 
 

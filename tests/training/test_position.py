@@ -1,5 +1,6 @@
 """Which weights a run may start from."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.record.manifest import Checkpoint, Manifest
-from llada_megatron.training.position import batch_change, check_same_model
+from llada_megatron.training.position import _check_same_blend, batch_change, check_same_model
 
 
 def test_a_checkpoint_from_before_model_family_is_of_gpt_and_another_family_is_refused() -> None:
@@ -49,3 +50,20 @@ def test_another_global_batch_is_said_with_the_place_it_goes_on_at_and_the_round
 def test_a_batch_that_trained_no_step_leaves_no_trace():
     tried = Manifest(config={}, step=2, global_batches=[[0, 4], [2, 3]])
     assert tried.batches(4) == [(0, 4)] and tried.batches(5) == [(0, 4), (2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("corpora", "period", "tokens", "refused"),
+    [
+        (2, {}, 64 * 2**20, False),  # the first period is the order of earlier versions
+        (2, {}, 64 * (2**20 + 8), True),
+        (2, {"blend_period": 2**20}, 64 * (2**20 + 8), False),
+        (1, {}, 64 * (2**20 + 8), False),
+    ],
+)
+def test_a_blend_of_an_earlier_version_goes_on_in_its_order_or_is_refused(corpora, period, tokens, refused):
+    stage = f"schedule.stages=[{{name: a, block_size: '4', tokens: {tokens}}}]"
+    config = compose(["experiment=parity", stage, "data.sequence_length=64"])
+    fingerprint = {"corpora": [{}] * corpora, **period}
+    with pytest.raises(BadInput, match="ordered for all of its") if refused else nullcontext():
+        _check_same_blend(fingerprint, config, Manifest(config={}, step=4))
