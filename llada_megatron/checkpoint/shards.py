@@ -190,15 +190,11 @@ def _dealt(parts: list[tuple[Part, Tensor]], shares: int) -> list[list[tuple[Par
 
 
 def write_index(directory: Path, stored: Iterable[Stored]) -> None:
-    """Write what says where everything lies, without which there is no checkpoint.
-
-    Raises ValueError where the parts of a tensor do not make the whole of it.
-    """
+    """Write what says where everything lies, without which there is no checkpoint."""
     entries: dict[str, Any] = {}
-    results, held, places = [], dict[str, int](), set[tuple[str, tuple[int, ...]]]()
+    results = []
     for each in stored:
         part = each.part
-        places.add((part.name, part.offset))
         if each.dtype is None:
             entries[part.name], index = BytesStorageMetadata(), MetadataIndex(part.name)
         else:
@@ -208,13 +204,23 @@ def write_index(directory: Path, stored: Iterable[Stored]) -> None:
             chunk = ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size))
             entries[part.name].chunks.append(chunk)
             index = MetadataIndex(part.name, chunk.offsets)
-            held[part.name] = held.get(part.name, 0) + part.elements
         results.append(WriteResult(index, each.length, _StorageInfo(each.file, each.offset, each.length)))
-    wrong = [name for name, count in held.items() if count != math.prod(entries[name].size)]
-    if wrong or len(places) != len(results):
-        raise ValueError(f"The parts of a tensor are missing, or were written twice: {wrong[:3]}")
     FileSystemWriter(directory).finish(Metadata(entries), [results])
     save_config(CheckpointingConfig("torch_dist"), str(directory))
+
+
+def require_whole(stored: Iterable[Stored]) -> None:
+    """Raise ValueError where the parts of a tensor are not each of its elements once."""
+    left: dict[str, int] = {}
+    places: set[tuple[str, tuple[int, ...]]] = set()
+    for each in stored:
+        part = each.part
+        if (part.name, part.offset) in places:
+            raise ValueError(f"A part of {part.name} was written twice.")
+        places.add((part.name, part.offset))
+        left[part.name] = left.get(part.name, math.prod(part.shape)) - part.elements
+    if wrong := [name for name, count in left.items() if count]:
+        raise ValueError(f"Parts of {wrong[0]} are missing, or overlap.")
 
 
 class ShardsWriter:

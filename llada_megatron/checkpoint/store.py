@@ -38,7 +38,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llada_megatron.checkpoint import moments, publish
-from llada_megatron.checkpoint.shards import Part, ShardsReader, Written, write_index, write_parts
+from llada_megatron.checkpoint.shards import (
+    Part,
+    ShardsReader,
+    Written,
+    require_whole,
+    write_index,
+    write_parts,
+)
 from llada_megatron.checkpoint.staging import Staging
 from llada_megatron.config.errors import BadInput, Refusal
 from llada_megatron.model.initialize import SHARDING_METADATA
@@ -184,6 +191,7 @@ class Save:
         try:
             for name in self._contents:
                 stored = [entry for each in written for entry in each[name].stored]
+                require_whole(stored)
                 write_index(self._aside / name, stored)
         except OSError as error:
             return _reason(error)

@@ -246,7 +246,7 @@ def is_about(prefix: str, suffixes: Sequence[str], sizes: Sequence[int]) -> bool
     except OSError:
         return False
     same = all(status.st_size == size for status, size in zip(found, sizes, strict=False))
-    return same and all(status.st_mtime_ns <= written for status in found)
+    return same and all(status.st_mtime_ns < written for status in found)
 
 
 def _shard(prefix: str, content: Any) -> Shard | None:

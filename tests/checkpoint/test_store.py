@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llada_megatron.checkpoint.shards import Part, Stored, write_index
+from llada_megatron.checkpoint.shards import Part, Stored, require_whole
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
@@ -252,10 +252,12 @@ def test_a_write_that_fails_on_one_rank_is_said_by_every_rank_and_nothing_is_pub
     assert not (tmp_path / "saved").exists()
 
 
-def test_an_index_is_not_written_where_a_part_of_a_tensor_is_missing_or_double(tmp_path):
-    half = Part("a", (4, 2), (0, 0), (2, 2))
-    stored = [Stored(half, torch.float32, "__0_0.distcp", 0, 16)]
-    for wrong in (stored, stored * 2):
-        with pytest.raises(ValueError, match="parts of a tensor"):
-            write_index(tmp_path, wrong)
-    assert not list(tmp_path.iterdir())
+def test_no_checkpoint_has_a_part_of_a_tensor_missing_or_double():
+    stored = [
+        Stored(Part("a", (4, 2), (row, 0), (2, 2)), torch.float32, "__0_0.distcp", 16 * row, 16)
+        for row in (0, 2)
+    ]
+    require_whole(stored)
+    for wrong, said in ((stored[:1], "Parts of a are missing"), (stored + stored[:1], "a was written twice")):
+        with pytest.raises(ValueError, match=said):
+            require_whole(wrong)

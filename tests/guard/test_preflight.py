@@ -13,6 +13,7 @@ import pytest
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import NodeFault
 from llada_megatron.config.parameters import checkpoint_bytes
+from llada_megatron.record.run_dir import OPTIMIZER, SHARDS
 from llada_megatron.runtime.launch import node
 from tests.distributed import run_ranks
 from tests.training.runs import STEPS, TWO, checkpoint, configure, train
@@ -147,7 +148,8 @@ def test_a_slow_link_is_a_warning_that_names_its_nodes():
 def test_a_run_with_preflight_trains_and_its_checkpoints_are_as_large_as_estimated(corpus, tmp_path):
     config = configure(corpus, tmp_path, TWO, "training.preflight=true")
     assert train(config) == [(STEPS, 0, True)]
-    files = (checkpoint(tmp_path, STEPS) / "shards").iterdir()
+    saved = checkpoint(tmp_path, STEPS)
+    files = [*(saved / SHARDS).iterdir(), *(saved / OPTIMIZER).iterdir()]
     headers = sum(file.stat().st_size for file in files) - checkpoint_bytes(config.model, config.precision)
     assert 0 < headers < 1_000_000  # a part of a tensor has one of some 1.5 KB, and there are 460 of them
 
