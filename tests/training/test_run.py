@@ -456,7 +456,8 @@ def test_the_command_shows_only_our_own_lines(corpus, tmp_path):
             [*command, f"training.steps={int(step) + 1}"], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0 and done.stderr == ""
-        assert [line.split()[0] for line in done.stdout.splitlines()] == ["attention", "step", step]
+        said = ["layers", "experts", "optimizer", "attention", "step", step]
+        assert [line.split()[0] for line in done.stdout.splitlines()] == said
 
 
 def train_with_small_files(config, limit_bytes: int) -> str:
