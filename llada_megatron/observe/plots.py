@@ -123,7 +123,7 @@ def plot_frontier(lines: Sequence[tuple[str, Sequence[Point]]], metric: str, pat
 
     Points that AUP leaves out are hollow.
     """
-    with _picture(path, height=4.6) as figure:
+    with _picture(path, height=3.8 + 0.22 * len(lines)) as figure:  # a legend of any length leaves room
         axes = figure.subplots()
         for index, (label, points) in enumerate(lines):
             color, _ = LINES[index % len(LINES)]
@@ -152,7 +152,7 @@ def plot_frontier(lines: Sequence[tuple[str, Sequence[Point]]], metric: str, pat
                 )
         axes.set_xlabel("tokens per forward")
         axes.set_ylabel(f"{metric}, %")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), fontsize=9.5)
+        figure.legend(loc="outside lower left", fontsize=9.5)
 
 
 def plot_expert_load(steps: list[Record], path: Path) -> None:
