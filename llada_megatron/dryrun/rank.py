@@ -42,7 +42,7 @@ from llada_megatron.objectives.diffusion import Diffusion
 from llada_megatron.objectives.preference import SIDES, Preference
 from llada_megatron.objectives.reference import ReferenceScores
 from llada_megatron.parallel import groups
-from llada_megatron.runtime import fake_world
+from llada_megatron.runtime import fake_world, garbage
 from llada_megatron.training import step
 from llada_megatron.training.step import Trainer
 
@@ -118,7 +118,8 @@ def run_rank(config: Config, stage: Stage, rank: int, micro_batches: int, *, fak
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     recorder = Recorder()
     contracts = fake_world.contracts()
-    with _rank_of(config, rank), mode or nullcontext(), contracts, recorder, _collected_garbage():
+    collected = garbage.by_hand(1)  # where we ask for it: the peak must not depend on the collector's mood
+    with _rank_of(config, rank), mode or nullcontext(), contracts, recorder, collected:
         data: Any = OneDocument(config.data.sequence_length)
         trainer = step.assemble(
             config,
@@ -171,19 +172,6 @@ def _rank_of(config: Config, rank: int) -> Iterator[None]:
 
 def _stage_of(config: Config, rank: int) -> int:
     return coordinates(config.layout, rank).pp
-
-
-@contextmanager
-def _collected_garbage() -> Iterator[None]:
-    """No collection but where we ask for it: the peak must not depend on the collector's mood."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
 
 
 def _parameters(model: list[torch.nn.Module]) -> dict[str, int]:
