@@ -131,7 +131,7 @@ def trainers(config: Config) -> dict[str, Any]:
 
     groups.initialize(config.layout, threads=config.training.threads)
     schedule, data = rules.schedule_of(config), data_of(config)
-    one = assemble(config, schedule, cast(PackedSequences, None))
+    one = assemble(config, schedule, lambda step: cast(PackedSequences, None))
     for objective in one.objectives.values():
         if isinstance(objective, Preference):
             zero = np.zeros((2 * CONVERSATIONS, config.preference.draws))
@@ -139,11 +139,15 @@ def trainers(config: Config) -> dict[str, Any]:
     return {
         stage.name: replace(
             one,
-            data=cast(PackedSequences, data[stage.name]),
+            data=partial(_always, data[stage.name]),
             deal=partial(_from_the_start, schedule.samples_before(stage.first_step)),
         )
         for stage in schedule.stages
     }
+
+
+def _always(sequences: Conversations, step: int) -> PackedSequences:
+    return cast(PackedSequences, sequences)
 
 
 def _from_the_start(first_of_stage: int, first: int, micro_batch: int, global_batch: int) -> list[list[int]]:
@@ -204,4 +208,4 @@ def _report(config: Config, cases: list[step.Case]) -> dict[str, Any]:
 
 def counts_first(config: Config, stage: Stage) -> bool:
     """Whether a step makes forward passes before its own."""
-    return stage.geometry.passes_before(micro_batches_per_step(config.layout, stage.micro_batch)) > 0
+    return stage.geometry.passes_before(micro_batches_per_step(config.layout, stage)) > 0

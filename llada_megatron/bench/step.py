@@ -178,7 +178,7 @@ def described(config: Config, documents: str) -> dict[str, Any]:
         "model": f"{model.layers} layers, hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
         "device": device.name(),
         "threads": device.threads(),
-        "tokens_per_step": rules.schedule_of(config).tokens_per_step,
+        "tokens_per_step": rules.schedule_of(config).tokens_of(0),
         "documents": documents,
         "config": OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),
     }

@@ -141,7 +141,7 @@ def _clips(args: argparse.Namespace) -> int:
     settings = [f"evaluation.sequences={args.sequences}", "layout.processes=1"]
     if args.block_sizes is not None:
         settings.append(f"evaluation.block_sizes=[{args.block_sizes}]")
-    config = compose.elsewhere(checkpoint.manifest.config, settings + args.overrides)
+    config = compose.elsewhere(checkpoint.manifest.config_of_weights, settings + args.overrides)
     length = config.data.sequence_length
     sizes = [block_size_of(size, length, "--block-sizes") for size in config.evaluation.block_sizes]
     clips.run(config, checkpoint.path, sizes, draws=args.draws, out=args.out)

@@ -14,7 +14,9 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput, in_words
 from llada_megatron.config.parameters import checkpoint_bytes
+from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import AttentionBackend, Config, LayerSpec
+from llada_megatron.config.stage_settings import phases_of
 from llada_megatron.record.manifest import Checkpoint, find, readable
 
 NOT_CHECKED = (
@@ -59,21 +61,25 @@ class Findings:
         with self._about("data.path"):
             if not data.path:
                 raise BadInput("data.path is empty: name the prefix of at least one .bin/.idx pair.")
-            for entry in data.path:
+            own = [entry for stage in self.config.schedule.stages for entry in stage.path]
+            for entry in [*data.path, *own]:
                 for prefix in prefixes_of(entry):
                     read_index(prefix)
         if not {"data.tokenizer", "data.path"} <= {*self.checked}:
             self.unknown = ["data.split", "whether a checkpoint's data is this one"]
             return None
         with self._about("data.split"):
-            from llada_megatron.data.fingerprint import fingerprint
+            from llada_megatron.data.fingerprint import of_run
             from llada_megatron.data.packed import check_split, held_out, refuse_pairs
 
-            refuse_pairs(data, {stage.objective for stage in self.config.schedule.stages})
-            check_split(data, "train")
-            for part in held_out(data).values() if self.config.evaluation.block_sizes else ():
-                check_split(part, "validation")
-            return fingerprint(data)
+            schedule = schedule_of(self.config)
+            objectives = {stage.name: stage.objective for stage in schedule.stages}
+            for phase in phases_of(self.config, schedule):
+                refuse_pairs(phase.data, {objectives[name] for name in phase.stages})
+                check_split(phase.data, "train")
+                for part in held_out(phase.data).values() if self.config.evaluation.block_sizes else ():
+                    check_split(part, "validation")
+            return of_run(self.config)
         return None
 
     @contextmanager

@@ -164,7 +164,7 @@ def _evaluate(
     from llada_megatron.config import compose, rules
     from llada_megatron.evaluate.likelihood import checkpoint_metrics
 
-    config = compose.elsewhere(manifest.config, layout)
+    config = compose.elsewhere(manifest.config_of_weights, layout)
     rules.check(config)
     sizes = [name.removeprefix("nll_block") for name in metrics if name != "nll_ar"]
     config.evaluation.block_sizes = sizes

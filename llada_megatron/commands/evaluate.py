@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = find(args.checkpoint)
     manifest = checkpoint.manifest
-    config = compose.elsewhere(manifest.config, _settings(args) + args.overrides)
+    config = compose.elsewhere(manifest.config_of_weights, _settings(args) + args.overrides)
     stages = {stage.name: stage.objective for stage in config.schedule.stages}
     is_causal = OBJECTIVES[stages[manifest.stage]].causal if manifest.stage in stages else True
     with_ar = is_causal if args.ar is None else args.ar

@@ -170,7 +170,7 @@ def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
     from llada_megatron.config import compose
     from llada_megatron.config.layout_rules import check_layout
 
-    saved = dict(checkpoint.manifest.config)
+    saved = checkpoint.manifest.config_of_weights
     if "data" not in saved:  # no run wrote it, and its model alone is known
         saved |= {"run": {"name": "generate"}, "optimizer": {"lr": 0.0}, "data": _context(checkpoint)}
         if not saved["data"] and not any(each.startswith("data.sequence_length=") for each in overrides):

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = find(args.checkpoint)
     settings = [f"data.path={json.dumps([args.data])}", "data.weights=[]", "data.split=1,0"]
-    config = compose.elsewhere(checkpoint.manifest.config, settings + args.overrides)
+    config = compose.elsewhere(checkpoint.manifest.config_of_weights, settings + args.overrides)
     draws = config.preference.draws
     check_layout(config)
     check_pairs(args.data)

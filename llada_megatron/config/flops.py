@@ -103,13 +103,13 @@ def expected_pairs(
 
 def supervised_per_sequence(config: Config, stage: Stage) -> float:
     """Positions of a sequence that have a loss, on average."""
-    return stage.geometry.supervised(config.diffusion, config.data.sequence_length)
+    return stage.geometry.supervised(config.diffusion, stage.sequence_length)
 
 
 def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:
     """Visible query-key pairs of a layer in one sequence, per head; without `documents` of one document."""
     return expected_pairs(
-        config.data.sequence_length,
+        stage.sequence_length,
         stage.block_size,
         clean_copy=stage.clean_copy,
         causal=stage.geometry.causal,
@@ -119,7 +119,7 @@ def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths 
 
 def model_flops_per_token(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:
     """FLOPs of training per data token; attention counts visible pairs, and nothing is recomputed."""
-    length = config.data.sequence_length
+    length = stage.sequence_length
     flops = training_flops_per_sequence(
         config.model,
         positions=length * stage.rows_per_token,

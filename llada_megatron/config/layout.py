@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import LayoutConfig
 
 
@@ -73,9 +74,9 @@ def pipeline_stages(layers: int, layout: LayoutConfig) -> list[int]:
     return list(layout.pipeline) or [layers // stages] * stages
 
 
-def micro_batches_per_step(layout: LayoutConfig, micro_batch: int) -> int:
+def micro_batches_per_step(layout: LayoutConfig, stage: Stage) -> int:
     """Micro-batches that each pipeline runs through in a step."""
-    return layout.global_batch // (micro_batch * data_parallel_size(layout))
+    return stage.global_batch // (stage.micro_batch * data_parallel_size(layout))
 
 
 def _size(layout: LayoutConfig, axis: str) -> int:

@@ -33,28 +33,31 @@ def check_layout(config: Config) -> None:
     _check_experts(layout, model)
     _check_adapters(layout, model)
     _check_pipeline(layout, model)
-    length, split = config.data.sequence_length, layout.cp * layout.tp
-    require(
-        length % split == 0,
-        f"data.sequence_length={length} is not a multiple of layout.cp*tp={split} (context and sequence"
-        " parallelism split it evenly): make it one, or choose another layout.cp or layout.tp.",
-    )
+    split = layout.cp * layout.tp
+    lengths = {"data.": config.data.sequence_length}
+    lengths |= {f"schedule.stages[{n}].": own.sequence_length for n, own in enumerate(config.schedule.stages)}
+    for where, length in lengths.items():
+        require(
+            length % split == 0,
+            f"{where}sequence_length={length} is not a multiple of layout.cp*tp={split} (context and sequence"
+            " parallelism split it evenly): make it one, or choose another layout.cp or layout.tp.",
+        )
     _check_options(layout, model)
 
 
 def check_batches(layout: LayoutConfig, schedule: Schedule) -> None:
     """Every stage's micro-batches come out whole, and in groups where the pipeline is interleaved."""
-    total, dp = layout.global_batch, data_parallel_size(layout)
-    group = layout.pp if layout.vpp > 1 else 1
-    larger = _next_multiple(total, math.lcm(*(stage.micro_batch for stage in schedule.stages)) * dp * group)
+    dp, group = data_parallel_size(layout), layout.pp if layout.vpp > 1 else 1
+    all_of_them = math.lcm(*(stage.micro_batch for stage in schedule.stages)) * dp * group
     for stage in schedule.stages:
-        per_step = stage.micro_batch * dp
+        total, per_step = stage.global_batch, stage.micro_batch * dp
+        larger = _next_multiple(total, all_of_them)
         require(
             total % per_step == 0,
             f"layout.global_batch={total} is not a multiple of micro_batch*dp={per_step} (stage"
             f" {stage.name}): make layout.global_batch {larger}, or change micro_batch.",
         )
-        micro_batches = micro_batches_per_step(layout, stage.micro_batch)
+        micro_batches = micro_batches_per_step(layout, stage)
         require(
             micro_batches % group == 0,
             f"layout.vpp={layout.vpp} needs micro-batches per step in multiples of layout.pp={layout.pp}, but"

@@ -53,8 +53,10 @@ class Geometry:
     supervised: Callable[[DiffusionConfig, int], float]
     """Positions of a sequence of L tokens that the head is applied to, on average."""
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    samples_per_sequence: Callable[[Config], int] = lambda config: 1
+    """Samples in a row that read one sequence: sample i is made of sequence i // n."""
     together: Callable[[Config], int] = lambda config: 1
-    """Samples in a row that read one sequence and must be in one micro-batch."""
+    """Those of them that must be in one micro-batch."""
     pairs: bool = False
     """Whether its corpora are pairs of a chosen and a rejected text."""
     denominators: int = 1
@@ -73,6 +75,10 @@ class Geometry:
 def mask_rate(diffusion: DiffusionConfig) -> float:
     """Mean share of the positions that are masked; a complementary pair masks every position once."""
     return 0.5 if diffusion.complementary else (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
+
+
+def _complements(config: Config) -> int:
+    return 2 if config.diffusion.complementary else 1
 
 
 _DIFFUSION_FIGURES = {
@@ -97,6 +103,7 @@ OBJECTIVES: dict[str, Geometry] = {
         causal=False,
         reads_clean_half=True,
         supervised=lambda diffusion, length: length * mask_rate(diffusion),
+        samples_per_sequence=_complements,
         figures=_DIFFUSION_FIGURES,
     ),
     "confidence": Geometry(
@@ -104,6 +111,7 @@ OBJECTIVES: dict[str, Geometry] = {
         causal=False,
         reads_clean_half=True,
         supervised=lambda diffusion, length: length * mask_rate(diffusion),
+        samples_per_sequence=_complements,
         figures={**_DIFFUSION_FIGURES, "right": Figure(1), "entropy": Figure(1)},
         denominators=2,
         passes_before=lambda micro_batches: int(micro_batches > 1),
@@ -118,6 +126,7 @@ OBJECTIVES: dict[str, Geometry] = {
         causal=False,
         reads_clean_half=True,
         supervised=lambda diffusion, length: length / 2,
+        samples_per_sequence=lambda config: config.preference.draws,
         together=lambda config: config.preference.draws,
         pairs=True,
         figures={

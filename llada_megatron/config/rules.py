@@ -5,8 +5,9 @@ from __future__ import annotations
 from llada_megatron.config.changes import check_names
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
-from llada_megatron.config.schedule import Batches, Schedule, block_size_of
+from llada_megatron.config.schedule import Batches, Schedule, Stage, block_size_of
 from llada_megatron.config.schema import BlockGrid, Config
+from llada_megatron.config.stage_settings import at_stage
 
 
 def schedule_of(config: Config, batches: Batches = ()) -> Schedule:
@@ -22,8 +23,6 @@ def schedule_of(config: Config, batches: Batches = ()) -> Schedule:
 def check(config: Config) -> Schedule:
     """Check every rule that needs no file; returns the schedule. Raises BadInput with one sentence."""
     check_names(config.run.allow_change)
-    formulas_of(config.model).check(config.model)
-    length = config.data.sequence_length
     check_layout(config)
     _check_objective(config)
     schedule = schedule_of(config)
@@ -33,7 +32,8 @@ def check(config: Config) -> Schedule:
         f"optimizer.warmup_tokens={config.optimizer.warmup_tokens} is not less than the schedule's"
         f" {schedule.total_tokens} tokens: shorten the warm-up.",
     )
-    _check_data(config)
+    for stage in schedule.stages:
+        _check_stage(config, stage)
     _check_conversations(config, schedule)
     for axis in ("pp", "cp"):
         ways = getattr(config.layout, axis)
@@ -42,26 +42,54 @@ def check(config: Config) -> Schedule:
             f"evaluation.infill_sequences={config.evaluation.infill_sequences} needs layout.{axis}=1, not"
             f" {ways}: decoding runs whole sequences through whole models, set it to 0.",
         )
-    for index, size in enumerate(config.evaluation.block_sizes):
-        block_size_of(size, length, f"evaluation.block_sizes[{index}]")
     _check_best(config, schedule)
     return schedule
 
 
-def _check_data(config: Config) -> None:
-    paths, weights = config.data.path, config.data.weights
+def _check_stage(config: Config, stage: Stage) -> None:
+    """What a stage has of its own, or of the run, fits together."""
+    own, where = at_stage(config, stage.index), f"schedule.stages[{stage.index}]"
+    said = config.schedule.stages[stage.index]
+    formulas_of(own.model).check(own.model)
+    paths, weights = own.data.path, own.data.weights
+    names = [where if getattr(said, name) else "data" for name in ("weights", "path")]
     require(
         len(weights) in (0, len(paths)),
-        f"data.weights has {len(weights)} entries and data.path {len(paths)}: give one per path, or none for"
-        " shares in proportion to the tokens.",
+        f"{names[0]}.weights has {len(weights)} entries and {names[1]}.path {len(paths)}: give one per path,"
+        " or none for shares in proportion to the tokens.",
     )
+    require(
+        own.optimizer.min_lr <= own.optimizer.lr,
+        f"optimizer.min_lr={own.optimizer.min_lr} must be at most"
+        f" {f'{where}.lr' if said.lr else 'optimizer.lr'}={own.optimizer.lr}.",
+    )
+    for index, size in enumerate(config.evaluation.block_sizes):
+        block_size_of(size, stage.sequence_length, f"evaluation.block_sizes[{index}]")
 
 
 def _check_conversations(config: Config, schedule: Schedule) -> None:
     """What lies in one sequence fits its blocks, and what must be in one micro-batch is."""
     draws, pad_to = config.preference.draws, config.data.pad_to
+    pairs = [config.schedule.stages[stage.index].path for stage in schedule.stages if stage.geometry.pairs]
+    require(
+        all(path == pairs[0] for path in pairs),
+        f"schedule.stages[].path is {' and '.join(map(str, pairs))} where preferences are learnt: name the"
+        " same corpora in each, since one reference has scored them.",
+    )
     for stage in schedule.stages:
         where, together = f"schedule.stages[{stage.index}]", stage.geometry.together(config)
+        first, each = schedule.samples_before(stage.first_step), stage.geometry.samples_per_sequence(config)
+        require(
+            first % each == 0 and stage.global_batch % each == 0,
+            f"{where} reads each sequence in {each} samples in a row, of which steps must not cut any: make"
+            f" the global batches of it and of the stages before it multiples of {each} (now"
+            f" {stage.global_batch}, after {first} samples).",
+        )
+        require(
+            pad_to <= stage.sequence_length,
+            f"data.pad_to={pad_to} is more than the {stage.sequence_length} tokens of a sequence of {where}:"
+            " lower it.",
+        )
         require(
             stage.micro_batch % together == 0,
             f"{where}.micro_batch={stage.micro_batch} is not a multiple of the {together} draws of a pair"
@@ -83,10 +111,6 @@ def _check_conversations(config: Config, schedule: Schedule) -> None:
         f"preference.draws={draws} is odd: give 1, or an even number, since draws are pairs of masks and"
         " their complements.",
     )
-    require(
-        pad_to <= config.data.sequence_length,
-        f"data.pad_to={pad_to} is more than data.sequence_length={config.data.sequence_length}: lower it.",
-    )
 
 
 def _check_best(config: Config, schedule: Schedule) -> None:
@@ -104,7 +128,7 @@ def _check_best(config: Config, schedule: Schedule) -> None:
 
 
 def _check_objective(config: Config) -> None:
-    diffusion, optimizer = config.diffusion, config.optimizer
+    diffusion = config.diffusion
     require(
         diffusion.mask_rate_min <= diffusion.mask_rate_max,
         f"diffusion.mask_rate_min={diffusion.mask_rate_min} must not be above"
@@ -116,11 +140,6 @@ def _check_objective(config: Config) -> None:
         " diffusion.weight=flat.",
     )
     require(
-        not diffusion.complementary or config.layout.global_batch % 2 == 0,
-        "diffusion.complementary pairs the samples of a step, but"
-        f" layout.global_batch={config.layout.global_batch} is odd: make it even.",
-    )
-    require(
         not diffusion.complementary or diffusion.weight != "inverse" or diffusion.mask_rate_max < 1,
         "diffusion.mask_rate_max=1 gives the complement an unbounded weight 1/(1-t): set it below 1 or use"
         " diffusion.weight=flat.",
@@ -130,10 +149,6 @@ def _check_objective(config: Config) -> None:
         noise.sigma_over_rms == 0 or noise.fade_tokens > 0,
         "diffusion.embedding_noise.fade_tokens is 0 while sigma_over_rms is not: say over how many tokens the"
         " noise fades.",
-    )
-    require(
-        optimizer.min_lr <= optimizer.lr,
-        f"optimizer.min_lr={optimizer.min_lr} must be at most optimizer.lr={optimizer.lr}.",
     )
     rewarms = any(stage.learning_rate == "rewarm" for stage in config.schedule.stages)
     require(

@@ -271,6 +271,20 @@ class StageConfig:
     moments: MomentsAtStart = MomentsAtStart.keep
     micro_batch: Extent = 0
     """Sequences per micro-batch in this stage; 0 means layout.micro_batch."""
+    global_batch: Extent = 0
+    """Sequences per step in this stage; 0 means layout.global_batch."""
+    lr: Amount = 0.0
+    """The largest learning rate of this stage; 0 means optimizer.lr."""
+    sequence_length: Extent = 0
+    """L in this stage; 0 means data.sequence_length."""
+    path: list[Path] = field(default_factory=list)
+    """What this stage reads, named as in data.path; empty means data.path."""
+    weights: list[Factor] = field(default_factory=list)
+    """One per path; empty means data.weights, or in proportion to the tokens where the stage has a path."""
+    rotary_base: Amount = 0.0
+    """0 means model.rotary_base."""
+    rotary_scaling: RotaryScalingConfig | None = None
+    """null means model.rotary_scaling."""
 
 
 @dataclass

@@ -120,7 +120,7 @@ def mcore_to_hf(
     """
     checkpoint = store.verified(find(source), weights_alone=True)
     manifest = checkpoint.manifest
-    model = model_of(checkpoint.path, manifest.config)
+    model = model_of(checkpoint.path, manifest.config_of_weights)
     folder = carried.folder_of(checkpoint)
     came_as = carried_config(checkpoint)
     plain = without_adapters(model)
@@ -133,7 +133,7 @@ def mcore_to_hf(
     shards = MergedReader(ShardsReader(checkpoint.path / SHARDS), model.lora, dtype)
     types = _types(entries, shards, dtype)
     written, notes = _written_type(types)
-    positions = manifest.config.get("data", {}).get("sequence_length")
+    positions = manifest.config_of_weights.get("data", {}).get("sequence_length")
     described = config_json.describe(plain, architecture, came_as, dtype=written, positions=positions)
     notes += config_json.changes(_optional_json(folder, "config.json"), described, positions)
     if model.lora.rank:

@@ -42,7 +42,7 @@ def mcore_to_peft(source: str, target: Path, *, architecture: str | None = None)
     adapters do. Raises BadInput for a checkpoint without adapters and a target that exists.
     """
     checkpoint = store.verified(find(source), weights_alone=True)
-    model = model_of(checkpoint.path, checkpoint.manifest.config)
+    model = model_of(checkpoint.path, checkpoint.manifest.config_of_weights)
     if not model.lora.rank:
         raise BadInput(f"{checkpoint.path} has no adapters: export it with `llada convert mcore-to-hf`.")
     plain = without_adapters(model)

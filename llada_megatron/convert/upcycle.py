@@ -57,7 +57,7 @@ def upcycle(
     """
     checkpoint = store.verified(find(source), weights_alone=True)
     path = checkpoint.path
-    dense = model_of(checkpoint.path, checkpoint.manifest.config)
+    dense = model_of(checkpoint.path, checkpoint.manifest.config_of_weights)
     moe = upcycled_config(dense, experts, experts_per_token, dense_layers)
     shards = ShardsReader(path / SHARDS)
     certificate = Certificate("upcycle", str(path), "upcycled", moe.mask_token_id)

@@ -49,3 +49,9 @@ class Blend:
         period, place = divmod(index, PERIOD)
         corpus = int(self._corpus[place])
         return corpus, period * int(self._samples[corpus]) + int(self._place[place])
+
+    def before(self, index: int) -> list[int]:
+        """How many of the first `index` samples each corpus gives."""
+        periods, place = divmod(index, PERIOD)
+        among = numpy.bincount(self._corpus[:place], minlength=len(self._samples))
+        return [int(count) for count in periods * self._samples + among]

@@ -84,9 +84,17 @@ class PackedConversations:
     seed.
     """
 
-    def __init__(self, corpus: CorpusIndex, documents: np.ndarray, data: DataConfig, seed: int) -> None:
+    def __init__(
+        self,
+        corpus: CorpusIndex,
+        documents: np.ndarray,
+        data: DataConfig,
+        seed: int,
+        *,
+        may_be_empty: bool = False,
+    ) -> None:
         """The texts of these documents. Raises BadInput where roles and tokens do not belong together, for a
-        conversation that is too long where data.too_long says so, and for a split without a sequence.
+        conversation that is too long where data.too_long says so, and for no sequence where that may not be.
         """
         self.dataset_path, self._data, self._seed = corpus.prefix, data, seed
         self._end_of_document_id = _said(corpus.prefix)["end_of_document_id"]
@@ -95,13 +103,13 @@ class PackedConversations:
             for index in (corpus, read_roles(corpus))
         )
         self._texts = texts_of(corpus.prefix)
-        documents = documents.astype(np.int64).reshape(-1, self._texts)
+        self._given = documents = documents.astype(np.int64).reshape(-1, self._texts)
         lengths = corpus.document_lengths[documents].astype(np.int64)
         self.too_long = self._shorten(documents, lengths)
         fits = lengths.all(axis=1)
         self._documents, self._lengths = documents[fits], lengths[fits]
         self._padded = quantised(self._lengths, data.pad_to)
-        if not len(self._documents):
+        if not len(self._documents) and not may_be_empty:
             raise BadInput(
                 f"{corpus.prefix}: no conversation of {len(documents)} fits into data.sequence_length="
                 f"{data.sequence_length}: raise it, or set data.too_long=cut."
@@ -151,6 +159,16 @@ class PackedConversations:
             "cu_seqlens": np.array(ends, np.int32),
             "document_ids": np.array(documents),
         }
+
+    def unread(self, count: int) -> npt.NDArray[np.int64]:
+        """Documents that the first `count` sequences leave of the epoch in which they end.
+
+        Those among them that were too long for a sequence.
+        """
+        epoch, position = divmod(count, self.sequences_per_epoch)
+        read = [self._packing[sequence] for sequence in self._order(epoch)[:position].tolist()]
+        documents = self._documents[np.concatenate(read)] if read else self._documents[:0]
+        return self._given[~np.isin(self._given[:, 0], documents[:, 0])].ravel()
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of the sequences in an epoch, a function of (seed, epoch) alone."""

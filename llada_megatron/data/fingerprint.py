@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from llada_megatron.config.schema import DataConfig
+from llada_megatron.config.schema import Config, DataConfig
+from llada_megatron.config.stage_settings import data_of
 from llada_megatron.data.blend import PERIOD
+from llada_megatron.data.laid_out import WINDOW
 from llada_megatron.data.shards import Corpus, survey
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.parallel.ranks import from_first_rank, rank
@@ -26,18 +28,29 @@ def fingerprint(data: DataConfig) -> dict[str, Any]:
         "sequence_length": data.sequence_length,
         "tokenizer_sha256": load_tokenizer(data.tokenizer).sha256,
     }
-    return found | ({"blend_period": PERIOD} if len(corpora) > 1 else {})
+    if len(corpora) > 1:
+        found["blend_period"] = PERIOD
+    if any(sum(shard.tokens for shard in each.shards) // data.sequence_length > WINDOW for each in corpora):
+        found["shuffle_window"] = WINDOW
+    return found
 
 
-def of_this_node(data: DataConfig) -> dict[str, Any]:
-    """The fingerprint of the data as a node sees it; every rank must call it.
+def of_run(config: Config) -> dict[str, Any]:
+    """The fingerprint of data, and under `stages` that of each stage which reads something else."""
+    own = {stage.name: data_of(config.data, stage) for stage in config.schedule.stages}
+    stages = {name: fingerprint(data) for name, data in own.items() if data != config.data}
+    return fingerprint(config.data) | ({"stages": stages} if stages else {})
+
+
+def of_this_node(config: Config) -> dict[str, Any]:
+    """The fingerprint of a run's data as a node sees them; every rank must call it.
 
     Rank 0 finds out, then the first rank of every other node, which has little left to do where it sees the
     same files; the others take rank 0's. BadInput, on every rank alike, where rank 0 cannot use the data.
     """
-    first = from_first_rank(fingerprint, data)
+    first = from_first_rank(of_run, config)
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-    return fingerprint(data) if is_first_here and rank() else first
+    return of_run(config) if is_first_here and rank() else first
 
 
 def content_of(corpus: Corpus) -> dict[str, Any]:
@@ -79,4 +92,13 @@ def fingerprint_difference(saved: dict[str, Any], now: dict[str, Any]) -> list[s
             sentences.append(f"data.{setting} was {saved[setting]} and is {now[setting]} now.")
     if saved["tokenizer_sha256"] != now["tokenizer_sha256"]:
         sentences.append("data.tokenizer is another tokenizer now.")
+    for stage in saved.get("stages", {}).keys() & now.get("stages", {}).keys():
+        own = fingerprint_difference(of_stage(saved, stage), of_stage(now, stage))
+        sentences += [f"Of stage {stage}: {each}" for each in own]
     return sentences
+
+
+def of_stage(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """What of a run's fingerprint is about the data of a stage."""
+    plain = {key: value for key, value in found.items() if key not in ("stages", "objectives")}
+    return dict(found.get("stages", {}).get(name, plain))

@@ -1,45 +1,29 @@
-"""Token files to packed sequences: documents, cut at L, in one global order that a seed fixes.
+"""Token files to packed sequences in one global order that a seed fixes.
 
-    index i --> (blend: member m, its index j) --> epoch e, position p = divmod(j, N)
-            --> permutation of (seed, e) --> GPTDataset's shuffle --> L tokens and their documents
+    index i --> (blend: corpus, its index j) --> sequence j of the corpus (readings.py)
+            --> L tokens and their documents (laid_out.py, conversations.py)
 
-The documents of a split are shuffled once and laid end to end; every L tokens are one sequence and the
-tail of fewer than L is left out. A document cut at L continues in another sequence as a piece of its own:
-that piece does not see its beginning. Pieces come from the .idx, not from end-of-document tokens, so
-corpora without such tokens work.
+A document cut at L continues in another sequence as a piece of its own: that piece does not see its
+beginning. Pieces come from the .idx, not from end-of-document tokens, so corpora without such tokens work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.utils import Split
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schema import DataConfig
 from llada_megatron.data.blend import Blend
-from llada_megatron.data.conversations import (
-    ANSWER,
-    PackedConversations,
-    holds_conversations,
-    texts_of,
-)
-from llada_megatron.data.index_cache import filled, loaded
-from llada_megatron.data.packing import permutation
-from llada_megatron.data.reading import TokenFiles
+from llada_megatron.data.conversations import ANSWER, holds_conversations, texts_of
+from llada_megatron.data.readings import Places, Read, Reading, conversations, opened, places_of
 from llada_megatron.data.shards import Corpus, cache_of, domains, prefixes_of, survey
 from llada_megatron.data.token_ids import check_ids
 from llada_megatron.parallel.ranks import from_first_rank, warn
-
-SPLITS = {"train": Split.train, "validation": Split.valid}
-INDICES = ("document_index", "sample_index", "shuffle_index")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,70 +64,26 @@ class BadSample(BadInput):
         self.sample = sample
 
 
-class PackedDocuments:
-    """The sequences of one corpus and split: endless, each epoch in an order of its own."""
-
-    def __init__(self, corpus: Corpus, indices: Path, seed: int) -> None:
-        """indices: the folder of megatron-core's indices of the split."""
-        self._seed = seed
-        self.document_index, self.sample_index, self.shuffle_index = (
-            loaded(indices, part) for part in INDICES
-        )
-        self._tokens = TokenFiles([(each.prefix, each.dtype, each.documents) for each in corpus.shards])
-        self._order: tuple[int, numpy.ndarray] = (0, numpy.empty(0, numpy.int64))
-
-    @property
-    def sequences_per_epoch(self) -> int:
-        """N: sequences of L tokens in the split."""
-        return self.sample_index.shape[0] - 1
-
-    def __getitem__(self, index: int) -> dict[str, numpy.ndarray]:
-        """Return tokens [L], cu_seqlens [pieces + 1] and document_ids [pieces] of an index >= 0."""
-        epoch, position = divmod(int(index), self.sequences_per_epoch)
-        if epoch > 0:
-            position = int(self._permutation(epoch)[position])
-        place = int(self.shuffle_index[position])
-        # A sequence begins in the document at place `first` of the order, at one of its tokens.
-        (first, begin), (last, end) = self.sample_index[place : place + 2].tolist()
-        documents = self.document_index[first : last + 1].tolist()
-        pieces: list[tuple[int, int, int | None]] = [(document, 0, None) for document in documents]
-        pieces[-1] = (documents[-1], 0, end)
-        pieces[0] = (documents[0], begin, end - begin if first == last else None)
-        parts = self._tokens.read(pieces)
-        lengths = numpy.array([len(part) for part in parts])
-        # A sequence that starts where a document ends lists that document with no tokens.
-        occupied = numpy.flatnonzero(lengths)
-        ends = numpy.cumsum(lengths[occupied])
-        return {
-            "tokens": numpy.concatenate(parts, dtype=numpy.int64),
-            "cu_seqlens": numpy.concatenate(([0], ends)).astype(numpy.int32),
-            "document_ids": numpy.array(documents, numpy.int64)[occupied],
-        }
-
-    def _permutation(self, epoch: int) -> numpy.ndarray:
-        """Return the order of an epoch after the first, a function of (seed, epoch) alone."""
-        known, order = self._order  # taken at once: several threads may read
-        if known != epoch:
-            order = permutation(self._seed, epoch, self.sequences_per_epoch)
-            self._order = epoch, order
-        return order
-
-
-Member = PackedDocuments | PackedConversations
-"""The sequences of one corpus and split."""
-
-
 class PackedSequences:
-    """Packed sequences by global sample index: `sequences[i]` for any i >= 0 is a `PackedSample`.
+    """Packed sequences by global index: `sequences[i]` for any i >= first is a `PackedSample`.
 
-    The sample at i is a function of (data, seed, i). Raises BadSample for a sequence that contains the
-    mask token, IndexError for i < 0.
+    The sample at i is a function of (data, seed, i), and of what was read before the first. Raises BadSample
+    for a sequence that contains the mask token, IndexError for i < first.
     """
 
     def __init__(
-        self, corpora: list[Corpus], members: list[Member], blend: Blend | None, mask_token_id: int
+        self,
+        corpora: list[Corpus],
+        readings: Sequence[Reading],
+        blend: Blend | None,
+        mask_token_id: int,
+        *,
+        first: int = 0,
+        begins: Sequence[int] = (),
     ) -> None:
-        self.corpora, self.members, self.blend = corpora, members, blend
+        """begins: how many sequences of each reading come before the first, none by default."""
+        self.corpora, self.readings, self.blend, self.first = corpora, readings, blend, first
+        self._begins = begins or [0] * len(corpora)
         self._mask_token_id = mask_token_id
         self._ahead: dict[int, Future[PackedSample]] = {}
         self._reader = ThreadPoolExecutor(1, "read ahead")
@@ -151,7 +91,7 @@ class PackedSequences:
     @property
     def sequences_per_epoch(self) -> int:
         """Sequences in one epoch of every corpus."""
-        return sum(member.sequences_per_epoch for member in self.members)
+        return sum(reading.sequences_per_epoch for reading in self.readings)
 
     def announce(self, indices: Iterable[int]) -> None:
         """Let a thread read these sequences, in their order, and keep them until others are announced."""
@@ -163,15 +103,16 @@ class PackedSequences:
                 self._ahead[index] = self._reader.submit(self._read, index)
 
     def __getitem__(self, index: int) -> PackedSample:
-        """Return the sample at a global index >= 0."""
-        if index < 0:
+        """Return the sample at a global index >= first."""
+        if index < self.first:
             raise IndexError(f"There is no sequence {index}.")
         ahead = self._ahead.get(index)
         return self._read(index) if ahead is None else ahead.result()
 
     def _read(self, index: int) -> PackedSample:
-        number, own = (0, index) if self.blend is None else self.blend[index]
-        drawn, corpus = self.members[number][own], self.corpora[number]
+        place = index - self.first
+        number, own = (0, place) if self.blend is None else self.blend[place]
+        drawn, corpus = self.readings[number][self._begins[number] + own], self.corpora[number]
         sample = PackedSample(
             drawn["tokens"],
             drawn["cu_seqlens"],
@@ -220,18 +161,36 @@ def build_sequences(
     """
     if not 0 <= seed < 2**32:
         raise BadInput(f"run.seed must be from 0 to 2**32 - 1, not {seed}.")
-    corpora, weights = from_first_rank(_corpora_of, data, split)
+    corpora, blend = mixture(data, split)
     if refuse_ids:
         check_ids(corpora, vocab_size, mask_token_id, cache_of(data))
-    folders = from_first_rank(_indices, data, corpora, split, seed)
-    members: list[Member] = [
-        PackedDocuments(corpus, folder, seed)
-        if folder
-        else PackedConversations(corpus.index(), corpus.documents_of(split, data.split), data, seed)
-        for corpus, folder in zip(corpora, folders, strict=True)
-    ]
+    return PackedSequences(
+        corpora, readings(data, corpora, split, seed, [()] * len(corpora)), blend, mask_token_id
+    )
+
+
+def mixture(data: DataConfig, split: str) -> tuple[list[Corpus], Blend | None]:
+    """The corpora that have sequences in a split, and their order; None for a single one.
+
+    Every rank must call it; BadInput, on every rank alike, for files that cannot be used.
+    """
+    corpora, weights = from_first_rank(_corpora_of, data, split)
     names = [corpus.entry for corpus in corpora]
-    return PackedSequences(corpora, members, Blend(names, weights) if len(names) > 1 else None, mask_token_id)
+    return corpora, Blend(names, weights) if len(names) > 1 else None
+
+
+def readings(
+    data: DataConfig, corpora: list[Corpus], split: str, seed: int, read: Sequence[tuple[Read, ...]]
+) -> list[Reading]:
+    """The sequences of each corpus at data.sequence_length, after what was read of it at others.
+
+    Every rank must call it: rank 0 builds the indices, the others are told and load.
+    """
+    places = from_first_rank(_places, data, corpora, split, seed, read)
+    return [
+        opened(place, corpus, seed) if place else conversations(data, corpus, split, seed, earlier)
+        for place, corpus, earlier in zip(places, corpora, read, strict=True)
+    ]
 
 
 def check_split(data: DataConfig, split: str) -> None:
@@ -277,44 +236,11 @@ def _corpora_of(data: DataConfig, split: str) -> tuple[list[Corpus], list[float]
     return [corpora[number] for number in kept], [weights[number] for number in kept]
 
 
-def _indices(data: DataConfig, corpora: list[Corpus], split: str, seed: int) -> list[Path | None]:
-    """The folder of each corpus's indices, built where it is not there; None for conversations."""
+def _places(
+    data: DataConfig, corpora: list[Corpus], split: str, seed: int, read: Sequence[tuple[Read, ...]]
+) -> list[Places | None]:
+    """Of conversations, which are packed in memory, None."""
     return [
-        None if corpus.holds_conversations else _folder_of(data, corpus, split, seed) for corpus in corpora
+        None if corpus.holds_conversations else places_of(data, corpus, split, seed, earlier)
+        for corpus, earlier in zip(corpora, read, strict=True)
     ]
-
-
-def _folder_of(data: DataConfig, corpus: Corpus, split: str, seed: int) -> Path:
-    identity = {
-        "prefix": corpus.entry,
-        "index": corpus.digest("idx_sha256"),
-        "seed": seed,
-        "sequence_length": data.sequence_length,
-        "shares": data.split,
-        "split": split,
-    }
-
-    def build(folder: Path) -> None:
-        config = _megatron_config(data, corpus.entry, seed, folder)
-        documents = SimpleNamespace(sequence_lengths=corpus.lengths(), path_prefix=corpus.entry)
-        numbers = corpus.documents_of(split, data.split)
-        GPTDataset(documents, corpus.entry, numbers, None, SPLITS[split], config)
-
-    return filled(cache_of(data), identity, INDICES, build)
-
-
-def _megatron_config(data: DataConfig, prefix: str, seed: int, directory: Path) -> GPTDatasetConfig:
-    return GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=data.sequence_length,
-        blend=([prefix], None),
-        split=data.split,
-        path_to_cache=str(directory),
-        # The dataset never tokenizes; megatron-core asks this object for its size and its identity only.
-        tokenizer=SimpleNamespace(vocab_size=None, unique_identifiers={}),
-        add_extra_token_to_sequence=False,
-        create_attention_mask=False,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-    )

@@ -31,13 +31,14 @@ class Packing:
         return self.items[self.starts[sequence] : self.starts[sequence + 1]]
 
 
-def permutation(seed: int, epoch: int, count: int) -> Integers:
-    """An order of `count` things, a function of (seed, epoch).
+def permutation(seed: int, epoch: int, count: int, window: int = 0) -> Integers:
+    """An order of `count` things, a function of (seed, epoch, window).
 
     Raw bits and a stable sort: numpy promises the same bits in every version, but not the same
     `Generator.permutation`.
     """
-    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
+    key, counter = np.array([seed, epoch], dtype=np.uint64), np.array([0, 0, 0, window], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=counter).random_raw(count)
     return np.argsort(bits, kind="stable")
 
 

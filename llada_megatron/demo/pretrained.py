@@ -92,7 +92,7 @@ def autoregressive_nll(config: Config, checkpoint: Path) -> float:
     from llada_megatron.convert.loaded import load_model
     from llada_megatron.evaluate.likelihood import Evaluator
 
-    model = model_of(checkpoint, Checkpoint.read(checkpoint).manifest.config)
+    model = model_of(checkpoint, Checkpoint.read(checkpoint).manifest.config_of_weights)
     stage = load_model(checkpoint, model, sequence_length=config.data.sequence_length)
     single = replace(config, model=model, layout=LayoutConfig(), precision=PrecisionConfig())
     nll = Evaluator(single, [stage]).autoregressive()["mean"]

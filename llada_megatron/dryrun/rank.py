@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from llada_megatron.config.compose import load
 from llada_megatron.config.layout import coordinates, data_parallel_size
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
-from llada_megatron.data.packed import PackedSample, PackedSequences
+from llada_megatron.config.stage_settings import at_stage
+from llada_megatron.data.packed import PackedSample
 from llada_megatron.dryrun.recorder import Recorder
 from llada_megatron.model.provider import build_model
 from llada_megatron.objectives.batch import MicroBatch
@@ -120,11 +121,11 @@ def run_rank(config: Config, stage: Stage, rank: int, micro_batches: int, *, fak
     contracts = fake_world.contracts()
     collected = garbage.by_hand(1)  # where we ask for it: the peak must not depend on the collector's mood
     with _rank_of(config, rank), mode or nullcontext(), contracts, recorder, collected:
-        data: Any = OneDocument(config.data.sequence_length)
+        data = OneDocument(config.data.sequence_length)
         trainer = step.assemble(
             config,
             rules.schedule_of(config),
-            data,
+            partial(_always, data),
             initialize=not fake,
             attention=fake_world.fused_attention,
         )
@@ -152,10 +153,12 @@ def _dry(config: Config, stage: Stage, micro_batches: int) -> Config:
     """This stage alone, with so many micro-batches per step, without noise on embeddings, which fades."""
     noise = replace(config.diffusion.embedding_noise, sigma_over_rms=0.0)
     samples = micro_batches * stage.micro_batch * data_parallel_size(config.layout)
+    config = at_stage(config, stage.index)
+    alone = replace(config.schedule.stages[stage.index], global_batch=0)
     return replace(
         config,
         diffusion=replace(config.diffusion, embedding_noise=noise),
-        schedule=replace(config.schedule, stages=[config.schedule.stages[stage.index]]),
+        schedule=replace(config.schedule, stages=[alone]),
         layout=replace(config.layout, global_batch=samples),
     )
 
@@ -228,9 +231,7 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
         if isinstance(objective, Diffusion):
             objective.corrupt = half_masked
         if isinstance(objective, Preference):
-            trainer.data = cast(
-                PackedSequences, OneDocument(trainer.config.data.sequence_length, texts=SIDES)
-            )
+            trainer.data = partial(_always, OneDocument(trainer.config.data.sequence_length, texts=SIDES))
             objective.mask = half_scored
             objective.scores = ReferenceScores({"": np.zeros((SIDES, trainer.config.preference.draws))})
     trainer.micro_batches = partial(_onto_device, recorder, mode)
@@ -243,6 +244,10 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
         recorder.modules(trainer.model),
     ):
         yield
+
+
+def _always(sequences: Any, step: int) -> Any:
+    return sequences
 
 
 def _onto_device(recorder: Recorder, mode: Any, *args: Any) -> Iterator[MicroBatch]:

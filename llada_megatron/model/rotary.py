@@ -17,7 +17,7 @@ import math
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
 from llada_megatron.config.schema import ModelConfig, RotaryScaling, RotaryScalingConfig
@@ -66,26 +66,14 @@ def _kept(model: ModelConfig, frequencies: Tensor, channels: int) -> Tensor:
     return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
 
 
-def scale_cosines(config: TransformerConfig, factor: float) -> None:
-    """Have megatron-core's attention multiply cosines and sines by `factor`.
-
-    It reads YaRN's own terms off its configuration where they are set (attention.py:326 in 0.19.2), and
-    computes (0.1 m ln s + 1) / (0.1 n ln s + 1): with ln s = 10 and n = 0 that is m + 1, for any factor.
-    """
-    if factor == 1.0:
-        return
-    terms = {"rotary_scaling_factor": math.exp(10), "mscale": factor - 1, "mscale_all_dim": 0.0}
-    for name, value in terms.items():
-        setattr(config, f"yarn_{name}", value)
-
-
 class ExplicitRotary(torch.nn.Module):
     """Stands in for GPTModel.rotary_pos_emb, which knows only 0..S-1 and a zig-zag slice of it."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self) -> None:
         super().__init__()
         # No buffer: Float16Module would round it to bf16, and angles at position 4000 by half a radian.
-        self.inv_freq = inverse_frequencies(model, device.device())
+        self.inv_freq: Tensor | None = None
+        """fp32 [C/2], as `set_frequencies` says."""
         self.positions: Tensor | None = None
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
@@ -93,6 +81,19 @@ class ExplicitRotary(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Angles fp32 [S, B or 1, 1, channels] of the current positions."""
-        assert self.positions is not None
+        assert self.positions is not None and self.inv_freq is not None
         angles = self.positions.T.to(self.inv_freq.device).float()[..., None] * self.inv_freq
         return torch.cat([angles, angles], dim=-1)[:, :, None]
+
+
+def set_frequencies(stage: torch.nn.Module, model: ModelConfig) -> None:
+    """Have a pipeline stage rotate as a model says: at first, and where a stage of the schedule has its own.
+
+    The factor of cosines and sines is an attribute of megatron-core's attention (attention.py:326 in 0.19.2),
+    which it would set from YaRN's terms alone.
+    """
+    for module in stage.modules():
+        if isinstance(module, ExplicitRotary):
+            module.inv_freq = inverse_frequencies(model, device.device())
+        elif isinstance(module, Attention):
+            module._yarn_concentration_factor = attention_factor(model.rotary_scaling)

@@ -53,8 +53,3 @@ def corrupt(
     if is_complement:
         masked, rate = ~masked, 1 - rate
     return Corruption(masked if supervised is None else masked & supervised, rate)
-
-
-def data_index(sample: int, diffusion: DiffusionConfig) -> int:
-    """Which sequence of the data a global sample index reads: two samples share one when complementary."""
-    return sample // 2 if diffusion.complementary else sample

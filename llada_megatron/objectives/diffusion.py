@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from llada_megatron.data.packed import PackedSample, PackedSequences
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 from llada_megatron.model.readout import Readout, without_token
 from llada_megatron.objectives.batch import MicroBatch, flat_outputs, model_mask
-from llada_megatron.objectives.corruption import Corruption, corrupt, data_index
+from llada_megatron.objectives.corruption import Corruption, corrupt
 from llada_megatron.objectives.objective import Loss, Objective
 from llada_megatron.objectives.weights import embedding_noise_sigma, position_weights
 from llada_megatron.parallel.random import Purpose, torch_seed
@@ -43,10 +43,6 @@ class Diffusion(Objective):
     def __init__(self, name: str, config: Config, schedule: Schedule) -> None:
         super().__init__(name, config, schedule)
         self.readout = readout_of(self.readout, config)
-
-    def sequences(self, indices: Sequence[int]) -> list[int]:
-        """Two samples share one sequence where they are complementary."""
-        return [data_index(index, self.config.diffusion) for index in indices]
 
     def batch(
         self,

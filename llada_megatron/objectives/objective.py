@@ -102,7 +102,8 @@ class Objective:
 
     def sequences(self, indices: Sequence[int]) -> list[int]:
         """The sequence of the data that each of these samples is made of."""
-        return [*indices]
+        each = self.geometry.samples_per_sequence(self.config)
+        return [index // each for index in indices]
 
     def read(self, data: Samples, indices: Sequence[int]) -> list[PackedSample]:
         """The sequences of these samples; one that cannot be trained on is `is_left_out`, or BadSample.

@@ -29,6 +29,7 @@ from megatron.core import parallel_state
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import BlockGrid, PreferenceConfig, PreferenceForm
+from llada_megatron.config.stage_settings import at_stage
 from llada_megatron.data.packed import PackedSample, PackedSequences
 from llada_megatron.objectives import passes
 from llada_megatron.objectives.batch import MicroBatch, Samples, context_part
@@ -53,7 +54,9 @@ class Preference(Diffusion):
 
     def open(self, stage: Stage) -> None:
         """Read the reference's scores; BadInput for those of other texts, masks or weights."""
-        self.scores = ReferenceScores.load(self.config, stage.block_size, self.identity.get("reference"))
+        self.scores = ReferenceScores.load(
+            at_stage(self.config, stage.index), stage.block_size, self.identity.get("reference")
+        )
         self.identity = {"reference": self.scores.reference}
 
     def _scores(self, stage: Stage) -> ReferenceScores:
@@ -61,10 +64,6 @@ class Preference(Diffusion):
             self.open(stage)
         assert self.scores is not None
         return self.scores
-
-    def sequences(self, indices: Sequence[int]) -> list[int]:
-        """The draws of a pair are samples of one sequence."""
-        return [index // self.config.preference.draws for index in indices]
 
     def batch(
         self,
@@ -213,7 +212,7 @@ class Preference(Diffusion):
                 batch.inputs.readout = self.readout
                 yield context_part(batch).to(device.device())
 
-        length = self.config.data.sequence_length
+        length = len(data[0].tokens)
         found = passes.forward_only(
             model,
             [batches(chunk) for chunk in range(len(model))],

@@ -208,10 +208,10 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
     return StageTime(
         name=stage.name,
         block_size=stage.block_size,
-        rows=config.data.sequence_length * stage.rows_per_token,
+        rows=stage.sequence_length * stage.rows_per_token,
         steps=stage.steps,
         tokens=stage.tokens,
-        micro_batches=micro_batches_per_step(layout, stage.micro_batch),
+        micro_batches=micro_batches_per_step(layout, stage),
         passes_before=passes_before(layout, stage),
         fewest_passes_before=stage.geometry.passes_before(1),
         step_seconds=step.total,
@@ -228,7 +228,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
 
 def passes_before(layout: LayoutConfig, stage: Stage) -> int:
     """Forward passes over a step's batch before its own."""
-    return stage.geometry.passes_before(micro_batches_per_step(layout, stage.micro_batch))
+    return stage.geometry.passes_before(micro_batches_per_step(layout, stage))
 
 
 def flops_per_token(
@@ -240,7 +240,7 @@ def flops_per_token(
     supervised rows fill more than one chunk. A pass before the step's own is performed, and not needed: what
     it tells could be had with one micro-batch per rank.
     """
-    model, length = config.model, config.data.sequence_length
+    model, length = config.model, stage.sequence_length
     positions = length * stage.rows_per_token
     pairs = pairs_per_sequence(config, stage, documents)
     supervised = supervised_per_sequence(config, stage)
@@ -268,7 +268,7 @@ def _breakdown(
     parts = blocks.seconds.of(kind.counts)
     parts["memory"] += kind.accumulation
     parts["pp"] += kind.ends * planner.neighbour_seconds(placement, blocks)
-    micro_batches = micro_batches_per_step(layout, stage.micro_batch)
+    micro_batches = micro_batches_per_step(layout, stage)
     seconds = {name: micro_batches * part for name, part in parts.items() if part}
     if step.before:
         seconds["before"] = step.before
@@ -280,7 +280,7 @@ def _traffic(
 ) -> list[GroupTraffic]:
     """Bytes and seconds of a step in each group, on the pipeline rank where that group takes longest."""
     links, (shape, _) = placement.links, planner.sizes(layout, stage)
-    micro_batches = micro_batches_per_step(layout, stage.micro_batch)
+    micro_batches = micro_batches_per_step(layout, stage)
     found: dict[str, GroupTraffic] = {}
     for kind in placement.kinds:
         stages = placement.contents[kind.rank]

@@ -90,7 +90,7 @@ def dry_micro_batches(layout: LayoutConfig, stage: Stage) -> int:
         ahead = 2 * (layout.pp - 1) + (layout.vpp - 1) * layout.pp
         rounds = -(-(ahead + 1) // (layout.vpp * layout.pp))
         enough = rounds * layout.pp
-    real, passes_before = micro_batches_per_step(layout, stage.micro_batch), stage.geometry.passes_before
+    real, passes_before = micro_batches_per_step(layout, stage), stage.geometry.passes_before
     if passes_before(enough) < passes_before(real):
         enough = 2
     return min(enough, real)
@@ -125,14 +125,14 @@ def compare(
     """A rank's report beside the closed form of the same balanced step with as many micro-batches."""
     layout, rank = planner.config.layout, int(report["pp"])
     samples = micro_batches * stage.micro_batch * data_parallel_size(layout)
-    dry_layout = replace(layout, global_batch=samples)
+    dry_stage = replace(stage, global_batch=samples)
     shape, units = planner.sizes(layout, stage)
     stages = placement.contents[rank]
     kept = [units.kept(contents) + units.held(contents) for contents in stages]
-    real, passes_before = micro_batches_per_step(layout, stage.micro_batch), stage.geometry.passes_before
+    real, passes_before = micro_batches_per_step(layout, stage), stage.geometry.passes_before
     if not passes_before(micro_batches):  # which has it already when the step's own forward begins
         kept[0] += units.gathering
-    at_peak, _, transient = planner.peak(dry_layout, placement, stage, rank)
+    at_peak, _, transient = planner.peak(layout, placement, dry_stage, rank)
     computed = traffic.of_rank(
         planner.model,
         shape,

@@ -56,7 +56,7 @@ def print_exact(planner: Planner, stage: Stage, micro_batches: int, found: list[
     fullest = max(found, key=lambda one: one.report["peak"])
     _peak(console, fullest)
     _messages(console, fullest)
-    real = micro_batches_per_step(planner.config.layout, stage.micro_batch)
+    real = micro_batches_per_step(planner.config.layout, stage)
     seconds = sum(one.report["seconds"] for one in found)
     console.print(
         f"\nAssumed: half of the positions supervised; experts balanced; no noise on embeddings;"

@@ -180,7 +180,7 @@ class Planner:
             shape, units = self.sizes(layout, stage)
             given = self.model, shape, layout, self.rates, links, units
             seconds, before = self.formulas.seconds_of(*given), (0.0, 0.0, 0.0, 0.0)
-            if stage.geometry.passes_before(micro_batches_per_step(layout, stage.micro_batch)):
+            if stage.geometry.passes_before(micro_batches_per_step(layout, stage)):
                 before = self.formulas.seconds_of(*given, forward_only=True).totals
             self._blocks[key] = Blocks(shape, seconds, seconds.totals, before)
         return self._blocks[key]
@@ -189,7 +189,7 @@ class Planner:
         return (
             *(layout.tp, layout.cp, layout.ep, layout.etp, layout.recompute, *layout.recompute_modules),
             *(layout.dispatcher, stage.index, stage.micro_batch),
-            stage.geometry.passes_before(micro_batches_per_step(layout, stage.micro_batch)),
+            stage.geometry.passes_before(micro_batches_per_step(layout, stage)),
         )
 
     def peak(
@@ -198,7 +198,7 @@ class Planner:
         """Bytes that a rank keeps at its peak, the micro-batches in flight then, and transient bytes."""
         _, units = self.sizes(layout, stage)
         stages = placement.contents[rank]
-        micro_batches = micro_batches_per_step(layout, stage.micro_batch)
+        micro_batches = micro_batches_per_step(layout, stage)
         kept, counts = memory.peak_activations(units, stages, layout, rank, micro_batches)
         neighbours = transient.pipeline_buffers(layout, rank) * units.hidden
         at_start = units.statistics - kept if stages[0].first else 0
@@ -208,7 +208,7 @@ class Planner:
         """Seconds of a step in a stage of the schedule."""
         blocks = self.blocks(layout, stage, placement.links)
         neighbour = self.neighbour_seconds(placement, blocks)
-        micro_batches = micro_batches_per_step(layout, stage.micro_batch)
+        micro_batches = micro_batches_per_step(layout, stage)
         alike = [kind.alike for kind in placement.kinds]
         per_kind = [
             _through(kind, blocks.totals) + kind.accumulation + kind.ends * neighbour

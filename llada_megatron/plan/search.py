@@ -123,7 +123,8 @@ class Search:
         legal = [way for way in ways if self._legal(_with_axis(self.start, axis, way))]
         if axis != "cp":
             return legal
-        length = self.config.data.sequence_length
+        stages = self.schedules[min(self.schedules)].stages
+        length = min(stage.sequence_length for stage in stages)
         for way in [way for way in legal if way > 1 and length // way < MIN_TOKENS_PER_PROCESS]:
             reason = (
                 f"cp leaves a process fewer than {MIN_TOKENS_PER_PROCESS} data tokens (limit of the search)"
@@ -230,13 +231,12 @@ class Search:
         self, layout: LayoutConfig, placement: Placement, schedule: Schedule, static: list[int]
     ) -> tuple[int, int]:
         """Bytes on the fullest pipeline rank over all stages of the schedule, and that rank."""
-        length, cp = self.config.data.sequence_length, layout.cp
         shapes = {
             (
-                stage.rows_per_token,
+                *(stage.rows_per_token, stage.sequence_length, stage.global_batch),
                 stage.objective,
                 stage.micro_batch,
-                keeps_blocks_whole(stage, cp, length),
+                keeps_blocks_whole(stage, layout.cp),
             ): stage
             for stage in schedule.stages
         }

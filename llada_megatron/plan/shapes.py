@@ -57,13 +57,13 @@ def shape_of(
     where experts are spread over processes: otherwise each token's copies stay, and their number is fixed.
     documents: of packed sequences; without them each is one document.
     """
-    length, model, cp = config.data.sequence_length, config.model, layout.cp
+    length, model, cp = stage.sequence_length, config.model, layout.cp
     rows = stage.rows_per_token * length * stage.micro_batch // cp
     tokens = rows // layout.tp
     sent = tokens * model.experts_per_token
     routed = sent * layout.etp * (expert_imbalance if layout.ep > 1 else 1.0)
     data = length * stage.micro_batch
-    noisy_keys, travelling = _noisy_keys(data, cp, length, stage)
+    noisy_keys, travelling = _noisy_keys(data, cp, stage)
     pairs = pairs_per_sequence(config, stage, documents)
     return Shape(
         rows=rows,
@@ -81,16 +81,16 @@ def shape_of(
     )
 
 
-def keeps_blocks_whole(stage: Stage, cp: int, length: int) -> bool:
+def keeps_blocks_whole(stage: Stage, cp: int) -> bool:
     """Whether every process gets whole blocks: where there are two or more for each (parallel/context.py)."""
-    return 2 * stage.block_size * cp <= length
+    return 2 * stage.block_size * cp <= stage.sequence_length
 
 
-def _noisy_keys(data: int, cp: int, length: int, stage: Stage) -> tuple[int, int]:
+def _noisy_keys(data: int, cp: int, stage: Stage) -> tuple[int, int]:
     """Noisy keys that a context-parallel process attends to, and noisy rows that are gathered.
 
     Its own and none where blocks stay whole, all of them where blocks are cut: an upper bound.
     """
     if not stage.clean_copy:
         return 0, 0
-    return (data // cp, 0) if keeps_blocks_whole(stage, cp, length) else (data, data)
+    return (data // cp, 0) if keeps_blocks_whole(stage, cp) else (data, data)

@@ -26,6 +26,8 @@ from llada_megatron.record.run_dir import MANIFEST, RunDir
 
 PACKAGES = ("torch", "megatron-core", "numpy", "llada-megatron")
 CHUNK_BYTES = 1 << 22
+OF_A_STAGE = {"model": ("rotary_base", "rotary_scaling"), "data": ("sequence_length", "path", "weights")}
+"""What a stage of the schedule may say for itself of how its weights are used, by groups."""
 
 
 @dataclass
@@ -57,12 +59,30 @@ class Manifest:
     metrics: dict[str, float] = field(default_factory=dict)
     """Evaluation of these weights, in nats per token: `nll_ar`, `nll_block4`, ..."""
     data_fingerprint: dict[str, Any] = field(default_factory=dict)
+    data_read: list[dict[str, Any]] = field(default_factory=list)
+    """Of each corpus its `sequences`, `[L, how many of L tokens]` in the order in which they were read."""
     versions: dict[str, str] = field(default_factory=dict)
     git_commit: str = ""
     lineage: dict[str, Any] = field(default_factory=dict)
     """`kind` (hf-to-mcore, merge, upcycle) and its sources, for a checkpoint made from others."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`bytes` and `sha256` of every file beside this one, by its path in the checkpoint."""
+
+    @property
+    def config_of_weights(self) -> dict[str, Any]:
+        """The configuration that the weights are used with: as the stage has it that trained them last.
+
+        What it says for itself of the model and its data takes the place of what the run says
+        (config/stage_settings.py).
+        """
+        stages = self.config.get("schedule", {}).get("stages", [])
+        own = next((stage for stage in stages if stage.get("name") == self.stage), {})
+        found = dict(self.config)
+        for group, names in OF_A_STAGE.items():
+            if said := {name: own[name] for name in names if own.get(name)}:
+                weights = {"weights": []} if "path" in said else {}
+                found[group] = {**found.get(group, {}), **weights, **said}
+        return found
 
     def batches(self, global_batch: int) -> list[tuple[int, int]]:
         """(first step, samples of each step from there on), the last one for a run that goes on from here."""

@@ -90,11 +90,14 @@ def _fault(record: Any, needed: tuple[str, ...]) -> str | None:
 
 def step_seconds(record: Record) -> float:
     """How long a step of metrics.jsonl took; 0 where it does not say."""
-    steps = record["step"] + 1  # of a run that never changed its global batch, which older records do not say
-    if "global_batch" in record:
-        steps = record["consumed_samples"] / record["global_batch"]
-    speed = record["tokens_per_sec"]
-    return record["consumed_tokens"] / steps / speed if speed else 0.0
+    tokens, speed = record["consumed_tokens"], record["tokens_per_sec"]
+    if "sequence_length" in record:
+        tokens = record["global_batch"] * record["sequence_length"]
+    elif "global_batch" in record:  # of an earlier version, which had one length
+        tokens *= record["global_batch"] / record["consumed_samples"]
+    else:  # of a version before, which never changed its global batch
+        tokens /= record["step"] + 1
+    return tokens / speed if speed else 0.0
 
 
 def by_stage(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:

@@ -20,8 +20,10 @@ from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.ranges import spans_of
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import BadSamples, Config, TrainingConfig
+from llada_megatron.config.stage_settings import at_stage
 from llada_megatron.data.fingerprint import of_this_node
-from llada_megatron.data.packed import build_sequences, refuse_pairs
+from llada_megatron.data.packed import check_split, held_out
+from llada_megatron.data.phases import PhasedData
 from llada_megatron.data.tokenizer import check_vocabulary
 from llada_megatron.evaluate.likelihood import Evaluator, checkpoint_metrics
 from llada_megatron.evaluate.samples import infilled
@@ -51,6 +53,7 @@ from llada_megatron.training.position import (
     batch_change,
     check_nothing_later,
     check_same_model,
+    check_same_place,
     check_same_run,
     resume_checkpoint,
 )
@@ -58,7 +61,7 @@ from llada_megatron.training.saving import Saving
 from llada_megatron.training.skips import Skips
 from llada_megatron.training.spikes import Spikes
 from llada_megatron.training.start import attention_line, engine_lines
-from llada_megatron.training.step import StepResult, Trainer, assemble, open_stage, train_step
+from llada_megatron.training.step import StepResult, Trainer, assemble, open_stage, train_step, use_stage
 
 TRAIN_LOSS_STEPS = 20
 """The train loss of a stage is the mean of its last steps."""
@@ -93,7 +96,7 @@ def run(
     )
     stop = StopRequest(watchdog.stop_was_asked)  # before the model is built, which may take minutes
     try:
-        data_fingerprint = of_this_node(config.data)
+        data_fingerprint = of_this_node(config)
         check_agreement(config, data_fingerprint)
         if training.preflight:
             check_nodes(config)
@@ -137,19 +140,16 @@ def keep_time(settings: TrainingConfig, pace: Pace, watchdog: Watchdog) -> float
     return timeouts.collective_timeout_sec
 
 
-def build_trainer(config: Config, schedule: Schedule) -> Trainer:
-    """Model, optimizer, data and schedules of this rank, before any checkpoint is loaded."""
+def open_data(config: Config, schedule: Schedule, *, step: int = 0) -> PhasedData:
+    """The sequences of a run that goes on with a step."""
     check_vocabulary(config.data.tokenizer, config.model.vocab_size)
-    from_first_rank(refuse_pairs, config.data, {stage.objective for stage in schedule.stages})
-    data = build_sequences(
-        config.data,
-        split="train",
-        seed=config.run.seed,
-        vocab_size=config.model.vocab_size,
-        mask_token_id=config.model.mask_token_id,
-        refuse_ids=config.training.bad_samples is BadSamples.refuse,
-    )
-    return assemble(config, schedule, data)
+    refuse_ids = config.training.bad_samples is BadSamples.refuse
+    return PhasedData(config, schedule, step=step, refuse_ids=refuse_ids)
+
+
+def build_trainer(config: Config, schedule: Schedule) -> Trainer:
+    """Data, model, optimizer and schedules of this rank, at the start of a run."""
+    return assemble(config, schedule, open_data(config, schedule).at)
 
 
 class _Run:
@@ -167,21 +167,23 @@ class _Run:
         check_nothing_later(self.dir, checkpoint.manifest.step if checkpoint else 0)
         batches = checkpoint.manifest.batches(config.layout.global_batch) if checkpoint else ()
         self.schedule = rules.schedule_of(config, batches)
-        self.trainer = build_trainer(config, self.schedule)
+        self.data = open_data(config, self.schedule, step=checkpoint.manifest.step if checkpoint else 0)
+        if checkpoint is not None:
+            check_same_place(checkpoint.manifest, self.data)
+        self.trainer = assemble(config, self.schedule, self.data.at)
         if self.is_writer:
             print("\n".join(engine_lines(config, get_model_config(self.trainer.model[0]))), flush=True)
         self.carried_along: dict[str, bytes] = {}
         self.position = self._load(checkpoint)
         self._open_stage()
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
-        self.saving = Saving(self.config, self.trainer, data_fingerprint, self.carried_along)
+        self.saving = Saving(self.config, self.trainer, data_fingerprint, self.data, self.carried_along)
         self.passed_over = spans_of(config.training.skip_samples)
         self.step_sec = 0.0  # of the last step of this attempt
         self.replayed = 0
         self.metrics: dict[str, float] = {}  # of the evaluation at the present step
-        self.evaluator = None
-        if config.evaluation.block_sizes:
-            self.evaluator = Evaluator(config, list(self.trainer.model))
+        self.evaluator: Evaluator | None = None
+        self._check_held_out()
         self.trackers = None
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -290,7 +292,7 @@ class _Run:
                 from_first_rank(find, self.config.checkpoint.init_from), weights_alone=True
             )
             check_same_model(self.config, checkpoint)
-            had_adapters = model_of(checkpoint.path, checkpoint.manifest.config).lora.rank > 0
+            had_adapters = model_of(checkpoint.path, checkpoint.manifest.config_of_weights).lora.rank > 0
             keep = None if had_adapters else is_adapter
             store.load(checkpoint.path, self.trainer.model, None, keep=keep)
             self.trainer.optimizer.reload_model_params()
@@ -300,9 +302,32 @@ class _Run:
 
     def _open_stage(self) -> None:
         """Let the objective that goes on refuse what does not fit before this start has written anything."""
+        stage = self.schedule.stage_at(self.position.step)
+        use_stage(self.trainer, stage)
         if self.position.step < self.schedule.total_steps:
-            stage = self.schedule.stage_at(self.position.step)
             self.trainer.objectives[stage.objective].open(stage)
+
+    def _check_held_out(self) -> None:
+        """Refuse at the start what an evaluation of this stage or of a later one could not read."""
+        if not self.config.evaluation.block_sizes:
+            return
+        stages = [stage for stage in self.schedule.stages if stage.end_step > self.position.step]
+        for data in {repr(own): own for own in (self._at(stage).data for stage in stages)}.values():
+            for part in held_out(data).values():
+                from_first_rank(check_split, part, "validation")
+        self._evaluator_of(self.schedule.stage_at(self.position.step))
+
+    def _at(self, stage: Stage) -> Config:
+        return at_stage(self.config, stage.index)
+
+    def _evaluator_of(self, stage: Stage) -> Evaluator | None:
+        """Of what is held out of the data of a stage, at its L; every rank calls it."""
+        if not self.config.evaluation.block_sizes:
+            return None
+        config = self._at(stage)
+        if self.evaluator is None or self.evaluator.config.data != config.data:
+            self.evaluator = Evaluator(config, list(self.trainer.model))
+        return self.evaluator
 
     def _keep(self, checkpoint: Checkpoint, origin: str) -> None:
         """Keep, for the checkpoints to come, what came with the weights, and where they came from."""
@@ -345,7 +370,7 @@ class _Run:
     def _log(self, step: int, stage: Stage, result: StepResult, seconds: float) -> None:
         if self.trackers is None:
             return
-        tokens_per_sec = self.schedule.tokens_per_step / seconds
+        tokens_per_sec = self.schedule.tokens_of(step) / seconds
         record = asdict(result)
         del record["skipped"], record["spike"]
         record |= record.pop("figures")
@@ -354,7 +379,8 @@ class _Run:
                 "step": step,
                 "consumed_samples": self.schedule.samples_before(step + 1),
                 "consumed_tokens": self.schedule.tokens_before(step + 1),
-                "global_batch": self.config.layout.global_batch,
+                "global_batch": stage.global_batch,
+                "sequence_length": stage.sequence_length,
                 "stage": stage.name,
                 "objective": stage.objective,
                 "block_size": stage.block_size,
@@ -373,15 +399,16 @@ class _Run:
 
     def _evaluate(self, step: int, stage: Stage | None) -> None:
         """Evaluate after a stage, or (stage None) the weights that a conversion starts from."""
-        if self.evaluator is None:
+        evaluator = self._evaluator_of(stage or self.schedule.stages[0])
+        if evaluator is None:
             return
         is_diffusion = stage is not None and not stage.geometry.causal
         autoregressive = None
         if not is_diffusion:
             tokens = self.position.autoregressive_tokens + self.schedule.tokens_before(step)
-            estimate = self.evaluator.autoregressive()
+            estimate = evaluator.autoregressive()
             autoregressive = {"nll": estimate.pop("mean"), **estimate, "tokens": tokens}
-        bounds = self.evaluator.bounds() if is_diffusion or stage is None else {}
+        bounds = evaluator.bounds() if is_diffusion or stage is None else {}
         self.metrics = checkpoint_metrics(bounds, autoregressive)
         record = {
             "step": step,
@@ -389,31 +416,31 @@ class _Run:
             "stage": stage.name if stage else "init",
             "objective": stage.objective if stage else "autoregressive",
             "block_size": stage.block_size if stage else 1,
+            "sequence_length": evaluator.config.data.sequence_length,
             "stage_tokens": stage.tokens if stage else 0,
             "train_loss": self._train_loss(stage),
             "bound": bounds,
             "ar": autoregressive,
-            "block1_views": self.evaluator.block_one_views() if stage is None else None,
-            "baselines": self.evaluator.baselines,
+            "block1_views": evaluator.block_one_views() if stage is None else None,
+            "baselines": evaluator.baselines,
             "vocab_size": self.config.model.vocab_size,
             "wall_sec": self._wall_sec(),
         }
         if stage is not None:
             objective = self.trainer.objectives[stage.objective]
-            if held_out := objective.held_out(self.trainer.model, self.evaluator.samples, stage):
+            if held_out := objective.held_out(self.trainer.model, evaluator.samples, stage):
                 record["held_out"] = held_out
         if self.trackers is not None:
             self.trackers.evaluation(record)
         if stage is not None and is_diffusion:
-            self._infill(step, stage)
+            self._infill(step, stage, evaluator)
 
-    def _infill(self, step: int, stage: Stage) -> None:
-        assert self.evaluator is not None
-        chosen = self.evaluator.samples[: self.config.evaluation.infill_sequences]
+    def _infill(self, step: int, stage: Stage, evaluator: Evaluator) -> None:
+        chosen = evaluator.samples[: self.config.evaluation.infill_sequences]
         if not chosen:  # a decoder refuses layouts that an evaluation of the bound serves
             return
         model = self.trainer.model[0]
-        for sample in infilled(self.config, model, chosen, stage.block_size):
+        for sample in infilled(evaluator.config, model, chosen, stage.block_size):
             if self.trackers is not None:
                 self.trackers.sample(
                     {"step": step, "stage": stage.name, "block_size": stage.block_size, **sample}

@@ -120,6 +120,7 @@ class LearningRate:
         self, optimizer: MegatronOptimizer, settings: OptimizerSettings, schedule: Schedule, rewarm: int
     ):
         self.optimizer, self.schedule, self.rewarm_tokens = optimizer, schedule, rewarm
+        self.largest = settings.lr
         self.scheduler = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,
@@ -139,9 +140,11 @@ class LearningRate:
     def apply(self, step: int) -> float:
         """Set the learning rate of `step`, counting the tokens that it consumes; returns it."""
         consumed = self.schedule.tokens_before(step + 1)
+        stage = self.schedule.stage_at(step)
+        for group in self.optimizer.param_groups:
+            group["max_lr"] = stage.lr or self.largest
         self.scheduler.num_steps = min(consumed, self.schedule.total_tokens)
         self.scheduler.step(0)
-        stage = self.schedule.stage_at(step)
         factor = 1.0
         if stage.learning_rate is LearningRateAtStart.rewarm:
             of_stage = consumed - self.schedule.tokens_before(stage.first_step)

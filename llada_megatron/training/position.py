@@ -16,8 +16,10 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import Config
+from llada_megatron.config.stage_settings import at_stage
 from llada_megatron.data.blend import PERIOD
-from llada_megatron.data.fingerprint import fingerprint_difference
+from llada_megatron.data.fingerprint import fingerprint_difference, of_stage
+from llada_megatron.data.phases import PhasedData
 from llada_megatron.parallel.ranks import from_first_rank, warn
 from llada_megatron.record.manifest import Checkpoint, Manifest, find, readable
 from llada_megatron.record.run_dir import RunDir
@@ -85,7 +87,32 @@ def check_same_run(config: Config, manifest: Manifest, data_fingerprint: dict[st
             + " or start anew with another run.name (from these weights with checkpoint.init_from)."
         )
     _check_same_data(manifest.data_fingerprint, data_fingerprint, allowed)
-    _check_same_blend(manifest.data_fingerprint, config, manifest)
+    for stage in saved.schedule.stages[: _in_progress(saved, manifest) + 1]:
+        before, after = (of_stage(each, stage.name) for each in (manifest.data_fingerprint, data_fingerprint))
+        _check_same_data(before, after, allowed)
+        _check_same_order(before, after, config, manifest)
+
+
+def check_same_place(manifest: Manifest, data: PhasedData) -> None:
+    """Raise BadInput where a run that goes on would not go on where it was in its corpora."""
+    if not manifest.data_read:  # by an earlier version, in which a stage went on by its samples alone
+        if data.phases_begun(manifest.step) > 1:
+            raise BadInput(
+                "The checkpoint was written by an earlier version, in which a stage that pairs its samples"
+                " read sequences again that stages before it had read: go on with that version, or start a"
+                " new run from these weights with checkpoint.init_from."
+            )
+        return
+    told, computed = (
+        [(each["idx_sha256"], each["sequences"]) for each in read]
+        for read in (manifest.data_read, data.read_before(manifest.step))
+    )
+    if told != computed:
+        raise BadInput(
+            f"The checkpoint has read {told} of its corpora, by their digests, and these settings would have"
+            f" read {computed}: put the settings back, or start a new run from these weights with"
+            " checkpoint.init_from."
+        )
 
 
 def _check_same_data(saved: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> None:
@@ -108,10 +135,19 @@ def _check_same_data(saved: dict[str, Any], now: dict[str, Any], allowed: list[s
         )
 
 
-def _check_same_blend(fingerprint: dict[str, Any], config: Config, manifest: Manifest) -> None:
-    """A blend without a period had one order for the whole run, which ours follows for a period."""
+def _check_same_order(saved: dict[str, Any], now: dict[str, Any], config: Config, manifest: Manifest) -> None:
+    """A blend without a period had one order for the whole run, which ours follows for a period.
+
+    A corpus without a window was shuffled as a whole, as ours is up to a window.
+    """
+    if "shuffle_window" in now and "shuffle_window" not in saved:
+        raise BadInput(
+            f"The checkpoint's sequences were shuffled over a whole corpus by an earlier version, and are"
+            f" within windows of {now['shuffle_window']:,} now: their order would be another one. Go on with"
+            " that version, or start a new run from these weights with checkpoint.init_from."
+        )
     samples = schedule_of(config, manifest.batches(config.layout.global_batch)).total_samples
-    if len(fingerprint["corpora"]) > 1 and "blend_period" not in fingerprint and samples > PERIOD:
+    if len(saved["corpora"]) > 1 and "blend_period" not in saved and samples > PERIOD:
         raise BadInput(
             f"The checkpoint's blend was ordered for all of its {samples:,} samples by an earlier version,"
             f" and is ordered in periods of {PERIOD:,} now: it would be another one after the first. Go on"
@@ -131,9 +167,10 @@ def check_same_model(config: Config, checkpoint: Checkpoint) -> None:
     Shapes alone would not tell: another rotary base, norm or mask token loads without an error.
     """
     # A key that came after the checkpoint has the value that its weights were made with, the default.
-    model = model_of(checkpoint.path, checkpoint.manifest.config)
+    model = model_of(checkpoint.path, checkpoint.manifest.config_of_weights)
     saved = {"model": dataclasses.asdict(model)}
-    now = {"model": OmegaConf.to_container(OmegaConf.structured(config.model), enum_to_str=True)}
+    first = at_stage(config, 0).model
+    now = {"model": OmegaConf.to_container(OmegaConf.structured(first), enum_to_str=True)}
     allowed = [*TRAINING_OF_MODEL, *config.run.allow_change]
     if not model.lora.rank:  # adapters that are new compute nothing yet
         allowed.append("model.lora.*")
@@ -166,15 +203,26 @@ def check_nothing_later(run_dir: Path, step: int) -> None:
 
 
 def _changed_stages(saved: Config, now: Config, manifest: Manifest) -> list[str]:
-    """Stages that were trained, up to the one in progress, stay as they are; later ones are free."""
-    batches = manifest.batches(saved.layout.global_batch)
-    in_progress = schedule_of(saved, batches).stage_at(manifest.step - 1).index
-    changed = []
+    """Stages that were trained, up to the one in progress, stay as they are; later ones are free.
+
+    The one in progress may end elsewhere, but not before it has come.
+    """
+    in_progress = _in_progress(saved, manifest)
+    schedule, changed = schedule_of(now, manifest.batches(now.layout.global_batch)), []
     for index, before in enumerate(saved.schedule.stages[: in_progress + 1]):
         after = now.schedule.stages[index] if index < len(now.schedule.stages) else None
-        if after is None or dataclasses.replace(after, micro_batch=before.micro_batch) != before:
+        if after is not None:
+            after = dataclasses.replace(after, micro_batch=before.micro_batch, path=before.path)
+            if index == in_progress and schedule.stages[index].end_step >= manifest.step:
+                after = dataclasses.replace(after, tokens=before.tokens)
+        if after != before:
             changed.append(f"schedule.stages[{index}] ({before.name}) has been trained and is another now")
     return changed
+
+
+def _in_progress(saved: Config, manifest: Manifest) -> int:
+    """Index of the stage that was trained last."""
+    return schedule_of(saved, manifest.batches(saved.layout.global_batch)).stage_at(manifest.step - 1).index
 
 
 def batch_change(schedule: Schedule, manifest: Manifest) -> tuple[str, dict[str, int]] | None:
@@ -186,7 +234,7 @@ def batch_change(schedule: Schedule, manifest: Manifest) -> tuple[str, dict[str,
     sentence = (
         f"layout.global_batch {before} -> {now} at step {first}: goes on with sample {sample} in stage"
         f" {stage.name}, which ends after step {stage.end_step} with {stage.tokens:,} tokens, in whole steps"
-        f" of {schedule.tokens_per_step:,}; the schedule has {schedule.total_steps} steps and"
+        f" of {schedule.tokens_of(first):,}; the schedule has {schedule.total_steps} steps and"
         f" {schedule.total_tokens:,} tokens now"
     )
     place = {"step": first, "sample": sample, "before": before, "now": now}

@@ -14,6 +14,7 @@ from llada_megatron.checkpoint.retention import retire
 from llada_megatron.checkpoint.store import Save, Saver
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
+from llada_megatron.data.phases import PhasedData
 from llada_megatron.record import events
 from llada_megatron.record.manifest import Manifest
 from llada_megatron.record.run_dir import RunDir
@@ -30,10 +31,11 @@ class Saving:
         config: Config,
         trainer: Trainer,
         data_fingerprint: dict[str, Any],
+        data: PhasedData,
         carried_along: Mapping[str, bytes],
     ) -> None:
         """carried_along: what came with the weights that the run started from, in every checkpoint of it."""
-        self.config, self.trainer, self.fingerprint = config, trainer, data_fingerprint
+        self.config, self.trainer, self.fingerprint, self.data = config, trainer, data_fingerprint, data
         self.carried_along = carried_along
         asked = config.checkpoint.in_background
         self.in_background = device.on_cuda() if asked is None else asked
@@ -75,6 +77,7 @@ class Saving:
             autoregressive_tokens=position.autoregressive_tokens,
             metrics=metrics,
             data_fingerprint=self.fingerprint | self._identities(),
+            data_read=self.data.read_before(step),
         )
         self._pending = self._saver.save(
             RunDir(self.config.run.dir).checkpoint(step),

@@ -16,9 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import BadSamples, Config, MomentsAtStart
+from llada_megatron.config.schema import BadSamples, Config, ModelConfig, MomentsAtStart
+from llada_megatron.config.stage_settings import model_of
 from llada_megatron.data.packed import PackedSequences
 from llada_megatron.model.provider import build_model
+from llada_megatron.model.rotary import set_frequencies
 from llada_megatron.objectives import passes
 from llada_megatron.objectives.batch import MicroBatch, context_part
 from llada_megatron.objectives.objective import Objective
@@ -38,7 +40,8 @@ class Trainer:
 
     config: Config
     schedule: Schedule
-    data: PackedSequences
+    data: Callable[[int], PackedSequences]
+    """The sequences that a step trains, by their global index."""
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
@@ -51,6 +54,8 @@ class Trainer:
     """Sees every micro-batch that is built, whole, with its sample indices: a run's journal."""
     micro_batches: Callable[..., Iterator[MicroBatch]] | None = None
     """In the place of the function of that name: the dry run's."""
+    frequencies: ModelConfig | None = None
+    """What the model's rotary frequencies were set by, where a stage has set them."""
     section: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
     """Surrounds a part of the step, `passes` or `optimizer`: a benchmark's stopwatch."""
 
@@ -58,7 +63,7 @@ class Trainer:
 def assemble(
     config: Config,
     schedule: Schedule,
-    data: PackedSequences,
+    data: Callable[[int], PackedSequences],
     *,
     initialize: bool = True,
     attention: Callable[..., torch.Tensor] | None = None,
@@ -114,7 +119,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    sizes = pass_sizes(trainer.config, stage)
+    sizes = pass_sizes(stage)
     build = partial(trainer.micro_batches or micro_batches, trainer, objective, stage, step, sigma)
     if objective.draft_readout is not None:
         build = partial(build, drafts=_drafts(trainer, objective, stage, step, sigma))
@@ -154,9 +159,19 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     )
 
 
+def use_stage(trainer: Trainer, stage: Stage) -> None:
+    """Give the model the rotary frequencies of a stage."""
+    own = model_of(trainer.config.model, trainer.config.schedule.stages[stage.index])
+    if own != (trainer.frequencies or trainer.config.model):
+        for chunk in trainer.model:
+            set_frequencies(chunk, own)
+        trainer.frequencies = own
+
+
 def open_stage(trainer: Trainer, step: int) -> None:
     """What the first step of a stage begins with, whether it is trained or passed over."""
     stage = trainer.schedule.stage_at(step)
+    use_stage(trainer, stage)
     if step != stage.first_step:
         return
     trainer.spikes.clear()
@@ -164,11 +179,11 @@ def open_stage(trainer: Trainer, step: int) -> None:
         reset_moments(trainer.optimizer)
 
 
-def pass_sizes(config: Config, stage: Stage) -> dict[str, int]:
+def pass_sizes(stage: Stage) -> dict[str, int]:
     """What megatron-core's schedules ask of a pass over a step's global batch."""
     return {
-        "num_microbatches": config.layout.global_batch // stage.micro_batch // data_parallel()[1],
-        "seq_length": config.data.sequence_length * stage.rows_per_token,
+        "num_microbatches": stage.global_batch // stage.micro_batch // data_parallel()[1],
+        "seq_length": stage.sequence_length * stage.rows_per_token,
         "micro_batch_size": stage.micro_batch,
     }
 
@@ -182,34 +197,42 @@ def micro_batches(
     drafts: list[torch.Tensor] | None = None,
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a step, on its device; none is held here while the model has it."""
+    data = trainer.data(step)
     for index, indices in enumerate(_dealt(trainer, stage, step)):
         draft = {} if drafts is None else {"draft": drafts[index]}
-        yield _part(trainer, objective, stage, indices, noise_sigma=sigma, **draft).to(device.device())
+        part = _part(trainer, objective, data, stage, indices, noise_sigma=sigma, **draft)
+        yield part.to(device.device())
 
 
 def _dealt(trainer: Trainer, stage: Stage, step: int) -> list[list[int]]:
     """Global sample indices of this rank's micro-batches of a step."""
     first = trainer.schedule.samples_before(step)
-    return trainer.deal(first, stage.micro_batch, trainer.config.layout.global_batch)
+    return trainer.deal(first, stage.micro_batch, stage.global_batch)
 
 
 def _announce(trainer: Trainer, step: int) -> None:
     """Let the data read ahead what this rank needs in this step and in the next one."""
-    if not isinstance(trainer.data, PackedSequences):
-        return  # a benchmark's
-    sequences: list[int] = []
+    wanted: dict[PackedSequences, list[int]] = {}
     for each in range(step, min(step + 2, trainer.schedule.total_steps)):
-        stage = trainer.schedule.stage_at(each)
+        stage, data = trainer.schedule.stage_at(each), trainer.data(each)
+        if not isinstance(data, PackedSequences):
+            return  # a benchmark's
         indices = [index for part in _dealt(trainer, stage, each) for index in part]
-        sequences += trainer.objectives[stage.objective].sequences(indices)
-    trainer.data.announce(sequences)
+        wanted.setdefault(data, []).extend(trainer.objectives[stage.objective].sequences(indices))
+    for data, sequences in wanted.items():
+        data.announce(sequences)
 
 
 def _part(
-    trainer: Trainer, objective: Objective, stage: Stage, indices: list[int], **options: Any
+    trainer: Trainer,
+    objective: Objective,
+    data: PackedSequences,
+    stage: Stage,
+    indices: list[int],
+    **options: Any,
 ) -> MicroBatch:
     """This rank's part of the micro-batch of these samples."""
-    batch = objective.batch(trainer.data, indices, stage, **options)
+    batch = objective.batch(data, indices, stage, **options)
     batch.inputs.readout = objective.readout
     if trainer.on_batch is not None:
         trainer.on_batch(indices, batch)
@@ -224,14 +247,14 @@ def _drafts(
     assert readout is not None
     parts = []
     for indices in _dealt(trainer, stage, step):
-        whole = objective.draft_batch(trainer.data, indices, stage, noise_sigma=sigma)
+        whole = objective.draft_batch(trainer.data(step), indices, stage, noise_sigma=sigma)
         whole.inputs.readout = readout
         parts.append((len(whole.inputs.outputs), context_part(whole)))
     outputs = passes.forward_only(
         trainer.model,
         [(part.to(device.device()) for _, part in parts) for _ in trainer.model],
         lambda _, output: output.detach(),
-        **pass_sizes(trainer.config, stage),
+        **pass_sizes(stage),
     )
     return passes.on_every_rank(outputs, parts, readout.columns)
 

@@ -364,6 +364,6 @@ def test_whatever_is_accepted_divides_evenly(config: Config) -> None:
     for stage in schedule.stages:
         shard = L * (2 if stage.clean_copy else 1) / (layout.cp * layout.tp)
         assert shard == int(shard) and L % (layout.cp * layout.tp) == 0
-        per_pipeline = micro_batches_per_step(layout, stage.micro_batch)
+        per_pipeline = micro_batches_per_step(layout, stage)
         assert prod((per_pipeline, stage.micro_batch, data_parallel_size(layout))) == layout.global_batch
         assert layout.vpp == 1 or per_pipeline % layout.pp == 0

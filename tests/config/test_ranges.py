@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from llada_megatron.config.compose import compose, resolve
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import LARGEST, Range, check_values, hints_of, leaves, rules_of, text
-from llada_megatron.config.schema import Config
+from llada_megatron.config.schema import Config, RotaryScalingConfig
 
 FREE_TEXT = {
     "run.allow_change[]",
@@ -54,7 +54,10 @@ NUMBERS = {key: (bare, rules) for key, bare, rules in STATED if bare in (int, fl
 @cache
 def sound() -> Config:
     """Every list of numbers has an element."""
-    return compose(["experiment=parity", "data.weights=[1]", "layout.pipeline=[4]"])
+    config = compose(["experiment=parity", "data.weights=[1]", "layout.pipeline=[4]"])
+    config.schedule.stages[0].weights = [1.0]
+    config.schedule.stages[0].rotary_scaling = RotaryScalingConfig()
+    return config
 
 
 def with_values(key: str, value: object) -> Config:

@@ -33,7 +33,7 @@ BROKEN = [
     (["diffusion.complementary=true"], "diffusion.mask_rate_max"),
     (
         ["diffusion.complementary=true", "diffusion.mask_rate_max=0.9", "layout.global_batch=7"],
-        "layout.global_batch",
+        r"schedule.stages\[0\] reads each sequence in 2 samples in a row",
     ),
     (["diffusion.embedding_noise.fade_tokens=0"], "diffusion.embedding_noise.fade_tokens"),
     (["optimizer.min_lr=1.0"], "optimizer.min_lr"),
@@ -44,6 +44,23 @@ BROKEN = [
     (["model.expert_hidden_size=0"], "model.expert_hidden_size is 0"),
     (["model.ffn_hidden_size=0"], "model.ffn_hidden_size is 0"),
     (["evaluation.block_sizes=['4', '7']"], r"evaluation.block_sizes\[1\]"),
+    *(
+        ([f"schedule.stages=[{{name: a, block_size: '4', tokens: 65536, {own}}}]", *more], sentence)
+        for own, sentence, *more in [
+            ("sequence_length: 66", r"schedule.stages\[0\].block_size is 4, which does not divide"),
+            ("sequence_length: 68", r"schedule.stages\[0\].sequence_length=68", "layout.cp=8"),
+            ("sequence_length: 68", r"evaluation.block_sizes\[0\]", "evaluation.block_sizes=['8']"),
+            ("sequence_length: 16", "data.pad_to=32 is more than the 16", "data.pad_to=32"),
+            ("global_batch: 3", "layout.global_batch=3 is not a multiple", "layout.processes=2"),
+            ("weights: [1, 2]", r"schedule.stages\[0\].weights has 2 entries and data.path 1"),
+            (
+                "path: [a, b], weights: [1]",
+                r"schedule.stages\[0\].weights has 1 .* schedule.stages\[0\].path 2",
+            ),
+            ("lr: 1e-9", r"at most schedule.stages\[0\].lr=1e-09", "optimizer.min_lr=1e-8"),
+            ("rotary_scaling: {type: yarn, factor: 4}", "original_positions"),
+        ]
+    ),
 ]
 
 

@@ -17,7 +17,9 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, DataConfig, EvaluationConfig
 from llada_megatron.data import shards
 from llada_megatron.data.fingerprint import fingerprint, fingerprint_difference
+from llada_megatron.data.laid_out import LaidOut
 from llada_megatron.data.packed import build_sequences
+from llada_megatron.data.packing import permutation
 from tests.distributed import forked
 
 L = 16
@@ -83,7 +85,8 @@ def test_boundaries_are_where_the_document_changes(data):
 
 def test_sequences_are_the_documents_laid_end_to_end(data):
     sequences = build(data)
-    (member,) = sequences.members
+    member = sequences.readings[0].whole
+    assert isinstance(member, LaidOut)
     lengths = lengths_of(80)
     laid = [(document, token) for document in member.document_index for token in range(lengths[document])]
     assert sorted(member.document_index) == list(range(72))
@@ -125,8 +128,11 @@ def test_every_epoch_holds_every_sequence_once_in_another_order(data):
 
 def test_the_order_of_a_later_epoch_is_fixed_for_ever(data):
     """A change of this list breaks the resume of running trainings."""
-    (member,) = build(data).members
-    assert member._permutation(1)[:8].tolist() == [10, 128, 135, 62, 95, 114, 132, 7]
+    sequences = build(data)
+    count = sequences.sequences_per_epoch
+    assert permutation(5, 1, count)[:8].tolist() == [10, 128, 135, 62, 95, 114, 132, 7]
+    first, second = tokens_of(sequences, count), tokens_of(sequences, 8, first=count)
+    assert second == [first[place] for place in (10, 128, 135, 62, 95, 114, 132, 7)]
 
 
 def test_train_and_validation_share_no_document(data):

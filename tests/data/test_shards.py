@@ -37,7 +37,7 @@ def test_the_shards_of_a_folder_or_a_pattern_are_one_corpus(tmp_path, entry):
     whole = build(DataConfig(path=[f"{tmp_path}/whole"], **shared))
     count = 2 * whole.sequences_per_epoch
     assert tokens_of(one, count) == tokens_of(whole, count)
-    assert len(one.members) == 1
+    assert len(one.readings) == 1
     assert len(folders_of(shards.cache_of(DataConfig(path=[f"{tmp_path}/{entry}"])))) == 1
     assert one[0].place_of(50) == (f"{tmp_path}/web/part_2", 19)
 

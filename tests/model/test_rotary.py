@@ -1,15 +1,10 @@
 """Rotary frequencies under each scaling are those of the public code, and so is the attention factor."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
-    _yarn_get_concentration_factor_from_config,
-)
 
 from llada_megatron.config.schema import ModelConfig, RotaryScaling, RotaryScalingConfig
-from llada_megatron.model.rotary import attention_factor, inverse_frequencies, scale_cosines
+from llada_megatron.model.rotary import attention_factor, inverse_frequencies
 
 YARN = RotaryScalingConfig(RotaryScaling.yarn, 4.0, 8192)
 YARN_UNROUNDED = RotaryScalingConfig(
@@ -66,10 +61,3 @@ def test_without_scaling_frequencies_are_bit_for_bit_what_checkpoints_were_train
     exponents = torch.arange(0, 16, 2, dtype=torch.float32) / 16
     found = inverse_frequencies(model(RotaryScalingConfig()), torch.device("cpu"))
     assert torch.equal(found, 1.0 / 500000.0**exponents)
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.138629436111989, 3.0])
-def test_megatron_core_multiplies_cosines_by_the_factor(factor: float) -> None:
-    config = SimpleNamespace()
-    scale_cosines(config, factor)  # type: ignore[arg-type]
-    assert _yarn_get_concentration_factor_from_config(config) == pytest.approx(factor, rel=1e-12)  # type: ignore[arg-type]

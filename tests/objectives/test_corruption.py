@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
-from llada_megatron.objectives.corruption import corrupt, data_index
+from llada_megatron.objectives.corruption import corrupt
 
 L = 48
 ONE = np.array([0, L])
@@ -83,11 +83,6 @@ def test_complementary_pairs_partition_the_positions(t_per):
         first, second = (corrupt(1, 2 * pair + half, THREE, 4, diffusion) for half in (0, 1))
         assert np.array_equal(first.masked, ~second.masked)
         assert np.allclose(first.rate + second.rate, 1)
-        assert data_index(2 * pair, diffusion) == data_index(2 * pair + 1, diffusion) == pair
-
-
-def test_without_complements_every_sample_reads_a_sequence_of_its_own():
-    assert [data_index(sample, DiffusionConfig()) for sample in range(4)] == [0, 1, 2, 3]
 
 
 def test_a_pair_masks_every_supervised_token_once_and_no_other():

@@ -10,7 +10,7 @@ from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.record.manifest import Checkpoint, Manifest
-from llada_megatron.training.position import _check_same_blend, batch_change, check_same_model
+from llada_megatron.training.position import _check_same_order, batch_change, check_same_model
 
 
 def test_a_checkpoint_from_before_model_family_is_of_gpt_and_another_family_is_refused() -> None:
@@ -66,4 +66,11 @@ def test_a_blend_of_an_earlier_version_goes_on_in_its_order_or_is_refused(corpor
     config = compose(["experiment=parity", stage, "data.sequence_length=64"])
     fingerprint = {"corpora": [{}] * corpora, **period}
     with pytest.raises(BadInput, match="ordered for all of its") if refused else nullcontext():
-        _check_same_blend(fingerprint, config, Manifest(config={}, step=4))
+        _check_same_order(fingerprint, fingerprint, config, Manifest(config={}, step=4))
+
+
+def test_a_corpus_of_several_windows_was_in_another_order_in_an_earlier_version():
+    config, now = compose(["experiment=parity"]), {"corpora": [{}], "shuffle_window": 2**16}
+    _check_same_order(now, now, config, Manifest(config={}, step=4))
+    with pytest.raises(BadInput, match="within windows of 65,536"):
+        _check_same_order({"corpora": [{}]}, now, config, Manifest(config={}, step=4))

@@ -12,7 +12,7 @@ from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig, Recompute
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import initialize_weights
-from llada_megatron.model.rotary import ExplicitRotary, attention_factor, scale_cosines
+from llada_megatron.model.rotary import ExplicitRotary, set_frequencies
 from llada_megatron.model.specs import block_spec, resolve_layer_spec
 from llada_megatron.runtime import device
 
@@ -117,7 +117,6 @@ def build_stage(
     model, layout = config.model, config.layout
     layer_spec = resolve_layer_spec(model)
     transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
-    scale_cosines(transformer, attention_factor(model.rotary_scaling))
     stage = BlockDiffusionGPT(
         transformer,
         block_spec(
@@ -135,10 +134,11 @@ def build_stage(
         share_embeddings_and_output_weights=model.tied_head,
         position_embedding_type="rope",
         vp_stage=vp_stage,
-        rotary=ExplicitRotary(model),
+        rotary=ExplicitRotary(),
         head_chunk_tokens=model.head_chunk_tokens,
         balance_clean_half=model.expert_balance_clean_half,
     )
+    set_frequencies(stage, model)
     if initialize:
         initialize_weights(stage, seed=config.run.seed, std=model.init_std, layers=model.layers)
     return stage
