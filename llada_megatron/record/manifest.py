@@ -76,12 +76,13 @@ class Manifest:
         (config/stage_settings.py).
         """
         stages = self.config.get("schedule", {}).get("stages", [])
-        own = next((stage for stage in stages if stage.get("name") == self.stage), {})
+        own: dict[str, Any] = next((stage for stage in stages if stage.get("name") == self.stage), {})
         found = dict(self.config)
         for group, names in OF_A_STAGE.items():
             if said := {name: own[name] for name in names if own.get(name)}:
-                weights = {"weights": []} if "path" in said else {}
-                found[group] = {**found.get(group, {}), **weights, **said}
+                if "path" in said:  # whose weights are not those of the run's
+                    said.setdefault("weights", [])
+                found[group] = {**found.get(group, {}), **said}
         return found
 
     def batches(self, global_batch: int) -> list[tuple[int, int]]:

@@ -36,6 +36,13 @@ def tokens(laid: LaidOut, first: int, end: int) -> list[list[int]]:
     return [laid[index]["tokens"].tolist() for index in range(first, end)]
 
 
+def tokens_in(pieces: Pieces) -> list[int]:
+    parts = zip(pieces.documents, pieces.starts, pieces.lengths, strict=True)
+    return [
+        1000 * document + token for document, start, size in parts for token in range(start, start + size)
+    ]
+
+
 def test_sequences_are_shuffled_within_windows_anew_in_every_epoch(tmp_path, lengths):
     laid = laid_out(tmp_path, lengths)
     count = laid.sequences_per_epoch
@@ -56,10 +63,7 @@ def test_what_was_read_and_what_was_not_are_the_epoch(tmp_path, lengths, epoch):
     everything = {1000 * number + token for number in range(80) for token in range(lengths[number])}
     for read in (1, WINDOW - 1, WINDOW, 2 * WINDOW + 3, count - 1):
         unread = laid.unread(epoch * count + read, lengths)
-        parts = zip(unread.documents, unread.starts, unread.lengths, strict=True)
-        left = [
-            1000 * number + token for number, start, size in parts for token in range(start, start + size)
-        ]
+        left = tokens_in(unread)
         done = [token for part in tokens(laid, epoch * count, epoch * count + read) for token in part]
         assert Counter([*done, *left]) == Counter(everything)
         cut = len(unread.documents) - len(set(unread.documents.tolist()))
@@ -82,8 +86,7 @@ def test_pieces_are_laid_out_like_documents_and_leave_pieces(tmp_path, lengths):
         assert {*edges} <= {*sample["cu_seqlens"].tolist()}
         assert (sample["tokens"][sample["cu_seqlens"][:-1]] // 1000 == sample["document_ids"]).all()
     again = rest.unread(5, lengths)
-    parts = zip(again.documents, again.starts, again.lengths, strict=True)
-    left = [1000 * number + token for number, start, size in parts for token in range(start, start + size)]
+    left = tokens_in(again)
     done = [token for each in sequences[:5] for token in each]
     before = [token for each in tokens(whole, 0, 21) for token in each]
     assert len({*left, *done, *before}) == len(left) + len(done) + len(before) == lengths.sum()

@@ -1,4 +1,7 @@
-"""What a run reads, counted token by token. Token = 1000 * document + position, of the second corpus 10^6 on."""
+"""What a run reads, counted token by token.
+
+Token = 1000 * document + position; the documents of the second corpus are counted from 1000.
+"""
 
 from collections import Counter
 
