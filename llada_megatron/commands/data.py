@@ -154,23 +154,30 @@ def _report(prefix: str | Path, summary: dict[str, Any]) -> None:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from llada_megatron.config import rules
     from llada_megatron.config.compose import compose
+    from llada_megatron.config.stage_settings import phases_of
     from llada_megatron.data.packed import build_sequences, held_out
+    from llada_megatron.data.phases import PhasedData
 
     config = compose(args.overrides)
-    parts = [("train", "", config.data)]
-    if config.evaluation.block_sizes:
-        for domain, data in held_out(config.data).items():
-            parts.append(("validation", domain and f" {domain}", data))
-    for split, domain, data in parts:
-        sequences = build_sequences(
-            data,
-            split=split,
-            seed=config.run.seed,
-            vocab_size=config.model.vocab_size,
-            mask_token_id=config.model.mask_token_id,
+    schedule = rules.schedule_of(config)
+    data = PhasedData(config, schedule)
+    for phase in phases_of(config, schedule):
+        sequences = data.at(phase.first_step)
+        print(
+            f"{phase.stages[0]}{' and on' if len(phase.stages) > 1 else ''}: sequences of"
+            f" {phase.data.sequence_length}, {sequences.sequences_per_epoch} an epoch"
         )
-        print(f"{split}{domain}: {sequences.sequences_per_epoch} sequences an epoch")
+        for domain, part in held_out(phase.data).items() if config.evaluation.block_sizes else ():
+            sequences = build_sequences(
+                part,
+                split="validation",
+                seed=config.run.seed,
+                vocab_size=config.model.vocab_size,
+                mask_token_id=config.model.mask_token_id,
+            )
+            print(f"  held out{domain and f' {domain}'}: {sequences.sequences_per_epoch}")
     return 0
 
 

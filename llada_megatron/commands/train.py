@@ -168,24 +168,28 @@ def description(config: Config) -> str:
     """What a run would do, for people: model, layout, and the schedule with effective tokens."""
     schedule, model, layout = rules.schedule_of(config), config.model, config.layout
     axes = ", ".join(f"{axis} {getattr(layout, axis)}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
+    own = {stage.name: config.schedule.stages[stage.index].path for stage in schedule.stages}
     paths = ", ".join(config.data.path) or "(data.path is not set)"
+    paths += "".join(f"; {name}: {', '.join(path)}" for name, path in own.items() if path)
     lines = [
         f"run       {config.run.name} in {config.run.dir}",
         f"model     {model.layers} layers, hidden size {model.hidden_size}, {model.experts} experts,"
         f" vocabulary {model.vocab_size}",
-        f"layout    {layout.processes} processes: {axes}, dp {data_parallel_size(layout)};"
-        f" global batch {layout.global_batch}",
+        f"layout    {layout.processes} processes: {axes}, dp {data_parallel_size(layout)}",
         f"          {'; '.join(_layout_options(config))}",
-        f"data      {paths}; L = {config.data.sequence_length}",
+        f"data      {paths}",
         "",
-        f"{'stage':<14} {'objective':<15} {'block':>6} {'steps':>9} {'tokens':>17} {'micro-batch':>12}",
+        f"{'stage':<14} {'objective':<15} {'L':>6} {'block':>6} {'steps':>9} {'tokens':>17} {'batch':>6}"
+        f" {'micro-batch':>12}",
     ]
     for stage in schedule.stages:
         lines.append(
-            f"{stage.name:<14} {stage.objective:<15} {stage.block_size:>6} {stage.steps:>9}"
-            f" {stage.tokens:>17,} {stage.micro_batch:>12}"
+            f"{stage.name:<14} {stage.objective:<15} {stage.sequence_length:>6} {stage.block_size:>6}"
+            f" {stage.steps:>9} {stage.tokens:>17,} {stage.global_batch:>6} {stage.micro_batch:>12}"
         )
-    lines.append(f"{'total':<14} {'':<15} {'':>6} {schedule.total_steps:>9} {schedule.total_tokens:>17,}")
+    lines.append(
+        f"{'total':<14} {'':<15} {'':>6} {'':>6} {schedule.total_steps:>9} {schedule.total_tokens:>17,}"
+    )
     return "\n".join(lines)
 
 

@@ -52,16 +52,18 @@ def check_batches(layout: LayoutConfig, schedule: Schedule) -> None:
     for stage in schedule.stages:
         total, per_step = stage.global_batch, stage.micro_batch * dp
         larger = _next_multiple(total, all_of_them)
+        is_runs = total == layout.global_batch
+        setting = "layout.global_batch" if is_runs else f"schedule.stages[{stage.index}].global_batch"
         require(
             total % per_step == 0,
-            f"layout.global_batch={total} is not a multiple of micro_batch*dp={per_step} (stage"
-            f" {stage.name}): make layout.global_batch {larger}, or change micro_batch.",
+            f"{setting}={total} is not a multiple of micro_batch*dp={per_step} (stage {stage.name}): make"
+            f" {setting} {larger}, or change micro_batch.",
         )
         micro_batches = micro_batches_per_step(layout, stage)
         require(
             micro_batches % group == 0,
             f"layout.vpp={layout.vpp} needs micro-batches per step in multiples of layout.pp={layout.pp}, but"
-            f" stage {stage.name} has {micro_batches}: make layout.global_batch {larger}, or layout.vpp 1.",
+            f" stage {stage.name} has {micro_batches}: make {setting} {larger}, or layout.vpp 1.",
         )
 
 

@@ -34,7 +34,7 @@ def overview(run: Run, figures: Figures) -> list[Part]:
         ("wall time", NOT_YET if wall is None else duration(wall / HOUR_SEC)),
         ("layers", f"{model.layers} of width {model.hidden_size}"),
         ("experts", experts),
-        ("sequence", f"{run.config.data.sequence_length} tokens"),
+        ("sequence", f"{run.schedule.stage_at(now['step']).sequence_length} tokens"),
     ]
     return [
         Progress(now["tokens"] / max(1, now["total_tokens"]), _in_a_sentence(now)),
@@ -60,7 +60,7 @@ def layout(run: Run, figures: Figures) -> list[Part]:
         ("processes", str(config.layout.processes)),
         ("layout", describe(config.layout)),
         ("data parallel", str(data_parallel_size(config.layout))),
-        ("global batch", f"{config.layout.global_batch} sequences"),
+        ("global batch", f"{run.schedule.stage_at(figures['progress']['step']).global_batch} sequences"),
         ("numbers", config.precision.dtype.value),
         ("memory, planned", _bytes(memory["planned_bytes"], memory["usable_bytes"])),
         ("memory, measured", _bytes(memory["measured_bytes"])),

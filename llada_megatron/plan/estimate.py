@@ -66,6 +66,7 @@ class StageTime:
 
     name: str
     block_size: int
+    sequence_length: int
     rows: int
     """Rows of a sequence: 2L with a clean copy, else L."""
     steps: int
@@ -154,7 +155,7 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
         decoding=decoding_of(
             schedule.stages,
             cached_token_bytes(planner.model, planner.config.precision, layout),
-            context=planner.config.data.sequence_length,
+            context=schedule.stages[-1].sequence_length,
         ),
         checkpoints=checkpoints_of(planner.config, layout, placement.held, b=planner.b),
     )
@@ -208,6 +209,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
     return StageTime(
         name=stage.name,
         block_size=stage.block_size,
+        sequence_length=stage.sequence_length,
         rows=stage.sequence_length * stage.rows_per_token,
         steps=stage.steps,
         tokens=stage.tokens,

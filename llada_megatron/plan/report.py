@@ -106,11 +106,14 @@ def _memory(console: Console, plan: Plan) -> None:
 
 
 def _schedule(console: Console, plan: Plan) -> None:
-    headers = ("stage", "block", "s/step", "tokens/s", "MFU", "tokens", "hours", "GPU-hours")
+    has_lengths = len({stage.sequence_length for stage in plan.stages}) > 1
+    lengths = ["L"] if has_lengths else []
+    headers = ("stage", *lengths, "block", "s/step", "tokens/s", "MFU", "tokens", "hours", "GPU-hours")
     table = table_of("Time per stage of the schedule", headers, left=headers[:1])
     for stage in plan.stages:
         table.add_row(
             stage.name,
+            *([str(stage.sequence_length)] if has_lengths else []),
             str(stage.block_size),
             f"{stage.step_seconds:.2f}",
             quantity(stage.tokens_per_sec),

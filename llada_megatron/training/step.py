@@ -200,8 +200,8 @@ def micro_batches(
     data = trainer.data(step)
     for index, indices in enumerate(_dealt(trainer, stage, step)):
         draft = {} if drafts is None else {"draft": drafts[index]}
-        part = _part(trainer, objective, data, stage, indices, noise_sigma=sigma, **draft)
-        yield part.to(device.device())
+        options = {"noise_sigma": sigma, **draft}
+        yield _part(trainer, objective, data, stage, indices, **options).to(device.device())
 
 
 def _dealt(trainer: Trainer, stage: Stage, step: int) -> list[list[int]]:

@@ -51,7 +51,11 @@ BROKEN = [
             ("sequence_length: 68", r"schedule.stages\[0\].sequence_length=68", "layout.cp=8"),
             ("sequence_length: 68", r"evaluation.block_sizes\[0\]", "evaluation.block_sizes=['8']"),
             ("sequence_length: 16", "data.pad_to=32 is more than the 16", "data.pad_to=32"),
-            ("global_batch: 3", "layout.global_batch=3 is not a multiple", "layout.processes=2"),
+            (
+                "global_batch: 3",
+                r"schedule.stages\[0\].global_batch=3 is not a multiple",
+                "layout.processes=2",
+            ),
             ("weights: [1, 2]", r"schedule.stages\[0\].weights has 2 entries and data.path 1"),
             (
                 "path: [a, b], weights: [1]",

@@ -4,15 +4,19 @@ Token = 1000 * document + position; the documents of the second corpus are count
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy
 import pytest
 
 from llada_megatron.config.compose import compose
 from llada_megatron.config.rules import schedule_of
-from llada_megatron.config.schema import StageConfig
+from llada_megatron.config.schema import DataConfig, StageConfig
 from llada_megatron.data.phases import PhasedData
+from llada_megatron.data.readings import conversations
+from llada_megatron.data.shards import survey
 from tests.data.test_packed import MASK, lengths_of, write_corpus
+from tests.objectives.conversations import write
 
 CORPORA = {"first": (80, 0), "second": (120, 1000)}
 
@@ -132,3 +136,28 @@ def test_a_sequence_that_two_samples_read_is_read_once(of_run):
     assert all((one == other).all() for one, other in zip(second[::2], second[1::2], strict=True))
     everything = numpy.concatenate([*first, *second[::2]])
     assert len(numpy.unique(everything)) == len(everything)
+
+
+@pytest.mark.parametrize("format", ["chat", "preference"])
+def test_conversations_at_another_length_are_those_that_were_not_read(tmp_path, format):
+    """None of them is cut, none comes twice before the epoch has ended, and none is left out."""
+    data = DataConfig(path=[write(tmp_path, format)], sequence_length=128, pad_to=4, split="1,0")
+    (corpus,) = survey(data)
+    ids = [*range(corpus.documents)]
+
+    def documents(reading, first, end):
+        found = [reading[index]["document_ids"].tolist() for index in range(first, end)]
+        return [document for own in found for document in own if document >= 0]
+
+    short = conversations(data, corpus, "train", 5, ())
+    count = short.sequences_per_epoch
+    for read in (3, count, count + 4):
+        long = conversations(replace(data, sequence_length=384), corpus, "train", 5, ((128, read),))
+        before = documents(short, count * (read // count), read)
+        rest = documents(long, 0, long.left)
+        assert sorted([*before, *rest]) == (ids if read % count else [])
+        again = conversations(data, corpus, "train", 5, ((128, read), (384, 1)))
+        if long.left:
+            assert sorted([*before, *documents(long, 0, 1), *documents(again, 0, again.left)]) == ids
+        next_epoch = documents(long, long.left, long.left + long.sequences_per_epoch)
+        assert sorted(next_epoch) == ids

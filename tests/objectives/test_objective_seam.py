@@ -152,7 +152,7 @@ def gradients_of_the_formula(config: Config) -> tuple[float, float]:
     schedule = rules.schedule_of(config)
     trainer = build_trainer(config, schedule)
     stage, objective = schedule.stages[0], trainer.objectives[schedule.stages[0].objective]
-    batch = objective.batch(trainer.data, list(range(8)), stage)
+    batch = objective.batch(trainer.data(0), list(range(8)), stage)
     batch.inputs.readout = CONFIDENCE
     model = trainer.model[0].module
     cross_entropy, entropy, right = model(batch.inputs).unbind(-1)

@@ -57,7 +57,7 @@ def both_models(config: Config) -> dict[str, Any]:
     schedule = rules.check(config)
     [policy] = build_model(config)
     [reference] = build_model(replace(config, run=replace(config.run, seed=REFERENCE_SEED)))
-    data = build_trainer(config, schedule).data
+    data = build_trainer(config, schedule).data(0)
     objective, settings = Preference("preference", config, schedule), config.preference
     draws = settings.draws
     losses, margins, chosen, tokens = [], [], [], 0
@@ -194,7 +194,7 @@ def slopes(config: Config) -> list[tuple[float, float]]:
 
     groups.initialize(config.layout)
     schedule = rules.check(config)
-    data = build_trainer(config, schedule).data
+    data = build_trainer(config, schedule).data(0)
     model = build_stage(config).double()
     objective = Preference("preference", config, schedule)
     batch = objective.batch(data, [0, 1], schedule.stages[0])

@@ -192,4 +192,4 @@ def test_blocks_stay_whole_where_context_parallelism_deals_them_whole(cp: int, b
     block_start = np.arange(L) // block_size * block_size
     owner = deal_tokens(2 * block_start + 2 * block_size, block_start, block_size, cp)  # noisy and clean row
     whole = all(len(set(owner[start : start + block_size])) == 1 for start in range(0, L, block_size))
-    assert keeps_blocks_whole(stage, cp, L) == whole
+    assert keeps_blocks_whole(stage, cp) == whole
