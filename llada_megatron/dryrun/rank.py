@@ -16,6 +16,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -234,7 +235,7 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
             trainer.data = partial(_always, OneDocument(trainer.config.data.sequence_length, texts=SIDES))
             objective.mask = half_scored
             objective.scores = ReferenceScores({"": np.zeros((SIDES, trainer.config.preference.draws))})
-    trainer.micro_batches = partial(_onto_device, recorder, mode)
+    trainer.builder, trainer.onto_device = _Inline(), partial(_onto_device, recorder, mode)
     forward = _first_forwards(recorder, trainer, report)
     backward, gradients, weights = (
         partial(recorder.during, phase) for phase in ("backward", "gradients", "weights")
@@ -250,17 +251,25 @@ def _always(sequences: Any, step: int) -> Any:
     return sequences
 
 
-def _onto_device(recorder: Recorder, mode: Any, *args: Any) -> Iterator[MicroBatch]:
-    """training.step.micro_batches, made on the host and then as good as on a device."""
-    batches = step.micro_batches(*args)
+class _Inline(Executor):
+    """Does at once, and without this thread's modes, what another thread would do beside the model."""
 
-    def next_batch() -> MicroBatch:
+    def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        done: Future[Any] = Future()
         with _disable_current_modes():
-            batch = next(batches)
-            return batch if mode is None else batch.map(mode.from_tensor)
+            done.set_result(function(*args, **options))
+        return done
 
-    for _ in step.sample_indices(0, args[2].micro_batch, args[0].config.layout.global_batch):
-        yield next_batch().map(recorder.seen)
+
+def _onto_device(recorder: Recorder, mode: Any, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """training.step.onto_device: what the host has made is as good as on a device."""
+
+    def next_batch() -> MicroBatch | None:
+        with _disable_current_modes():
+            batch = next(batches, None)
+            return batch if batch is None or mode is None else batch.map(mode.from_tensor)
+
+    return map(lambda batch: batch.map(recorder.seen), iter(next_batch, None))
 
 
 def _first_forwards(recorder: Recorder, trainer: Trainer, report: RankReport) -> Callable[..., Any]:

@@ -53,6 +53,21 @@ def bind(local_rank: int) -> None:
         torch.cuda.set_device(local_rank)
 
 
+def share(of: torch.device) -> Callable[[], None]:
+    """What another thread of this process calls first, so that it uses the same device and no other."""
+
+    def use() -> None:
+        if of.type == "cuda":
+            torch.cuda.set_device(of)
+
+    return use
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory that a CUDA device copies from while the host goes on; itself on a CPU."""
+    return tensor.pin_memory() if on_cuda() else tensor
+
+
 def use_threads(count: int) -> None:
     """Let one operation of this process use so many CPU threads."""
     torch.set_num_threads(count)

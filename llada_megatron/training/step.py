@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from llada_megatron.objectives.objective import Objective
 from llada_megatron.objectives.registry import objective_of
 from llada_megatron.parallel.dealing import Deal, data_parallel, sample_indices
 from llada_megatron.runtime import device
+from llada_megatron.training.ahead import Ahead, builder
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.embedding import embedding_statistics
 from llada_megatron.training.frozen import freeze
@@ -52,7 +54,9 @@ class Trainer:
     deal: Deal = sample_indices
     on_batch: Callable[[list[int], MicroBatch], None] | None = None
     """Sees every micro-batch that is built, whole, with its sample indices: a run's journal."""
-    micro_batches: Callable[..., Iterator[MicroBatch]] | None = None
+    builder: Executor = field(default_factory=builder)
+    """Builds micro-batches while the model runs."""
+    onto_device: Callable[[Iterator[MicroBatch]], Iterator[MicroBatch]] | None = None
     """In the place of the function of that name: the dry run's."""
     frequencies: ModelConfig | None = None
     """What the model's rotary frequencies were set by, where a stage has set them."""
@@ -120,14 +124,14 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     sizes = pass_sizes(stage)
-    build = partial(trainer.micro_batches or micro_batches, trainer, objective, stage, step, sigma)
+    build = partial(micro_batches, trainer, objective, stage, step, sigma)
     if objective.draft_readout is not None:
         build = partial(build, drafts=_drafts(trainer, objective, stage, step, sigma))
     ratios = _ratios(trainer, objective, build, sizes)
     with trainer.section("passes"):
         reduced = get_forward_backward_func()(
             forward_step_func=partial(passes.forward_step, objective, ratios),
-            data_iterator=[build() for _ in trainer.model],
+            data_iterator=_for_every_chunk(trainer, build, sizes),
             model=trainer.model,
             forward_only=False,
             **sizes,
@@ -196,12 +200,25 @@ def micro_batches(
     sigma: float,
     drafts: list[torch.Tensor] | None = None,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a step, on its device; none is held here while the model has it."""
+    """This rank's micro-batches of a step, on the host; none is held here while the model has it."""
     data = trainer.data(step)
     for index, indices in enumerate(_dealt(trainer, stage, step)):
         draft = {} if drafts is None else {"draft": drafts[index]}
-        options = {"noise_sigma": sigma, **draft}
-        yield _part(trainer, objective, data, stage, indices, **options).to(device.device())
+        yield _part(trainer, objective, data, stage, indices, noise_sigma=sigma, **draft)
+
+
+def onto_device(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """Micro-batches on this rank's device, of which none is held here."""
+    here = device.device()
+    return map(lambda batch: batch.to(here), batches)
+
+
+def _for_every_chunk(
+    trainer: Trainer, build: Callable[[], Iterator[MicroBatch]], sizes: dict[str, int]
+) -> list[Iterator[MicroBatch]]:
+    """An iterator over the step's micro-batches for each virtual stage, which are built once and ahead."""
+    ahead = Ahead(build(), sizes["num_microbatches"], len(trainer.model), trainer.builder)
+    return [(trainer.onto_device or onto_device)(ahead.reader()) for _ in trainer.model]
 
 
 def _dealt(trainer: Trainer, stage: Stage, step: int) -> list[list[int]]:
@@ -267,12 +284,13 @@ def _ratios(
     if terms == 1:
         return [1.0]
     if objective.counts_known:
-        return passes.ratios_of(passes.known_counts(list(build())))
+        built = trainer.builder.submit(lambda: list(build())).result()
+        return passes.ratios_of(passes.known_counts(built))
     if sizes["num_microbatches"] == 1:
         return None
     counted = passes.forward_only(
         trainer.model,
-        [build() for _ in trainer.model],
+        _for_every_chunk(trainer, build, sizes),
         lambda batch, output: passes.reduced(objective, [1.0] * terms, batch, output)[2],
         **sizes,
     )
