@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,14 @@ def damage(checkpoint: Checkpoint, *, but: str = "") -> list[str]:
     layout that saved a load finds them in its node's memory.
     """
     names = [name for name in sorted(checkpoint.manifest.files) if not but or not name.startswith(f"{but}/")]
-    share = [name for index, name in enumerate(names) if _writer(name, index) % ranks() == rank()]
+    share = written_here(names)
     found = gathered(_in_threads(lambda name: file_damage(checkpoint, [name]), share))
     return [phrase for part in found for of_file in part for phrase in of_file]
+
+
+def written_here(names: Sequence[str]) -> list[str]:
+    """This rank's share of a checkpoint's files: those that it has written, in the layout that saved it."""
+    return [name for index, name in enumerate(sorted(names)) if _writer(name, index) % ranks() == rank()]
 
 
 def _writer(name: str, index: int) -> int:

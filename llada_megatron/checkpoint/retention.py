@@ -12,21 +12,25 @@ from llada_megatron.record.run_dir import RunDir
 
 
 def retire(run_dir: Path, keep: CheckpointConfig) -> None:
-    """Delete checkpoints that nothing keeps, and what crashes left half-written; one rank calls it.
+    """Delete checkpoints that nothing keeps, and what crashes left half-written; one rank calls it."""
+    for path in unkept(readable(run_dir), keep):
+        publish.remove(path)
+    for left_behind in RunDir(run_dir).partial_checkpoints():
+        shutil.rmtree(left_behind)
+
+
+def unkept(checkpoints: list[Checkpoint], keep: CheckpointConfig) -> set[Path]:
+    """Those of a run's checkpoints, oldest first, that nothing keeps.
 
     Kept are the newest `keep_last`, those at the end of a stage, at every multiple of `keep_every_steps`, and
     the `keep_best` with the lowest `best_metric`.
     """
-    checkpoints = readable(run_dir)
     kept = checkpoints[-max(keep.keep_last, 1) :]
     kept += [each for each in checkpoints if each.manifest.stage_ended]
     if keep.keep_every_steps:
         kept += [each for each in checkpoints if each.manifest.step % keep.keep_every_steps == 0]
     kept += best(checkpoints, keep.best_metric, keep.keep_best)
-    for path in {each.path for each in checkpoints} - {each.path for each in kept}:
-        publish.remove(path)
-    for left_behind in RunDir(run_dir).partial_checkpoints():
-        shutil.rmtree(left_behind)
+    return {each.path for each in checkpoints} - {each.path for each in kept}
 
 
 def best(checkpoints: list[Checkpoint], metric: str, count: int) -> list[Checkpoint]:

@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", nargs="+", default=[], metavar="KEY=VALUE", help="of the evaluation; default one process"
     )
     merge.add_argument("--no-evaluation", action="store_true")
+    fetch = commands.add_parser(
+        "fetch", help="bring a checkpoint back from where checkpoint.copy_to copied it"
+    )
+    fetch.add_argument("url", metavar="URL")
+    fetch.add_argument("run", type=Path, metavar="RUN", help="a run's directory, which may be new")
+    fetch.add_argument("--step", type=int, metavar="N", help="default: the newest")
     diff = commands.add_parser("diff", help="how two checkpoints differ, in configuration and weights")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
@@ -43,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run a command: 0, or 1 where `verify` finds damage and `diff` a difference."""
-    return {"list": _list, "verify": _verify, "merge": _merge, "diff": _diff}[args.command](args)
+    commands = {"list": _list, "verify": _verify, "merge": _merge, "fetch": _fetch, "diff": _diff}
+    return commands[args.command](args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -91,6 +98,22 @@ def _verify(args: argparse.Namespace) -> int:
     verdict = "is damaged" if damage else "is whole"
     print(f"{checkpoint.path} {verdict}: {len(manifest.files)} files, {size:,} bytes, step {manifest.step}")
     return 1 if damage else 0
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from llada_megatron.checkpoint.copies import Place, fetch
+
+    place = Place(args.url)
+    found = {each.manifest.step: each for each in place.checkpoints()}
+    if not found:
+        raise BadInput(f"{args.url} has no checkpoints: give what a run's checkpoint.copy_to was.")
+    step = max(found) if args.step is None else args.step
+    if step not in found:
+        raise BadInput(f"{args.url} has no step {step}: it has step {' and '.join(map(str, sorted(found)))}.")
+    final = RunDir(args.run).checkpoints / found[step].path
+    fetch(place, found[step], final)
+    print(f"{final}: {len(found[step].manifest.files)} files; `llada checkpoint verify {final}` reads them")
+    return 0
 
 
 def _merge(args: argparse.Namespace) -> int:

@@ -382,6 +382,9 @@ class CheckpointConfig:
     """Number of checkpoints that stay because their `best_metric` is lowest."""
     best_metric: Annotated[str, metric] = "nll_block32"
     """Of the evaluation at that step: `nll_ar`, or `nll_block` and one of evaluation.block_sizes."""
+    copy_to: Text = ""
+    """A URL such as s3://bucket/run where each checkpoint is copied too; a run whose run.dir is lost goes on
+    from there. Empty: no copies."""
     init_from: Text = ""
     """A checkpoint (or a run's directory: its newest) whose weights alone are taken."""
 

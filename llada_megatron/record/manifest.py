@@ -113,15 +113,28 @@ class Checkpoint:
         OSError where the disk does not answer: that says nothing about the checkpoint.
         """
         try:
-            content = parse_json(read_bytes(path / MANIFEST, "give the directory of a checkpoint"))
-            if not isinstance(content, dict) or content.pop("sha256", None) != _digest(content):
+            content = read_bytes(path / MANIFEST, "give the directory of a checkpoint")
+        except BadInput as error:
+            raise _not_whole(path, str(error)) from None
+        return Checkpoint.of(path, content)
+
+    @staticmethod
+    def of(path: Path, content: bytes) -> Checkpoint:
+        """The checkpoint at a path whose manifest this is; BadInput where it is damaged."""
+        try:
+            said = parse_json(content)
+            if not isinstance(said, dict) or said.pop("sha256", None) != _digest(said):
                 raise BadInput("it was changed after it was written")
-            manifest = Manifest(**content)
+            manifest = Manifest(**said)
         except (TypeError, ValueError) as error:
-            raise BadInput(f"{path} is not a whole checkpoint ({MANIFEST}: {error}).") from None
+            raise _not_whole(path, str(error)) from None
         if fault := _fault(manifest):
-            raise BadInput(f"{path} is not a whole checkpoint ({MANIFEST}: {fault}).")
+            raise _not_whole(path, fault)
         return Checkpoint(path, manifest)
+
+
+def _not_whole(path: Path, why: str) -> BadInput:
+    return BadInput(f"{path} is not a whole checkpoint ({MANIFEST}: {why}).")
 
 
 def _fault(manifest: Manifest) -> str | None:

@@ -45,6 +45,11 @@ class RunDir:
         self.job_script = self.submission / "job.sbatch"
         self.source_diff = self.submission / "source.diff"
 
+    @property
+    def records(self) -> list[Path]:
+        """What a run has written beside its checkpoints and would miss."""
+        return [self.config, self.metrics, self.evaluations, self.samples, self.events, self.wandb_id]
+
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after `step` steps."""
         return self.checkpoints / f"step_{step:08d}"

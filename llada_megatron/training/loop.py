@@ -227,7 +227,7 @@ class _Run:
                 self.watchdog.beat()
                 self._keep_time()
                 garbage.collect(step, config.training.collect_garbage_every_steps)
-            self.saving.finish()
+            self.saving.finish(copies=not signal_number)
             if step >= last_step:
                 self._check_trained(step)
             if signal_number:

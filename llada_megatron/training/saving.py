@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from llada_megatron.checkpoint.copies import Copying
 from llada_megatron.checkpoint.retention import retire
 from llada_megatron.checkpoint.store import Save, Saver
 from llada_megatron.config.schedule import Stage
@@ -40,6 +41,10 @@ class Saving:
         asked = config.checkpoint.in_background
         self.in_background = device.on_cuda() if asked is None else asked
         self._saver = Saver(threads=config.checkpoint.writer_threads, in_background=self.in_background)
+        self._copying = (
+            Copying(Path(config.run.dir), config.checkpoint) if config.checkpoint.copy_to else None
+        )
+        self._is_copying = False
         self._pending: Save | None = None
         self._began = 0.0
         self.longest_sec = 0.0
@@ -57,7 +62,7 @@ class Saving:
         self, step: int, stage: Stage, position: Position, wall_sec: float, metrics: dict[str, float]
     ) -> None:
         """Save after `step` steps; in the background it returns when everything is captured."""
-        self.finish()
+        self._publish()
         self._began = began = time.monotonic()
         manifest = Manifest(
             config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
@@ -87,7 +92,7 @@ class Saving:
             carried_along=self.carried_along,
         )
         if not self.in_background:
-            self.finish()
+            self._publish()
         if dist.get_rank() == 0:
             events.append(Path(self.config.run.dir), "saved", step=step, seconds=time.monotonic() - began)
 
@@ -97,14 +102,28 @@ class Saving:
         return {"objectives": found} if found else {}
 
     def poll(self) -> None:
-        """Publish what the background has written meanwhile."""
+        """Publish what the background has written meanwhile, and commit what it has copied."""
         if self._pending is not None and self._pending.is_written():
-            self.finish()
+            self._publish()
+        if self._is_copying and self._copying is not None and self._copying.is_copied():
+            self._finish_copy()
 
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written, publish it, and retire old ones."""
+    def finish(self, *, copies: bool = True) -> None:
+        """Wait for what is being written and, unless there is no time for `copies`, for what is copied."""
+        self._publish()
+        if copies:
+            self._finish_copy()
+
+    def _finish_copy(self) -> None:
+        if self._is_copying and self._copying is not None:
+            self._copying.finish()
+            self._is_copying = False
+
+    def _publish(self) -> None:
+        """Wait for the checkpoint that is being written, publish it, retire old ones, and begin its copy."""
         if self._pending is None:
             return
+        self._finish_copy()  # of the one before, which may be retired now
         pending, self._pending = self._pending, None
         pending.publish()
         took = time.monotonic() - self._began
@@ -116,3 +135,6 @@ class Saving:
                     Path(self.config.run.dir), "published", step=pending.manifest.step, seconds=took
                 )
         dist.barrier()
+        if self._copying is not None:
+            self._copying.begin(pending.final)
+            self._is_copying = True
