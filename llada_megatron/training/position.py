@@ -31,6 +31,7 @@ TRAINING_OF_MODEL = (
     "model.expert_bias_update_rate",
     "model.expert_bias_zero_mean",
     "model.expert_balance_clean_half",
+    "model.router.rows_cap",
 )
 """Keys of the model that say how it is trained, not what its weights compute."""
 

@@ -27,6 +27,7 @@ from llada_megatron.parallel.dealing import Deal, data_parallel, sample_indices
 from llada_megatron.runtime import device
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.embedding import embedding_statistics
+from llada_megatron.training.expert_rows import ExpertRows
 from llada_megatron.training.frozen import freeze
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
 from llada_megatron.training.spikes import Spikes
@@ -43,6 +44,7 @@ class Trainer:
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
     balance: ExpertBalance
+    rows: ExpertRows
     objectives: Mapping[str, Objective]
     """By the name that stages give."""
     spikes: Spikes = field(default_factory=Spikes)
@@ -71,12 +73,12 @@ def assemble(
     freeze(config, stages)
     model = wrap(config, stages)
     optimizer = build_optimizer(config, model)
-    balance = ExpertBalance(list(model), config.model)
+    balance, rows = ExpertBalance(list(model), config.model), ExpertRows(config, list(model))
     get_model_config(model[0]).finalize_model_grads_func = balance.finalize
     rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
     names = dict.fromkeys(stage.objective for stage in schedule.stages)
     objectives = {name: objective_of(name, config, schedule) for name in names}
-    return Trainer(config, schedule, data, model, optimizer, rate, balance, objectives)
+    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, objectives)
 
 
 @dataclass
@@ -90,6 +92,8 @@ class StepResult:
     spike: str
     """Why it was skipped although all was finite, as a clause; empty else."""
     load_max_over_mean: float | None
+    expert_rows_max_over_mean: float | None
+    expert_rows_dropped: float | None
     mask_row_norm: float
     """Of the mask token's embedding."""
     embedding_noise_sigma: float
@@ -114,6 +118,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    trainer.rows.begin()
     sizes = pass_sizes(trainer.config, stage)
     build = partial(trainer.micro_batches or micro_batches, trainer, objective, stage, step, sigma)
     if objective.draft_readout is not None:
@@ -147,7 +152,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         lr=lr,
         skipped=skipped,
         spike=spike,
-        load_max_over_mean=trainer.balance.load_max_over_mean(),
+        **trainer.rows.figures(trainer.balance.load_max_over_mean(), sizes)._asdict(),
         mask_row_norm=embedding.mask_row_norm,
         embedding_noise_sigma=sigma,
         figures=objective.shown(stage, means),
