@@ -415,6 +415,9 @@ class TrainingConfig:
     """Likewise for the norm of the gradient before it is clipped."""
     spike_window_steps: Annotated[int, Range(at_least=1, at_most=10_000)] = 128
     """Until a stage has so many steps none of them is a spike."""
+    figures_every_steps: Count = 0
+    """Record norms of gradients, weights and activations, and figures of the routers, by layer, and the
+    head's largest logit, in every Nth step (docs/report.md); 0: never."""
     expert_rows_alarm: Amount = 2.0
     """Say it, and record an event, when a rank's experts get more than so many times their mean of a
     micro-batch's rows, which is what their memory follows (docs/experts.md); 0: never."""

@@ -5,6 +5,7 @@ Legend: N rows of a micro-batch on this rank, E experts, k experts of a row, R r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class BalancedRouter(TopKRouter):
         super().__init__(*args, **kwargs)
         self.frozen_expert_bias = True
         self.settings = settings
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        """Sees the logits [S, B, E] and assignments bool [N, E] of each forward, before any cap."""
         self.dropped: Tensor | None = None
         """Assignments that `rows_cap` dropped here since somebody last cleared it, a scalar; None: none."""
 
@@ -39,6 +42,8 @@ class BalancedRouter(TopKRouter):
         nothing.
         """
         weight_NE, map_NE = super().routing(logits, padding_mask)
+        if self.observer is not None:
+            self.observer(logits, map_NE)
         most = self._most_rows(map_NE.shape[0])
         if most is None:
             return weight_NE, map_NE

@@ -353,7 +353,7 @@ class _Run:
         tokens_per_sec = self.schedule.tokens_per_step / seconds
         record = asdict(result)
         del record["skipped"], record["spike"]
-        record |= record.pop("figures")
+        record |= record.pop("figures") | record.pop("watched")
         self.trackers.log(
             {
                 "step": step,

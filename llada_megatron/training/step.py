@@ -31,6 +31,7 @@ from llada_megatron.training.expert_rows import ExpertRows
 from llada_megatron.training.frozen import freeze
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
 from llada_megatron.training.spikes import Spikes
+from llada_megatron.training.watch import Watch
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Trainer:
     learning_rate: LearningRate
     balance: ExpertBalance
     rows: ExpertRows
+    watch: Watch
     objectives: Mapping[str, Objective]
     """By the name that stages give."""
     spikes: Spikes = field(default_factory=Spikes)
@@ -75,10 +77,11 @@ def assemble(
     optimizer = build_optimizer(config, model)
     balance, rows = ExpertBalance(list(model), config.model), ExpertRows(config, list(model))
     get_model_config(model[0]).finalize_model_grads_func = balance.finalize
+    watch = Watch(config, list(model))
     rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
     names = dict.fromkeys(stage.objective for stage in schedule.stages)
     objectives = {name: objective_of(name, config, schedule) for name in names}
-    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, objectives)
+    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, watch, objectives)
 
 
 @dataclass
@@ -99,6 +102,8 @@ class StepResult:
     embedding_noise_sigma: float
     figures: dict[str, Any]
     """By the names that the stage's objective gives them."""
+    watched: dict[str, Any]
+    """Of training/watch.py, in the steps that it watches."""
 
 
 def train_step(trainer: Trainer, step: int) -> StepResult:
@@ -119,6 +124,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     trainer.rows.begin()
+    trainer.watch.begin(step)
     sizes = pass_sizes(trainer.config, stage)
     build = partial(trainer.micro_batches or micro_batches, trainer, objective, stage, step, sigma)
     if objective.draft_readout is not None:
@@ -137,6 +143,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
 
     trainer.optimizer.prepare_grads()
     grad_norm = float(trainer.optimizer.get_grad_norm())
+    trainer.watch.norms(trainer.optimizer)
     all_left_out = trainer.config.training.bad_samples is BadSamples.skip and not any(counts)
     skipped = all_left_out or not (math.isfinite(loss) and math.isfinite(grad_norm))
     spike = "" if skipped else trainer.spikes.found(trainer.config.training, loss, grad_norm)
@@ -156,6 +163,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         mask_row_norm=embedding.mask_row_norm,
         embedding_noise_sigma=sigma,
         figures=objective.shown(stage, means),
+        watched=trainer.watch.figures(),
     )
 
 
