@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from llada_megatron.config.router import RouterConfig
+from llada_megatron.model.router_losses import also_learn, sequence_balance, squared_log_sums
 
 UNCAPPED = 2.0
 """moe_expert_capacity_factor / experts where `rows_cap` is set: it tells megatron-core's dispatcher that rows
@@ -30,6 +31,10 @@ class BalancedRouter(TopKRouter):
         super().__init__(*args, **kwargs)
         self.frozen_expert_bias = True
         self.settings = settings
+        self.row_weight = self.sequence_weight = 0.0
+        """Of a row in z_loss, and of a sequence in sequence_balance: set by every step (training/step.py)."""
+        self.unevenness: Tensor | None = None
+        """The last forward's part of the sum over sequences that sequence_balance learns from."""
         self.observer: Callable[[Tensor, Tensor], None] | None = None
         """Sees the logits [S, B, E] and assignments bool [N, E] of each forward, before any cap."""
         self.dropped: Tensor | None = None
@@ -41,6 +46,8 @@ class BalancedRouter(TopKRouter):
         What `rows_cap` drops has been counted for the balance: it is what wanted to come. Evaluation drops
         nothing.
         """
+        if self.settings.has_losses and self.training and torch.is_grad_enabled():
+            logits = self._with_losses(logits, padding_mask)
         weight_NE, map_NE = super().routing(logits, padding_mask)
         if self.observer is not None:
             self.observer(logits, map_NE)
@@ -52,6 +59,22 @@ class BalancedRouter(TopKRouter):
             dropped = (map_NE & ~kept_NE).sum()
             self.dropped = dropped if self.dropped is None else self.dropped + dropped
         return weight_NE * kept_NE, map_NE & kept_NE
+
+    def _with_losses(self, logits_SBE: Tensor, ignored_SB: Tensor | None) -> Tensor:
+        """The logits, whose backward pass is that of the router's own losses as well.
+
+        All rows have a z loss; the balance leaves out those that the bias does not count either.
+        """
+        settings = self.settings
+        losses = []
+        if settings.z_loss:
+            losses.append(settings.z_loss * self.row_weight * squared_log_sums(logits_SBE))
+        if settings.sequence_balance:
+            k = self.config.moe_router_topk
+            unevenness = sequence_balance(logits_SBE, ignored_SB, k, self.tp_cp_group)
+            self.unevenness = unevenness.detach()
+            losses.append(settings.sequence_balance * self.sequence_weight * unevenness)
+        return also_learn(logits_SBE, torch.stack(losses).sum())
 
     def _most_rows(self, rows: int) -> int | None:
         """Of this rank's N k assignments, those that the experts of one rank take; None where all fit."""

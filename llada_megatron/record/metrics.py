@@ -25,6 +25,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "bound": dict, "ar": _OPTIONAL_DICT, "block1_views": _OPTIONAL_DICT, "baselines": _OPTIONAL_DICT,
     "grad_norm_by_layer": list, "weight_norm_by_layer": list, "activation_rms_by_layer": list,
     "router_entropy_by_layer": list, "router_z_by_layer": list, "dead_experts_by_layer": list,
+    "router_unevenness_by_layer": list,
     "largest_logit": _NUMBER, "expert_rows_max_over_mean": _NUMBER,
     "peak_memory_bytes": _NUMBER, "pieces": list, "decided_at": list,
 }  # fmt: skip

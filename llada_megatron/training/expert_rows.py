@@ -61,6 +61,27 @@ class ExpertRows:
         for router in self.routers:
             router.dropped = None
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether routers have losses of their own, which `weigh_losses` has to weigh."""
+        return self.model.has_experts and self.model.router.has_losses
+
+    def weigh_losses(self, counts: Sequence[float] | None, sizes: Mapping[str, int]) -> None:
+        """Bring the routers' own losses to means over the global batch.
+
+        megatron-core divides all gradients by the loss's first count; counts: those of the global batch,
+        sizes: of training.step.
+        """
+        if not self.has_losses or counts is None:
+            return
+        samples = self._samples(sizes)
+        for router in self.routers:
+            router.sequence_weight = counts[0] / samples
+            router.row_weight = counts[0] / (samples * sizes["seq_length"])
+
+    def _samples(self, sizes: Mapping[str, int]) -> int:
+        return sizes["num_microbatches"] * sizes["micro_batch_size"] * data_parallel()[1]
+
     def mean(self, sizes: Mapping[str, int]) -> float:
         """Rows that each rank would get of a micro-batch if all got as many; sizes: of training.step.
 
@@ -85,9 +106,10 @@ class ExpertRows:
         for count in counts:
             dropped += count
         dist.all_reduce(dropped)
-        samples = sizes["num_microbatches"] * sizes["micro_batch_size"] * data_parallel()[1]
         layers = self.model.layers - self.model.dense_layers
-        return float(dropped) / (layers * samples * sizes["seq_length"] * self.model.experts_per_token)
+        return float(dropped) / (
+            layers * self._samples(sizes) * sizes["seq_length"] * self.model.experts_per_token
+        )
 
 
 class RowsAlarm:

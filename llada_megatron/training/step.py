@@ -253,12 +253,23 @@ def _ratios(
     trainer: Trainer, objective: Objective, build: Callable[[], Iterator[MicroBatch]], sizes: dict[str, int]
 ) -> list[float] | None:
     """What brings the denominators to one; None where the loss finds out (objectives/passes.py)."""
-    terms = objective.geometry.denominators
-    if terms == 1:
+    counts = _counts(trainer, objective, build, sizes)
+    trainer.rows.weigh_losses(counts, sizes)
+    if objective.geometry.denominators == 1:
         return [1.0]
+    return passes.ratios_of(counts) if counts else None
+
+
+def _counts(
+    trainer: Trainer, objective: Objective, build: Callable[[], Iterator[MicroBatch]], sizes: dict[str, int]
+) -> list[float] | None:
+    """The denominators over the global batch; None where nothing asks beforehand, or the loss finds out."""
+    terms, weighs = objective.geometry.denominators, trainer.rows.has_losses
+    if terms == 1 and not weighs:
+        return None
     if objective.counts_known:
-        return passes.ratios_of(passes.known_counts(list(build())))
-    if sizes["num_microbatches"] == 1:
+        return passes.known_counts(list(build()))
+    if sizes["num_microbatches"] == 1 and not weighs:
         return None
     counted = passes.forward_only(
         trainer.model,
@@ -266,5 +277,4 @@ def _ratios(
         lambda batch, output: passes.reduced(objective, [1.0] * terms, batch, output)[2],
         **sizes,
     )
-    _, counts, _ = passes.read_record(objective, passes.global_sums(counted, objective.geometry.sums))
-    return passes.ratios_of(counts)
+    return passes.read_record(objective, passes.global_sums(counted, objective.geometry.sums))[1]

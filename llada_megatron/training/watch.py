@@ -25,9 +25,9 @@ from llada_megatron.config.schema import Config
 from llada_megatron.model.router import BalancedRouter
 from llada_megatron.runtime import device
 
-SUMS = ("gradient", "weight", "activation", "activations", "entropy", "z", "rows")
-"""Columns of a part's sums: squares of the first three, how many activations, and of a router's rows the
-entropies, squared log-sum-exps and their number."""
+SUMS = ("gradient", "weight", "activation", "activations", "entropy", "z", "rows", "unevenness", "sequences")
+"""Columns of a part's sums: squares of the first three, how many activations; of a router's rows entropies,
+squared log-sum-exps and their number; what sequence_balance learns from, and of how many sequences."""
 FIGURES = (
     "grad_norm_by_layer",
     "weight_norm_by_layer",
@@ -35,6 +35,7 @@ FIGURES = (
     "router_entropy_by_layer",
     "router_z_by_layer",
     "dead_experts_by_layer",
+    "router_unevenness_by_layer",
 )
 """Lists of P numbers: the embedding's, each layer's, the head's; None where a part has no such figure."""
 
@@ -74,7 +75,7 @@ class Watch:
             self.rows_PE = torch.zeros(P, self.experts, **where)
             self.largest_logit = torch.full((), -torch.inf, **where)
 
-    def _add(self, part: int, name: str, value: Tensor | int) -> None:
+    def _add(self, part: int, name: str, value: Tensor | float) -> None:
         self.sums[part, SUMS.index(name)].add_(value)
 
     def _learns(self) -> bool:
@@ -101,6 +102,9 @@ class Watch:
         self._add(number, "z", logits.logsumexp(dim=-1).square().sum(dtype=torch.double))
         self._add(number, "rows", map_NE.shape[0])
         self.rows_PE[number].add_(map_NE.sum(dim=0))
+        if router.unevenness is not None:
+            self._add(number, "unevenness", router.unevenness)
+            self._add(number, "sequences", logits.shape[1] / router.tp_cp_group.size())  # each has a part
 
     @torch.no_grad()
     def norms(self, optimizer: MegatronOptimizer) -> None:
@@ -152,6 +156,7 @@ class Watch:
             _means(by_name["entropy"], by_name["rows"]),
             _means(by_name["z"], by_name["rows"]),
             [int(count) if has else None for count, has in zip(dead, has_router, strict=True)],
+            _means(by_name["unevenness"], by_name["sequences"]),
         )
         return {**dict(zip(FIGURES, lists, strict=True)), "largest_logit": float(largest.max())}
 

@@ -21,6 +21,7 @@ LISTS = (
     "router_entropy_by_layer",
     "router_z_by_layer",
     "dead_experts_by_layer",
+    "router_unevenness_by_layer",
 )
 
 
