@@ -19,6 +19,7 @@ FREE = (
     "model.attention_backend",
     "model.layer_spec",
     "model.head_chunk_tokens",
+    "model.router.rows_cap",
     "data.path",
     "data.cache_dir",
     "data.validation",

@@ -111,6 +111,12 @@ def _check_experts(layout: LayoutConfig, model: ModelConfig) -> None:
             f"layout.{axis}={ways} does not divide model.{of}={size}: use a layout.{axis} of"
             f" {_divisors(layout.processes // others[axis], size)}.",
         )
+    cap = model.router.rows_cap
+    require(
+        cap == 0 or cap >= 1,
+        f"model.router.rows_cap={cap:g} is below the mean, which balanced experts get: give at least 1, or 0"
+        " for no cap.",
+    )
 
 
 def _check_adapters(layout: LayoutConfig, model: ModelConfig) -> None:

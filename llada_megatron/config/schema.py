@@ -53,6 +53,7 @@ from llada_megatron.config.ranges import (
     shares,
     span,
 )
+from llada_megatron.config.router import RouterConfig
 from llada_megatron.config.site import ClusterConfig, SlurmConfig
 
 
@@ -161,6 +162,7 @@ class ModelConfig:
     norm_eps: Annotated[float, Range(above=0, below=1)] = 1e-6
     tied_head: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     init_std: Amount = 0.02
     attention_backend: AttentionBackend = AttentionBackend.auto
     """cudnn_flex needs sm_90, sm_100 or sm_103, cudnn_graph sm_90 or sm_100, varlen decodes alone; one that
@@ -430,6 +432,12 @@ class TrainingConfig:
     """Likewise for the norm of the gradient before it is clipped."""
     spike_window_steps: Annotated[int, Range(at_least=1, at_most=10_000)] = 128
     """Until a stage has so many steps none of them is a spike."""
+    figures_every_steps: Count = 0
+    """Record norms of gradients, weights and activations, and figures of the routers, by layer, and the
+    head's largest logit, in every Nth step (docs/report.md); 0: never."""
+    expert_rows_alarm: Amount = 2.0
+    """Say it, and record an event, when a rank's experts get more than so many times their mean of a
+    micro-batch's rows, which is what their memory follows (docs/experts.md); 0: never."""
     skip_samples: list[Annotated[str, span]] = field(default_factory=list)
     """Global samples to learn nothing from, `4000-4095` or `4000`: a step that holds one is passed over."""
     collective_timeout_sec: Annotated[float, Range(at_least=1, at_most=1e9)] = 600.0

@@ -1,11 +1,23 @@
-"""megatron-core's router with counts of our own: which tokens weigh in the balance, and by whose update."""
+"""megatron-core's router with counts of our own: which tokens weigh in the balance, and by whose update.
+
+Legend: N rows of a micro-batch on this rank, E experts, k experts of a row, R ranks that share the experts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from llada_megatron.config.router import RouterConfig
+from llada_megatron.model.router_losses import also_learn, sequence_balance, squared_log_sums
+
+UNCAPPED = 2.0
+"""moe_expert_capacity_factor / experts where `rows_cap` is set: it tells megatron-core's dispatcher that rows
+may have fewer than k experts (token_dispatcher.py:539), and is too large for its own cap to drop any."""
 
 
 class BalancedRouter(TopKRouter):
@@ -15,9 +27,62 @@ class BalancedRouter(TopKRouter):
     batch; megatron-core's own update, which has no zero-mean form, is off.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: RouterConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.frozen_expert_bias = True
+        self.settings = settings
+        self.row_weight = self.sequence_weight = 0.0
+        """Of a row in z_loss, and of a sequence in sequence_balance: set by every step (training/step.py)."""
+        self.unevenness: Tensor | None = None
+        """The last forward's part of the sum over sequences that sequence_balance learns from."""
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        """Sees the logits [S, B, E] and assignments bool [N, E] of each forward, before any cap."""
+        self.dropped: Tensor | None = None
+        """Assignments that `rows_cap` dropped here since somebody last cleared it, a scalar; None: none."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights fp32 [N, E] and assignments bool [N, E] of the rows of logits [S, B, E].
+
+        What `rows_cap` drops has been counted for the balance: it is what wanted to come. Evaluation drops
+        nothing.
+        """
+        if self.settings.has_losses and self.training and torch.is_grad_enabled():
+            logits = self._with_losses(logits, padding_mask)
+        weight_NE, map_NE = super().routing(logits, padding_mask)
+        if self.observer is not None:
+            self.observer(logits, map_NE)
+        most = self._most_rows(map_NE.shape[0])
+        if most is None:
+            return weight_NE, map_NE
+        kept_NE = within_cap(weight_NE.detach(), map_NE, self.config.expert_model_parallel_size, most)
+        if torch.is_grad_enabled():  # under recompute a layer runs twice
+            dropped = (map_NE & ~kept_NE).sum()
+            self.dropped = dropped if self.dropped is None else self.dropped + dropped
+        return weight_NE * kept_NE, map_NE & kept_NE
+
+    def _with_losses(self, logits_SBE: Tensor, ignored_SB: Tensor | None) -> Tensor:
+        """The logits, whose backward pass is that of the router's own losses as well.
+
+        All rows have a z loss; the balance leaves out those that the bias does not count either.
+        """
+        settings = self.settings
+        losses = []
+        if settings.z_loss:
+            losses.append(settings.z_loss * self.row_weight * squared_log_sums(logits_SBE))
+        if settings.sequence_balance:
+            k = self.config.moe_router_topk
+            unevenness = sequence_balance(logits_SBE, ignored_SB, k, self.tp_cp_group)
+            self.unevenness = unevenness.detach()
+            losses.append(settings.sequence_balance * self.sequence_weight * unevenness)
+        return also_learn(logits_SBE, torch.stack(losses).sum())
+
+    def _most_rows(self, rows: int) -> int | None:
+        """Of this rank's N k assignments, those that the experts of one rank take; None where all fit."""
+        ranks, k = self.config.expert_model_parallel_size, self.config.moe_router_topk
+        experts_there = self.config.num_moe_experts // ranks
+        most = int(self.settings.rows_cap * rows * k / ranks)
+        fits = not self.settings.rows_cap or most >= rows * min(k, experts_there)
+        return None if fits or not self.training else most
 
     @torch.no_grad()
     def _maintain_float32_expert_bias(self) -> None:
@@ -26,7 +91,7 @@ class BalancedRouter(TopKRouter):
         if self.local_tokens_per_expert is not None:
             self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
 
-    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Add to the counts; routing_map bool [N, E], padding_mask bool [N], True for what does not count.
 
         Under recompute the layer runs twice, once without gradients: that pass and evaluation do not count.
@@ -38,3 +103,16 @@ class BalancedRouter(TopKRouter):
             if padding_mask is not None:
                 routing_map = routing_map & ~padding_mask[:, None]
             self.local_tokens_per_expert += routing_map.sum(dim=0)
+
+
+def within_cap(weight_NE: Tensor, map_NE: Tensor, ranks: int, most: int) -> Tensor:
+    """Which assignments bool [N, E] stay when each of R ranks takes `most`: those of the highest weight.
+
+    Rank r has the experts r E/R to (r + 1) E/R. Among equal weights, which masked tokens have in the first
+    layers, earlier rows stay. Beyond what is assigned, anything may be True.
+    """
+    N, E = weight_NE.shape
+    by_rank = weight_NE.masked_fill(~map_NE, -1).view(N, ranks, E // ranks).transpose(0, 1).reshape(ranks, -1)
+    order = by_rank.argsort(dim=1, descending=True, stable=True)[:, :most]
+    kept = torch.zeros_like(by_rank, dtype=torch.bool).scatter_(1, order, True)
+    return kept.view(ranks, N, E // ranks).transpose(0, 1).reshape(N, E)

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.router import RouterConfig
 from llada_megatron.config.schema import LoraConfig, ModelConfig
 from llada_megatron.model.adapters import adapt
 from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
@@ -76,6 +77,7 @@ def block_spec(
     attention: str | Executor,
     vp_stage: int | None,
     lora: LoraConfig,
+    router: RouterConfig,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage with our attention, router, and in the local spec norms and experts.
 
@@ -87,6 +89,7 @@ def block_spec(
     """
     transformer_engine = layer_spec == "transformer_engine"
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
+    routers = partial(BalancedRouter, settings=router)
     core_attention = partial(BlockDiffusionCoreAttention, backend=attention)
     spec.layer_specs = [copy.deepcopy(layer) for layer in spec.layer_specs]
     for layer in spec.layer_specs:
@@ -94,7 +97,7 @@ def block_spec(
         submodules.self_attention.submodules.core_attention = core_attention
         is_moe = submodules.mlp.func is MoELayer
         if is_moe:
-            moe = replace(submodules.mlp.keywords["submodules"], router=BalancedRouter)
+            moe = replace(submodules.mlp.keywords["submodules"], router=routers)
             if not transformer_engine:
                 moe = replace(moe, experts=partial(Experts, **moe.experts.keywords))
             submodules.mlp = partial(MoELayer, submodules=moe)

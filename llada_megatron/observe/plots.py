@@ -156,16 +156,64 @@ def plot_frontier(lines: Sequence[tuple[str, Sequence[Point]]], metric: str, pat
 
 
 def plot_expert_load(steps: list[Record], path: Path) -> None:
-    """Draw the load of the busiest expert over the mean load."""
+    """Draw the load of the busiest expert, and of the process whose experts got most rows, over the mean."""
     with _picture(path, height=3.4) as figure:
         axes = figure.subplots()
         _shade_stages(axes, steps, labels=True)
-        axes.plot(_column(steps, "step"), _column(steps, "load_max_over_mean"), color=GREEN, linewidth=1.2)
+        for name, color, label in (
+            ("load_max_over_mean", GREEN, "an expert's, of a step"),
+            ("expert_rows_max_over_mean", PURPLE, "a process's, of a micro-batch"),
+        ):
+            values = _column(steps, name)
+            if np.isfinite(values).any():
+                axes.plot(_column(steps, "step"), values, color=color, linewidth=1.2, label=label)
+        axes.legend(loc="upper right", fontsize=9.5)
         axes.axhline(1, color=GREY, linestyle="--", linewidth=1.2)
         axes.set_ylim(bottom=0.9)
         _label_right(axes, [(1.0, "balanced", GREY)])
         axes.set_ylabel("expert load, max / mean")
         axes.set_xlabel("step")
+
+
+BY_LAYER = {
+    "grad_norm_by_layer": "gradient norm",
+    "weight_norm_by_layer": "weight norm",
+    "activation_rms_by_layer": "activations, RMS",
+    "router_entropy_by_layer": "router's entropy, nats",
+    "router_z_by_layer": "router's z",
+    "dead_experts_by_layer": "dead experts",
+}
+"""Figures of a watched step that have one number for each part of the model, and what they are called."""
+IN_POWERS = ("grad_norm_by_layer", "activation_rms_by_layer")
+MOST_COLUMNS = 400
+
+
+def plot_layers(watched: list[Record], path: Path) -> None:
+    """Draw each figure of BY_LAYER as a map of layers over the steps that were watched."""
+    chosen = np.unique(np.linspace(0, len(watched) - 1, MOST_COLUMNS).round().astype(int))
+    records = [watched[index] for index in chosen]
+    steps = _column(records, "step")
+    gap = float(np.diff(steps).min()) if len(steps) > 1 else 1.0
+    edges = np.concatenate([steps - gap / 2, [steps[-1] + gap / 2]])
+    with _picture(path, height=8.4) as figure:
+        panels = figure.subplots(3, 2, sharex=True, sharey=True)
+        for axes, (name, title) in zip(panels.flat, BY_LAYER.items(), strict=True):
+            values = np.array([record[name] for record in records], dtype=float).T
+            title_of_map = title
+            if name in IN_POWERS:
+                values = np.log10(np.where(values > 0, values, np.nan))
+                title_of_map = f"{title}, log10"
+            axes.grid(False)
+            axes.set_title(title_of_map, loc="left", fontsize=10.5)
+            if not np.isfinite(values).any():
+                axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=GREY)
+                continue
+            layers = np.arange(len(values) + 1) - 0.5
+            figure.colorbar(axes.pcolormesh(edges, layers, values, cmap="viridis"), ax=axes)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("layer")
+        for axes in panels[-1]:
+            axes.set_xlabel("step")
 
 
 @contextmanager

@@ -151,12 +151,48 @@ def curves(run: Run, folder: Path) -> list[Part]:
         _picture(
             any(record["load_max_over_mean"] is not None for record in steps),
             folder / "expert_load.png",
-            "Load of the busiest expert over the mean load.",
+            "Load of the busiest expert over the mean load of a step, and the most rows that one process's"
+            " experts got of a micro-batch over their mean.",
             lambda path: plots.plot_expert_load(steps, path),
         )
         if run.config.model.experts
         else Paragraph("Expert load: the model has no experts."),
+        *_layers(steps, folder),
     ]
+
+
+def _layers(steps: list[Record], folder: Path) -> list[Part]:
+    """Of the steps that were watched; nothing where none was asked for."""
+    watched = [record for record in steps if "grad_norm_by_layer" in record]
+    if not watched:
+        return []
+    newest = watched[-1]
+    rows = [
+        [_name_of(part, len(newest["grad_norm_by_layer"])), *map(_shortly, values)]
+        for part, values in enumerate(zip(*(newest[name] for name in plots.BY_LAYER), strict=True))
+    ]
+    said = f"Step {newest['step']}: the largest logit is {_shortly(newest['largest_logit'])}."
+    if dead := sum(count or 0 for count in newest["dead_experts_by_layer"]):
+        said += f" {dead} expert{'s' * (dead > 1)} got no row of the global batch."
+    return [
+        _picture(
+            True,
+            folder / "layers.png",
+            "Layers over steps: 0 is the embedding, the last one the head with its norm. Dead experts are"
+            " those that no row of the global batch chose.",
+            lambda path: plots.plot_layers(watched, path),
+        ),
+        Paragraph(said),
+        Fold("Every layer in that step", [Table(["part", *plots.BY_LAYER.values()], rows)]),
+    ]
+
+
+def _name_of(part: int, parts: int) -> str:
+    return {0: "embedding", parts - 1: "head"}.get(part, f"layer {part}")
+
+
+def _shortly(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _figures(run: Run, folder: Path) -> list[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -100,6 +101,8 @@ class Plan:
     usable_bytes: int
     memory_bytes: int
     expert_imbalance: float
+    largest_imbalance: float | None
+    """With which it still fits, rounded down to tenths; None where it cannot matter, or nothing fits."""
     documents: DocumentLengths | None
     """Of packed sequences; None: each is one document."""
     ranks: list[RankMemory]
@@ -148,6 +151,7 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
         usable_bytes=planner.usable_bytes,
         memory_bytes=planner.memory_bytes,
         expert_imbalance=planner.expert_imbalance,
+        largest_imbalance=largest_imbalance(planner, layout, schedule),
         documents=planner.documents,
         ranks=[_rank_memory(planner, layout, placement, schedule, rank) for rank in range(layout.pp)],
         stages=[_stage_time(planner, layout, placement, stage) for stage in schedule.stages],
@@ -158,6 +162,23 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
             context=schedule.stages[-1].sequence_length,
         ),
         checkpoints=checkpoints_of(planner.config, layout, placement.held, b=planner.b),
+    )
+
+
+def largest_imbalance(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> float | None:
+    """The largest expert_imbalance, in tenths, that fits: at ep the experts of one process get all rows."""
+    if not planner.model.has_experts or layout.ep == 1:
+        return None
+
+    def fits(tenths: int) -> bool:
+        other = Planner(planner.config, expert_imbalance=tenths / 10, documents=planner.documents)
+        placement = other.place(layout)
+        peaks = (_rank_memory(other, layout, placement, schedule, rank).peak for rank in range(layout.pp))
+        return all(peak <= planner.usable_bytes for peak in peaks)
+
+    tenths = range(10, 10 * layout.ep + 1)
+    return (
+        tenths[found - 1] / 10 if (found := bisect_left(tenths, True, key=lambda at: not fits(at))) else None
     )
 
 

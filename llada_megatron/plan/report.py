@@ -185,11 +185,7 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
     }
     achieved = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
     derived = config.model.layer_spec == "local"
-    experts = (
-        f"the busiest experts get {plan.expert_imbalance:g} times the mean; "
-        if config.model.has_experts
-        else ""
-    )
+    experts = _experts(plan) if config.model.has_experts else ""
     documents = (
         "every sequence is one document"
         if plan.documents is None
@@ -208,6 +204,14 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
             f" the index takes {INDEX_SEC:g} s; a load in the layout that saved."
         )
     console.print(f"Not modelled: {NOT_MODELLED}; evaluation. See docs/planning.md.")
+
+
+def _experts(plan: Plan) -> str:
+    """What is reckoned with, and what memory allows."""
+    text = f"the busiest experts get {plan.expert_imbalance:g} times the mean"
+    if plan.largest_imbalance is not None:
+        text += f" (memory holds {plan.largest_imbalance:g}: docs/experts.md)"
+    return f"{text}; "
 
 
 def print_search(result: Result, *, top: int) -> None:

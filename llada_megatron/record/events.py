@@ -10,8 +10,9 @@ all are well again), `global_batch` (a resume changed it: step, sample, before, 
 tokens), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome, reason),
 `excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py, reason,
 nodes at fault), `left_out` (step, sequences of the data, why), `spike` (step, samples: first and last, why it
-was skipped), `passed_over` (step, samples: for training.skip_samples), `copied` (step, to: a URL),
-`not_copied` (step, why).
+was skipped), `passed_over` (step, samples: for training.skip_samples), `hot_experts` (step, layer, rank,
+rows of one micro-batch that the rank's experts got, over_mean: a peak past training.expert_rows_alarm),
+`copied` (step, to: a URL), `not_copied` (step, why).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 

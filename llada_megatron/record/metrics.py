@@ -23,6 +23,10 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "loss": _NUMBER, "grad_norm": _NUMBER, "lr": _NUMBER, "tokens_per_sec": _NUMBER, "mfu": _NUMBER,
     "load_max_over_mean": _NUMBER, "loss_by_t": _OPTIONAL_LIST, "loss_by_block_position": _OPTIONAL_LIST,
     "bound": dict, "ar": _OPTIONAL_DICT, "block1_views": _OPTIONAL_DICT, "baselines": _OPTIONAL_DICT,
+    "grad_norm_by_layer": list, "weight_norm_by_layer": list, "activation_rms_by_layer": list,
+    "router_entropy_by_layer": list, "router_z_by_layer": list, "dead_experts_by_layer": list,
+    "router_unevenness_by_layer": list,
+    "largest_logit": _NUMBER, "expert_rows_max_over_mean": _NUMBER,
     "peak_memory_bytes": _NUMBER, "pieces": list, "decided_at": list,
 }  # fmt: skip
 """Kinds of the values that are read back, in any of the files; NaN was written as null."""

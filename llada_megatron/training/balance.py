@@ -28,7 +28,6 @@ class ExpertBalance:
             if getattr(module, "expert_bias", None) is not None
         ]
         self.rate, self.zero_mean = settings.expert_bias_update_rate, settings.expert_bias_zero_mean
-        self.has_experts = settings.has_experts
         self.tokens_RE: torch.Tensor | None = None  # [routers of this rank, experts]
 
     def finalize(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -56,12 +55,8 @@ class ExpertBalance:
             if router.weight.requires_grad:
                 router.expert_bias.add_(step)
 
-    def load_max_over_mean(self) -> float | None:
-        """The busiest expert's load over the mean load, of the worst layer; None without experts."""
-        if not self.has_experts:
-            return None
-        worst = torch.zeros((), device=device.device())  # of a pipeline stage without experts
-        if self.tokens_RE is not None:
-            worst = (self.tokens_RE.amax(dim=1) / self.tokens_RE.mean(dim=1).clamp(min=1)).max()
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
-        return float(worst)
+    def load_max_over_mean(self) -> torch.Tensor:
+        """The busiest expert's load over the mean load, of this pipeline stage's worst layer; a scalar."""
+        if self.tokens_RE is None:  # no experts here
+            return torch.zeros((), device=device.device())
+        return (self.tokens_RE.amax(dim=1) / self.tokens_RE.mean(dim=1).clamp(min=1)).max()

@@ -39,7 +39,7 @@ from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import Deal, sample_indices
-from llada_megatron.parallel.ranks import from_first_rank, gathered
+from llada_megatron.parallel.ranks import from_first_rank, gathered, warn
 from llada_megatron.record import carried, events
 from llada_megatron.record.manifest import Checkpoint, find
 from llada_megatron.record.metrics import read_jsonl
@@ -48,6 +48,7 @@ from llada_megatron.record.pace import Pace, pace_of
 from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device, garbage
 from llada_megatron.runtime.launch import in_slurm_job
+from llada_megatron.training.expert_rows import RowsAlarm
 from llada_megatron.training.position import (
     Position,
     batch_change,
@@ -178,6 +179,7 @@ class _Run:
         self._open_stage()
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(self.config, self.trainer, data_fingerprint, self.data, self.carried_along)
+        self.rows_alarm = RowsAlarm(config.training.expert_rows_alarm)
         self.passed_over = spans_of(config.training.skip_samples)
         self.step_sec = 0.0  # of the last step of this attempt
         self.replayed = 0
@@ -258,6 +260,9 @@ class _Run:
         self.step_sec = device.seconds() - began
         self._log(step, stage, result, self.step_sec)
         self.stragglers.report(step)
+        if hot := self.rows_alarm.raised(self.trainer.rows, result.expert_rows_max_over_mean, step):
+            warn(hot[0])
+            self._record("hot_experts", **hot[1])
         self._count_skipped(step, stage, result)
 
     def _keep_time(self) -> None:
@@ -373,7 +378,7 @@ class _Run:
         tokens_per_sec = self.schedule.tokens_of(step) / seconds
         record = asdict(result)
         del record["skipped"], record["spike"]
-        record |= record.pop("figures")
+        record |= record.pop("figures") | record.pop("watched")
         self.trackers.log(
             {
                 "step": step,

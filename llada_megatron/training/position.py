@@ -33,6 +33,9 @@ TRAINING_OF_MODEL = (
     "model.expert_bias_update_rate",
     "model.expert_bias_zero_mean",
     "model.expert_balance_clean_half",
+    "model.router.rows_cap",
+    "model.router.z_loss",
+    "model.router.sequence_balance",
 )
 """Keys of the model that say how it is trained, not what its weights compute."""
 

@@ -31,9 +31,11 @@ from llada_megatron.runtime import device
 from llada_megatron.training.ahead import Ahead, builder
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.embedding import embedding_statistics
+from llada_megatron.training.expert_rows import ExpertRows
 from llada_megatron.training.frozen import freeze
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
 from llada_megatron.training.spikes import Spikes
+from llada_megatron.training.watch import Watch
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Trainer:
     optimizer: MegatronOptimizer
     learning_rate: LearningRate
     balance: ExpertBalance
+    rows: ExpertRows
+    watch: Watch
     objectives: Mapping[str, Objective]
     """By the name that stages give."""
     spikes: Spikes = field(default_factory=Spikes)
@@ -80,12 +84,13 @@ def assemble(
     freeze(config, stages)
     model = wrap(config, stages)
     optimizer = build_optimizer(config, model)
-    balance = ExpertBalance(list(model), config.model)
+    balance, rows = ExpertBalance(list(model), config.model), ExpertRows(config, list(model))
     get_model_config(model[0]).finalize_model_grads_func = balance.finalize
+    watch = Watch(config, list(model))
     rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
     names = dict.fromkeys(stage.objective for stage in schedule.stages)
     objectives = {name: objective_of(name, config, schedule) for name in names}
-    return Trainer(config, schedule, data, model, optimizer, rate, balance, objectives)
+    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, watch, objectives)
 
 
 @dataclass
@@ -99,11 +104,15 @@ class StepResult:
     spike: str
     """Why it was skipped although all was finite, as a clause; empty else."""
     load_max_over_mean: float | None
+    expert_rows_max_over_mean: float | None
+    expert_rows_dropped: float | None
     mask_row_norm: float
     """Of the mask token's embedding."""
     embedding_noise_sigma: float
     figures: dict[str, Any]
     """By the names that the stage's objective gives them."""
+    watched: dict[str, Any]
+    """Of training/watch.py, in the steps that it watches."""
 
 
 def train_step(trainer: Trainer, step: int) -> StepResult:
@@ -123,6 +132,8 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    trainer.rows.begin()
+    trainer.watch.begin(step)
     sizes = pass_sizes(stage)
     build = partial(micro_batches, trainer, objective, stage, step, sigma)
     if objective.draft_readout is not None:
@@ -141,6 +152,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
 
     trainer.optimizer.prepare_grads()
     grad_norm = float(trainer.optimizer.get_grad_norm())
+    trainer.watch.norms(trainer.optimizer)
     all_left_out = trainer.config.training.bad_samples is BadSamples.skip and not any(counts)
     skipped = all_left_out or not (math.isfinite(loss) and math.isfinite(grad_norm))
     spike = "" if skipped else trainer.spikes.found(trainer.config.training, loss, grad_norm)
@@ -156,10 +168,11 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         lr=lr,
         skipped=skipped,
         spike=spike,
-        load_max_over_mean=trainer.balance.load_max_over_mean(),
+        **trainer.rows.figures(trainer.balance.load_max_over_mean(), sizes)._asdict(),
         mask_row_norm=embedding.mask_row_norm,
         embedding_noise_sigma=sigma,
         figures=objective.shown(stage, means),
+        watched=trainer.watch.figures(),
     )
 
 
@@ -280,13 +293,24 @@ def _ratios(
     trainer: Trainer, objective: Objective, build: Callable[[], Iterator[MicroBatch]], sizes: dict[str, int]
 ) -> list[float] | None:
     """What brings the denominators to one; None where the loss finds out (objectives/passes.py)."""
-    terms = objective.geometry.denominators
-    if terms == 1:
+    counts = _counts(trainer, objective, build, sizes)
+    trainer.rows.weigh_losses(counts, sizes)
+    if objective.geometry.denominators == 1:
         return [1.0]
+    return passes.ratios_of(counts) if counts else None
+
+
+def _counts(
+    trainer: Trainer, objective: Objective, build: Callable[[], Iterator[MicroBatch]], sizes: dict[str, int]
+) -> list[float] | None:
+    """The denominators over the global batch; None where nothing asks beforehand, or the loss finds out."""
+    terms, weighs = objective.geometry.denominators, trainer.rows.has_losses
+    if terms == 1 and not weighs:
+        return None
     if objective.counts_known:
         built = trainer.builder.submit(lambda: list(build())).result()
-        return passes.ratios_of(passes.known_counts(built))
-    if sizes["num_microbatches"] == 1:
+        return passes.known_counts(built)
+    if sizes["num_microbatches"] == 1 and not weighs:
         return None
     counted = passes.forward_only(
         trainer.model,
@@ -294,5 +318,4 @@ def _ratios(
         lambda batch, output: passes.reduced(objective, [1.0] * terms, batch, output)[2],
         **sizes,
     )
-    _, counts, _ = passes.read_record(objective, passes.global_sums(counted, objective.geometry.sums))
-    return passes.ratios_of(counts)
+    return passes.read_record(objective, passes.global_sums(counted, objective.geometry.sums))[1]

@@ -8,9 +8,10 @@ import torch
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.config.compose import compose
+from llada_megatron.config.router import RouterConfig
 from llada_megatron.config.schema import Config, Recompute
 from llada_megatron.model.provider import build_model, build_stage
-from llada_megatron.model.router import BalancedRouter
+from llada_megatron.model.router import BalancedRouter, within_cap
 from llada_megatron.parallel import groups
 from tests.model.test_provider import model_inputs, random_tokens
 
@@ -112,3 +113,32 @@ def test_megatron_cores_own_update_leaves_the_bias_alone(config: Config, layer: 
     layer.config.moe_router_bias_update_rate = 1.0
     _update_router_expert_bias([layer], layer.config)
     assert (layer.router.expert_bias == 0).all()
+
+
+def test_the_cap_keeps_the_heaviest_assignments_of_each_rank_and_of_equal_ones_the_first() -> None:
+    N, E, k, ranks, most = 24, 8, 3, 2, 20
+    generator = torch.Generator().manual_seed(3)
+    scores_NE = torch.randint(1, 6, (N, E), generator=generator).float()  # many are equal
+    chosen_Nk = (scores_NE + torch.tensor([9.0] * 4 + [0.0] * 4)).topk(k).indices  # most of them of rank 0
+    chosen_Nk[::4, 0] = 7
+    map_NE = torch.zeros(N, E, dtype=torch.bool).scatter_(1, chosen_Nk, True)
+    kept_NE = within_cap(scores_NE * map_NE, map_NE, ranks, most) & map_NE
+    for rank, experts in enumerate((range(4), range(4, 8))):
+        wanted = [(-float(scores_NE[n, e]), n, e) for n in range(N) for e in experts if map_NE[n, e]]
+        assert (len(wanted) > most) == (rank == 0)
+        kept = {(n, e) for n in range(N) for e in experts if kept_NE[n, e]}
+        assert kept == {(n, e) for _, n, e in sorted(wanted)[:most]}
+
+
+def test_evaluation_drops_nothing(config: Config) -> None:
+    capped = replace(config.model, router=RouterConfig(rows_cap=1.0))
+    layer = next(
+        module
+        for module in build_stage(replace(config, model=capped)).modules()
+        if isinstance(module, MoELayer)
+    )
+    layer.config.expert_model_parallel_size = 2  # as if another rank had half of the experts
+    x = hidden(config)
+    per_row = [config.model.experts_per_token] * (S * B)
+    assert layer.router(x)[1].sum(dim=1).tolist() != per_row
+    assert layer.eval().router(x)[1].sum(dim=1).tolist() == per_row

@@ -91,6 +91,20 @@ def write_config(run_dir, schedule, experts):
     save(config, run_dir / "config.yaml")
 
 
+def watched(step):
+    """Figures of a watched step of four layers, the first of them dense."""
+    routed = [None, None, *[1.9 - step / 1000] * 3, None]
+    return {
+        "grad_norm_by_layer": [0.1 + part / 10 + 1 / (step + 1) for part in range(6)],
+        "weight_norm_by_layer": [10.0 + part + step / 100 for part in range(6)],
+        "activation_rms_by_layer": [None, *(0.5 * 2**layer for layer in range(4)), None],
+        "router_entropy_by_layer": routed,
+        "router_z_by_layer": routed,
+        "dead_experts_by_layer": [None, None, 0, int(step < 40), 2, None],
+        "largest_logit": 12.5,
+    }
+
+
 def step_record(step, stage, objective, block_size, loss, experts, rng):
     diffusion = objective == "diffusion"
     by_t = [loss * (0.4 + 0.12 * bin) + rng.gauss(0, 0.05) for bin in range(10)]
@@ -108,6 +122,9 @@ def step_record(step, stage, objective, block_size, loss, experts, rng):
         "tokens_per_sec": 1000 + step,
         "mfu": None,
         "load_max_over_mean": 1.1 + math.exp(-step / 30) + rng.gauss(0, 0.03) if experts else None,
+        "expert_rows_max_over_mean": 1.3 + abs(rng.gauss(0, 0.1)) if experts else None,
+        "expert_rows_dropped": None,
+        **(watched(step) if experts and step % 4 == 0 else {}),
         "loss_by_t": by_t if diffusion else None,
         "loss_by_block_position": [loss] * min(block_size, 4),
         "skipped_steps": int(step >= 20),

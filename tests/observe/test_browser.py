@@ -67,7 +67,7 @@ def test_the_file_is_whole_and_quiet_and_as_wide_as_the_screen(tab, finished, wi
     tab.screen(width, dark=dark)
     tab.open(RunDir(finished).report_page.as_uri())
     assert tab.value(SHAPE)[0] <= width
-    assert tab.value(PICTURES) == [1080] * 4 and tab.complaints == []
+    assert tab.value(PICTURES) == [1080] * 5 and tab.complaints == []
     assert all(url.startswith(("file:", "data:")) for url in tab.requests) and len(tab.requests) >= 5
     check_numbers(tab, finished)
     inverted = tab.value("getComputedStyle(document.images[0]).filter").startswith("invert")
@@ -98,7 +98,7 @@ def test_a_served_page_follows_its_run_to_the_end_and_keeps_its_place(tab, tmp_p
             tab.until("document.body.innerText.includes('The schedule is complete')")
             tab.until("status.textContent === ''")
             check_numbers(tab, run_dir)
-            assert tab.value(PICTURES) == [1080] * 4 and tab.value(SHAPE)[0] <= PHONE
+            assert tab.value(PICTURES) == [1080] * 5 and tab.value(SHAPE)[0] <= PHONE
             asked = len(tab.requests)
             tab.value("new Promise(done => setTimeout(done, 1.5 * wait_ms))")
             assert len(tab.requests) == asked and tab.complaints == []

@@ -57,7 +57,7 @@ def written(tmp_path_factory):
 def test_the_page_is_balanced_and_loads_nothing_but_the_pictures_beside_it(written):
     page = Page(written.page.read_text())
     pictures = [source for source in page.sources if ".png" in source]
-    assert len(pictures) == len(page.alts) == page.tags.count("img") == 4 and all(page.alts)
+    assert len(pictures) == len(page.alts) == page.tags.count("img") == 5 and all(page.alts)
     assert all((written.page.parent / source.partition("?")[0]).is_file() for source in pictures)
     others = [source for source in page.sources if source not in pictures]
     assert all(source.startswith(("#", "data:")) for source in others)

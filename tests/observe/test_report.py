@@ -40,7 +40,7 @@ def test_the_report_names_every_stage_in_both_formats(finished):
         assert "The schedule is complete" in text
 
 
-@pytest.mark.parametrize("name", ["loss.png", "bound.png", "loss_by_t.png", "expert_load.png"])
+@pytest.mark.parametrize("name", ["loss.png", "bound.png", "loss_by_t.png", "expert_load.png", "layers.png"])
 def test_the_report_shows_a_picture_that_is_not_blank(finished, name):
     image = pixels(finished / "report" / name)
     assert image.shape[1] == 1080 and image.std() > 0.02
@@ -172,3 +172,13 @@ def test_scores_of_tasks_that_lie_in_the_run_are_shown_with_their_frontier(tmp_p
     (RunDir(run_dir).scores / "other.json").write_text("{}")
     assert write_report(run_dir).figures["tasks"]["scores"] == []
     assert "other.json has no 'results'" in read_texts(run_dir)[0]
+
+
+def test_the_newest_watched_step_is_told_layer_by_layer(finished):
+    text = (finished / "report" / "report.md").read_text()
+    assert "the largest logit is 12.5. 2 experts got no row of the global batch." in text
+    rows = [line for line in text.splitlines() if line.startswith(("| embedding |", "| layer ", "| head |"))]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| embedding", "| layer 1", "| layer 2", "| layer 3", "| layer 4", "| head",
+    ]  # fmt: skip
+    assert rows[4].endswith("| 2 |") and rows[1].endswith("| - |")

@@ -220,3 +220,16 @@ def test_the_plan_says_in_words_that_a_pass_comes_first(capsys) -> None:
         said = " ".join(capsys.readouterr().out.split())
         assert ("1 forward pass over the batch before each step's own" in said) == expected
         assert ("none with one micro-batch per rank" in said) == expected
+
+
+@pytest.mark.parametrize("layout", [{}, {"recompute": Recompute.full}], ids=["kept", "recomputed"])
+def test_the_imbalance_that_memory_holds_fits_and_a_tenth_more_does_not(layout: dict[str, object]) -> None:
+    config = flash(**layout)
+    largest = planned(config).largest_imbalance
+    assert largest is not None
+    assert planned(config, expert_imbalance=largest).fits
+    if layout:
+        assert largest == config.layout.ep  # all rows at one process
+    else:
+        assert not planned(config, expert_imbalance=largest + 0.1).fits
+    assert planned(flash(ep=1, processes=8, tp=1, pp=1)).largest_imbalance is None

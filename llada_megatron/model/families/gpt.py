@@ -13,6 +13,7 @@ from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Prec
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import initialize_weights
 from llada_megatron.model.rotary import ExplicitRotary, set_frequencies
+from llada_megatron.model.router import UNCAPPED
 from llada_megatron.model.specs import block_spec, resolve_layer_spec
 from llada_megatron.runtime import device
 
@@ -62,6 +63,7 @@ def transformer_config(
         moe_token_dispatcher_type=layout.dispatcher.value,
         moe_grouped_gemm=moe and fused,
         moe_permute_fusion=False,
+        moe_expert_capacity_factor=UNCAPPED * model.experts if moe and model.router.rows_cap else None,
         # layout
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,  # megatron-core refuses to train MoE with TP and without SP
@@ -125,6 +127,7 @@ def build_stage(
             attention=attention or model.attention_backend,
             vp_stage=vp_stage,
             lora=model.lora,
+            router=model.router,
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=2 * config.data.sequence_length,
