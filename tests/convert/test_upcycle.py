@@ -44,7 +44,7 @@ def autoregressive_nll(checkpoint: Path) -> tuple[float, list[torch.Tensor]]:
     tokens = torch.tensor(ByteTokenizer().encode(TEXT)[:256])
     groups.initialize(LayoutConfig())
     try:
-        model = model_of(checkpoint, Checkpoint.read(checkpoint).manifest.config)
+        model = model_of(checkpoint, Checkpoint.read(checkpoint).manifest.config_of_weights)
         stage = load_model(checkpoint, model, sequence_length=len(tokens))
         logits = causal_logits(stage, tokens)
         counts = [m.local_tokens_per_expert for m in stage.modules() if hasattr(m, "local_tokens_per_expert")]

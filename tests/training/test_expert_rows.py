@@ -37,7 +37,7 @@ def steps_of(cases: list[tuple[Config, int]]) -> list[list[dict[str, Any]]]:
         groups.initialize(config.layout)
         trainer = build_trainer(config, rules.schedule_of(config))
         favour(trainer, favoured)
-        mean = trainer.rows.mean(pass_sizes(config, trainer.schedule.stages[0]))
+        mean = trainer.rows.mean(pass_sizes(trainer.schedule.stages[0]))
         alarm = RowsAlarm(config.training.expert_rows_alarm)
         steps = []
         for step in range(2):
@@ -122,14 +122,14 @@ def test_recompute_drops_the_same_and_counts_it_once(corpus, tmp_path):
 def run_rigged(config: Config) -> None:
     from llada_megatron.training import loop
 
-    build = loop.build_trainer
+    build = loop.assemble
 
     def rigged(*given: Any) -> Any:
         trainer = build(*given)
         favour(trainer, config.model.experts // 2)
         return trainer
 
-    loop.build_trainer = rigged
+    loop.assemble = rigged
     loop.run(config)
 
 
