@@ -67,20 +67,18 @@ def in_each_rank(corpus: str, tmp_path: Path, favoured: int, *overrides: list[st
 
 def test_a_hot_rank_is_seen_and_said_once(corpus, tmp_path):
     experts = configure(corpus, tmp_path, *EP2).model.experts
-    [(first, last)] = in_each_rank(corpus, tmp_path, experts // 2, EP2)
+    alarmed = [*EP2, "training.expert_rows_alarm=1.5", "layout.micro_batch=2"]
+    (first, last), (said, heard) = in_each_rank(corpus, tmp_path, experts // 2, EP2, alarmed)
     for step in (0, 1):
         assert set(first[step]["here"].values()) == {2.0}  # all rows of two ranks
         assert set(last[step]["here"].values()) == {0.0}
         assert first[step]["peak"] == last[step]["peak"] == 2.0
         assert first[step]["dropped"] is None
     assert first[0]["alarm"] is first[1]["alarm"] is None  # the default alarm is passed above 2, not at it
-    [(first, last)] = in_each_rank(
-        corpus, tmp_path, experts // 2, [*EP2, "training.expert_rows_alarm=1.5", "layout.micro_batch=2"]
-    )
-    assert first[0]["alarm"] == last[0]["alarm"]
-    assert first[0]["alarm"]["rank"] == 0
-    assert first[0]["alarm"]["rows"] == 2 * first[0]["mean"]
-    assert first[1]["alarm"] is last[1]["alarm"] is None
+    assert said[0]["alarm"] == heard[0]["alarm"]
+    assert said[0]["alarm"]["rank"] == 0
+    assert said[0]["alarm"]["rows"] == 2 * said[0]["mean"]
+    assert said[1]["alarm"] is heard[1]["alarm"] is None
 
 
 def test_the_cap_bounds_rows_and_drops_what_is_beyond(corpus, tmp_path):

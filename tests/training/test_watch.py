@@ -116,7 +116,7 @@ def assert_same_figures(run_dir: Path, straight: Path) -> None:
 
 
 LAYOUTS = [
-    ["layout.tp=2"],
+    pytest.param(["layout.tp=2"], marks=pytest.mark.slow),
     pytest.param(["layout.ep=2"], marks=pytest.mark.slow),
     pytest.param(["layout.pp=2"], marks=pytest.mark.slow),
     pytest.param(["layout.cp=2"], marks=pytest.mark.slow),
@@ -134,6 +134,24 @@ def test_no_layout_changes_the_figures(corpus, straight, tmp_path, layout):
     assert_same_figures(tmp_path, straight)
 
 
+OPTIONS = {
+    "bf16": ["precision=bf16"],
+    "adapters": ["model.lora.rank=4", "model.lora.targets=[attention]"],
+    "frozen": ["training.freeze=['*.router.*','embedding.*']"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_squares_of_what_is_trained_add_up_to_the_gradients_norm(corpus, tmp_path, option):
+    train(configure(corpus, tmp_path, WATCHED, TWO, "training.steps=2", *OPTIONS[option]))
+    for record in records(tmp_path):
+        norms = record["grad_norm_by_layer"]
+        assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(record["grad_norm"], rel=1e-5)
+        assert (norms[0] == 0) == (option != "bf16")
+        assert (record["weight_norm_by_layer"][0] == 0) == (option != "bf16")
+
+
 @pytest.mark.slow
 def test_a_tied_head_counts_once(corpus, tmp_path):
     tied = [WATCHED, "model.tied_head=true"]
@@ -142,6 +160,7 @@ def test_a_tied_head_counts_once(corpus, tmp_path):
     assert_same_figures(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_watching_every_other_step_changes_nothing_else(corpus, straight, tmp_path):
     train(configure(corpus, tmp_path, "training.figures_every_steps=2"))
     watched = {*LISTS, "largest_logit"}
