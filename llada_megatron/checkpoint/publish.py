@@ -50,14 +50,19 @@ def finish(aside: Path, final: Path, manifest: Manifest, hashed: dict[str, Any] 
     """
     if rank() == 0:
         known = hashed or {}
-        left = [name for name in _files(aside) if name not in known]
-        records = _in_threads(lambda name: file_record(aside / name), left)
-        manifest.files = known | dict(zip(left, records, strict=True))
-        manifest.versions = versions()
-        manifest.git_commit = git_commit()
-        manifest.write(aside)
+        completed(aside, manifest, known).write(aside)
         give_name(aside, final, synced=known)
     barrier()
+
+
+def completed(aside: Path, manifest: Manifest, hashed: dict[str, Any]) -> Manifest:
+    """The manifest with a record of every file of a directory, and what wrote them; one rank calls it."""
+    left = [name for name in _files(aside) if name not in hashed]
+    records = _in_threads(lambda name: file_record(aside / name), left)
+    manifest.files = hashed | dict(zip(left, records, strict=True))
+    manifest.versions = versions()
+    manifest.git_commit = git_commit()
+    return manifest
 
 
 def give_name(aside: Path, final: Path, synced: Collection[str] = ()) -> None:

@@ -81,11 +81,12 @@ class Saver:
         optimizer: MegatronOptimizer | None,
         *,
         carried_along: Mapping[str, bytes],
+        made_by: Callable[..., Save] | None = None,
     ) -> Save:
         """Begin a checkpoint, once the one before it is published; every rank calls it.
 
-        carried_along: files of the checkpoint's `hf/` by name; the first rank's are written. Raises OSError
-        where the disk has no room.
+        carried_along: files of the checkpoint's `hf/` by name; the first rank's are written. made_by: makes
+        another Save than one to the disk. Raises OSError where the disk has no room.
         """
         for chunk in model:
             if chunk.ddp_config.overlap_param_gather:  # the next forward would gather what the optimizer left
@@ -97,8 +98,9 @@ class Saver:
             held = [each for each in moments.held_here(sharded, optimizer) if each.is_saved]
             contents[OPTIMIZER] = _Content([(each.part, each.values) for each in held], step)
         contents[SHARDS].parts = self._own_weights(sharded)
-        _require_space(final.parent, contents)
-        return Save(final, manifest, self._captured(contents), carried_along, self.threads)
+        if made_by is None:
+            _require_space(final.parent, contents)
+        return (made_by or Save)(final, manifest, self._captured(contents), carried_along, self.threads)
 
     def _own_weights(self, sharded: dict[str, Any]) -> Parts:
         """The parts of the weights that this rank writes; `sharded` is changed."""
@@ -143,16 +145,21 @@ class Save:
         threads: int,
     ) -> None:
         self.final, self.manifest = final, manifest
-        self._contents, self._threads = contents, threads
-        self._aside = publish.begin(final)
-        if dist.get_rank() == 0:
-            for name in contents:
-                (self._aside / name).mkdir()
-            carried.write(carried_along, self._aside)
-        dist.barrier()
+        self._contents, self._carried_along, self._threads = contents, carried_along, threads
+        self._aside = self._begin()
         self._written: dict[str, Written] | str = "the writer ended early"
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
+
+    def _begin(self) -> Path:
+        """Make the directory to write into; every rank may write when it returns."""
+        aside = publish.begin(self.final)
+        if dist.get_rank() == 0:
+            for name in self._contents:
+                (aside / name).mkdir()
+            carried.write(self._carried_along, aside)
+        dist.barrier()
+        return aside
 
     def _write(self) -> None:
         try:
@@ -167,7 +174,7 @@ class Save:
                 for name, content in self._contents.items()
             }
         except Exception as error:  # of a thread, so `publish` raises it, on every rank
-            self._written = _reason(error)
+            self._written = reason(error)
 
     def is_written(self) -> bool:
         """Whether every rank has written its part, so that `publish` will not wait."""
@@ -179,9 +186,9 @@ class Save:
         """Wait for every rank's part, then give the checkpoint its name."""
         self._thread.join()
         written = on_first_rank(self._written)
-        if reason := from_first_rank(self._index, written):
-            raise OSError(errno.EIO, f"the checkpoint could not be written: {reason}", str(self.final))
-        publish.finish(self._aside, self.final, self.manifest, _records(written))
+        if why := from_first_rank(self._index, written):
+            raise OSError(errno.EIO, f"the checkpoint could not be written: {why}", str(self.final))
+        publish.finish(self._aside, self.final, self.manifest, records_of(written))
 
     def _index(self, written: list[Any]) -> str:
         """Write where everything lies; why that cannot be, empty where it was done."""
@@ -194,11 +201,12 @@ class Save:
                 require_whole(stored)
                 write_index(self._aside / name, stored)
         except OSError as error:
-            return _reason(error)
+            return reason(error)
         return ""
 
 
-def _records(written: list[Any]) -> dict[str, Any]:
+def records_of(written: list[Any]) -> dict[str, Any]:
+    """Size and SHA-256 of what all ranks have written, by the files' names in the checkpoint."""
     return {
         f"{name}/{file}": record
         for each in written
@@ -347,7 +355,7 @@ def _require_space(checkpoints: Path, contents: dict[str, _Content]) -> None:
         )
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The last line of an error: torch's checkpoint errors put the ranks' tracebacks before it."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

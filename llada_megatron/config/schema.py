@@ -12,6 +12,7 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
+from llada_megatron.config.checkpoints import CheckpointConfig
 from llada_megatron.config.choices import (
     AdapterTarget,
     AttentionBackend,
@@ -49,7 +50,6 @@ from llada_megatron.config.ranges import (
     Text,
     Ways,
     block_size,
-    metric,
     shares,
     span,
 )
@@ -363,32 +363,6 @@ class PrecisionConfig:
     deterministic: bool = False
     """Ask for deterministic kernels and one order of adding on CUDA, which cost time; for an experiment that
     compares runs bit for bit. CPU runs are deterministic anyway."""
-
-
-@dataclass
-class CheckpointConfig:
-    """What is kept, and what a run starts from."""
-
-    every_steps: Count = 0
-    """0: only at the end, on a signal and at the end of a stage."""
-    at_stage_end: bool = True
-    in_background: bool | None = None
-    """Write while training goes on, from a copy in host memory of what this rank saves; null: on CUDA."""
-    writer_threads: Annotated[int, Range(at_least=1, at_most=64)] = 4
-    """Files that each rank writes at the same time; small parts share one."""
-    keep_last: Positive = 2
-    """Older checkpoints are deleted, except those at the end of a stage and those kept by the next keys."""
-    keep_every_steps: Count = 0
-    """Checkpoints at multiples of this step stay for good; 0: none."""
-    keep_best: Count = 0
-    """Number of checkpoints that stay because their `best_metric` is lowest."""
-    best_metric: Annotated[str, metric] = "nll_block32"
-    """Of the evaluation at that step: `nll_ar`, or `nll_block` and one of evaluation.block_sizes."""
-    copy_to: Text = ""
-    """A URL such as s3://bucket/run where each checkpoint is copied too; a run whose run.dir is lost goes on
-    from there. Empty: no copies."""
-    init_from: Text = ""
-    """A checkpoint (or a run's directory: its newest) whose weights alone are taken."""
 
 
 @dataclass

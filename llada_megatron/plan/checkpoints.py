@@ -32,6 +32,8 @@ class Checkpoints:
     bytes: int
     host_bytes_per_node: int
     """What a save holds in host memory; 0 where it writes from where tensors lie."""
+    memory_bytes_per_node: int
+    """What copies in memory take at their peak, when a new one is complete and the one before still there."""
     in_background: bool
     copy_seconds: float | None
     write_seconds: float | None
@@ -69,7 +71,9 @@ def checkpoints_of(
         threads = config.checkpoint.writer_threads
         write = max(moved, largest / (threads * HASH_GB_PER_SEC * GB))
         load = max(moved, largest / (HASH_THREADS * HASH_GB_PER_SEC * GB)) + INDEX_SEC
-    return Checkpoints(total, staged * per_node, in_background, copy, write, load)
+    remembered = largest * per_node if config.checkpoint.memory_every_steps else 0
+    with_peer = 2 if layout.processes > per_node else 1
+    return Checkpoints(total, staged * per_node, 2 * with_peer * remembered, in_background, copy, write, load)
 
 
 def _share_bytes(held: Parameters, layout: LayoutConfig, *, b: int) -> int:

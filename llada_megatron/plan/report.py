@@ -65,6 +65,8 @@ def _saves(plan: Plan, every_steps: int) -> str:
     text = f"{amount(cost.bytes)} each"
     if cost.host_bytes_per_node:
         text += f", {amount(cost.host_bytes_per_node)} of host memory per node"
+    if cost.memory_bytes_per_node:
+        text += f",\n          {amount(cost.memory_bytes_per_node)} per node for copies in memory"
     if cost.wait_seconds is None or cost.write_seconds is None or cost.load_seconds is None:
         return f"{text}; cluster.host_gb_per_sec and storage_gb_per_sec would tell seconds"
     text += f";\n          written in {cost.write_seconds:.0f} s, training waits {cost.wait_seconds:.1f} s"

@@ -12,7 +12,8 @@ tokens), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code
 nodes at fault), `left_out` (step, sequences of the data, why), `spike` (step, samples: first and last, why it
 was skipped), `passed_over` (step, samples: for training.skip_samples), `hot_experts` (step, layer, rank,
 rows of one micro-batch that the rank's experts got, over_mean: a peak past training.expert_rows_alarm),
-`copied` (step, to: a URL), `not_copied` (step, why).
+`copied` (step, to: a URL), `not_copied` (step, why), `remembered` (a copy in the nodes' memory: step, seconds
+since it began), `not_remembered` (step, why), `recalled` (step: a start has brought it back from there).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 

@@ -93,10 +93,14 @@ class Manifest:
             parts.append((self.step, global_batch))
         return parts
 
-    def write(self, checkpoint: Path) -> None:
-        """Write manifest.json, with a digest of its own content."""
+    def content(self) -> bytes:
+        """Of manifest.json, with a digest of itself."""
         content = asdict(self)
-        (checkpoint / MANIFEST).write_text(json.dumps({"sha256": _digest(content), **content}, indent=1))
+        return json.dumps({"sha256": _digest(content), **content}, indent=1).encode()
+
+    def write(self, checkpoint: Path) -> None:
+        """Write manifest.json."""
+        (checkpoint / MANIFEST).write_bytes(self.content())
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class RunDir:
         self.prometheus = self.path / "metrics.prom"
         self.wandb = self.path / "wandb"
         self.wandb_id = self.path / "wandb_id"
+        self.identity = self.path / "run_id"  # that no other run has, in this directory or in another
         self.checkpoints = self.path / "checkpoints"
         self.merged = self.path / "merged"
         self.lock = self.path / "training.lock"
@@ -48,7 +49,8 @@ class RunDir:
     @property
     def records(self) -> list[Path]:
         """What a run has written beside its checkpoints and would miss."""
-        return [self.config, self.metrics, self.evaluations, self.samples, self.events, self.wandb_id]
+        records = [self.config, self.metrics, self.evaluations, self.samples, self.events]
+        return [*records, self.wandb_id, self.identity]
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after `step` steps."""

@@ -224,6 +224,8 @@ class _Run:
                 is_due = self.saving.is_due(step, stage_ended=ended, is_last=step == last_step)
                 if is_due or signal_number:
                     self.saving.save(step, stage, self.position, self._wall_sec(), self.metrics)
+                elif self.saving.is_memory_due(step):
+                    self.saving.remember(step, stage, self.position, self._wall_sec(), self.metrics)
                 else:
                     self.saving.poll()
                 self.watchdog.beat()

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llada_megatron.checkpoint import copies, publish, store
+from llada_megatron.checkpoint.recall import recall
 from llada_megatron.config import changes
 from llada_megatron.config.changes import setting_of
 from llada_megatron.config.compose import differences, leaf_differences, model_of, resolve
@@ -63,6 +64,8 @@ def resume_checkpoint(config: Config) -> Checkpoint | None:
         return None
     if config.run.resume == "auto" and config.checkpoint.copy_to:
         copies.fetch_newer(Path(config.run.dir), config.checkpoint.copy_to)
+    if config.run.resume == "auto" and config.checkpoint.memory_every_steps:
+        recall(Path(config.run.dir), config.checkpoint.memory_dir)
     if config.run.resume != "auto":
         return store.verified(from_first_rank(find, config.run.resume))
     for path in reversed(from_first_rank(RunDir(config.run.dir).whole_checkpoints)):

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from llada_megatron.checkpoint.copies import Copying
+from llada_megatron.checkpoint.memory import Memory, Remembered
 from llada_megatron.checkpoint.retention import retire
 from llada_megatron.checkpoint.store import Save, Saver
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.phases import PhasedData
+from llada_megatron.parallel.ranks import warn
 from llada_megatron.record import events
 from llada_megatron.record.manifest import Manifest
 from llada_megatron.record.run_dir import RunDir
@@ -45,6 +47,8 @@ class Saving:
             Copying(Path(config.run.dir), config.checkpoint) if config.checkpoint.copy_to else None
         )
         self._is_copying = False
+        self._memory = self._opened_memory()
+        self._said_no_memory = False
         self._pending: Save | None = None
         self._began = 0.0
         self.longest_sec = 0.0
@@ -58,13 +62,46 @@ class Saving:
             at_stage_end or is_last or (checkpoint.every_steps and step % checkpoint.every_steps == 0)
         )
 
+    def is_memory_due(self, step: int) -> bool:
+        """Whether the configuration asks for a copy in memory after `step` steps."""
+        every = self.config.checkpoint.memory_every_steps
+        return bool(every and step % every == 0)
+
     def save(
         self, step: int, stage: Stage, position: Position, wall_sec: float, metrics: dict[str, float]
     ) -> None:
         """Save after `step` steps; in the background it returns when everything is captured."""
         self._publish()
         self._began = began = time.monotonic()
-        manifest = Manifest(
+        self._begin(step, self._manifest(step, stage, position, wall_sec, metrics), None)
+        if dist.get_rank() == 0:
+            events.append(Path(self.config.run.dir), "saved", step=step, seconds=time.monotonic() - began)
+
+    def remember(
+        self, step: int, stage: Stage, position: Position, wall_sec: float, metrics: dict[str, float]
+    ) -> None:
+        """Keep a copy in the nodes' memory, unless a checkpoint is still being written."""
+        self.poll()
+        if self._pending is None:
+            self._began = time.monotonic()
+            self._begin(step, self._manifest(step, stage, position, wall_sec, metrics), self._memory)
+
+    def _begin(self, step: int, manifest: Manifest, memory: Memory | None) -> None:
+        self._pending = self._saver.save(
+            memory.path(step) if memory else RunDir(self.config.run.dir).checkpoint(step),
+            manifest,
+            self.trainer.model,
+            self.trainer.optimizer,
+            carried_along=self.carried_along,
+            made_by=memory.save if memory else None,
+        )
+        if not self.in_background:
+            self._publish()
+
+    def _manifest(
+        self, step: int, stage: Stage, position: Position, wall_sec: float, metrics: dict[str, float]
+    ) -> Manifest:
+        return Manifest(
             config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
             step=step,
             consumed_samples=self.trainer.schedule.samples_before(step),
@@ -84,17 +121,15 @@ class Saving:
             data_fingerprint=self.fingerprint | self._identities(),
             data_read=self.data.read_before(step),
         )
-        self._pending = self._saver.save(
-            RunDir(self.config.run.dir).checkpoint(step),
-            manifest,
-            self.trainer.model,
-            self.trainer.optimizer,
-            carried_along=self.carried_along,
-        )
-        if not self.in_background:
-            self._publish()
-        if dist.get_rank() == 0:
-            events.append(Path(self.config.run.dir), "saved", step=step, seconds=time.monotonic() - began)
+
+    def _opened_memory(self) -> Memory | None:
+        settings = self.config.checkpoint
+        if not settings.memory_every_steps:
+            return None
+        memory = Memory(Path(self.config.run.dir), settings.memory_dir)
+        if self.config.run.resume != "auto":  # they belong to a history that this start abandons
+            memory.drop()
+        return memory
 
     def _identities(self) -> dict[str, Any]:
         """What objectives read besides the data, by their names; nothing where none reads anything."""
@@ -123,8 +158,11 @@ class Saving:
         """Wait for the checkpoint that is being written, publish it, retire old ones, and begin its copy."""
         if self._pending is None:
             return
-        self._finish_copy()  # of the one before, which may be retired now
         pending, self._pending = self._pending, None
+        if isinstance(pending, Remembered):
+            self._commit(pending)
+            return
+        self._finish_copy()  # of the one before, which may be retired now
         pending.publish()
         took = time.monotonic() - self._began
         self.longest_sec = max(self.longest_sec, took)
@@ -135,6 +173,26 @@ class Saving:
                     Path(self.config.run.dir), "published", step=pending.manifest.step, seconds=took
                 )
         dist.barrier()
+        if self._memory is not None:  # what it holds is older
+            self._memory.drop()
         if self._copying is not None:
             self._copying.begin(pending.final)
             self._is_copying = True
+
+    def _commit(self, copy: Remembered) -> None:
+        """Finish a copy in memory; the run goes on where that fails."""
+        why = ""
+        try:
+            copy.publish()
+        except OSError as error:  # on every rank alike
+            why = str(error)
+        if why and not self._said_no_memory:
+            warn(f"{why}. Make room in checkpoint.memory_dir, or set checkpoint.memory_every_steps=0.")
+            self._said_no_memory = True
+        if dist.get_rank() == 0:
+            step, run_dir = copy.manifest.step, Path(self.config.run.dir)
+            if why:
+                events.append(run_dir, "not_remembered", step=step, why=why)
+            else:
+                took = time.monotonic() - self._began
+                events.append(run_dir, "remembered", step=step, seconds=took)

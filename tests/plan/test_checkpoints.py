@@ -32,3 +32,9 @@ def test_a_save_in_the_foreground_waits_for_the_disk():
     faster = planned("cluster.storage_gb_per_sec=1.2")
     assert faster.write_seconds == pytest.approx(behind.write_seconds / 2)
     assert planned("cluster.storage_gb_per_sec=0").wait_seconds is None
+
+
+def test_copies_in_memory_take_a_nodes_files_and_its_peers_twice():
+    plain, kept = planned(), planned("checkpoint.memory_every_steps=50")
+    assert plain.memory_bytes_per_node == 0
+    assert kept.memory_bytes_per_node == 4 * kept.host_bytes_per_node
