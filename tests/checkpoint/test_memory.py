@@ -1,5 +1,7 @@
 """Copies in the memory of nodes and their peers: four ranks are two nodes, each with a folder of its own."""
 
+import contextlib
+import io
 import os
 import shutil
 import signal
@@ -38,7 +40,10 @@ def settings(folder: Path, *overrides: str) -> list[str]:
 def as_nodes(configs, ranks_of_a_node: int):
     """The same on nodes of so many ranks: a node is what has a name of its own."""
     os.environ["SLURMD_NODENAME"] = f"node{int(os.environ['RANK']) // ranks_of_a_node}"
-    return train_rank(configs)
+    said = io.StringIO()  # pytest sees only what the ranks' parent wrote when it began
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        outcomes = train_rank(configs)
+    return outcomes, said.getvalue()
 
 
 def dying(configs, ranks_of_a_node: int):
@@ -56,9 +61,11 @@ def dying(configs, ranks_of_a_node: int):
     return as_nodes(configs, ranks_of_a_node)
 
 
-def lives(config, *, ranks_of_a_node: int = 2) -> None:
+def lives(config, *, ranks_of_a_node: int = 2, steps: int = STEPS) -> str:
+    """Train to the end; what the first rank said."""
     ranks = run_ranks(as_nodes, [config], ranks_of_a_node, processes=config.layout.processes)
-    assert ranks == [[(STEPS, 0, True)]] * config.layout.processes
+    assert [outcomes for outcomes, _ in ranks] == [[(steps, 0, True)]] * config.layout.processes
+    return ranks[0][1]
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +134,10 @@ def test_a_run_that_lost_a_node_goes_on_from_the_peers_copy_bit_for_bit(corpus, 
     assert not copies(mine)  # the disk has what is newer
 
 
-def test_without_any_copy_it_goes_on_from_the_disk_and_says_so(corpus, mine, straight, capfd):
+def test_without_any_copy_it_goes_on_from_the_disk_and_says_so(corpus, mine, straight):
     shutil.rmtree(mine / "memory")
-    lives(configure(corpus, mine / "run", *NODES, *settings(mine)))
-    assert "no copy in memory of step 4 is left: the run goes on from step 3" in capfd.readouterr().err
+    said = lives(configure(corpus, mine / "run", *NODES, *settings(mine)))
+    assert "no copy in memory of step 4 is left: the run goes on from step 3" in said
     assert recalled(mine) == []
     assert comparable(mine / "run") == comparable(straight)
 
@@ -144,11 +151,11 @@ def test_a_damaged_file_comes_from_the_other_node_that_has_it(corpus, mine, stra
     assert comparable(mine / "run") == comparable(straight)
 
 
-def test_a_copy_of_which_a_file_is_damaged_everywhere_is_passed_over(corpus, mine, straight, capfd):
+def test_a_copy_of_which_a_file_is_damaged_everywhere_is_passed_over(corpus, mine, straight):
     for path in copies(mine):
         flip(path / "shards" / "__2_0.distcp")
-    lives(configure(corpus, mine / "run", *NODES, *settings(mine)))
-    assert "step 4 is passed over: no node has shards/__2_0.distcp" in capfd.readouterr().err
+    said = lives(configure(corpus, mine / "run", *NODES, *settings(mine)))
+    assert "step 4 is passed over: no node has shards/__2_0.distcp" in said
     assert recalled(mine) == []
     assert not list((mine / "run" / "checkpoints").glob(".*"))
     assert comparable(mine / "run") == comparable(straight)
@@ -173,26 +180,27 @@ def test_what_another_run_left_is_neither_taken_nor_touched(corpus, mine, straig
 def test_a_start_from_a_checkpoint_that_is_named_drops_the_copies_after_it(corpus, mine):
     named = f"run.resume={checkpoint(mine / 'run', 3)}"
     config = configure(corpus, mine / "run", *NODES, *settings(mine, named, "training.steps=3"))
-    assert run_ranks(as_nodes, [config], 2, processes=4) == [[(3, 0, True)]] * 4
+    lives(config, steps=3)
     assert not copies(mine)
     lives(configure(corpus, mine / "run", *NODES, *settings(mine)))
     assert recalled(mine) == []
 
 
-def test_a_place_without_room_is_said_once_and_the_run_goes_on(corpus, tmp_path, straight, capfd):
+def test_a_place_without_room_is_said_once_and_the_run_goes_on(corpus, tmp_path, straight):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "node1").write_text("in the way, as a full memory would be")
-    lives(configure(corpus, tmp_path / "run", *NODES, *settings(tmp_path)))
-    assert capfd.readouterr().err.count("no copy in memory of step") == 1
+    said = lives(configure(corpus, tmp_path / "run", *NODES, *settings(tmp_path)))
+    assert said.count("no copy in memory of step") == 1
     assert steps_of("not_remembered", tmp_path) == [2, 4]
     assert not copies(tmp_path)
     assert comparable(tmp_path / "run") == comparable(straight)
 
 
-def test_one_node_has_no_peer_and_goes_on_after_a_crash_all_the_same(corpus, tmp_path, straight, capfd):
+def test_one_node_has_no_peer_and_goes_on_after_a_crash_all_the_same(corpus, tmp_path, straight):
     config = configure(corpus, tmp_path / "run", *NODES, *settings(tmp_path, "checkpoint.in_background=true"))
     with pytest.raises(WorkerDied):
         run_ranks(dying, [config], 4, processes=4)
-    assert "no peer, since there is one node" in capfd.readouterr().out
-    lives(config, ranks_of_a_node=4)
+    said = lives(config, ranks_of_a_node=4)
+    assert said.count("no peer, since there is one node") == 1
+    assert recalled(tmp_path) == [REMEMBERED]
     assert comparable(tmp_path / "run") == comparable(straight)
