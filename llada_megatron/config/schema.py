@@ -406,6 +406,9 @@ class TrainingConfig:
     """Parameters that stay as they are, by patterns of their names in a checkpoint: ["*.router.*"]."""
     skip_window_steps: Count = 1000
     """Steps in which max_skipped_steps and max_skipped_samples count; 0: the whole run."""
+    max_rollbacks: Count = 0
+    """So many times a run does not stop past max_skipped_steps, but goes back to the newest good checkpoint
+    from before those steps, and passes over the samples since then (training/rollback.py)."""
     max_loss_over_median: Amount = 0.0
     """A step whose loss is more than so many times its median over the stage's last spike_window_steps is
     skipped and recorded, as one that is not finite; 0: never."""

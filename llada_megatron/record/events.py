@@ -10,7 +10,8 @@ all are well again), `global_batch` (a resume changed it: step, sample, before, 
 tokens), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome, reason),
 `excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py, reason,
 nodes at fault), `left_out` (step, sequences of the data, why), `spike` (step, samples: first and last, why it
-was skipped), `passed_over` (step, samples: for training.skip_samples).
+was skipped), `passed_over` (step, samples: for training.skip_samples), `rolled_back` (step, to: the step of
+the checkpoint whose weights were taken, samples: first and last that were passed over for that, why).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 

@@ -37,7 +37,7 @@ from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.observe.trackers import Trackers
 from llada_megatron.parallel import groups
 from llada_megatron.parallel.dealing import Deal, sample_indices
-from llada_megatron.parallel.ranks import from_first_rank, gathered
+from llada_megatron.parallel.ranks import from_first_rank, gathered, warn
 from llada_megatron.record import carried, events
 from llada_megatron.record.manifest import Checkpoint, find
 from llada_megatron.record.metrics import read_jsonl
@@ -54,9 +54,8 @@ from llada_megatron.training.position import (
     check_same_run,
     resume_checkpoint,
 )
+from llada_megatron.training.rollback import go_back, restore
 from llada_megatron.training.saving import Saving
-from llada_megatron.training.skips import Skips
-from llada_megatron.training.spikes import Spikes
 from llada_megatron.training.start import attention_line, engine_lines
 from llada_megatron.training.step import StepResult, Trainer, assemble, open_stage, train_step
 
@@ -218,7 +217,7 @@ class _Run:
                     self._record("evaluated", step=step, seconds=time.monotonic() - began)
                 self.watchdog.beat()
                 is_due = self.saving.is_due(step, stage_ended=ended, is_last=step == last_step)
-                if is_due or signal_number:
+                if is_due or signal_number or self._went_back_at(step):
                     self.saving.save(step, stage, self.position, self._wall_sec(), self.metrics)
                 else:
                     self.saving.poll()
@@ -267,8 +266,7 @@ class _Run:
     def _load(self, checkpoint: Checkpoint | None) -> Position:
         """Load weights and return the run's place: that of its own checkpoint, or its start."""
         if checkpoint is not None:
-            manifest = checkpoint.manifest
-            store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
+            manifest, position = checkpoint.manifest, restore(self.trainer, checkpoint)
             for name, identity in manifest.data_fingerprint.get("objectives", {}).items():
                 if name in self.trainer.objectives:
                     self.trainer.objectives[name].identity = identity
@@ -276,15 +274,7 @@ class _Run:
             if (change := batch_change(self.schedule, manifest)) and self.is_writer:
                 print(change[0], flush=True)
                 self._record("global_batch", **change[1])
-            self.trainer.spikes = Spikes(manifest.losses_lately, manifest.grad_norms_lately)
-            skips = Skips(manifest.skipped_lately, manifest.left_out_lately)
-            return Position(
-                manifest.step,
-                manifest.skipped_steps,
-                manifest.wall_sec,
-                manifest.autoregressive_tokens,
-                skips,
-            )
+            return position
         if self.config.checkpoint.init_from:
             checkpoint = store.verified(
                 from_first_rank(find, self.config.checkpoint.init_from), weights_alone=True
@@ -333,7 +323,27 @@ class _Run:
             first, end = (self.schedule.samples_before(each) for each in (step, step + 1))
             if result.spike:
                 self._record("spike", step=step, samples=[first, end - 1], why=result.spike)
-            skips.add_step(settings, step, range(first, end), result.spike)
+            try:
+                skips.add_step(settings, step, range(first, end), result.spike)
+            except RunFailed as failure:
+                self._go_back(step + 1, failure)
+
+    def _went_back_at(self, step: int) -> bool:
+        """Whether the run took earlier weights after so many steps; a checkpoint keeps that."""
+        return any(at == step for _, at in self.position.rollbacks)
+
+    def _go_back(self, step: int, failure: RunFailed) -> None:
+        """Give up what was learnt lately, after `step` steps, or raise the failure, on every rank."""
+        self.saving.finish()
+        self.position = go_back(self.trainer, self.position, step, failure)
+        to, _ = self.position.rollbacks[-1]
+        first, end = (self.schedule.samples_before(each) for each in (to, step))
+        self._record("rolled_back", step=step, to=to, samples=[first, end - 1], why=str(failure))
+        warn(
+            f"step {step}: took the weights of step {to}, passed over samples {first} to {end - 1}. {failure}"
+        )
+        if self.trackers is not None:
+            self.trackers.go_back(to)
 
     def _check_trained(self, step: int) -> None:
         if step and self.position.skipped_steps == step:
