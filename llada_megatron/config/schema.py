@@ -433,6 +433,8 @@ class TrainingConfig:
     """CPU threads per process; 0: its share of its node's cores, as the process may use them."""
     bind_cores: bool = True
     """On CUDA, keep each process to its share of the cores beside its device."""
+    record_memory: bool = False
+    """On CUDA, keep the stack of every allocation for the snapshot of a step that runs out of memory."""
     collect_garbage_every_steps: Count = 50
     """Python's garbage is collected after every Nth step, on all processes at once; 0: when Python likes."""
     preflight: bool = False

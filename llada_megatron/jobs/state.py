@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from pathlib import Path
 
@@ -25,6 +26,21 @@ def state_of(run_dir: Path, record: list[Event], steps: int) -> tuple[str, str]:
     if state == "running":
         why = "; ".join(filter(None, [stragglers(record), why]))
     return state, why
+
+
+def trainer_of(run_dir: Path) -> str:
+    """Who holds the lock of guard/exclusive.py, in words; empty while nobody trains here."""
+    try:
+        with open(RunDir(run_dir).lock, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read() or "another process"
+    except FileNotFoundError:
+        pass
+    except OSError:  # no locks on this file system
+        return "whoever trains here"
+    return ""
 
 
 def stragglers(record: list[Event]) -> str:

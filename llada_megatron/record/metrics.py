@@ -23,7 +23,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "loss": _NUMBER, "grad_norm": _NUMBER, "lr": _NUMBER, "tokens_per_sec": _NUMBER, "mfu": _NUMBER,
     "load_max_over_mean": _NUMBER, "loss_by_t": _OPTIONAL_LIST, "loss_by_block_position": _OPTIONAL_LIST,
     "bound": dict, "ar": _OPTIONAL_DICT, "block1_views": _OPTIONAL_DICT, "baselines": _OPTIONAL_DICT,
-    "peak_memory_bytes": _NUMBER, "pieces": list, "decided_at": list,
+    "peak_memory_bytes": _NUMBER, "reserved_memory_bytes": _NUMBER, "pieces": list, "decided_at": list,
 }  # fmt: skip
 """Kinds of the values that are read back, in any of the files; NaN was written as null."""
 STEP_FIELDS = ("step", "stage", "consumed_tokens", "tokens_per_sec")

@@ -46,6 +46,7 @@ from llada_megatron.record.pace import Pace, pace_of
 from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device, garbage
 from llada_megatron.runtime.launch import in_slurm_job
+from llada_megatron.training.out_of_memory import MemoryFaults, OutOfMemory
 from llada_megatron.training.position import (
     Position,
     batch_change,
@@ -54,6 +55,7 @@ from llada_megatron.training.position import (
     check_same_run,
     resume_checkpoint,
 )
+from llada_megatron.training.profiling import Profiling
 from llada_megatron.training.rollback import go_back, restore
 from llada_megatron.training.saving import Saving
 from llada_megatron.training.start import attention_line, engine_lines
@@ -174,6 +176,8 @@ class _Run:
         self._open_stage()
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(self.config, self.trainer, data_fingerprint, self.carried_along)
+        self.profiling = Profiling(self.dir, self.trainer)
+        self.memory = MemoryFaults(config, self.trainer.model)
         self.passed_over = spans_of(config.training.skip_samples)
         self.step_sec = 0.0  # of the last step of this attempt
         self.replayed = 0
@@ -202,11 +206,13 @@ class _Run:
                 self._evaluate(0, None)
             while step < last_step and not signal_number:
                 stage = self.schedule.stage_at(step)
+                self.profiling.begin(step)
                 if not self._passes_over(step):
                     self._learn(step, stage)
                 step += 1
+                self.profiling.end(step)
                 self.watchdog.beat()
-                signal_number = stop.agreed()
+                signal_number, self.profiling.is_due = stop.agreed_with(self.profiling.is_asked())
                 ended = step == stage.end_step
                 self.metrics = {}
                 # Evaluated before it is saved: the manifest holds the figures, a resume finds them on record.
@@ -229,10 +235,12 @@ class _Run:
                 self._check_trained(step)
             if signal_number:
                 self._record("signalled", step=step, signal=signal.Signals(signal_number).name)
-        except RunFailed:
-            self.saving.finish()  # every rank raises it alike
+        except RunFailed as failure:
+            if not isinstance(failure, OutOfMemory):
+                self.saving.finish()  # every rank raises it alike
             raise
         finally:
+            self.profiling.close()
             if self.trackers is not None:
                 self.trackers.close()
         return Outcome(step, self.schedule.total_steps, signal_number, finished=step >= last_step)
@@ -249,7 +257,8 @@ class _Run:
     def _learn(self, step: int, stage: Stage) -> None:
         self.stragglers.begin(step)
         began = device.seconds()
-        result = train_step(self.trainer, step)
+        with self.memory.explained(self.schedule, stage, step):
+            result = train_step(self.trainer, step)
         if not self.step_sec:
             self._record("first_step", step=step, replayed=self.replayed)
         self.step_sec = device.seconds() - began
@@ -372,6 +381,7 @@ class _Run:
                 "tokens_per_sec": tokens_per_sec,
                 "mfu": self._mfu(stage, tokens_per_sec),
                 "peak_memory_bytes": device.peak_memory_bytes(),
+                "reserved_memory_bytes": device.reserved_memory_bytes(),
                 "skipped_steps": self.position.skipped_steps + int(result.skipped),
             }
         )
