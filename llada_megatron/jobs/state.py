@@ -6,6 +6,7 @@ import fcntl
 import time
 from pathlib import Path
 
+from llada_megatron.config.quantities import so_many
 from llada_megatron.jobs import slurm
 from llada_megatron.record import events
 from llada_megatron.record.events import Event
@@ -78,6 +79,8 @@ def _excluded(record: list[Event]) -> str:
     if newest is None or newest["event"] == "ended":
         return ""
     nodes = ", ".join(newest["nodes"])
-    return (
-        f"; {nodes} not left out: {newest['problem']}" if newest["problem"] else f"; {nodes} left out since"
-    )
+    if newest["problem"]:
+        return f"; {nodes} not left out: {newest['problem']}"
+    fewer = newest.get("goes_on_with")
+    on = f", on {so_many(fewer, 'node')} with {newest['layout']}" if fewer else ""
+    return f"; {nodes} left out since{on}"

@@ -14,6 +14,9 @@ SHARDS = "shards"
 OPTIMIZER = "optimizer"
 """Folder with what only training reads, in the same format; earlier checkpoints hold it among the weights."""
 
+EMA = "ema"
+"""Folder with the moving average of the weights, in the same format, of a run that keeps one."""
+
 
 class RunDir:
     """Where a run keeps what; nothing is made or looked for."""
@@ -67,6 +70,14 @@ class RunDir:
     def damaged_checkpoints(self) -> list[Path]:
         """Checkpoints that were found damaged and set aside, by name."""
         return sorted(self.checkpoints.glob("damaged_*"))
+
+    def config_on(self, nodes: int) -> Path:
+        """The configuration on so many nodes, of a run that may go on with fewer."""
+        return self.submission / f"nodes_{nodes:05d}.yaml"
+
+    def node_counts(self) -> list[int]:
+        """So many nodes a run may have, the most first; none for one that needs all of them."""
+        return sorted((int(path.stem[6:]) for path in self.submission.glob("nodes_*.yaml")), reverse=True)
 
     def profile(self, step: int) -> Path:
         """What was recorded from a step on."""
