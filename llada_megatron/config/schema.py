@@ -416,6 +416,9 @@ class TrainingConfig:
     """Likewise for the norm of the gradient before it is clipped."""
     spike_window_steps: Annotated[int, Range(at_least=1, at_most=10_000)] = 128
     """Until a stage has so many steps none of them is a spike."""
+    ema_decay: Decay = 0.0
+    """Keep a moving average of the weights, which moves by 1 - ema_decay of the difference in each step, in
+    checkpoints beside them (`llada checkpoint average`); 0: none."""
     skip_samples: list[Annotated[str, span]] = field(default_factory=list)
     """Global samples to learn nothing from, `4000-4095` or `4000`: a step that holds one is passed over."""
     collective_timeout_sec: Annotated[float, Range(at_least=1, at_most=1e9)] = 600.0

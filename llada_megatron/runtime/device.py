@@ -156,8 +156,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that this process, or its device, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error)  # of torch's allocator on a CPU, which has no class of its own, and of C++
-    return "can't allocate memory" in said or "std::bad_alloc" in said
+    said = str(
+        error
+    )  # of torch's allocator on a CPU, of C++, of CUDA's libraries: without a class of their own
+    return any(each in said for each in ("can't allocate memory", "std::bad_alloc", "out of memory"))
 
 
 def record_memory() -> None:

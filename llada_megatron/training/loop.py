@@ -293,6 +293,8 @@ class _Run:
             keep = None if had_adapters else is_adapter
             store.load(checkpoint.path, self.trainer.model, None, keep=keep)
             self.trainer.optimizer.reload_model_params()
+            if self.trainer.average is not None:
+                self.trainer.average.restart()
             self._keep(checkpoint, str(checkpoint.path.absolute()))
             return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
         return Position()

@@ -28,7 +28,7 @@ from llada_megatron.training.step import Trainer, open_stage
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> Position:
     """Load a verified checkpoint, optimizer and what spikes are told by included; returns its place."""
     manifest = checkpoint.manifest
-    store.load(checkpoint.path, trainer.model, trainer.optimizer)
+    store.load(checkpoint.path, trainer.model, trainer.optimizer, average=trainer.average)
     trainer.spikes = Spikes(manifest.losses_lately, manifest.grad_norms_lately)
     return Position(
         manifest.step,

@@ -83,6 +83,7 @@ class Saving:
             self.trainer.model,
             self.trainer.optimizer,
             carried_along=self.carried_along,
+            average=self.trainer.average,
         )
         if not self.in_background:
             self.finish()

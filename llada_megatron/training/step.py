@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from llada_megatron.checkpoint.average import WeightAverage
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import BadSamples, Config, MomentsAtStart
 from llada_megatron.data.packed import PackedSequences
@@ -45,6 +46,7 @@ class Trainer:
     balance: ExpertBalance
     objectives: Mapping[str, Objective]
     """By the name that stages give."""
+    average: WeightAverage | None = None
     spikes: Spikes = field(default_factory=Spikes)
     deal: Deal = sample_indices
     on_batch: Callable[[list[int], MicroBatch], None] | None = None
@@ -76,7 +78,9 @@ def assemble(
     rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
     names = dict.fromkeys(stage.objective for stage in schedule.stages)
     objectives = {name: objective_of(name, config, schedule) for name in names}
-    return Trainer(config, schedule, data, model, optimizer, rate, balance, objectives)
+    decay = config.training.ema_decay
+    average = WeightAverage(optimizer, decay) if decay else None
+    return Trainer(config, schedule, data, model, optimizer, rate, balance, objectives, average)
 
 
 @dataclass
@@ -140,6 +144,8 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         trainer.spikes.learnt(trainer.config.training, loss, grad_norm)
         with trainer.section("optimizer"):
             trainer.optimizer.step()
+            if trainer.average is not None:
+                trainer.average.update()
         trainer.balance.update()
     return StepResult(
         loss=loss,
