@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from llada_megatron.checkpoint.average import WeightAverage
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import BadSamples, Config, ModelConfig, MomentsAtStart
 from llada_megatron.config.stage_settings import model_of
@@ -54,6 +55,7 @@ class Trainer:
     watch: Watch
     objectives: Mapping[str, Objective]
     """By the name that stages give."""
+    average: WeightAverage | None = None
     spikes: Spikes = field(default_factory=Spikes)
     deal: Deal = sample_indices
     on_batch: Callable[[list[int], MicroBatch], None] | None = None
@@ -90,7 +92,9 @@ def assemble(
     rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
     names = dict.fromkeys(stage.objective for stage in schedule.stages)
     objectives = {name: objective_of(name, config, schedule) for name in names}
-    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, watch, objectives)
+    decay = config.training.ema_decay
+    average = WeightAverage(optimizer, decay) if decay else None
+    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, watch, objectives, average)
 
 
 @dataclass
@@ -161,6 +165,8 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         trainer.spikes.learnt(trainer.config.training, loss, grad_norm)
         with trainer.section("optimizer"):
             trainer.optimizer.step()
+            if trainer.average is not None:
+                trainer.average.update()
         trainer.balance.update()
     return StepResult(
         loss=loss,

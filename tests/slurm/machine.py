@@ -6,6 +6,7 @@ where accounting.py finds what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -110,10 +111,15 @@ class Slurm:
         daemon = self.daemons.pop(node)
         daemon.kill()
         daemon.wait()
-        for process in Path("/proc").glob("[0-9]*"):
-            if f"SLURMD_NODENAME={node}\0" in _read(process / "environ") or (
-                "slurmstepd" in _read(process / "cmdline") and f"/spool.{node}" in _read(process / "maps")
-            ):
+
+        processes = list(Path("/proc").glob("[0-9]*"))
+        steps = [each for each in processes if f"SLURMD_NODENAME={node}\0" in _read(each / "environ")]
+        daemons = {Path("/proc") / _parent(each) for each in steps} | {
+            each for each in processes if f"/spool.{node}" in _read(each / "maps")
+        }
+        first = [each for each in daemons if "slurmstepd" in _read(each / "cmdline")]
+        for process in [*first, *steps]:  # a node that is gone tells nobody how its processes ended
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
 
     def run(self, *command: str, timeout_sec: float = 60, check: bool = True) -> str:
@@ -170,6 +176,12 @@ class Slurm:
     def _wait_until_idle(self) -> None:
         nodes = ("sinfo", "-h", "-N", "-o", "%N %t", "-p", "main")
         self.wait("slurmctld", lambda: self.run(*nodes, check=False).count("idle") == 2)
+
+
+def _parent(process: Path) -> str:
+    """The number of a process's parent; 0 when it has ended."""
+    lines = _read(process / "status").splitlines()
+    return next((line.split()[1] for line in lines if line.startswith("PPid:")), "0")
 
 
 def _read(path: Path) -> str:
