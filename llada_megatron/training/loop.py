@@ -14,12 +14,13 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
+from llada_megatron.config.choices import BadSamples
 from llada_megatron.config.compose import model_of, save
 from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.ranges import spans_of
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import BadSamples, Config, TrainingConfig
+from llada_megatron.config.schema import Config, TrainingConfig
 from llada_megatron.config.stage_settings import at_stage
 from llada_megatron.data.fingerprint import of_this_node
 from llada_megatron.data.packed import check_split, held_out
