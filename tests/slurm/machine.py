@@ -106,19 +106,21 @@ class Slurm:
         """Start a node's slurmd."""
         self.start(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
 
-    def kill_node(self, node: str) -> None:
-        """Take a node away: its slurmd and all steps on it die at once."""
+    def kill_node(self, node: str, *, silently: bool = False) -> None:
+        """Take a node away: its slurmd and all steps on it die at once.
+
+        silently: nobody hears how its processes ended, so srun waits until Slurm misses the node.
+        """
         daemon = self.daemons.pop(node)
         daemon.kill()
         daemon.wait()
-
         processes = list(Path("/proc").glob("[0-9]*"))
         steps = [each for each in processes if f"SLURMD_NODENAME={node}\0" in _read(each / "environ")]
-        daemons = {Path("/proc") / _parent(each) for each in steps} | {
-            each for each in processes if f"/spool.{node}" in _read(each / "maps")
-        }
-        first = [each for each in daemons if "slurmstepd" in _read(each / "cmdline")]
-        for process in [*first, *steps]:  # a node that is gone tells nobody how its processes ended
+        parents = {Path("/proc") / _parent(each) for each in steps} if silently else set()
+        candidates = parents | {each for each in processes if f"/spool.{node}" in _read(each / "maps")}
+        daemons = {each for each in candidates if "slurmstepd" in _read(each / "cmdline")}
+        doomed = [*daemons, *steps] if silently else sorted({*daemons, *steps}, key=processes.index)
+        for process in doomed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
 
