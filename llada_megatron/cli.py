@@ -41,6 +41,7 @@ VERBS = {
     "logs": ("llada_megatron.commands.logs", "one rank's log, or all of them, errors first"),
     "stop": ("llada_megatron.commands.stop", "save, end, and wait for `llada resume`"),
     "resume": ("llada_megatron.commands.resume", "submit a stopped or failed run again"),
+    "profile": ("llada_megatron.commands.profile", "what a run that trains computes, step by step"),
     "cost": ("llada_megatron.commands.cost", "where a run's time went, attempt by attempt, and what it cost"),
     "verify": ("llada_megatron.commands.verify", "golden cases, layouts, resumed runs, context parallelism"),
     "bench": ("llada_megatron.commands.bench", "measure attention executors, training steps, checkpoints"),

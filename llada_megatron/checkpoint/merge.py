@@ -27,7 +27,7 @@ def write_mean(sources: list[Path], weights: list[float], shards: Path) -> None:
             raise BadInput(f"{source} holds other tensors than {sources[0]}: they are of two architectures.")
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     writer = ShardsWriter(shards)
-    for part in _parts(shapes):
+    for part in parts_in(shapes):
         mean = torch.zeros(part.size, dtype=torch.float64)
         for fraction, reader in zip(share, readers, strict=True):
             mean += fraction * reader.read(part).double()
@@ -57,7 +57,7 @@ def differences(a: Path, b: Path) -> tuple[list[TensorDifference], list[str]]:
         if shapes_a[name] != shapes_b[name]
     ]
     sums: dict[str, list[float]] = {}
-    for part in _parts({name: shapes_a[name] for name in common if shapes_a[name] == shapes_b[name]}):
+    for part in parts_in({name: shapes_a[name] for name in common if shapes_a[name] == shapes_b[name]}):
         before, after = (reader.read(part).double() for reader in readers)
         total = sums.setdefault(part.name, [0.0, 0.0, 0.0])
         total[0] += float((after - before).square().sum())
@@ -71,7 +71,7 @@ def differences(a: Path, b: Path) -> tuple[list[TensorDifference], list[str]]:
     return sorted(found, key=lambda each: -each.relative_l2), alone
 
 
-def _parts(shapes: dict[str, tuple[int, ...]]) -> Iterator[Part]:
+def parts_in(shapes: dict[str, tuple[int, ...]]) -> Iterator[Part]:
     """Every tensor in the parts in which it is written: a matrix at a time of stacked experts."""
     for name, shape in sorted(shapes.items()):
         if len(shape) < 3:

@@ -49,15 +49,22 @@ def held_here(sharded_model: dict[str, Any], optimizer: MegatronOptimizer) -> It
 
     sharded_model: of every virtual stage, with the parameters themselves in its entries.
     """
+    for entry, state, first in runs_of(sharded_model, optimizer):
+        for name in (MASTER, *MOMENTS):
+            yield from boxes_of(f"{PREFIX}.{name}.", entry, state[name].detach(), first)
+
+
+def runs_of(
+    sharded_model: dict[str, Any], optimizer: MegatronOptimizer
+) -> Iterator[tuple[Any, dict[str, Tensor], int]]:
+    """Of each parameter's run on this rank: its entry, master and moments [R], and its first element."""
     entries = {id(entry.data): entry for entry in nested_values(sharded_model)}
     for part in parts_of(optimizer):
         for ranges in part.gbuf_ranges:
             for bucket in (each for buckets in ranges.values() for each in buckets):
                 for parameter, range_of in bucket["param_map"].items():
-                    run = range_of["param"]
                     state = part._get_main_param_and_optimizer_states(parameter)
-                    for name in (MASTER, *MOMENTS):
-                        yield from _boxes_of(name, entries[id(parameter)], state[name].detach(), run.start)
+                    yield entries[id(parameter)], state, range_of["param"].start
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
@@ -78,8 +85,11 @@ def load(reader: ShardsReader, held: Sequence[Held]) -> None:
         each.values.copy_(reader.read(each.part))
 
 
-def _boxes_of(state: str, entry: Any, values_R: Tensor, first: int) -> Iterator[Held]:
-    """What is the run of R elements from `first` on of a flattened parameter, box by box."""
+def boxes_of(prefix: str, entry: Any, values_R: Tensor, first: int) -> Iterator[Held]:
+    """What is the run of R elements from `first` on of a flattened parameter, box by box.
+
+    prefix: before the parameter's name, in the parts' names.
+    """
     last = first + values_R.numel()
     for start, shard in _pieces(entry):
         begin, end = max(first, start), min(last, start + math.prod(shard.local_shape))
@@ -91,7 +101,7 @@ def _boxes_of(state: str, entry: Any, values_R: Tensor, first: int) -> Iterator[
             elements = math.prod(size)
             place = tuple(a + b for a, b in zip(shard.global_offset, (*own_axes, *offset), strict=True))
             whole_size = (*(1 for _ in own_axes), *size)
-            part = Part(f"{PREFIX}.{state}.{shard.key}", tuple(shard.global_shape), place, whole_size)
+            part = Part(f"{prefix}{shard.key}", tuple(shard.global_shape), place, whole_size)
             values = values_R[at - first : at - first + elements].view(whole_size)
             # The last coordinate counts data-parallel ranks, each of which has a run of its own.
             yield Held(part, values, is_main_replica((*shard.replica_id[:2], 0)))

@@ -76,13 +76,13 @@ def _files(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def damage(checkpoint: Checkpoint, *, but: str = "") -> list[str]:
+def damage(checkpoint: Checkpoint, *, but: Collection[str] = ()) -> list[str]:
     """What is wrong with the files of a checkpoint, one phrase each; every rank hashes a share of them.
 
-    `but` names a folder that is left out. A rank takes the files that the rank of its number wrote, so in the
+    `but` names folders that are left out. A rank takes the files that the rank of its number wrote, so in the
     layout that saved a load finds them in its node's memory.
     """
-    names = [name for name in sorted(checkpoint.manifest.files) if not but or not name.startswith(f"{but}/")]
+    names = [name for name in sorted(checkpoint.manifest.files) if name.partition("/")[0] not in but]
     share = written_here(names)
     found = gathered(_in_threads(lambda name: file_damage(checkpoint, [name]), share))
     return [phrase for part in found for of_file in part for phrase in of_file]

@@ -38,6 +38,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llada_megatron.checkpoint import moments, publish
+from llada_megatron.checkpoint.average import WeightAverage
 from llada_megatron.checkpoint.shards import (
     Part,
     ShardsReader,
@@ -53,7 +54,7 @@ from llada_megatron.parallel.ranks import from_first_rank, on_first_rank
 from llada_megatron.record import carried
 from llada_megatron.record.json_files import read_json
 from llada_megatron.record.manifest import Checkpoint, Manifest
-from llada_megatron.record.run_dir import OPTIMIZER, SHARDS
+from llada_megatron.record.run_dir import EMA, OPTIMIZER, SHARDS
 from llada_megatron.runtime import device, unpickling
 
 STEP = "step"
@@ -81,6 +82,7 @@ class Saver:
         optimizer: MegatronOptimizer | None,
         *,
         carried_along: Mapping[str, bytes],
+        average: WeightAverage | None = None,
         made_by: Callable[..., Save] | None = None,
     ) -> Save:
         """Begin a checkpoint, once the one before it is published; every rank calls it.
@@ -97,6 +99,10 @@ class Saver:
             step = {STEP: _adam_step_of(optimizer)} if dist.get_rank() == 0 else None
             held = [each for each in moments.held_here(sharded, optimizer) if each.is_saved]
             contents[OPTIMIZER] = _Content([(each.part, each.values) for each in held], step)
+        if average is not None:
+            averaged = [each for each in average.held_here(sharded) if each.is_saved]
+            common: dict[str, Any] | None = {} if dist.get_rank() == 0 else None
+            contents[EMA] = _Content([(each.part, each.values) for each in averaged], common)
         contents[SHARDS].parts = self._own_weights(sharded)
         if made_by is None:
             _require_space(final.parent, contents)
@@ -218,9 +224,9 @@ def records_of(written: list[Any]) -> dict[str, Any]:
 def verified(checkpoint: Checkpoint, *, weights_alone: bool = False) -> Checkpoint:
     """The checkpoint, whose files are what its manifest says; BadInput naming what is damaged.
 
-    weights_alone: of files that hold the optimizer's state nothing is read.
+    weights_alone: of files that hold the optimizer's state, or averages, nothing is read.
     """
-    if damage := publish.damage(checkpoint, but=OPTIMIZER if weights_alone else ""):
+    if damage := publish.damage(checkpoint, but=(OPTIMIZER, EMA) if weights_alone else ()):
         raise BadInput(f"{checkpoint.path} is damaged: {', '.join(damage)}.")
     return checkpoint
 
@@ -231,18 +237,21 @@ def load(
     optimizer: MegatronOptimizer | None,
     *,
     keep: Callable[[str], bool] | None = None,
+    average: WeightAverage | None = None,
 ) -> None:
     """Load weights, and the optimizer's state where one is given, of a checkpoint that was `verified`.
 
     Stages may be wrapped for training or bare. A tensor whose name `keep` accepts is not in the checkpoint
-    and stays as it is. Raises BadInput naming the checkpoint when it does not fit
-    the model, or holds what could run code; OSError where its files cannot be read.
+    and stays as it is. An average begins with the weights where the checkpoint holds none. Raises BadInput
+    naming the checkpoint when it does not fit the model, or holds what could run code; OSError where its
+    files cannot be read.
     """
     shards = checkpoint / SHARDS
     if read_json(shards / FORMAT, REMEDY).get("sharded_backend") != "torch_dist":
         raise BadInput(f"{shards / FORMAT} is not of the format torch_dist: {REMEDY}.")
     sharded = sharded_model(model)
     held = list(moments.held_here(sharded, optimizer)) if optimizer is not None else []
+    averaged = list(average.held_here(sharded)) if average is not None else []
     kept = [_taken_out(sharded[f"model{index}"], keep) for index in range(len(model))]
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replicas())
     with _as_bad_input(checkpoint), unpickling.read_once(shards):
@@ -251,6 +260,10 @@ def load(
             _bare(chunk).load_state_dict(loaded[f"model{index}"] | kept[index])
         if optimizer is not None:
             _load_optimizer(checkpoint, optimizer, held, loaded.get("optimizer"))
+        if average is not None:
+            average.restart()
+            if (checkpoint / EMA).is_dir():
+                _load_held(checkpoint, ShardsReader(checkpoint / EMA), averaged)
 
 
 @contextmanager
@@ -286,15 +299,19 @@ def _load_optimizer(
         step = int(reader.common()[STEP]) if own.is_dir() else _earlier_step(earlier)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"{checkpoint} holds no step of Adam to go on from: {REMEDY}.") from None
-    try:
-        moments.load(reader, held)
-    except moments.Misfit as misfit:
-        raise BadInput(f"{checkpoint} cannot be loaded: {misfit}.") from None
+    _load_held(checkpoint, reader, held)
     for part in moments.parts_of(optimizer):
         state = part.state_dict()
         for group in state["optimizer"]["param_groups"]:
             group["step"] = step
         part.load_state_dict(state)
+
+
+def _load_held(checkpoint: Path, reader: ShardsReader, held: list[moments.Held]) -> None:
+    try:
+        moments.load(reader, held)
+    except moments.Misfit as misfit:
+        raise BadInput(f"{checkpoint} cannot be loaded: {misfit}.") from None
 
 
 def _adam_step_of(optimizer: MegatronOptimizer) -> int:

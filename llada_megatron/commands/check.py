@@ -112,7 +112,9 @@ def _check_directory(config: Config) -> None:
         raise BadInput(f"run.dir={config.run.dir} cannot be a folder: {there} is a file.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise BadInput(f"run.dir={config.run.dir} cannot be written: {there} lets this user write nothing.")
-    needed, free = checkpoint_bytes(config.model, config.precision), shutil.disk_usage(there).free
+    averages = config.training.ema_decay > 0
+    needed = checkpoint_bytes(config.model, config.precision, averages=averages)
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise BadInput(
             f"run.dir={config.run.dir} has {free:,} bytes free and one checkpoint takes {needed:,}: make room"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record import carried
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("url", metavar="URL")
     fetch.add_argument("run", type=Path, metavar="RUN", help="a run's directory, which may be new")
     fetch.add_argument("--step", type=int, metavar="N", help="default: the newest")
+    average = commands.add_parser("average", help="a checkpoint of the moving average of the weights")
+    average.add_argument("path", metavar="PATH", help="a checkpoint, or a run: its newest")
+    average.add_argument("--to", type=Path, metavar="DIR", help="default RUN/merged/average_STEP")
     diff = commands.add_parser("diff", help="how two checkpoints differ, in configuration and weights")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
@@ -49,7 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run a command: 0, or 1 where `verify` finds damage and `diff` a difference."""
-    commands = {"list": _list, "verify": _verify, "merge": _merge, "fetch": _fetch, "diff": _diff}
+    commands = {
+        "list": _list,
+        "verify": _verify,
+        "merge": _merge,
+        "average": _average,
+        "fetch": _fetch,
+        "diff": _diff,
+    }
     return commands[args.command](args)
 
 
@@ -150,7 +161,32 @@ def _merge(args: argparse.Namespace) -> int:
             for each, weight in zip(chosen, weights, strict=True)
         ],
     }
-    merged = Manifest(
+    merged = _made_from(newest, lineage)
+    if not args.no_evaluation:
+        merged.metrics = _evaluate(newest, aside, sorted(newest.metrics), args.layout)
+    publish.finish(aside, target, merged)
+    _print_merge(chosen, weights, merged, target)
+    return 0
+
+
+def _average(args: argparse.Namespace) -> int:
+    from llada_megatron.checkpoint import average, publish, store
+
+    source = store.verified(find(args.path))
+    run = RunDir(source.path.parent.parent)
+    target = args.to or run.merged / f"average_{source.manifest.step:08d}"
+    aside = publish.begin(target)
+    average.write_averaged(source.path, aside / SHARDS)
+    carried.write(carried.content_of(source), aside)
+    lineage = {"kind": "average", "sources": [{"path": str(source.path), "step": source.manifest.step}]}
+    publish.finish(aside, target, _made_from(source.manifest, lineage))
+    print(f"{target} holds the averaged weights: evaluate, convert or start from it as from any checkpoint")
+    return 0
+
+
+def _made_from(newest: Manifest, lineage: dict[str, Any]) -> Manifest:
+    """Of a checkpoint whose weights are made from those of a run."""
+    return Manifest(
         config=newest.config,
         consumed_samples=newest.consumed_samples,
         consumed_tokens=newest.consumed_tokens,
@@ -160,11 +196,6 @@ def _merge(args: argparse.Namespace) -> int:
         autoregressive_tokens=newest.autoregressive_tokens,
         lineage=lineage,
     )
-    if not args.no_evaluation:
-        merged.metrics = _evaluate(newest, aside, sorted(newest.metrics), args.layout)
-    publish.finish(aside, target, merged)
-    _print_merge(chosen, weights, merged, target)
-    return 0
 
 
 def _weights(text: str | None, count: int) -> list[float]:

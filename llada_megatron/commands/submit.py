@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.commands.fewer_nodes import keep, on_fewer_nodes
 from llada_megatron.commands.sweep import sweep
 from llada_megatron.config import compose, rules
 from llada_megatron.config.choices import Container
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import so_many
 from llada_megatron.config.schema import Config
 from llada_megatron.jobs import slurm
 from llada_megatron.record import events
@@ -74,7 +76,10 @@ def submit(overrides: list[str], args: argparse.Namespace, jobs: list[str]) -> b
     run_dir = Path(config.run.dir)
     verdict = plan_verdict(config)
     job_script = render(config, lead_sec=lead_sec(run_dir, config.slurm.signal_lead_sec))
+    fewer = on_fewer_nodes(config)
     print(verdict["sentence"])
+    for count, (_, layout) in fewer.items():
+        print(f"on {so_many(count, 'node')}: {layout}")
     fits = verdict["fits"] or args.force
     if args.dry_run:
         print(f"\n{job_script}")
@@ -86,7 +91,7 @@ def submit(overrides: list[str], args: argparse.Namespace, jobs: list[str]) -> b
         conditions = [f"afterok:{_job_of(args.after)}"] if args.after else []
         if args.max_parallel and len(jobs) >= args.max_parallel:  # a requeued job has not ended
             conditions.append(f"afterany:{jobs[-args.max_parallel]}")
-        job = _submit(config, run_dir, job_script, verdict, overrides, conditions)
+        job = _submit(config, run_dir, job_script, verdict, fewer, overrides, conditions)
         jobs.append(job)
         print(
             f"job {job}: {config.run.name} in {run_dir}; `llada status {shlex.quote(str(run_dir))}` shows it"
@@ -94,9 +99,22 @@ def submit(overrides: list[str], args: argparse.Namespace, jobs: list[str]) -> b
     return fits
 
 
-def resubmit(run_dir: Path) -> str:
-    """Submit a run again as it was submitted last; returns the job's id."""
+def resubmit(run_dir: Path, nodes: int | None = None) -> str:
+    """Submit a run again as it was submitted last, perhaps on other `nodes`; returns the job's id.
+
+    A job that waits gets the nodes as it is, so that its place in the queue and who waits for it stay.
+    """
     files = RunDir(run_dir)
+    options = []
+    if nodes is not None:
+        if nodes not in (known := files.node_counts()):
+            choice = ", ".join(map(str, known)) or "nothing: submit the run with slurm.min_nodes"
+            raise BadInput(f"{run_dir} has no layout on {so_many(nodes, 'node')}: choose from {choice}.")
+        options = [f"--nodes={nodes}"]
+        job = (events.last(events.read(run_dir), "submitted") or {"job": ""})["job"]
+        if job and slurm.state(job) == "PENDING":
+            slurm.use_nodes(job, nodes, compose.load(files.config_on(nodes)).layout.processes)
+            return job
     if not files.job_script.is_file():
         raise BadInput(
             f"{run_dir} was never submitted: use `llada submit`, or `llada train` on this machine."
@@ -106,7 +124,7 @@ def resubmit(run_dir: Path) -> str:
         events.append(run_dir, "resumed")
         described = read_json(files.submission_json, "use `llada submit` again")
         return _sbatch(
-            run_dir, files.job_script, described["name"], described["python"], described["directory"], []
+            run_dir, files.job_script, described["name"], described["python"], described["directory"], options
         )
 
 
@@ -195,6 +213,7 @@ def _submit(
     run_dir: Path,
     script: str,
     verdict: dict[str, Any],
+    fewer: dict[int, tuple[Config, str]],
     overrides: list[str],
     conditions: list[str],
 ) -> str:
@@ -202,6 +221,7 @@ def _submit(
     files.submission.mkdir(parents=True, exist_ok=True)
     with _only_one(run_dir):
         compose.save(config, files.config)
+        keep(run_dir, config, fewer)
         files.job_script.write_text(script)
         files.source_diff.write_text(git_diff())
         described = {
@@ -210,6 +230,7 @@ def _submit(
             "python": sys.executable,
             "overrides": overrides,
             "plan": verdict,
+            "fewer_nodes": {str(count): layout for count, (_, layout) in fewer.items()},
             "git_commit": git_commit(),
             "versions": versions(),
             "data": {path: _described(path) for path in config.data.path},

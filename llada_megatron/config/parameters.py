@@ -30,12 +30,15 @@ def active_parameters(model: ModelConfig) -> int:
     return total_parameters(model) - experts // model.experts * (model.experts - model.experts_per_token)
 
 
-def checkpoint_bytes(model: ModelConfig, precision: PrecisionConfig) -> int:
-    """Of a training checkpoint: weights, and fp32 masters and two moments of those that are trained."""
+def checkpoint_bytes(model: ModelConfig, precision: PrecisionConfig, *, averages: bool = False) -> int:
+    """Of a training checkpoint: weights, and fp32 masters and two moments of those that are trained.
+
+    averages: and their moving average (training.ema_decay), fp32 too.
+    """
     formulas = formulas_of(model)
     frozen = formulas.parameters(model, *formulas.stage_contents(model, LayoutConfig())).frozen
     total = total_parameters(model)
-    return total * BYTES[precision.dtype] + 12 * (total - frozen)
+    return total * BYTES[precision.dtype] + (16 if averages else 12) * (total - frozen)
 
 
 def cached_token_bytes(model: ModelConfig, precision: PrecisionConfig, layout: LayoutConfig) -> int:

@@ -12,11 +12,9 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
-from llada_megatron.config.checkpoints import CheckpointConfig
 from llada_megatron.config.choices import (
     AdapterTarget,
     AttentionBackend,
-    BadSamples,
     BlockGrid,
     DecayStyle,
     Denominator,
@@ -44,17 +42,17 @@ from llada_megatron.config.ranges import (
     Path,
     Positive,
     Range,
-    Seconds,
     Share,
     Size,
     Text,
     Ways,
     block_size,
+    metric,
     shares,
-    span,
 )
 from llada_megatron.config.router import RouterConfig
 from llada_megatron.config.site import ClusterConfig, SlurmConfig
+from llada_megatron.config.training import TrainingConfig
 
 
 @dataclass
@@ -366,6 +364,36 @@ class PrecisionConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What is kept, and what a run starts from."""
+
+    every_steps: Count = 0
+    """0: only at the end, on a signal and at the end of a stage."""
+    at_stage_end: bool = True
+    in_background: bool | None = None
+    """Write while training goes on, from a copy in host memory of what this rank saves; null: on CUDA."""
+    writer_threads: Annotated[int, Range(at_least=1, at_most=64)] = 4
+    """Files that each rank writes at the same time; small parts share one."""
+    keep_last: Positive = 2
+    """Older checkpoints are deleted, except those at the end of a stage and those kept by the next keys."""
+    keep_every_steps: Count = 0
+    """Checkpoints at multiples of this step stay for good; 0: none."""
+    keep_best: Count = 0
+    """Number of checkpoints that stay because their `best_metric` is lowest."""
+    best_metric: Annotated[str, metric] = "nll_block32"
+    """Of the evaluation at that step: `nll_ar`, or `nll_block` and one of evaluation.block_sizes."""
+    copy_to: Text = ""
+    """A URL such as s3://bucket/run where each checkpoint is copied too; a run whose run.dir is lost goes on
+    from there. Empty: no copies."""
+    memory_every_steps: Count = 0
+    """Keep a copy in the nodes' memory, each rank's files on its node and on the next one; 0: never."""
+    memory_dir: Path = "/dev/shm/llada_megatron"
+    """Where a node keeps its copies: in memory, and its own."""
+    init_from: Text = ""
+    """A checkpoint (or a run's directory: its newest) whose weights alone are taken."""
+
+
+@dataclass
 class EvaluationConfig:
     """The likelihood bound on held-out text."""
 
@@ -380,61 +408,6 @@ class EvaluationConfig:
     """0: never between the ends of stages."""
     infill_sequences: Count = 0
     """After a diffusion stage fill in this many half-masked held-out sequences, as samples for the eye."""
-
-
-@dataclass
-class TrainingConfig:
-    """Limits of the loop."""
-
-    steps: Count = 0
-    """Stop after this many steps; 0: the schedule alone decides."""
-    max_skipped_steps: Count = 10
-    """Steps with a non-finite loss or gradient are skipped; past this many in a window the run stops."""
-    bad_samples: BadSamples = BadSamples.refuse
-    """Of samples with the mask token or an id outside the vocabulary: `refuse` ends the run and names the
-    document; `skip` learns nothing from the sample, on every rank alike, and records it."""
-    max_skipped_samples: Count = 100
-    """Of `skip`: past this many in a window the run stops."""
-    freeze: list[Text] = field(default_factory=list)
-    """Parameters that stay as they are, by patterns of their names in a checkpoint: ["*.router.*"]."""
-    skip_window_steps: Count = 1000
-    """Steps in which max_skipped_steps and max_skipped_samples count; 0: the whole run."""
-    max_loss_over_median: Amount = 0.0
-    """A step whose loss is more than so many times its median over the stage's last spike_window_steps is
-    skipped and recorded, as one that is not finite; 0: never."""
-    max_grad_norm_over_median: Amount = 0.0
-    """Likewise for the norm of the gradient before it is clipped."""
-    spike_window_steps: Annotated[int, Range(at_least=1, at_most=10_000)] = 128
-    """Until a stage has so many steps none of them is a spike."""
-    figures_every_steps: Count = 0
-    """Record norms of gradients, weights and activations, and figures of the routers, by layer, and the
-    head's largest logit, in every Nth step (docs/report.md); 0: never."""
-    expert_rows_alarm: Amount = 2.0
-    """Say it, and record an event, when a rank's experts get more than so many times their mean of a
-    micro-batch's rows, which is what their memory follows (docs/experts.md); 0: never."""
-    skip_samples: list[Annotated[str, span]] = field(default_factory=list)
-    """Global samples to learn nothing from, `4000-4095` or `4000`: a step that holds one is passed over."""
-    collective_timeout_sec: Annotated[float, Range(at_least=1, at_most=1e9)] = 600.0
-    """How long a rank waits for the others in one message, and in a save.
-
-    This and the next two are raised, with a line that says so, where a save of the run has taken more than
-    half as long (guard/timeouts.py)."""
-    hang_timeout_sec: Seconds = 1800.0
-    """A process without progress for so long leaves its stacks in run.dir/stacks and ends with exit code 1.
-
-    The longest step, evaluation or save must fit. 0: never."""
-    stop_deadline_sec: Seconds = 300.0
-    """From a signal to the end of the process, checkpoint included; past it the same happens. 0: no limit."""
-    threads: Annotated[int, Range(at_least=0, at_most=4096)] = 0
-    """CPU threads per process; 0: its share of its node's cores, as the process may use them."""
-    bind_cores: bool = True
-    """On CUDA, keep each process to its share of the cores beside its device."""
-    collect_garbage_every_steps: Count = 50
-    """Python's garbage is collected after every Nth step, on all processes at once; 0: when Python likes."""
-    preflight: bool = False
-    """Check every node before the model is built: clock, disk, products, messages (guard/preflight.py)."""
-    straggler_every_steps: Count = 0
-    """Compare the ranks' times in every Nth step and name slow ones (guard/stragglers.py); 0: never."""
 
 
 @dataclass

@@ -88,5 +88,8 @@ class SlurmConfig:
     """Of the ranks; empty: the one that submits, and `python` in a container."""
     signal_lead_sec: Count = 300
     """Warning before the time limit; a submission raises it to what steps and saves have taken so far."""
+    min_nodes: Extent = 0
+    """A run that has lost a node without a replacement goes on with fewer than cluster.nodes, at least so
+    many, in the fastest layout there; 0: it waits for as many as before."""
     exclude_failed_nodes: bool = False
     """Leave nodes that fail a preflight out of the job's next start, if enough others are left for it."""

@@ -203,7 +203,8 @@ def _static(trainer: Trainer) -> dict[str, int]:
     ]
     masters = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     moments = (t for optimizer in optimizers for state in optimizer.state.values() for t in state.values())
-    optimizer = _storages(tensor for tensor in (*masters, *moments) if torch.is_tensor(tensor))
+    averages = trainer.average.values if trainer.average is not None else []
+    optimizer = _storages(tensor for tensor in (*masters, *moments, *averages) if torch.is_tensor(tensor))
     return {
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),

@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.config.choices import BadSamples
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import BadSamples, Config, DataConfig
+from llada_megatron.config.schema import Config, DataConfig
 from llada_megatron.data.fingerprint import content_of
 from llada_megatron.data.packed import BadSample, PackedSample, PackedSequences, build_sequences, held_out
 from llada_megatron.data.shards import cache_of, domains, remember

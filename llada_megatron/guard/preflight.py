@@ -118,7 +118,8 @@ def failures(reports: list[Report], config: Config) -> list[Problem]:
     wanted = max(
         1, config.checkpoint.keep_last + 1 - reports[0].checkpoints
     )  # a new one, then an old one goes
-    needed_bytes = wanted * checkpoint_bytes(config.model, config.precision)
+    averages = config.training.ema_decay > 0
+    needed_bytes = wanted * checkpoint_bytes(config.model, config.precision, averages=averages)
     for report in reports:
         where = f"Node {report.where}"
 

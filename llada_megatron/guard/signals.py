@@ -43,9 +43,14 @@ class StopRequest:
 
     def agreed(self) -> int:
         """The signal that some rank received, 0 if none did; the same on every rank."""
-        number = torch.tensor(self.number, dtype=torch.int32, device=device.device())
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+        return self.agreed_with(False)[0]
+
+    def agreed_with(self, asked: bool) -> tuple[int, bool]:
+        """That signal, and whether some rank was asked for something else: both in one message."""
+        words = torch.tensor([self.number, asked], dtype=torch.int32, device=device.device())
+        dist.all_reduce(words, op=dist.ReduceOp.MAX)
+        number, other = words.tolist()
+        return number, bool(other)
 
     def release(self) -> None:
         """Give the signals back to whoever had them; what was remembered has been heard."""

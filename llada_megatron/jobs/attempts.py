@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,17 +198,30 @@ def _start_job(run_dir: Path, job: str) -> int:
     if newest and newest.get("outcome") == "finished":  # requeued by hand; a new submission asks for more
         print(f"{run_dir} is finished", file=sys.stderr)
         return 1
+    nodes, tasks_per_node = _size()
     number = start(
         run_dir,
         job=job,
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
-        devices=int(os.environ.get("SLURM_NTASKS", "1")),
+        devices=nodes * tasks_per_node,
     )
-    folder = RunDir(run_dir).attempt_logs(number)
+    files = RunDir(run_dir)
+    if files.config_on(nodes).is_file():  # the layout of the attempt before may have been another one
+        aside = files.config.with_name(f".{files.config.name}.partial")
+        shutil.copyfile(files.config_on(nodes), aside)
+        os.replace(aside, files.config)
+    folder = files.attempt_logs(number)
     folder.mkdir(parents=True, exist_ok=True)
     print(folder)
     return 0
+
+
+def _size() -> tuple[int, int]:
+    """Nodes of this job, and tasks on each; SLURM_NTASKS stays what the submission asked for."""
+    names = ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE")
+    nodes, tasks = (int(os.environ.get(name, "1")) for name in names)
+    return nodes, tasks
 
 
 def _end_job(args: argparse.Namespace, job: str) -> int:
@@ -218,15 +232,24 @@ def _end_job(args: argparse.Namespace, job: str) -> int:
     end(args.run_dir, args.exit_code, verdict)
     print(f"{verdict.outcome}: {verdict.reason}", flush=True)
     if verdict.outcome == "again":  # requeued, the job ends here and waits in the queue again
-        failed: list[str] = []
-        if args.exclude_failed_nodes and refusal and refusal.nodes:
-            of_job = slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
-            failed = exclusion.failed_nodes(refusal.nodes, of_job)
-        if failed:
-            exclusion.requeue_without(args.run_dir, job, failed)
+        if failed := _nodes_to_leave_out(args, refusal):
+            nodes, tasks_per_node = _size()
+            exclusion.requeue_without(args.run_dir, job, failed, had=nodes, tasks_per_node=tasks_per_node)
         else:
             slurm.requeue(job)
     return args.exit_code
+
+
+def _nodes_to_leave_out(args: argparse.Namespace, refusal: Refused | None) -> list[str]:
+    """Nodes that failed the preflight, and of a run that may have fewer also those that are gone."""
+    may_have_fewer = bool(RunDir(args.run_dir).node_counts())
+    blamed = list(refusal.nodes) if refusal and (args.exclude_failed_nodes or may_have_fewer) else []
+    if not blamed and not may_have_fewer:
+        return []
+    of_job = slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
+    if may_have_fewer and not _signalled(events.read(args.run_dir)):
+        blamed += slurm.silent_nodes(of_job)
+    return exclusion.failed_nodes(blamed, of_job)
 
 
 if __name__ == "__main__":

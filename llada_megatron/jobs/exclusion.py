@@ -1,4 +1,6 @@
-"""A job's next start without the nodes that its preflight named (slurm.exclude_failed_nodes).
+"""A job's next start without the nodes that its preflight named, or that it lost, perhaps on fewer.
+
+Settings: slurm.exclude_failed_nodes, slurm.min_nodes.
 
 Standard library only, as attempts.py, which calls it in the batch script.
 """
@@ -11,6 +13,7 @@ from pathlib import Path
 from llada_megatron.config.errors import BadInput
 from llada_megatron.jobs import slurm
 from llada_megatron.record import events
+from llada_megatron.record.json_files import read_json
 from llada_megatron.record.run_dir import RunDir
 
 MAX_NODES = 4
@@ -24,16 +27,20 @@ def failed_nodes(blamed: list[str], of_job: list[str]) -> list[str]:
     return [] if shared else named
 
 
-def requeue_without(run_dir: Path, job: str, nodes: list[str]) -> None:
+def requeue_without(run_dir: Path, job: str, nodes: list[str], *, had: int, tasks_per_node: int) -> None:
     """Requeue the job of this batch script, without these nodes if it can start then; records which.
 
+    It gets as many nodes as it `had`, or the most below that for which it has a layout and there are nodes.
     Slurm changes the nodes of waiting jobs alone, so this goes on for a moment after Slurm asked the script
     to end; the job cannot start again before it has.
     """
-    problem = ""
+    problem, excluded, count = "", "", had
+    files = RunDir(run_dir)
     try:
         excluded = ",".join(filter(None, [slurm.excluded_nodes(job), *nodes]))
-        slurm.check_start(RunDir(run_dir).job_script, excluded)
+        count = _most(
+            files.job_script, excluded, [had, *(each for each in files.node_counts() if each < had)]
+        )
     except BadInput as error:
         problem = f"the job could not start otherwise ({error})"
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -41,6 +48,27 @@ def requeue_without(run_dir: Path, job: str, nodes: list[str]) -> None:
     if not problem:
         try:
             slurm.exclude_nodes(job, excluded)
+            if count < had:
+                slurm.use_nodes(job, count, count * tasks_per_node)
         except BadInput as error:
             problem = str(error)
-    events.append(run_dir, "excluded", nodes=nodes, problem=problem)
+    goes_on = {} if count == had or problem else {"goes_on_with": count, "layout": _layout(files, count)}
+    events.append(run_dir, "excluded", nodes=nodes, problem=problem, **goes_on)
+
+
+def _most(script: Path, excluded: str, counts: list[int]) -> int:
+    """The first of these numbers of nodes on which a job could start; on none: BadInput, of the first."""
+    refusals = []
+    for count in counts:
+        try:
+            slurm.check_start(script, excluded, count)
+        except BadInput as refusal:
+            refusals.append(refusal)
+        else:
+            return count
+    raise refusals[0]
+
+
+def _layout(files: RunDir, nodes: int) -> str:
+    described = read_json(files.submission_json, "submit the run again")
+    return str(described.get("fewer_nodes", {}).get(str(nodes), ""))

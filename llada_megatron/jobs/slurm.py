@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,14 +87,33 @@ def excluded_nodes(job: str) -> str:
     return _run("squeue", "--noheader", "--states=all", "--format=%x", f"--jobs={job}").strip()
 
 
-def check_start(script: Path, excluded: str) -> None:
-    """Raises BadInput, with what Slurm says, when this job could not start without the nodes."""
-    _run("sbatch", "--test-only", f"--exclude={excluded}", str(script))
+def check_start(script: Path, excluded: str, nodes: int) -> None:
+    """Raises BadInput, with what Slurm says, when this job could not start on so many others."""
+    _run("sbatch", "--test-only", f"--nodes={nodes}", f"--exclude={excluded}", str(script))
 
 
 def exclude_nodes(job: str, excluded: str) -> None:
     """Set what `excluded_nodes` gives; Slurm allows it for jobs that wait."""
     _run("scontrol", "update", f"jobid={job}", f"ExcNodeList={excluded}")
+
+
+def use_nodes(job: str, nodes: int, tasks: int) -> None:
+    """Let a job that waits have so many nodes and tasks."""
+    _run("scontrol", "update", f"jobid={job}", f"NumNodes={nodes}", f"NumTasks={tasks}", f"NumCPUs={tasks}")
+
+
+def silent_nodes(nodes: list[str]) -> list[str]:
+    """Those nodes of the job of this batch script on which nothing can be started any more."""
+
+    def is_silent(node: str) -> bool:
+        try:
+            _run("srun", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap", "--quiet", "true")
+        except BadInput:
+            return True
+        return False
+
+    with ThreadPoolExecutor(16) as pool:
+        return [node for node, silent in zip(nodes, pool.map(is_silent, nodes), strict=True) if silent]
 
 
 def allocations(jobs: Iterable[str]) -> dict[str, list[Allocation]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from pathlib import Path
 
+from llada_megatron.config.quantities import so_many
 from llada_megatron.jobs import slurm
 from llada_megatron.record import events
 from llada_megatron.record.events import Event
@@ -25,6 +27,21 @@ def state_of(run_dir: Path, record: list[Event], steps: int) -> tuple[str, str]:
     if state == "running":
         why = "; ".join(filter(None, [stragglers(record), why]))
     return state, why
+
+
+def trainer_of(run_dir: Path) -> str:
+    """Who holds the lock of guard/exclusive.py, in words; empty while nobody trains here."""
+    try:
+        with open(RunDir(run_dir).lock, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read() or "another process"
+    except FileNotFoundError:
+        pass
+    except OSError:  # no locks on this file system
+        return "whoever trains here"
+    return ""
 
 
 def stragglers(record: list[Event]) -> str:
@@ -62,6 +79,8 @@ def _excluded(record: list[Event]) -> str:
     if newest is None or newest["event"] == "ended":
         return ""
     nodes = ", ".join(newest["nodes"])
-    return (
-        f"; {nodes} not left out: {newest['problem']}" if newest["problem"] else f"; {nodes} left out since"
-    )
+    if newest["problem"]:
+        return f"; {nodes} not left out: {newest['problem']}"
+    fewer = newest.get("goes_on_with")
+    on = f", on {so_many(fewer, 'node')} with {newest['layout']}" if fewer else ""
+    return f"; {nodes} left out since{on}"

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from llada_megatron.config.choices import BadSamples
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import BadSamples, Config
+from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import BadSample, PackedSample, PackedSequences
 from llada_megatron.model.readout import CROSS_ENTROPY, Readout
 from llada_megatron.objectives.batch import MicroBatch, Samples, left_out, read_sample

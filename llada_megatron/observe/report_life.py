@@ -36,11 +36,18 @@ def overview(run: Run, figures: Figures) -> list[Part]:
         ("experts", experts),
         ("sequence", f"{run.schedule.stage_at(now['step']).sequence_length} tokens"),
     ]
+    if now["rollbacks"]:
+        rows.append(("went back", "; ".join(map(_went_back, now["rollbacks"]))))
     return [
         Progress(now["tokens"] / max(1, now["total_tokens"]), _in_a_sentence(now)),
         Facts(rows),
         *(Paragraph(f"Last event, {_when(event)}: {_said(event)}.") for event in run.events[-1:]),
     ]
+
+
+def _went_back(rollback: Figures) -> str:
+    first, last = rollback["samples"]
+    return f"at step {rollback['step']} to step {rollback['to']}, past samples {first} to {last}"
 
 
 def _in_a_sentence(now: Figures) -> str:

@@ -48,6 +48,8 @@ class Run:
     """What files in RunDir.scores say."""
     unread: str = ""
     """Why those files could not be read."""
+    rollbacks: tuple[list[int], ...] = ()
+    """Of the newest checkpoint's manifest."""
 
     @classmethod
     def read(cls, run_dir: Path) -> Run:
@@ -78,6 +80,7 @@ class Run:
             events.read(run_dir),
             tasks,
             unread,
+            tuple(saved_last[0].manifest.rollbacks) if saved_last else (),
         )
 
     def latest(self, key: str) -> Any:
@@ -137,6 +140,14 @@ def _progress(run: Run) -> Figures:
         "tokens_per_sec": speed,
         "remaining_sec": left / speed if speed and state == "running" else None,
         "skipped_steps": last["skipped_steps"],
+        "rollbacks": [
+            {
+                "step": step,
+                "to": to,
+                "samples": [schedule.samples_before(to), schedule.samples_before(step) - 1],
+            }
+            for to, step in run.rollbacks
+        ],
     }
 
 

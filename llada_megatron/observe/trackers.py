@@ -31,12 +31,8 @@ class Trackers:
     """
 
     def __init__(self, run_dir: Path, logging_config: LoggingConfig, run_name: str, first_step: int) -> None:
-        files = RunDir(run_dir)
-        self._metrics = MetricsFile(files.metrics, first_step)
-        # An evaluation at step n was made before the checkpoint of step n, so a resume there keeps it.
-        first_evaluation = first_step + 1 if first_step else 0
-        self._evaluations = MetricsFile(files.evaluations, first_evaluation)
-        self._samples = MetricsFile(files.samples, first_evaluation)
+        self._files = files = RunDir(run_dir)
+        self._open(first_step)
         self._every_steps = logging_config.every_steps
         self._prometheus = files.prometheus if logging_config.prometheus else None
         self._run_name = run_name
@@ -44,6 +40,22 @@ class Trackers:
         self._wandb = (
             None if logging_config.wandb == "disabled" else _start_wandb(files, logging_config, run_name)
         )
+
+    def _open(self, first_step: int) -> None:
+        self._metrics = MetricsFile(self._files.metrics, first_step)
+        # An evaluation at step n was made before the checkpoint of step n, so a resume there keeps it.
+        first_evaluation = first_step + 1 if first_step else 0
+        self._evaluations = MetricsFile(self._files.evaluations, first_evaluation)
+        self._samples = MetricsFile(self._files.samples, first_evaluation)
+
+    def _close(self) -> None:
+        for file in (self._metrics, self._evaluations, self._samples):
+            file.close()
+
+    def go_back(self, first_step: int) -> None:
+        """Drop the records from a step on: they are of weights that the run has given up."""
+        self._close()
+        self._open(first_step)
 
     def log(self, record: Record) -> None:
         """Record one training step."""
@@ -69,9 +81,7 @@ class Trackers:
     def close(self) -> None:
         """Close the files, the terminal's line and wandb."""
         self._terminal.close()
-        self._metrics.close()
-        self._evaluations.close()
-        self._samples.close()
+        self._close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -17,6 +17,8 @@ from llada_megatron.plan.memory import padded_buffers
 
 STATE_BYTES = 12
 """Per element: an fp32 master and two fp32 moments, of fp32 weights too."""
+AVERAGE_BYTES = 4
+"""Per element, with training.ema_decay."""
 HASH_GB_PER_SEC = 1.0
 """SHA-256 of one thread while it writes or reads; 2.1 was measured on a core with SHA instructions."""
 HASH_THREADS = 4
@@ -57,7 +59,8 @@ def checkpoints_of(
     that saved the second time from the node's memory, which is not counted, in another one it is.
     """
     cluster = config.cluster
-    shares = [_share_bytes(one, layout, b=b) for one in held]
+    state = STATE_BYTES + (AVERAGE_BYTES if config.training.ema_decay else 0)
+    shares = [_share_bytes(one, layout, b=b, state=state) for one in held]
     per_node = cluster.gpus_per_node or 1
     largest, total = max(shares), sum(shares) * layout.processes // layout.pp
     asked = config.checkpoint.in_background
@@ -76,9 +79,9 @@ def checkpoints_of(
     return Checkpoints(total, staged * per_node, 2 * with_peer * remembered, in_background, copy, write, load)
 
 
-def _share_bytes(held: Parameters, layout: LayoutConfig, *, b: int) -> int:
-    """What one process writes."""
+def _share_bytes(held: Parameters, layout: LayoutConfig, *, b: int, state: int) -> int:
+    """What one process writes; state: bytes per element that it trains, beside the weight's b."""
     dense, expert = padded_buffers(held, layout)
     replicas = data_parallel_size(layout) * layout.cp
     own = dense // replicas + expert // expert_data_parallel_size(layout)
-    return (STATE_BYTES + b) * own + b * held.frozen // replicas
+    return (state + b) * own + b * held.frozen // replicas

@@ -25,7 +25,7 @@ NOT_MODELLED = (
 )
 
 
-def static_bytes(held: Parameters, layout: LayoutConfig, *, b: int) -> Static:
+def static_bytes(held: Parameters, layout: LayoutConfig, *, b: int, averages: bool = False) -> Static:
     """What a process holds between steps.
 
     weights    b per element of the buffers, where each has a gradient, and of what adapters stand beside;
@@ -34,8 +34,9 @@ def static_bytes(held: Parameters, layout: LayoutConfig, *, b: int) -> Static:
     optimizer  two fp32 moments per element that this process updates; for bf16 weights also an fp32 master.
                fp32 weights need none: megatron-core's optimizer then updates a view of them. Buffers are
                shared out over dp*cp, those of experts over expert dp; padding in a share has no state.
+               With `averages` (training.ema_decay) another fp32 number.
     """
-    per_element = 8 if b == 4 else 12
+    per_element = (8 if b == 4 else 12) + (4 if averages else 0)
     dense, expert = padded_buffers(held, layout)
     mine = dense // (data_parallel_size(layout) * layout.cp) + expert // expert_data_parallel_size(layout)
     return {

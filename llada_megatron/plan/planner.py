@@ -126,10 +126,11 @@ class Planner:
         alike: dict[tuple[Contents, ...], list[int]] = {}
         for rank, stages in enumerate(contents):
             alike.setdefault(tuple(stages), []).append(rank)
+        averages = self.config.training.ema_decay > 0
         return Placement(
             contents=contents,
             held=held,
-            static=[memory.static_bytes(one, layout, b=self.b) for one in held],
+            static=[memory.static_bytes(one, layout, b=self.b, averages=averages) for one in held],
             links=links,
             kinds=[
                 self._kind(layout, stages, ranks, held[ranks[0]], links) for stages, ranks in alike.items()

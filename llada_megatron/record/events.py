@@ -4,16 +4,18 @@ Written by the submission, by the job around the training, and by rank 0; read b
 library only, since a batch script calls it with whatever Python a node has.
 
 `submitted` (job), `started` (job, restart, nodes, devices, step), `first_step` (step, replayed), `saved`
-(step, seconds that training waited), `published` (of a save in the background: step, seconds since it began),
-`evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when
-all are well again), `global_batch` (a resume changed it: step, sample, before, now, the schedule's steps and
+(step, seconds that training waited), `published` (of a save in the background: step, seconds since it
+began), `evaluated` (step, seconds), `stragglers` (step, slow: a clause for each slow rank, none when all
+are well again), `global_batch` (a resume changed it: step, sample, before, now, the schedule's steps and
 tokens), `signalled` (step, signal), `stop_asked`, `resumed`, `ended` (exit_code, step, outcome, reason),
-`excluded` (nodes, problem: why they could not be), `refused` (job, exit_code of config/errors.py, reason,
-nodes at fault), `left_out` (step, sequences of the data, why), `spike` (step, samples: first and last, why it
-was skipped), `passed_over` (step, samples: for training.skip_samples), `hot_experts` (step, layer, rank,
-rows of one micro-batch that the rank's experts got, over_mean: a peak past training.expert_rows_alarm),
-`copied` (step, to: a URL), `not_copied` (step, why), `remembered` (a copy in the nodes' memory: step, seconds
-since it began), `not_remembered` (step, why), `recalled` (step: a start has brought it back from there).
+`excluded` (nodes, problem: why they could not be, goes_on_with: so many nodes where they are fewer,
+layout), `refused` (job, exit_code of config/errors.py, reason, nodes at fault), `left_out` (step, sequences
+of the data, why), `spike` (step, samples: first and last, why it was skipped), `passed_over` (step,
+samples: for training.skip_samples), `rolled_back` (step, to: the step of the checkpoint whose weights were
+taken, samples: first and last that were passed over for that, why), `hot_experts` (step, layer, rank, rows
+of one micro-batch that the rank's experts got, over_mean: a peak past training.expert_rows_alarm), `copied`
+(step, to: a URL), `not_copied` (step, why), `remembered` (a copy in the nodes' memory: step, seconds since
+it began), `not_remembered` (step, why), `recalled` (step: a start has brought it back from there).
 `time` is in seconds since 1970. `step` is the number of steps that are done.
 """
 

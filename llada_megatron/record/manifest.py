@@ -52,6 +52,9 @@ class Manifest:
     losses_lately: list[float] = field(default_factory=list)
     """Of the stage's last steps that were learnt from, and their gradient norms: what spikes are told by."""
     grad_norms_lately: list[float] = field(default_factory=list)
+    rollbacks: list[list[int]] = field(default_factory=list)
+    """`[step of the checkpoint, step]` for each time that the run had done `step` steps and took the weights
+    of that checkpoint: what it had learnt from the samples between them was given up."""
     wall_sec: float = 0.0
     """Seconds of training so far, over all restarts."""
     autoregressive_tokens: int = 0

@@ -27,7 +27,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "router_entropy_by_layer": list, "router_z_by_layer": list, "dead_experts_by_layer": list,
     "router_unevenness_by_layer": list,
     "largest_logit": _NUMBER, "expert_rows_max_over_mean": _NUMBER,
-    "peak_memory_bytes": _NUMBER, "pieces": list, "decided_at": list,
+    "peak_memory_bytes": _NUMBER, "reserved_memory_bytes": _NUMBER, "pieces": list, "decided_at": list,
 }  # fmt: skip
 """Kinds of the values that are read back, in any of the files; NaN was written as null."""
 STEP_FIELDS = ("step", "stage", "consumed_tokens", "tokens_per_sec")

@@ -14,6 +14,9 @@ SHARDS = "shards"
 OPTIMIZER = "optimizer"
 """Folder with what only training reads, in the same format; earlier checkpoints hold it among the weights."""
 
+EMA = "ema"
+"""Folder with the moving average of the weights, in the same format, of a run that keeps one."""
+
 
 class RunDir:
     """Where a run keeps what; nothing is made or looked for."""
@@ -33,6 +36,8 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.merged = self.path / "merged"
         self.lock = self.path / "training.lock"
+        self.profile_request = self.path / "profile.json"  # `llada profile` waits for an answer
+        self.profiles = self.path / "profiles"
         self.stacks = self.path / "stacks"
         self.last_messages = self.stacks / "nccl_rank_"  # and the rank's number: what torch writes
         self.report = self.path / "report"
@@ -73,9 +78,25 @@ class RunDir:
         """Checkpoints that were found damaged and set aside, by name."""
         return sorted(self.checkpoints.glob("damaged_*"))
 
+    def config_on(self, nodes: int) -> Path:
+        """The configuration on so many nodes, of a run that may go on with fewer."""
+        return self.submission / f"nodes_{nodes:05d}.yaml"
+
+    def node_counts(self) -> list[int]:
+        """So many nodes a run may have, the most first; none for one that needs all of them."""
+        return sorted((int(path.stem[6:]) for path in self.submission.glob("nodes_*.yaml")), reverse=True)
+
+    def profile(self, step: int) -> Path:
+        """What was recorded from a step on."""
+        return self.profiles / f"step_{step:08d}"
+
     def attempt_logs(self, attempt: int) -> Path:
         """Where the ranks of an attempt write, one file each."""
         return self.logs / f"attempt_{attempt:03d}"
+
+    def memory_snapshot(self, rank: int) -> Path:
+        """What a rank that ran out of memory writes."""
+        return self.path / "memory" / f"rank_{rank:05d}.pickle"
 
     def stacks_of(self, rank: int) -> Path:
         """What the watchdog of a rank writes."""
@@ -100,6 +121,16 @@ def partial(final: Path) -> Path:
 def damaged(checkpoint: Path) -> Path:
     """What a damaged checkpoint is renamed to."""
     return checkpoint.with_name(f"damaged_{checkpoint.name}")
+
+
+def trace_of(profile: Path, rank: int) -> Path:
+    """The trace of a rank, in Chrome's format, of a profile's."""
+    return profile / f"rank_{rank:05d}.json.gz"
+
+
+def operators_of(profile: Path, rank: int) -> Path:
+    """What the operators of that trace took in all; written last."""
+    return profile / f"rank_{rank:05d}.operators.json"
 
 
 def rank_log(attempt_logs: Path, rank: int) -> Path:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -159,6 +160,39 @@ def peak_memory_bytes() -> int:
     if on_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reserved_memory_bytes() -> int | None:
+    """What torch holds of the CUDA device's memory, used or not; None on a CPU."""
+    return torch.cuda.memory_reserved() if on_cuda() else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that this process, or its device, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(
+        error
+    )  # of torch's allocator on a CPU, of C++, of CUDA's libraries: without a class of their own
+    return any(each in said for each in ("can't allocate memory", "std::bad_alloc", "out of memory"))
+
+
+def record_memory() -> None:
+    """From now on keep the stack of every allocation on the CUDA device, for `write_memory_snapshot`."""
+    if on_cuda():
+        torch.cuda.memory._record_memory_history(max_entries=100_000, stacks="python")
+
+
+def write_memory_snapshot(path: Path) -> bool:
+    """Write what lies where in the CUDA device's memory; False where nothing was written, as on a CPU."""
+    if not on_cuda():
+        return False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+    except (OSError, RuntimeError):
+        return False
+    return True
 
 
 def peak_bytes_of(function: Callable[[], object]) -> int:

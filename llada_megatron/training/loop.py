@@ -14,12 +14,13 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.checkpoint import store
 from llada_megatron.config import rules
+from llada_megatron.config.choices import BadSamples
 from llada_megatron.config.compose import model_of, save
 from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.flops import mfu, peak_flops
 from llada_megatron.config.ranges import spans_of
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import BadSamples, Config, TrainingConfig
+from llada_megatron.config.schema import Config, TrainingConfig
 from llada_megatron.config.stage_settings import at_stage
 from llada_megatron.data.fingerprint import of_this_node
 from llada_megatron.data.packed import check_split, held_out
@@ -49,6 +50,7 @@ from llada_megatron.record.run_dir import RunDir
 from llada_megatron.runtime import device, garbage
 from llada_megatron.runtime.launch import in_slurm_job
 from llada_megatron.training.expert_rows import RowsAlarm
+from llada_megatron.training.out_of_memory import MemoryFaults, OutOfMemory
 from llada_megatron.training.position import (
     Position,
     batch_change,
@@ -58,9 +60,9 @@ from llada_megatron.training.position import (
     check_same_run,
     resume_checkpoint,
 )
+from llada_megatron.training.profiling import Profiling
+from llada_megatron.training.rollback import go_back, restore
 from llada_megatron.training.saving import Saving
-from llada_megatron.training.skips import Skips
-from llada_megatron.training.spikes import Spikes
 from llada_megatron.training.start import attention_line, engine_lines
 from llada_megatron.training.step import StepResult, Trainer, assemble, open_stage, train_step, use_stage
 
@@ -180,6 +182,8 @@ class _Run:
         self.stragglers = Stragglers(config, get_model_config(self.trainer.model[0]))
         self.saving = Saving(self.config, self.trainer, data_fingerprint, self.data, self.carried_along)
         self.rows_alarm = RowsAlarm(config.training.expert_rows_alarm)
+        self.profiling = Profiling(self.dir, self.trainer)
+        self.memory = MemoryFaults(config, self.trainer.model)
         self.passed_over = spans_of(config.training.skip_samples)
         self.step_sec = 0.0  # of the last step of this attempt
         self.replayed = 0
@@ -207,11 +211,13 @@ class _Run:
                 self._evaluate(0, None)
             while step < last_step and not signal_number:
                 stage = self.schedule.stage_at(step)
+                self.profiling.begin(step)
                 if not self._passes_over(step):
                     self._learn(step, stage)
                 step += 1
+                self.profiling.end(step)
                 self.watchdog.beat()
-                signal_number = stop.agreed()
+                signal_number, self.profiling.is_due = stop.agreed_with(self.profiling.is_asked())
                 ended = step == stage.end_step
                 self.metrics = {}
                 # Evaluated before it is saved: the manifest holds the figures, a resume finds them on record.
@@ -222,7 +228,7 @@ class _Run:
                     self._record("evaluated", step=step, seconds=time.monotonic() - began)
                 self.watchdog.beat()
                 is_due = self.saving.is_due(step, stage_ended=ended, is_last=step == last_step)
-                if is_due or signal_number:
+                if is_due or signal_number or self._went_back_at(step):
                     self.saving.save(step, stage, self.position, self._wall_sec(), self.metrics)
                 elif self.saving.is_memory_due(step):
                     self.saving.remember(step, stage, self.position, self._wall_sec(), self.metrics)
@@ -236,10 +242,12 @@ class _Run:
                 self._check_trained(step)
             if signal_number:
                 self._record("signalled", step=step, signal=signal.Signals(signal_number).name)
-        except RunFailed:
-            self.saving.finish()  # every rank raises it alike
+        except RunFailed as failure:
+            if not isinstance(failure, OutOfMemory):
+                self.saving.finish()  # every rank raises it alike
             raise
         finally:
+            self.profiling.close()
             if self.trackers is not None:
                 self.trackers.close()
         return Outcome(step, self.schedule.total_steps, signal_number, finished=step >= last_step)
@@ -256,7 +264,8 @@ class _Run:
     def _learn(self, step: int, stage: Stage) -> None:
         self.stragglers.begin(step)
         began = device.seconds()
-        result = train_step(self.trainer, step)
+        with self.memory.explained(self.schedule, stage, step):
+            result = train_step(self.trainer, step)
         if not self.step_sec:
             self._record("first_step", step=step, replayed=self.replayed)
         self.step_sec = device.seconds() - began
@@ -276,8 +285,7 @@ class _Run:
     def _load(self, checkpoint: Checkpoint | None) -> Position:
         """Load weights and return the run's place: that of its own checkpoint, or its start."""
         if checkpoint is not None:
-            manifest = checkpoint.manifest
-            store.load(checkpoint.path, self.trainer.model, self.trainer.optimizer)
+            manifest, position = checkpoint.manifest, restore(self.trainer, checkpoint)
             for name, identity in manifest.data_fingerprint.get("objectives", {}).items():
                 if name in self.trainer.objectives:
                     self.trainer.objectives[name].identity = identity
@@ -285,15 +293,7 @@ class _Run:
             if (change := batch_change(self.schedule, manifest)) and self.is_writer:
                 print(change[0], flush=True)
                 self._record("global_batch", **change[1])
-            self.trainer.spikes = Spikes(manifest.losses_lately, manifest.grad_norms_lately)
-            skips = Skips(manifest.skipped_lately, manifest.left_out_lately)
-            return Position(
-                manifest.step,
-                manifest.skipped_steps,
-                manifest.wall_sec,
-                manifest.autoregressive_tokens,
-                skips,
-            )
+            return position
         if self.config.checkpoint.init_from:
             checkpoint = store.verified(
                 from_first_rank(find, self.config.checkpoint.init_from), weights_alone=True
@@ -303,6 +303,8 @@ class _Run:
             keep = None if had_adapters else is_adapter
             store.load(checkpoint.path, self.trainer.model, None, keep=keep)
             self.trainer.optimizer.reload_model_params()
+            if self.trainer.average is not None:
+                self.trainer.average.restart()
             self._keep(checkpoint, str(checkpoint.path.absolute()))
             return Position(autoregressive_tokens=checkpoint.manifest.consumed_tokens)
         return Position()
@@ -365,7 +367,27 @@ class _Run:
             first, end = (self.schedule.samples_before(each) for each in (step, step + 1))
             if result.spike:
                 self._record("spike", step=step, samples=[first, end - 1], why=result.spike)
-            skips.add_step(settings, step, range(first, end), result.spike)
+            try:
+                skips.add_step(settings, step, range(first, end), result.spike)
+            except RunFailed as failure:
+                self._go_back(step + 1, failure)
+
+    def _went_back_at(self, step: int) -> bool:
+        """Whether the run took earlier weights after so many steps; a checkpoint keeps that."""
+        return any(at == step for _, at in self.position.rollbacks)
+
+    def _go_back(self, step: int, failure: RunFailed) -> None:
+        """Give up what was learnt lately, after `step` steps, or raise the failure, on every rank."""
+        self.saving.finish()
+        self.position = go_back(self.trainer, self.position, step, failure)
+        to, _ = self.position.rollbacks[-1]
+        first, end = (self.schedule.samples_before(each) for each in (to, step))
+        self._record("rolled_back", step=step, to=to, samples=[first, end - 1], why=str(failure))
+        warn(
+            f"step {step}: took the weights of step {to}, passed over samples {first} to {end - 1}. {failure}"
+        )
+        if self.trackers is not None:
+            self.trackers.go_back(to)
 
     def _check_trained(self, step: int) -> None:
         if step and self.position.skipped_steps == step:
@@ -395,6 +417,7 @@ class _Run:
                 "tokens_per_sec": tokens_per_sec,
                 "mfu": self._mfu(stage, tokens_per_sec),
                 "peak_memory_bytes": device.peak_memory_bytes(),
+                "reserved_memory_bytes": device.reserved_memory_bytes(),
                 "skipped_steps": self.position.skipped_steps + int(result.skipped),
             }
         )

@@ -52,6 +52,8 @@ class Position:
     """Data tokens of the model that the weights came from, when they came from another run."""
     skips: Skips = dataclasses.field(default_factory=Skips)
     """What was left out lately."""
+    rollbacks: list[list[int]] = dataclasses.field(default_factory=list)
+    """Of record/manifest.py: where the run went back to earlier weights."""
 
 
 def resume_checkpoint(config: Config) -> Checkpoint | None:
@@ -68,7 +70,15 @@ def resume_checkpoint(config: Config) -> Checkpoint | None:
         recall(Path(config.run.dir), config.checkpoint.memory_dir)
     if config.run.resume != "auto":
         return store.verified(from_first_rank(find, config.run.resume))
-    for path in reversed(from_first_rank(RunDir(config.run.dir).whole_checkpoints)):
+    return newest_good(from_first_rank(RunDir(config.run.dir).whole_checkpoints))
+
+
+def newest_good(paths: list[Path]) -> Checkpoint | None:
+    """The last of these checkpoints, oldest first, whose files are good; every rank calls it.
+
+    Damaged ones after it are renamed, with a warning.
+    """
+    for path in reversed(paths):
         try:
             return store.verified(from_first_rank(Checkpoint.read, path))
         except BadInput as damage:

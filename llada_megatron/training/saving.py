@@ -93,6 +93,7 @@ class Saving:
             self.trainer.model,
             self.trainer.optimizer,
             carried_along=self.carried_along,
+            average=self.trainer.average,
             made_by=memory.save if memory else None,
         )
         if not self.in_background:
@@ -115,6 +116,7 @@ class Saving:
             left_out_lately=list(position.skips.samples),
             losses_lately=list(self.trainer.spikes.losses),
             grad_norms_lately=list(self.trainer.spikes.grad_norms),
+            rollbacks=list(position.rollbacks),
             wall_sec=wall_sec,
             autoregressive_tokens=position.autoregressive_tokens,
             metrics=metrics,
@@ -167,7 +169,8 @@ class Saving:
         took = time.monotonic() - self._began
         self.longest_sec = max(self.longest_sec, took)
         if dist.get_rank() == 0:
-            retire(Path(self.config.run.dir), self.config.checkpoint)
+            may_go_back = self.config.training.max_rollbacks > 0
+            retire(Path(self.config.run.dir), self.config.checkpoint, may_go_back=may_go_back)
             if self.in_background:
                 events.append(
                     Path(self.config.run.dir), "published", step=pending.manifest.step, seconds=took

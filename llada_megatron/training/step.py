@@ -16,8 +16,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from llada_megatron.checkpoint.average import WeightAverage
+from llada_megatron.config.choices import BadSamples
 from llada_megatron.config.schedule import Schedule, Stage
-from llada_megatron.config.schema import BadSamples, Config, ModelConfig, MomentsAtStart
+from llada_megatron.config.schema import Config, ModelConfig, MomentsAtStart
 from llada_megatron.config.stage_settings import model_of
 from llada_megatron.data.packed import PackedSequences
 from llada_megatron.model.provider import build_model
@@ -54,6 +56,7 @@ class Trainer:
     watch: Watch
     objectives: Mapping[str, Objective]
     """By the name that stages give."""
+    average: WeightAverage | None = None
     spikes: Spikes = field(default_factory=Spikes)
     deal: Deal = sample_indices
     on_batch: Callable[[list[int], MicroBatch], None] | None = None
@@ -90,7 +93,9 @@ def assemble(
     rate = LearningRate(optimizer, config.optimizer, schedule, config.schedule.rewarm_tokens)
     names = dict.fromkeys(stage.objective for stage in schedule.stages)
     objectives = {name: objective_of(name, config, schedule) for name in names}
-    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, watch, objectives)
+    decay = config.training.ema_decay
+    average = WeightAverage(optimizer, decay) if decay else None
+    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, watch, objectives, average)
 
 
 @dataclass
@@ -159,9 +164,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     skipped = skipped or bool(spike)
     if not skipped:
         trainer.spikes.learnt(trainer.config.training, loss, grad_norm)
-        with trainer.section("optimizer"):
-            trainer.optimizer.step()
-        trainer.balance.update()
+        _update(trainer)
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
@@ -174,6 +177,15 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         figures=objective.shown(stage, means),
         watched=trainer.watch.figures(),
     )
+
+
+def _update(trainer: Trainer) -> None:
+    """What a step changes: weights and moments, their average, and the experts' biases."""
+    with trainer.section("optimizer"):
+        trainer.optimizer.step()
+        if trainer.average is not None:
+            trainer.average.update()
+    trainer.balance.update()
 
 
 def use_stage(trainer: Trainer, stage: Stage) -> None:

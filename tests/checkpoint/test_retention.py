@@ -36,6 +36,19 @@ def test_the_last_every_mth_the_best_and_the_ends_of_stages_stay(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def test_what_a_run_would_go_back_to_stays_and_what_it_gave_up_is_not_that(tmp_path):
+    for step in (10, 20, 30, 40):
+        publish_one(tmp_path, step, rollbacks=[[10, 30]], skipped_lately=[25, 35] if step == 40 else [])
+    assert [each.manifest.step for each in retention.from_before(readable(tmp_path), 30, [[10, 30]])] == [
+        10,
+        30,
+    ]
+    retention.retire(tmp_path, CheckpointConfig(keep_last=1), may_go_back=True)
+    assert steps(tmp_path) == [10, 40], "20 lies before the first skipped step, and was given up"
+    retention.retire(tmp_path, CheckpointConfig(keep_last=1))
+    assert steps(tmp_path) == [40]
+
+
 def test_checkpoints_without_the_metric_are_not_the_best(tmp_path):
     for step in (1, 2, 3):
         publish_one(tmp_path, step, metrics={"nll_ar": float(step)} if step < 3 else {})

@@ -22,6 +22,7 @@ FREE_TEXT = {
     "model.family",  # of FAMILIES, in formulas_of
     "data.cache_dir",
     "schedule.stages[].objective",  # of OBJECTIVES, in Schedule
+    "checkpoint.copy_to",
     "checkpoint.init_from",
     "logging.wandb_project",
     "cluster.name",

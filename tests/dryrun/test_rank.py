@@ -33,7 +33,7 @@ def objective(name: str) -> list[str]:
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
-    "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2"]),
+    "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2", "training.ema_decay=0.9"]),
     "ep_allgather": (BDLM, ["layout.processes=2", "layout.ep=2", "layout.dispatcher=allgather"]),
     "cp": (BDLM, ["layout.processes=2", "layout.cp=2"]),
     "pp": (BDLM, ["layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),

@@ -233,3 +233,21 @@ def test_the_imbalance_that_memory_holds_fits_and_a_tenth_more_does_not(layout: 
     else:
         assert not planned(config, expert_imbalance=largest + 0.1).fits
     assert planned(flash(ep=1, processes=8, tp=1, pp=1)).largest_imbalance is None
+
+
+def test_a_longer_stage_of_the_run_is_planned_with_its_length_and_its_batch() -> None:
+    config = composed("experiment=llada2_flash_32k", "cluster=h100_512")
+    assert config.layout.cp == 8
+    result = planned(config)
+    assert result.fits
+    short, long = result.stages[-2:]
+    assert (short.rows, long.rows) == (2 * 4096, 2 * 32768)
+    assert (short.micro_batches, long.micro_batches) == (128, 16)  # with as many tokens in a step
+    assert long.tokens / long.steps == short.tokens / short.steps
+    assert (
+        long.model_flops_per_token > 1.5 * short.model_flops_per_token
+    )  # attention reads eight times as far
+    as_its_own = replace(config, layout=replace(config.layout, global_batch=128))
+    as_its_own.schedule.stages = [config.schedule.stages[-1]]
+    (alone,) = planned(as_its_own).stages
+    assert alone.step_seconds == long.step_seconds

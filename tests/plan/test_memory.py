@@ -30,6 +30,7 @@ def test_fp32_weights_need_no_master() -> None:
     static = static_bytes(held, layout, b=4)
     assert static == {"weights": 4096, "gradients": 4096, "optimizer": 8 * 256}
     assert static_bytes(held, layout, b=2)["optimizer"] == 12 * 256
+    assert static_bytes(held, layout, b=4, averages=True)["optimizer"] == 12 * 256
 
 
 @given(sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=3), dp=st.sampled_from([1, 3, 4, 64]))

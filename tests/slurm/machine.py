@@ -6,6 +6,7 @@ where accounting.py finds what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -105,15 +106,22 @@ class Slurm:
         """Start a node's slurmd."""
         self.start(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
 
-    def kill_node(self, node: str) -> None:
-        """Take a node away: its slurmd and all steps on it die at once."""
+    def kill_node(self, node: str, *, silently: bool = False) -> None:
+        """Take a node away: its slurmd and all steps on it die at once.
+
+        silently: nobody hears how its processes ended, so srun waits until Slurm misses the node.
+        """
         daemon = self.daemons.pop(node)
         daemon.kill()
         daemon.wait()
-        for process in Path("/proc").glob("[0-9]*"):
-            if f"SLURMD_NODENAME={node}\0" in _read(process / "environ") or (
-                "slurmstepd" in _read(process / "cmdline") and f"/spool.{node}" in _read(process / "maps")
-            ):
+        processes = list(Path("/proc").glob("[0-9]*"))
+        steps = [each for each in processes if f"SLURMD_NODENAME={node}\0" in _read(each / "environ")]
+        parents = {Path("/proc") / _parent(each) for each in steps} if silently else set()
+        candidates = parents | {each for each in processes if f"/spool.{node}" in _read(each / "maps")}
+        daemons = {each for each in candidates if "slurmstepd" in _read(each / "cmdline")}
+        doomed = [*daemons, *steps] if silently else sorted({*daemons, *steps}, key=processes.index)
+        for process in doomed:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
 
     def run(self, *command: str, timeout_sec: float = 60, check: bool = True) -> str:
@@ -170,6 +178,12 @@ class Slurm:
     def _wait_until_idle(self) -> None:
         nodes = ("sinfo", "-h", "-N", "-o", "%N %t", "-p", "main")
         self.wait("slurmctld", lambda: self.run(*nodes, check=False).count("idle") == 2)
+
+
+def _parent(process: Path) -> str:
+    """The number of a process's parent; 0 when it has ended."""
+    lines = _read(process / "status").splitlines()
+    return next((line.split()[1] for line in lines if line.startswith("PPid:")), "0")
 
 
 def _read(path: Path) -> str:

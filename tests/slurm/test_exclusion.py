@@ -11,8 +11,7 @@ ONE_NODE = ["cluster.nodes=1", "cluster.gpus_per_node=2", "layout.processes=2", 
 OPTIONS = ["training.steps=2", "slurm.exclude_failed_nodes=true"]
 
 
-@pytest.fixture
-def full_on_node1(tmp_path) -> str:
+def limited_python(tmp_path) -> str:
     """A Python for the ranks; on node1 they can write files of 100 KiB at most."""
     python = tmp_path / "python"
     python.write_text(
@@ -20,6 +19,11 @@ def full_on_node1(tmp_path) -> str:
     )
     python.chmod(0o755)
     return f"slurm.python={python}"
+
+
+@pytest.fixture
+def full_on_node1(tmp_path) -> str:
+    return limited_python(tmp_path)
 
 
 def test_a_run_on_one_node_finishes_on_another_one(make_run, full_on_node1):

@@ -144,3 +144,20 @@ def test_without_experts_there_is_nothing_to_see(corpus, tmp_path):
     config = configure(corpus, tmp_path, "model.dense_layers=4")
     [[steps]] = run_ranks(steps_of, [(config, 0)])
     assert [(step["peak"], step["dropped"], step["alarm"]) for step in steps] == [(None, None, None)] * 2
+
+
+SHARED = {
+    "experts cut, all here": (["layout.tp=2", "layout.etp=2"], 1.0),
+    "beside tensor parallelism": (["layout.tp=2", "layout.ep=2"], 2.0),
+    "beside context parallelism": (["layout.cp=2", "layout.ep=2", "layout.micro_batch=2"], 2.0),
+    "gathered tokens": (["layout.ep=2", "layout.dispatcher=allgather"], 2.0),
+}
+
+
+@pytest.mark.slow
+def test_the_mean_is_that_of_every_way_to_share_experts(corpus, tmp_path):
+    overrides = [[TWO, *EP2[2:], *layout] for layout, _ in SHARED.values()]
+    for (first, last), (name, (_, peak)) in zip(
+        in_each_rank(corpus, tmp_path, 4, *overrides), SHARED.items(), strict=True
+    ):
+        assert [step["peak"] for step in (*first, *last)] == [peak] * 4, name
