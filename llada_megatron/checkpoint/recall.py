@@ -75,8 +75,10 @@ def _last_remembered(run_dir: Path) -> int:
 
 def _offered(place: Path, after: int) -> list[Copy]:
     """Copies of this node past a step, in a folder that is this user's."""
-    found = []
-    if place.is_dir() and not place.is_symlink() and place.stat().st_uid == os.geteuid():
+    found: list[Copy] = []
+    with suppress(OSError):
+        if place.is_symlink() or place.stat().st_uid != os.geteuid():
+            return found
         for folder in place.glob("step_*"):
             with suppress(OSError, BadInput):  # one that is being made, or deleted, has no whole manifest
                 content = (folder / MANIFEST).read_bytes()
