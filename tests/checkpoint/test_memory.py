@@ -47,9 +47,11 @@ def as_nodes(configs, ranks_of_a_node: int):
 
 
 def dying(configs, ranks_of_a_node: int):
-    """The same, killed where a step begins, which is when a node is lost."""
+    """The same, killed where a step begins, which is when a node is lost; files travel in several pieces."""
+    from llada_megatron.checkpoint import memory
     from llada_megatron.training import loop
 
+    memory.CHUNK_BYTES = 100_000
     learn = loop._Run._learn
 
     def learn_or_die(self, step, stage):
@@ -106,6 +108,8 @@ def steps_of(name: str, folder: Path) -> list[int]:
 
 
 def recalled(folder: Path) -> list[int]:
+    """What starts brought back, and found good when they loaded it."""
+    assert not list((folder / "run" / "checkpoints").glob("damaged_*"))
     return steps_of("recalled", folder)
 
 
@@ -197,10 +201,21 @@ def test_a_place_without_room_is_said_once_and_the_run_goes_on(corpus, tmp_path,
 
 
 def test_one_node_has_no_peer_and_goes_on_after_a_crash_all_the_same(corpus, tmp_path, straight):
-    config = configure(corpus, tmp_path / "run", *NODES, *settings(tmp_path, "checkpoint.in_background=true"))
+    config = configure(corpus, tmp_path / "run", *NODES, *settings(tmp_path))
     with pytest.raises(WorkerDied):
         run_ranks(dying, [config], 4, processes=4)
     said = lives(config, ranks_of_a_node=4)
     assert said.count("no peer, since there is one node") == 1
     assert recalled(tmp_path) == [REMEMBERED]
+    assert comparable(tmp_path / "run") == comparable(straight)
+
+
+def test_a_copy_that_is_written_while_training_goes_on_is_of_its_own_step(corpus, tmp_path, straight):
+    every = ["checkpoint.in_background=true", "checkpoint.every_steps=0"]
+    config = configure(corpus, tmp_path / "run", *NODES, *settings(tmp_path, *every))
+    with pytest.raises(WorkerDied):
+        run_ranks(dying, [config], 2, processes=4)
+    assert steps_of("remembered", tmp_path)[:1] == [2]  # the next one, unless this one was still under way
+    lives(config)
+    assert recalled(tmp_path) == steps_of("remembered", tmp_path)[-1:]
     assert comparable(tmp_path / "run") == comparable(straight)
