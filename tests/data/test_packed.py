@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from llada_megatron.commands.data import add_arguments, run
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.schema import Config, DataConfig, EvaluationConfig
+from llada_megatron.config.schema import Config, DataConfig, EvaluationConfig, StageConfig
 from llada_megatron.data import shards
 from llada_megatron.data.fingerprint import fingerprint, fingerprint_difference
 from llada_megatron.data.laid_out import LaidOut
@@ -212,6 +212,7 @@ def test_a_build_that_was_cut_off_is_not_trusted(data, tmp_path, monkeypatch):
 
 def test_the_index_command_builds_what_a_run_loads(blend, tmp_path, monkeypatch, capsys):
     config = Config(data=blend)
+    config.schedule.stages = [StageConfig(name="a", block_size="full", tokens=100)]
     config.model.vocab_size, config.model.mask_token_id = 2**31, MASK
     config.evaluation = EvaluationConfig(block_sizes=["full"], sequences=20)
     monkeypatch.setattr("llada_megatron.config.compose.compose", lambda overrides: config)

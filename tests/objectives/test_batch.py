@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from llada_megatron.attention.mask import block_starts
+from llada_megatron.config.choices import BadSamples
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
-from llada_megatron.config.schema import BadSamples, BlockGrid, DiffusionConfig, RatePer
+from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
 from llada_megatron.data.packed import BadSample, PackedSample
 from llada_megatron.objectives.autoregressive import autoregressive_batch
 from llada_megatron.objectives.batch import flat_outputs, read_sample

@@ -32,14 +32,14 @@ def train_greedy(config: Config, where: str) -> None:
     from llada_megatron.training import loop
 
     model, begun = [], []
-    build = loop.build_trainer
+    build = loop.assemble
 
     def built(*args):
         trainer = build(*args)
         model.extend(trainer.model)
         return trainer
 
-    loop.build_trainer = built
+    loop.assemble = built
 
     def on_batch(indices, batch):
         if begun or max(indices) < 8 or torch.distributed.get_rank() != 1:
