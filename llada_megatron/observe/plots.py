@@ -189,25 +189,27 @@ MOST_COLUMNS = 400
 
 
 def plot_layers(watched: list[Record], path: Path) -> None:
-    """Draw each figure of BY_LAYER as a map of layers over the steps that were watched."""
+    """Draw each figure of BY_LAYER as a map of layers over the watched steps; dense models have fewer."""
     chosen = np.unique(np.linspace(0, len(watched) - 1, MOST_COLUMNS).round().astype(int))
     records = [watched[index] for index in chosen]
     steps = _column(records, "step")
     gap = float(np.diff(steps).min()) if len(steps) > 1 else 1.0
     edges = np.concatenate([steps - gap / 2, [steps[-1] + gap / 2]])
-    with _picture(path, height=8.4) as figure:
-        panels = figure.subplots(3, 2, sharex=True, sharey=True)
-        for axes, (name, title) in zip(panels.flat, BY_LAYER.items(), strict=True):
-            values = np.array([record[name] for record in records], dtype=float).T
-            title_of_map = title
-            if name in IN_POWERS:
-                values = np.log10(np.where(values > 0, values, np.nan))
-                title_of_map = f"{title}, log10"
+    maps = {}
+    for name, title in BY_LAYER.items():
+        values = np.array([record[name] for record in records], dtype=float).T
+        if name in IN_POWERS:
+            values, title = np.log10(np.where(values > 0, values, np.nan)), f"{title}, log10"
+        if np.isfinite(values).any():
+            maps[title] = values
+    rows = -(-len(maps) // 2)
+    with _picture(path, height=2.8 * rows) as figure:
+        panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+        for axes in panels.flat[len(maps) :]:
+            axes.set_axis_off()
+        for axes, (title, values) in zip(panels.flat, maps.items(), strict=False):
             axes.grid(False)
-            axes.set_title(title_of_map, loc="left", fontsize=10.5)
-            if not np.isfinite(values).any():
-                axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=GREY)
-                continue
+            axes.set_title(title, loc="left", fontsize=10.5)
             layers = np.arange(len(values) + 1) - 0.5
             figure.colorbar(axes.pcolormesh(edges, layers, values, cmap="viridis"), ax=axes)
         for axes in panels[:, 0]:
