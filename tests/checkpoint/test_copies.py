@@ -55,6 +55,7 @@ def test_a_run_whose_directory_is_lost_goes_on_from_its_copy(corpus, copied, tmp
     assert (mine / "step_00000006" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_older_than_what_the_run_has_is_left_alone(corpus, copied, tmp_path):
     run, place = copied
     shutil.copytree(run, tmp_path / "run")
@@ -64,6 +65,7 @@ def test_a_copy_that_is_older_than_what_the_run_has_is_left_alone(corpus, copied
     assert before == after
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_found_when_it_is_loaded(corpus, copied, tmp_path):
     _, place = copied
     mine = tmp_path / "place"
@@ -88,6 +90,7 @@ def test_a_place_that_cannot_be_used_is_refused_at_the_start(corpus, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_copy_that_fails_is_said_and_the_run_goes_on(corpus, tmp_path):
     place = tmp_path / "place"
     (place / "step_00000001").mkdir(parents=True)

@@ -138,6 +138,7 @@ def test_a_run_that_lost_a_node_goes_on_from_the_peers_copy_bit_for_bit(corpus, 
     assert not copies(mine)  # the disk has what is newer
 
 
+@pytest.mark.full
 def test_without_any_copy_it_goes_on_from_the_disk_and_says_so(corpus, mine, straight):
     shutil.rmtree(mine / "memory")
     said = lives(configure(corpus, mine / "run", *NODES, *settings(mine)))
@@ -155,6 +156,7 @@ def test_a_damaged_file_comes_from_the_other_node_that_has_it(corpus, mine, stra
     assert comparable(mine / "run") == comparable(straight)
 
 
+@pytest.mark.full
 def test_a_copy_of_which_a_file_is_damaged_everywhere_is_passed_over(corpus, mine, straight):
     for path in copies(mine):
         flip(path / "shards" / "__2_0.distcp")
@@ -165,6 +167,7 @@ def test_a_copy_of_which_a_file_is_damaged_everywhere_is_passed_over(corpus, min
     assert comparable(mine / "run") == comparable(straight)
 
 
+@pytest.mark.full
 def test_another_layout_on_one_node_goes_on_from_a_copy(corpus, mine, straight):
     shutil.rmtree(mine / "memory" / "node1")
     lives(configure(corpus, mine / "run", "layout.processes=2", *settings(mine)))
@@ -172,6 +175,7 @@ def test_another_layout_on_one_node_goes_on_from_a_copy(corpus, mine, straight):
     assert_equal_within_rounding(mine / "run", straight)
 
 
+@pytest.mark.full
 def test_what_another_run_left_is_neither_taken_nor_touched(corpus, mine, straight):
     shutil.rmtree(mine / "run")  # a new run in the same directory is another one
     left = copies(mine)
@@ -181,6 +185,7 @@ def test_what_another_run_left_is_neither_taken_nor_touched(corpus, mine, straig
     assert comparable(mine / "run") == comparable(straight)
 
 
+@pytest.mark.full
 def test_a_start_from_a_checkpoint_that_is_named_drops_the_copies_after_it(corpus, mine):
     named = f"run.resume={checkpoint(mine / 'run', 3)}"
     config = configure(corpus, mine / "run", *NODES, *settings(mine, named, "training.steps=3"))
@@ -190,6 +195,7 @@ def test_a_start_from_a_checkpoint_that_is_named_drops_the_copies_after_it(corpu
     assert recalled(mine) == []
 
 
+@pytest.mark.full
 def test_a_place_without_room_is_said_once_and_the_run_goes_on(corpus, tmp_path, straight):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "node1").write_text("in the way, as a full memory would be")
@@ -200,6 +206,7 @@ def test_a_place_without_room_is_said_once_and_the_run_goes_on(corpus, tmp_path,
     assert comparable(tmp_path / "run") == comparable(straight)
 
 
+@pytest.mark.full
 def test_one_node_has_no_peer_and_goes_on_after_a_crash_all_the_same(corpus, tmp_path, straight):
     config = configure(corpus, tmp_path / "run", *NODES, *settings(tmp_path))
     with pytest.raises(WorkerDied):
@@ -210,6 +217,7 @@ def test_one_node_has_no_peer_and_goes_on_after_a_crash_all_the_same(corpus, tmp
     assert comparable(tmp_path / "run") == comparable(straight)
 
 
+@pytest.mark.full
 def test_a_copy_that_is_written_while_training_goes_on_is_of_its_own_step(corpus, tmp_path, straight):
     every = ["checkpoint.in_background=true", "checkpoint.every_steps=0"]
     config = configure(corpus, tmp_path / "run", *NODES, *settings(tmp_path, *every))

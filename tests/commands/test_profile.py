@@ -64,6 +64,7 @@ def test_a_run_is_profiled_while_it_goes_on_and_refused_when_it_is_over(tmp_path
     assert over.returncode == 2 and "is not training: start it" in over.stderr
 
 
+@pytest.mark.slow
 def test_a_second_request_is_refused_while_one_waits(tmp_path):
     files = RunDir(tmp_path)
     profile._ask(files, {"steps": 1})

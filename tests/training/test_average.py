@@ -64,6 +64,7 @@ def test_it_is_the_recurrence_over_the_weights_and_resumes_in_any_layout(corpus,
     assert lineage == {"kind": "average", "sources": [{"path": str(steps[-1]), "step": 4}]}
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_to_average_begins_with_its_weights(corpus, tmp_path):
     plain = configure(corpus, tmp_path / "run", LONG, "training.steps=1")
     run_ranks(train, plain)

@@ -131,6 +131,7 @@ def run_rigged(config: Config) -> None:
     loop.run(config)
 
 
+@pytest.mark.slow
 def test_a_run_records_the_peak_of_every_step_and_one_event(corpus, tmp_path):
     config = configure(corpus, tmp_path, *EP2, "training.expert_rows_alarm=1.5")
     run_ranks(run_rigged, config, processes=2)

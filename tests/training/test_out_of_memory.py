@@ -56,7 +56,7 @@ def train_greedy(config: Config, where: str) -> None:
     loop.run(config, on_batch=on_batch)
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_a_step_without_memory_names_the_layer_and_what_to_change(corpus, tmp_path, where):
     layer = "decoder.layers.2" + (".mlp" if where == "forward" else "")
     config = configure(corpus, tmp_path / "run", LONG, TWO, "training.steps=4", "layout.micro_batch=2")

@@ -95,8 +95,8 @@ def straight(corpus, tmp_path_factory) -> Path:
 LAYOUTS = [
     pytest.param(["layout.cp=2"], marks=pytest.mark.slow),
     pytest.param(["layout.tp=2", "layout.ep=2", "layout.micro_batch=2"], marks=pytest.mark.slow),
-    pytest.param(["layout.pp=2", "layout.vpp=2"], marks=pytest.mark.slow),
-    pytest.param(["layout.ep=2", "layout.recompute=full"], marks=pytest.mark.slow),
+    pytest.param(["layout.pp=2", "layout.vpp=2"], marks=[pytest.mark.slow, pytest.mark.full]),
+    pytest.param(["layout.ep=2", "layout.recompute=full"], marks=[pytest.mark.slow, pytest.mark.full]),
     pytest.param(
         ["layout.recompute=selective", "layout.recompute_modules=[moe]", "layout.micro_batch=2"],
         marks=pytest.mark.slow,

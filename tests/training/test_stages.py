@@ -75,7 +75,11 @@ def test_a_resume_in_every_stage_equals_the_uninterrupted_run_bit_for_bit(corpus
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [["layout.cp=2", "layout.ep=2"], ["layout.pp=2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "layout",
+    [["layout.cp=2", "layout.ep=2"], pytest.param(["layout.pp=2"], marks=pytest.mark.full)],
+    ids=" ".join,
+)
 def test_stages_are_the_same_under_another_layout(corpus, changing, tmp_path, layout):
     schedule, straight = changing
     train(configure(corpus, tmp_path, schedule, TWO, *layout))

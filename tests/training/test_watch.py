@@ -116,9 +116,9 @@ def assert_same_figures(run_dir: Path, straight: Path) -> None:
 
 
 LAYOUTS = [
-    pytest.param(["layout.tp=2"], marks=pytest.mark.slow),
-    pytest.param(["layout.ep=2"], marks=pytest.mark.slow),
-    pytest.param(["layout.pp=2"], marks=pytest.mark.slow),
+    pytest.param(["layout.tp=2"], marks=[pytest.mark.slow, pytest.mark.full]),
+    pytest.param(["layout.ep=2"], marks=[pytest.mark.slow, pytest.mark.full]),
+    pytest.param(["layout.pp=2"], marks=[pytest.mark.slow, pytest.mark.full]),
     pytest.param(["layout.cp=2"], marks=pytest.mark.slow),
     pytest.param(["layout.pp=2", "layout.vpp=2", "layout.recompute=full"], marks=pytest.mark.slow),
     pytest.param(["layout.tp=2", "layout.ep=2", "layout.micro_batch=2"], marks=pytest.mark.slow),
