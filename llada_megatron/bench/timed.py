@@ -12,7 +12,7 @@ import torch
 from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.objective import Loss, Objective
 from llada_megatron.runtime import device
-from llada_megatron.training.step import Trainer, train_step
+from llada_megatron.training.step import Trainer, onto_device, train_step
 
 
 class Stopwatch:
@@ -32,20 +32,19 @@ class Stopwatch:
 
 
 class Timed(Objective):
-    """An objective whose own work, batches and losses, is timed."""
+    """An objective whose losses are timed; its batches are built beside the model (training/ahead.py)."""
 
     def __init__(self, timed: Objective, stopwatch: Stopwatch, *, full_logits: bool) -> None:
         self.timed, self.stopwatch, self.full_logits = timed, stopwatch, full_logits
-        self.geometry, self.readout = timed.geometry, timed.readout
+        self.config, self.geometry, self.readout = timed.config, timed.geometry, timed.readout
         self.draft_readout, self.counts_known = timed.draft_readout, timed.counts_known
         self.noise_sigma, self.shown = timed.noise_sigma, timed.shown  # type: ignore[method-assign]
         self.draft_batch = timed.draft_batch  # type: ignore[method-assign]
 
     def batch(self, *args: Any, **kwargs: Any) -> MicroBatch:
         """The objective's, on every row where full logits are asked for."""
-        with self.stopwatch.lap():
-            batch = self.timed.batch(*args, **kwargs)
-            return on_every_row(batch) if self.full_logits else batch
+        batch = self.timed.batch(*args, **kwargs)
+        return on_every_row(batch) if self.full_logits else batch
 
     def loss(self, batch: MicroBatch, output: torch.Tensor) -> Loss:
         """The objective's."""
@@ -68,11 +67,22 @@ def on_every_row(batch: MicroBatch) -> MicroBatch:
 
 
 def timed_step(trainer: Trainer, step: int, *, full_logits: bool) -> tuple[float, float]:
-    """Seconds of one step, and of its part outside megatron-core's passes and optimizer.
+    """Seconds of one step, and of its part outside megatron-core's passes and optimizer: losses, and what is
+    waited for batches, among it.
 
     `full_logits`: the head is applied to every row, in one piece.
     """
     inside, ours = Stopwatch(), Stopwatch()
+
+    def waited_for(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        here = onto_device(batches)
+
+        def one() -> MicroBatch | None:
+            with ours.lap():
+                return next(here, None)
+
+        return iter(one, None)
+
     stage = trainer.model[0].module
     objectives = {
         name: Timed(objective, ours, full_logits=full_logits)
@@ -82,7 +92,7 @@ def timed_step(trainer: Trainer, step: int, *, full_logits: bool) -> tuple[float
     if full_logits:
         stage.head_chunk_tokens = 1 << 30
     began = device.seconds()
-    train_step(replace(trainer, objectives=objectives, section=inside.lap), step)
+    train_step(replace(trainer, objectives=objectives, section=inside.lap, onto_device=waited_for), step)
     seconds = device.seconds() - began
     stage.head_chunk_tokens = chunk_tokens
     return seconds, seconds - (inside.seconds - ours.seconds)

@@ -148,7 +148,10 @@ class Terminal:
 
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_ctrl_d_the_chat(chatting):
-    terminal = Terminal(*chatting, "--max-new-tokens", "200", "--rule", "quota", "--threshold", "1")
+    long = [
+        each.replace("length=256", "length=4096") for each in chatting
+    ]  # an answer lasts until Ctrl-C comes
+    terminal = Terminal(*long, "--max-new-tokens", "4000", "--rule", "quota", "--threshold", "1")
     terminal.until("Ctrl-D ends")
     terminal.type("One\n")
     terminal.until("░")

@@ -112,8 +112,8 @@ def without_expert_bias(config, folder):
 
     load = store.load
 
-    def forgetful(checkpoint, model, optimizer):
-        load(checkpoint, model, optimizer)
+    def forgetful(checkpoint, model, optimizer, **options):
+        load(checkpoint, model, optimizer, **options)
         for name, buffer in model[0].named_buffers():
             if name.endswith("expert_bias"):
                 buffer.zero_()
