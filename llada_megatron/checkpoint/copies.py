@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,17 +116,19 @@ class Copying:
         self._thread.start()
 
     def _copy(self, checkpoint: Path) -> None:
-        """This rank's files, which it has written; the first rank copies the manifest when all are there."""
+        """The files that this rank has written; the manifest waits for those of all (`finish`)."""
         try:
             names = publish.written_here(list(Checkpoint.read(checkpoint).manifest.files))
             with ThreadPoolExecutor(self._settings.writer_threads) as pool:
-                [
-                    *pool.map(
-                        lambda name: self._place.put(checkpoint / name, f"{checkpoint.name}/{name}"), names
-                    )
-                ]
+                put = partial(_put, self._place, checkpoint)
+                list(pool.map(put, names))  # raises what one of them raised
         except Exception as error:  # of a thread, so `finish` says it
             self._failure = _in_words(error)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a copy has begun that is not finished; the same on every rank."""
+        return self._thread is not None
 
     def is_copied(self) -> bool:
         """Whether every rank has copied its files, so that `finish` will not wait."""
@@ -166,6 +169,10 @@ class Copying:
         return ""
 
 
+def _put(place: Place, checkpoint: Path, name: str) -> None:
+    place.put(checkpoint / name, f"{checkpoint.name}/{name}")
+
+
 def fetch_newer(run_dir: Path, url: str) -> None:
     """Bring the newest checkpoint that was copied to a URL back, where run_dir has none that is as new.
 
@@ -180,11 +187,18 @@ def fetch_newer(run_dir: Path, url: str) -> None:
     if rank() == 0:
         print(f"{final.name} comes from {url}: {run_dir} has none that is as new", flush=True)
     fetch(place, newest, final)
-    if rank() == 0:
-        for file in RunDir(run_dir).records:
-            if not file.exists() and file.name in place.names_in(RECORDS):
+    from_first_rank(_fetch_records, place, run_dir)
+
+
+def _fetch_records(place: Place, run_dir: Path) -> None:
+    missing = [file for file in RunDir(run_dir).records if not file.exists()]
+    try:
+        there = place.names_in(RECORDS)
+        for file in missing:
+            if file.name in there:
                 place.get(f"{RECORDS}/{file.name}", file)
-    barrier()
+    except Exception as error:  # of whatever library serves the URL
+        raise BadInput(f"{place.url}/{RECORDS} cannot be copied: {_in_words(error)}.") from error
 
 
 def _newest(place: Place) -> Checkpoint | None:
@@ -204,7 +218,7 @@ def fetch(place: Place, checkpoint: Checkpoint, final: Path) -> None:
     why = ""
     try:
         with ThreadPoolExecutor(publish.THREADS) as pool:
-            [*pool.map(lambda name: place.get(f"{checkpoint.path}/{name}", aside / name), names)]
+            list(pool.map(lambda name: place.get(f"{checkpoint.path}/{name}", aside / name), names))
         if rank() == 0:
             place.get(f"{checkpoint.path}/{MANIFEST}", aside / MANIFEST)
     except Exception as error:  # of whatever library serves the URL

@@ -46,7 +46,6 @@ class Saving:
         self._copying = (
             Copying(Path(config.run.dir), config.checkpoint) if config.checkpoint.copy_to else None
         )
-        self._is_copying = False
         self._memory = self._opened_memory()
         self._said_no_memory = False
         self._pending: Save | None = None
@@ -142,19 +141,14 @@ class Saving:
         """Publish what the background has written meanwhile, and commit what it has copied."""
         if self._pending is not None and self._pending.is_written():
             self._publish()
-        if self._is_copying and self._copying is not None and self._copying.is_copied():
-            self._finish_copy()
+        if self._copying is not None and self._copying.is_busy and self._copying.is_copied():
+            self._copying.finish()
 
     def finish(self, *, copies: bool = True) -> None:
         """Wait for what is being written and, unless there is no time for `copies`, for what is copied."""
         self._publish()
-        if copies:
-            self._finish_copy()
-
-    def _finish_copy(self) -> None:
-        if self._is_copying and self._copying is not None:
+        if copies and self._copying is not None:
             self._copying.finish()
-            self._is_copying = False
 
     def _publish(self) -> None:
         """Wait for the checkpoint that is being written, publish it, retire old ones, and begin its copy."""
@@ -164,7 +158,8 @@ class Saving:
         if isinstance(pending, Remembered):
             self._commit(pending)
             return
-        self._finish_copy()  # of the one before, which may be retired now
+        if self._copying is not None:
+            self._copying.finish()  # of the one before, which may be retired now
         pending.publish()
         took = time.monotonic() - self._began
         self.longest_sec = max(self.longest_sec, took)
@@ -180,7 +175,6 @@ class Saving:
             self._memory.drop()
         if self._copying is not None:
             self._copying.begin(pending.final)
-            self._is_copying = True
 
     def _commit(self, copy: Remembered) -> None:
         """Finish a copy in memory; the run goes on where that fails."""
