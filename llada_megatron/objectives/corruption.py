@@ -17,10 +17,14 @@ from llada_megatron.parallel.random import Purpose, generator
 
 @dataclass(frozen=True)
 class Corruption:
-    """masked bool [L]; rate float64 [L], the t that each position was masked with."""
+    """masked bool [L]; rate float64 [L], the t that each position was masked with.
+
+    group_starts int64 [L]: the first token of each one's noise group (attention/mask.py); None: of its block.
+    """
 
     masked: np.ndarray
     rate: np.ndarray
+    group_starts: np.ndarray | None = None
 
 
 def corrupt(
