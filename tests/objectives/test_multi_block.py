@@ -22,6 +22,7 @@ from llada_megatron.objectives.multi_block import MultiBlock, chain_rates, corru
 from tests.distributed import run_ranks
 from tests.objectives import conversations
 from tests.objectives.conversations import BLOCK, L, write
+from tests.objectives.test_mistakes import first_step
 from tests.objectives.test_post_training import LAYOUTS, trained
 from tests.training.runs import arrays_in, checkpoint, comparable, records, train
 
@@ -228,25 +229,24 @@ def test_every_layout_trains_the_same(chats, straight, layout):
         assert found["grad_norm"] == pytest.approx(straight["grad_norm"], rel=1e-5)
 
 
-def trained_where_blocks_alone_decide_what_travels(config: Config) -> dict[str, Any]:
-    from unittest import mock
+class ByPlace(MultiBlock):
+    """The layout of a sample is that of its place in the micro-batch."""
 
-    from llada_megatron.attention.context import ContextShard
-
-    spans_ranks = ContextShard.spans_ranks.func
-
-    def of_blocks(shard: ContextShard) -> np.ndarray:
-        return spans_ranks(ContextShard(replace(shard.mask, group_starts=None), shard.rank, shard.ranks))
-
-    with mock.patch.object(ContextShard, "spans_ranks", property(of_blocks)):
-        return trained(config)
+    def batch(self, data: Any, indices: list[int], stage: Any, **options: Any) -> Any:
+        place = iter(range(len(indices)))
+        self.corrupt = lambda seed, index, *rest: corrupt_in_groups(seed, next(place), *rest)  # type: ignore
+        return super().batch(data, indices, stage, **options)
 
 
 @pytest.mark.full
-def test_a_rank_that_lacks_its_groups_keys_is_found(chats, straight):
-    config = configure(chats, *GROUPS, "layout.cp=2")
-    found = run_ranks(trained_where_blocks_alone_decide_what_travels, config, processes=2)[0]
-    assert found["loss"] != pytest.approx(straight["loss"], rel=1e-5)
+@pytest.mark.parametrize(("objective", "is_right"), [(MultiBlock, True), (ByPlace, False)])
+def test_micro_batches_change_nothing(chats, objective, is_right):
+    found = [
+        run_ranks(first_step, configure(chats, *GROUPS, f"layout.micro_batch={size}"), objective)[0]
+        for size in (2, 8)
+    ]
+    far = max(abs(a - b) / abs(b) for a, b in zip(*found, strict=True))
+    assert (far < 1e-5) == is_right and (far > 1e-3) != is_right, far
 
 
 @pytest.mark.full
