@@ -2,8 +2,8 @@
 
 A noisy key is visible inside its own noise group only, which mostly is a block. As long as a group lies on
 one rank, a rank therefore needs its own noisy keys and every clean key: L (R-1)/R keys received in forward,
-and as many key gradients in backward, half of what gathering `[x_t ; x_0]` moves. Groups that span ranks add
-their noisy keys (a halo).
+and as many key gradients in backward, half of what gathering `[x_t ; x_0]` moves. Of groups that span ranks
+those noisy keys travel too that other ranks see (a halo).
 Masks with one half (MDLM, autoregressive) gather all of it.
 
 Legend: L data tokens per sequence, R ranks, n = L/R tokens of a rank, B batch, K keys of a call, T halo keys
@@ -41,9 +41,9 @@ class ContextShard:
         if self.ranks == 1:
             return np.zeros((mask.batch, mask.length), dtype=np.int64)
         # Without a clean copy all keys travel anyway, so cutting a block costs nothing.
-        size = mask.group_tokens if mask.clean_copy else 1
+        block_size = mask.block_size if mask.clean_copy else 1
         deals = zip(mask.pairs_per_token, mask.group_start, strict=True)
-        return np.stack([deal_tokens(*deal, size, self.ranks, one_by_one=mask.has_groups) for deal in deals])
+        return np.stack([deal_tokens(work, starts, block_size, self.ranks) for work, starts in deals])
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -146,13 +146,16 @@ class ContextShard:
 
     @cached_property
     def spans_ranks(self) -> np.ndarray:
-        """Whether each token's group has tokens of other ranks, bool [B, L]."""
+        """Whether each token's block, or its group behind it, has tokens of other ranks, bool [B, L].
+
+        They see the token's noisy key; those of the group before it do not.
+        """
         if not self.mask.clean_copy:
             return np.zeros(self.owner.shape, dtype=bool)
         same = np.ones(self.owner.shape, dtype=bool)
         same[:, 1:] = (self.owner[:, 1:] == self.owner[:, :-1]) | (np.diff(self.mask.group_start) != 0)
         changes_before = np.cumsum(~same, axis=1)
-        first = np.take_along_axis(changes_before, self.mask.group_start, axis=1)
+        first = np.take_along_axis(changes_before, self.mask.block_start, axis=1)
         last = np.take_along_axis(changes_before, self.mask.group_stop - 1, axis=1)
         return first != last
 

@@ -13,25 +13,17 @@ from llada_megatron.config.errors import BadInput
 BALANCED = 1.01
 """A deal of coarse units is taken when no rank has more than this times the mean work."""
 WHOLE_GROUPS = 1.1
-"""Groups are cut, which makes noisy keys travel, only when whole ones cannot be dealt within this."""
+"""Noise groups, mostly of one block, are cut, which makes noisy keys travel, only when whole ones cannot be
+dealt within this."""
 
 
-def deal_tokens(
-    work_L: np.ndarray,
-    group_start_L: np.ndarray,
-    group_tokens: int,
-    ranks: int,
-    *,
-    one_by_one: bool = False,
-) -> np.ndarray:
+def deal_tokens(work_L: np.ndarray, group_start_L: np.ndarray, block_size: int, ranks: int) -> np.ndarray:
     """Owner of each token, int64 [L]; every rank gets exactly L / ranks tokens.
 
     work_L: attention work of each token, in any unit. group_start_L: first token of each token's noise group,
-    or of its block where each is a group; no group has more than group_tokens. Units of neighbouring tokens
-    are dealt by falling work to the rank with the least so far. They are as long as balance allows (long runs
-    are what kernels like), whole groups whenever those can be balanced, and pieces of groups otherwise; with
-    `one_by_one`, for groups of unlike sizes, each group is a unit before any is cut. Raises BadInput when L
-    is not a multiple of ranks.
+    which is a block or several. Units of neighbouring tokens are dealt by falling work to the rank with the
+    least so far. They are as long as balance allows (long runs are what kernels like), whole groups whenever
+    those can be balanced, and pieces of blocks otherwise. Raises BadInput when L is not a multiple of ranks.
     """
     length = len(work_L)
     if length % ranks:
@@ -39,16 +31,13 @@ def deal_tokens(
 
     def edges_of(unit: int) -> np.ndarray:
         edges = np.arange(0, length, unit)
-        return np.append(np.unique(group_start_L[edges]) if unit >= group_tokens else edges, length)
+        return np.append(np.unique(group_start_L[edges]) if unit >= block_size else edges, length)
 
-    groups_per_rank = max(1, length // (ranks * group_tokens))
-    coarse_to_fine = [group_tokens << power for power in reversed(range(groups_per_rank.bit_length()))]
-    wholes = [edges_of(unit) for unit in coarse_to_fine]
-    if one_by_one:
-        wholes.append(np.append(np.unique(group_start_L), length))
-    deal = _first_balanced(work_L, wholes, ranks)
-    if deal[0] > WHOLE_GROUPS and group_tokens > 1:
-        pieces = [group_tokens >> power for power in range(1, group_tokens.bit_length())]
+    blocks_per_rank = max(1, length // (ranks * block_size))
+    coarse_to_fine = [block_size << power for power in reversed(range(blocks_per_rank.bit_length()))]
+    deal = _first_balanced(work_L, map(edges_of, coarse_to_fine), ranks)
+    if deal[0] > WHOLE_GROUPS and block_size > 1:
+        pieces = [block_size >> power for power in range(1, block_size.bit_length())]
         deal = min(deal, _first_balanced(work_L, map(edges_of, pieces), ranks), key=itemgetter(0))
     return deal[1]
 

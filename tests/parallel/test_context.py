@@ -96,7 +96,7 @@ def test_groups_of_packed_documents_are_balanced_and_about_half_the_keys_travel(
         shard = ContextShard(in_turns(log_normal_mask(length, seed, 32, grid), sizes), 0, ranks)
         work = work_of_ranks(shard.mask, shard.owner[0], ranks)
         assert work.max() / work.mean() <= 1.02
-        assert 0.5 <= rows_received(shard) <= 0.58
+        assert 0.5 <= rows_received(shard) <= 0.55
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
