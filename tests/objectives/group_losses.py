@@ -25,7 +25,7 @@ from tests.distributed import run_ranks
 
 SEQUENCES, DRAWS, SEED = 64, 2, 0
 Losses = dict[tuple[int, bool], list[float]]
-"""By blocks of a group, and whether the blocks before are noisy: nats per masked token by place in the group."""
+"""By blocks of a group, and whether those before are noisy: nats per masked token by place in the group."""
 
 
 def losses(config: Config, checkpoint: Path, block_size: int) -> Losses:
