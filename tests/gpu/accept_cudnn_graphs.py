@@ -22,17 +22,20 @@ def main() -> int:
     parser.add_argument("--packages", type=Path, required=True, help="where the cuDNN frontend is installed")
     site.addsitedir(str(parser.parse_args().packages))
     import cudnn
+    import numpy as np
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from llada_megatron.attention import BlockDiffusionMask, cudnn_sdpa
     from llada_megatron.attention.context import ContextShard
+    from tests.attention.test_executors import grouped
 
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     cudnn._pygraph._default_backend_handle = lambda: None
     cudnn.pygraph = partial(cudnn.pygraph, sm_version=90)
     mask = BlockDiffusionMask([torch.tensor([0, 1000, 1024, TOKENS]), torch.tensor([0, TOKENS])], 32)
     causal = BlockDiffusionMask(mask.cu_seqlens, 1, clean_copy=False, causal=True)
+    groups = grouped(mask, 0.5, np.random.default_rng(0))
     shard, decoding = ContextShard(mask, rank=1, ranks=4), decoding_rectangles()
     accepted: set[cudnn_sdpa.Graph] = set()
 
@@ -49,7 +52,7 @@ def main() -> int:
         mock.patch.object(cudnn_sdpa, "handle_of", lambda device: None),
     ):
         for model in MODELS:
-            for rectangle in (mask.whole(), causal.whole(), shard.rectangle):
+            for rectangle in (mask.whole(), causal.whole(), shard.rectangle, groups.whole()):
                 for deterministic in (False, True):
                     torch.use_deterministic_algorithms(deterministic)
                     output = attend(model, rectangle, "cudnn_graph")

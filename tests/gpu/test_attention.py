@@ -6,6 +6,7 @@
 from collections import defaultdict
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from llada_megatron.attention import (
 )
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
+from tests.attention.test_executors import grouped
 
 pytestmark = pytest.mark.gpu
 
@@ -116,6 +118,13 @@ def test_output_and_gradients_equal_the_reference(table, executor, documents, bl
 def test_masks_without_a_clean_copy_equal_the_reference(table, executor, documents, name, block_size, causal):
     mask = block_mask(documents, block_size, clean_copy=False, causal=causal)
     check(table, executor, name, documents, mask.whole())
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("share_of_cuts", [0.0, 0.5])
+def test_noise_groups_equal_the_reference(table, executor, documents, share_of_cuts):
+    mask = grouped(block_mask(documents, 32), share_of_cuts, np.random.default_rng(0))
+    check(table, executor, "noise groups", documents, mask.whole())
 
 
 @pytest.mark.parametrize("block_size", [4, 1024])  # blocks of 1024 span ranks: a halo, and padding
