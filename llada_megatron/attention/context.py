@@ -1,8 +1,9 @@
 """Context parallelism for `[x_t ; x_0]`: both halves are split by the same tokens, and clean keys travel.
 
-A noisy key is visible inside its own block only. As long as a block lies on one rank, a rank therefore needs
-its own noisy keys and every clean key: L (R-1)/R keys received in forward, and as many key gradients in
-backward, half of what gathering `[x_t ; x_0]` moves. Blocks that span ranks add their noisy keys (a halo).
+A noisy key is visible inside its own noise group only, which mostly is a block. As long as a group lies on
+one rank, a rank therefore needs its own noisy keys and every clean key: L (R-1)/R keys received in forward,
+and as many key gradients in backward, half of what gathering `[x_t ; x_0]` moves. Of groups that span ranks
+those noisy keys travel too that other ranks see (a halo).
 Masks with one half (MDLM, autoregressive) gather all of it.
 
 Legend: L data tokens per sequence, R ranks, n = L/R tokens of a rank, B batch, K keys of a call, T halo keys
@@ -41,7 +42,7 @@ class ContextShard:
             return np.zeros((mask.batch, mask.length), dtype=np.int64)
         # Without a clean copy all keys travel anyway, so cutting a block costs nothing.
         block_size = mask.block_size if mask.clean_copy else 1
-        deals = zip(mask.pairs_per_token, mask.block_start, strict=True)
+        deals = zip(mask.pairs_per_token, mask.group_start, strict=True)
         return np.stack([deal_tokens(work, starts, block_size, self.ranks) for work, starts in deals])
 
     @cached_property
@@ -132,27 +133,30 @@ class ContextShard:
 
     @cached_property
     def _noisy_keys(self) -> np.ndarray:
-        """Tokens of every block that this rank has a token of, int64 [B, Kn], padded with L."""
+        """Tokens of every group that this rank has a token of, int64 [B, Kn], padded with L."""
         if not self.mask.clean_copy:
             return self.tokens[:, :0]
-        block_start = self.mask.block_start
-        own_blocks = np.take_along_axis(block_start, self.tokens, axis=1)
+        group_start = self.mask.group_start
+        own_groups = np.take_along_axis(group_start, self.tokens, axis=1)
         needed = [
-            np.flatnonzero(np.isin(starts, own)) for starts, own in zip(block_start, own_blocks, strict=True)
+            np.flatnonzero(np.isin(starts, own)) for starts, own in zip(group_start, own_groups, strict=True)
         ]
         size = max(len(tokens) for tokens in needed)
         return np.stack([np.pad(t, (0, size - len(t)), constant_values=self.mask.length) for t in needed])
 
     @cached_property
     def spans_ranks(self) -> np.ndarray:
-        """Whether each token's block has tokens of other ranks, bool [B, L]."""
+        """Whether each token's block, or its group behind it, has tokens of other ranks, bool [B, L].
+
+        They see the token's noisy key; those of the group before it do not.
+        """
         if not self.mask.clean_copy:
             return np.zeros(self.owner.shape, dtype=bool)
         same = np.ones(self.owner.shape, dtype=bool)
-        same[:, 1:] = (self.owner[:, 1:] == self.owner[:, :-1]) | (np.diff(self.mask.block_start) != 0)
+        same[:, 1:] = (self.owner[:, 1:] == self.owner[:, :-1]) | (np.diff(self.mask.group_start) != 0)
         changes_before = np.cumsum(~same, axis=1)
         first = np.take_along_axis(changes_before, self.mask.block_start, axis=1)
-        last = np.take_along_axis(changes_before, self.mask.block_stop - 1, axis=1)
+        last = np.take_along_axis(changes_before, self.mask.group_stop - 1, axis=1)
         return first != last
 
     @cached_property

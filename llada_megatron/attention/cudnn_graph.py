@@ -147,7 +147,7 @@ def _interval_geometry(query: Tensor, key: Tensor, scale: float) -> Geometry:
 
 
 def _own_block_geometry(query: Tensor, key: Tensor, blocks: OwnBlocks, scale: float) -> Geometry:
-    return _geometry(query, key, scale, True, len(blocks.row_edges) - 1, blocks.longest, blocks.longest)
+    return _geometry(query, key, scale, True, len(blocks.row_edges) - 1, blocks.longest, blocks.most_keys)
 
 
 def _geometry(

@@ -18,7 +18,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (sample, head, q
 def endpoints(rectangle: Rectangle) -> Endpoints:
     """Return int32 [B, F, Q]: a query sees the keys [0, F0), [F1, F2), [F3, F4) ...
 
-    The endpoints of a row never fall and lie in [0, K]. F is 5 with a clean copy (own block, past), else 3,
+    The endpoints of a row never fall and lie in [0, K]. F is 5 with a clean copy (own group, past), else 3,
     or 1 where every document starts at the first key.
     """
     if rectangle.mask.clean_copy:

@@ -32,6 +32,12 @@ class BlockDiffusionMask:
         clean -> noisy   never
 
     Without a clean copy every key of the same document is visible, or, with `causal`, b(query) >= b(key).
+    With noise groups, runs of neighbouring blocks (MBD-LMs, arXiv 2606.29215), and g(i) the group of token i:
+
+        noisy -> noisy   g(query) == g(key) and b(query) >= b(key)
+        noisy -> clean   g(query) >  g(key)
+
+    A row sees as many keys under any groups: in the noisy half what it does not see in the clean one.
 
     Attributes:
         cu_seqlens: one integer CPU tensor per sample: the document starts, then L; same L for all samples.
@@ -40,6 +46,8 @@ class BlockDiffusionMask:
             with a short block; "document" counts from the start of each document.
         clean_copy: the input is `[x_t ; x_0]` (S = 2L, noisy half first) rather than one sequence (S = L).
         causal: without a clean copy, hide later blocks. Block size 1 is autoregressive.
+        group_starts: with a clean copy, the first token of each token's noise group, int64 [B, L]: whole
+            blocks of one document. None: every block is a group of its own.
 
     Raises BadInput, naming the value, for anything else.
     """
@@ -49,6 +57,7 @@ class BlockDiffusionMask:
     block_grid: BlockGrid = BlockGrid.sequence
     clean_copy: bool = True
     causal: bool = False
+    group_starts: PerToken | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cu_seqlens", tuple(self.cu_seqlens))
@@ -65,6 +74,8 @@ class BlockDiffusionMask:
             raise BadInput(f"block_grid must be one of {', '.join(BlockGrid)}, got {self.block_grid!r}")
         if self.clean_copy and self.causal:
             raise BadInput("causal=True needs clean_copy=False: a clean copy is already causal over blocks")
+        if self.group_starts is not None:
+            self._check_groups(self.group_starts)
 
     @property
     def batch(self) -> int:
@@ -81,9 +92,9 @@ class BlockDiffusionMask:
         """Positions that the attention sees, S: 2L with a clean copy, L without."""
         return 2 * self.length if self.clean_copy else self.length
 
-    # Documents and blocks are runs of neighbours, so each query sees a range of keys in either half. These
-    # four [B, L] arrays hold the ends of every token's document and block. They are numpy so that shapes
-    # which depend on the data can be worked out under fake tensors as well.
+    # Documents, groups and blocks are runs of neighbours, so each query sees a range of keys in either half.
+    # These [B, L] arrays hold the ends of every token's document, group and block. They are numpy so that
+    # shapes which depend on the data can be worked out under fake tensors as well.
 
     @cached_property
     def document_start(self) -> PerToken:
@@ -104,6 +115,30 @@ class BlockDiffusionMask:
     def block_stop(self) -> PerToken:
         """One past the last token of each token's block within its document, [B, L]."""
         return np.minimum(self._grid_start + self.block_size, self.document_stop)
+
+    @property
+    def group_start(self) -> PerToken:
+        """First token of each token's noise group, [B, L]; without groups of its block."""
+        return self.block_start if self.group_starts is None else self.group_starts
+
+    @cached_property
+    def group_stop(self) -> PerToken:
+        """One past the last token of each token's noise group, [B, L]."""
+        if self.group_starts is None:
+            return self.block_stop
+        return np.stack([_stops(starts) for starts in self.group_starts])
+
+    @cached_property
+    def has_groups(self) -> bool:
+        """Whether any noise group has several blocks."""
+        return self.group_starts is not None and bool((self.group_starts != self.block_start).any())
+
+    @cached_property
+    def group_tokens(self) -> int:
+        """No group has more tokens: a multiple of the block size, so that it takes few values."""
+        if self.group_starts is None:
+            return self.block_size
+        return -(-int((self.group_stop - self.group_start).max()) // self.block_size) * self.block_size
 
     def whole(self) -> "Rectangle":
         """Return every query against every key. Executors keep their plans with the object: make it once."""
@@ -131,26 +166,49 @@ class BlockDiffusionMask:
             ids[position % self.length] for ids in (self.document_ids(sample), self.block_ids(sample))
         )
         same_document = document[row, None] == document
-        own_block, earlier_block = block[row, None] == block, block[row, None] > block
+        up_to_block = block[row, None] >= block
         if not self.clean_copy:
-            return same_document & (own_block | earlier_block) if self.causal else same_document
+            return same_document & up_to_block if self.causal else same_document
+        group = block
+        if self.group_starts is not None:
+            group = torch.from_numpy(self.group_starts[sample])[position % self.length]
         is_noisy = position < self.length
-        of_noisy_key = is_noisy[row, None] & own_block
-        of_clean_key = earlier_block | (~is_noisy[row, None] & own_block)
-        return same_document & torch.where(is_noisy, of_noisy_key, of_clean_key)
+        of_noisy_row = torch.where(
+            is_noisy, (group[row, None] == group) & up_to_block, group[row, None] > group
+        )
+        of_clean_row = ~is_noisy & up_to_block
+        return same_document & torch.where(is_noisy[row, None], of_noisy_row, of_clean_row)
 
     @cached_property
     def pairs_per_token(self) -> PerToken:
         """Keys that the queries of each token see: of both its copies with a clean copy, [B, L]."""
         if not self.clean_copy and not self.causal:
             return self.document_stop - self.document_start
-        # A noisy query sees its block and the clean text before it: as many keys as its clean copy sees.
+        # A noisy query sees its group up to its block and the clean text before the group: as many keys as
+        # its clean copy sees.
         per_half = self.block_stop - self.document_start
         return 2 * per_half if self.clean_copy else per_half
 
     def visible_pairs(self) -> int:
         """Return the number of visible query-key pairs of the micro-batch, in O(B L)."""
         return int(self.pairs_per_token.sum())
+
+    def _check_groups(self, starts: PerToken) -> None:
+        if not self.clean_copy:
+            raise BadInput("group_starts needs clean_copy=True: without a clean copy no block sees another's")
+        if starts.shape != self.block_start.shape:
+            raise BadInput(f"group_starts must be [{self.batch}, {self.length}], got {list(starts.shape)}")
+        place = np.arange(self.length)
+        begins = starts == place
+        expected = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+        needed = self.document_start == place
+        fits = (starts == expected) & (begins | ~needed) & (~begins | (self.block_start == place))
+        if not fits.all():
+            sample, token = np.argwhere(~fits)[0].tolist()
+            raise BadInput(
+                f"group_starts[{sample}] at token {token} is {int(starts[sample, token])}: groups are runs of"
+                " whole blocks, and begin anew with every document"
+            )
 
     @cached_property
     def _boundaries(self) -> list[PerToken]:
@@ -174,6 +232,12 @@ def block_starts(cu_seqlens: npt.NDArray[Any], block_size: int, grid: BlockGrid)
     """
     document_start = _document_starts(cu_seqlens)
     return np.maximum(_cell_starts(document_start, block_size, grid), document_start)
+
+
+def _stops(starts: PerToken) -> PerToken:
+    """One past the last entry of each run of equal ones, [L]."""
+    edges = np.append(np.flatnonzero(np.diff(starts, prepend=-1)), len(starts))
+    return np.repeat(edges[1:], np.diff(edges))
 
 
 def _document_starts(cu_seqlens: npt.NDArray[Any]) -> PerToken:
@@ -210,8 +274,9 @@ class Rectangle:
     Attributes:
         mask: the definition.
         tokens: int64 [B, n], data tokens in rising order.
-        noisy_keys: int64 [B, Kn], data tokens in rising order, every token of the blocks of `tokens` among
-            them; entries equal to L are padding that no query sees. Kn = 0 without a clean copy.
+        noisy_keys: int64 [B, Kn], data tokens in rising order, every token of the groups of `tokens` up to
+            their blocks among them; entries equal to L are padding that no query sees. Kn = 0 without a
+            clean copy.
         few_rows: a document's rows are few beside its keys, as in decoding: an executor may rather compute
             a hidden pair than make another call.
 
@@ -240,14 +305,14 @@ class Rectangle:
 
     @cached_property
     def own_block(self) -> KeySpans:
-        """What the noisy rows see of the noisy keys: their block. As indices of keys."""
-        edges = self._of_tokens(self.mask.block_start), self._of_tokens(self.mask.block_stop)
+        """What the noisy rows see of the noisy keys: their group up to their block. As indices of keys."""
+        edges = self._of_tokens(self.mask.group_start), self._of_tokens(self.mask.block_stop)
         return KeySpans(*(self._count_below(edge) for edge in edges))
 
     @cached_property
     def past(self) -> KeySpans:
-        """What the noisy rows see of the clean keys: their document's past. As indices of keys."""
-        return self._clean_spans(self.mask.document_start, self.mask.block_start)
+        """What the noisy rows see of the clean keys: those before their group. As indices of keys."""
+        return self._clean_spans(self.mask.document_start, self.mask.group_start)
 
     @cached_property
     def past_and_block(self) -> KeySpans:

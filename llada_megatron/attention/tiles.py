@@ -1,9 +1,10 @@
 """Cuts a rectangle of the mask into tiles for an attention kernel, and gathers tiles into calls.
 
-A chunk is a run of short blocks, CHUNK_TOKENS together, or one longer block. A row sees three kinds of keys:
+A chunk is a run of short noise groups, CHUNK_TOKENS together, or one longer group; mostly a block is a group
+of its own (mask.py). A row sees three kinds of keys:
 
-    own block    a noisy row: the noisy keys of its block
-    own chunk    the clean keys of the chunk, a noisy row up to its block, a clean row to the end of its block
+    own group    a noisy row: the noisy keys of its group, up to its block
+    own chunk    the clean keys of the chunk, a noisy row up to its group, a clean row to the end of its block
     past         the clean keys of its document before the chunk, noisy and clean rows alike
 
 The past is halved as a Fenwick tree halves a prefix. In a document of chunks A to H, G sees A..D together
@@ -30,10 +31,11 @@ from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
 # Measured on one CPU core, forward and backward, float32.
 # 8 heads of 64, 2L = 4096: chunks of 32 and of 64 are equally fast, and 64 takes fewer calls.
 CHUNK_TOKENS = 64
-# Shorter blocks share a tile of own blocks.
-OWN_BLOCK_TOKENS = 16
-# From this block size on, the rows of one half make tiles that are tall enough: 4% faster than both by chunk.
-LONG_BLOCK_TOKENS = 256
+# Shorter groups share a tile of own groups.
+OWN_GROUP_TOKENS = 16
+# From this size of a group on, the rows of one half make tiles that are tall enough: 4% faster than both by
+# chunk.
+LONG_GROUP_TOKENS = 256
 # Query-key pairs that cost as much as one more call, with 4 heads of 32. With 8 heads of 64 and 16 documents
 # of about 1024 tokens all from 2048 to 8192 are within 3%.
 CALL_PAIRS = 4096
@@ -148,7 +150,8 @@ class Tiling:
 
 def tiling(rectangle: Rectangle) -> Tiling:
     """Return the calls that compute a rectangle; takes O(B (n + L)) time and memory."""
-    arrays = rectangle.mask.document_start, rectangle.tokens, rectangle.noisy_keys
+    mask = rectangle.mask
+    arrays = mask.document_start, mask.group_start, rectangle.tokens, rectangle.noisy_keys
     shared = all(bool((array == array[0]).all()) for array in arrays)
     layout = _Layout(rectangle, samples=1 if shared else rectangle.batch)
     by_chunk, as_given = (
@@ -188,6 +191,7 @@ class _Layout:
 
         self.document = of_tokens(self.mask.document_start, self.mask.document_stop)
         self.block = of_tokens(self.mask.block_start, self.mask.block_stop)
+        self.group = of_tokens(self.mask.group_start, self.mask.group_stop)
         if self.mask.clean_copy:
             own, first_noisy_key = rectangle.own_block, sample * rectangle.noisy_keys.shape[1]
             edges = ((edge[:samples] + first_noisy_key).ravel() for edge in (own.start, own.stop))
@@ -207,15 +211,15 @@ class _Layout:
         self.as_given.append(Tiles(rows, keys, self.document))
 
     def _growing_sight(self, rectangle: Rectangle) -> None:
-        """A row sees its document up to its block, or to the end of its block."""
-        self.chunk_start = self._block_starts(CHUNK_TOKENS)
-        by_chunk = self.mask.clean_copy and self.mask.block_size < LONG_BLOCK_TOKENS
+        """A row sees its document up to its group, or to the end of its block."""
+        self.chunk_start = self._group_starts(CHUNK_TOKENS)
+        by_chunk = self.mask.clean_copy and self.mask.group_tokens < LONG_GROUP_TOKENS
         if by_chunk:
             segment_start = self._segment_starts()
             self.chunk_start = np.union1d(self.chunk_start, segment_start)
             first_token = np.searchsorted(self.document.start, segment_start)
             self.segment_edges = np.unique(np.append(first_token, self.count)) * 2
-        self.chunk = np.searchsorted(self.chunk_start, self.block.start, side="right") - 1
+        self.chunk = np.searchsorted(self.chunk_start, self.group.start, side="right") - 1
         chunks = _runs(self.chunk, self.document.start) if rectangle.few_rows else _runs(self.chunk)
         # What the rows see of the clean keys, and its part in their chunk.
         clean_rows = Spans(self.document.start, self.block.stop) + self.first_clean_key
@@ -227,20 +231,20 @@ class _Layout:
                 tiles = self._in_one_piece(tiles, clean_rows)
             self.as_given = [Tiles(*each, clean_rows) for each in tiles]
             return
-        noisy_rows = Spans(self.document.start, self.block.start) + self.first_clean_key
+        noisy_rows = Spans(self.document.start, self.group.start) + self.first_clean_key
         seen = noisy_rows.followed_by(clean_rows)
-        has_one_block = self.block.start[chunks.start] == self.block.start[chunks.stop - 1]
-        tiles = [(chunks[~has_one_block], own_chunk[~has_one_block]), *self._past()]
+        has_one_group = self.group.start[chunks.start] == self.group.start[chunks.stop - 1]
+        tiles = [(chunks[~has_one_group], own_chunk[~has_one_group]), *self._past()]
         if by_chunk:
             self.order = self._order_by_chunk()
             self.by_chunk = [Tiles(rows * 2, keys, seen[self.order]) for rows, keys in tiles]
         else:
             clean = self.count
             self.as_given = [Tiles(rows + half, keys, seen) for rows, keys in tiles for half in (0, clean)]
-        self._own_blocks(chunks[has_one_block], own_chunk[has_one_block], clean_rows)
-        # A rectangle may leave out tokens of a chunk that come before its only block.
+        self._own_groups(chunks[has_one_group], own_chunk[has_one_group], clean_rows)
+        # A rectangle may leave out tokens of a chunk that come before its only group.
         skipped = Spans(in_chunk, noisy_rows.stop)[chunks.start]
-        gap = has_one_block & (skipped.lengths > 0)
+        gap = has_one_group & (skipped.lengths > 0)
         self.as_given.append(Tiles(chunks[gap], skipped[gap], seen))
 
     def _in_one_piece(self, tiles: list[tuple[Spans, Spans]], seen: Spans) -> list[tuple[Spans, Spans]]:
@@ -255,22 +259,22 @@ class _Layout:
         sight = Spans(seen.start[short.start], seen.stop[short.stop - 1])
         return [(rows.followed_by(short), keys.followed_by(sight)), *past]
 
-    def _own_blocks(self, chunks: Spans, own_chunk: Spans, clean_rows: Spans) -> None:
-        """Own blocks of noisy rows, and own chunks of clean rows where a chunk is one block."""
-        groups = _runs(
-            np.searchsorted(self._block_starts(OWN_BLOCK_TOKENS), self.block.start, side="right"), self.chunk
+    def _own_groups(self, chunks: Spans, own_chunk: Spans, clean_rows: Spans) -> None:
+        """Own groups of noisy rows, and own chunks of clean rows where a chunk is one group."""
+        runs = _runs(
+            np.searchsorted(self._group_starts(OWN_GROUP_TOKENS), self.group.start, side="right"), self.chunk
         )
-        noisy = groups[~np.isin(groups.start, chunks.start)].followed_by(chunks)
+        noisy = runs[~np.isin(runs.start, chunks.start)].followed_by(chunks)
         noisy_keys = Spans(self.own_block.start[noisy.start], self.own_block.stop[noisy.stop - 1])
         rows = noisy.followed_by(chunks + self.count)
         seen = self.own_block.followed_by(clean_rows)
         self.as_given.append(Tiles(rows, noisy_keys.followed_by(own_chunk), seen))
 
-    def _block_starts(self, tokens: int) -> Integers:
-        """First tokens of runs of whole blocks of about `tokens`; blocks of half as many stand alone."""
-        size = self.mask.block_size
+    def _group_starts(self, tokens: int) -> Integers:
+        """First tokens of runs of whole groups of about `tokens`; groups of half as many stand alone."""
+        size = self.mask.group_tokens
         step = tokens // size * size if 2 * size < tokens else size
-        return self._starts(step, self.mask.block_start, self.mask.block_stop)
+        return self._starts(step, self.mask.group_start, self.mask.group_stop)
 
     def _starts(self, step: int, start: Integers, stop: Integers) -> Integers:
         """First tokens of runs of whole spans: about one every `step` tokens, and long spans alone.

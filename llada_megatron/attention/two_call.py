@@ -1,14 +1,15 @@
 """Block-diffusion attention from two calls of kernels that know only simple masks.
 
     interval   every row against all clean keys, of which it sees one interval
-    own block  the noisy rows against the noisy keys of their block: short sequences, nothing hidden
+    own block  the noisy rows of a block against the noisy keys of their noise group up to the block's end:
+               short sequences, nothing hidden; blocks of one group each bring the keys that they share
 
 The results merge exactly by the log-sum-exp of the scores. Given the merged output and log-sum-exp, the
 backward pass of each call is its part of the gradient (FlashAttention-2, arXiv 2307.08691, algorithm 2). A
 mask without a clean copy is the first call alone.
 
 Legend: Q queries, K keys, B batch, H heads, Hkv key and value heads, D head dim, L clean keys, n noisy rows
-of a sample, T = B n, U noisy keys that are of some block, N blocks.
+of a sample, T = B n, U noisy keys that some block sees, N blocks.
 """
 
 from dataclasses import dataclass
@@ -44,13 +45,17 @@ class OwnBlocks:
     """Noisy rows, sample by sample and in order, and their noisy keys as N sequences."""
 
     longest: int
-    """No block has more rows or keys."""
+    """No block has more rows."""
+    most_keys: int
+    """No block sees more of the keys."""
     row_edges: Tensor
     """int32 [N + 1], first row of each block and the end, in [0, T]."""
     key_edges: Tensor
     """int32 [N + 1], the same of its keys, in [0, U]."""
     keys: Tensor
     """int64 [U], where each key lies in [K B]."""
+    shares_keys: bool
+    """Whether some key is there more than once: several blocks of a group see it."""
 
 
 class Call[Seen](Protocol):
@@ -127,22 +132,31 @@ def plan_of(rectangle: Rectangle, device: torch.device) -> Plan:
 
 
 def _own_blocks(rectangle: Rectangle, device: torch.device) -> OwnBlocks:
-    own, block_size = rectangle.own_block, rectangle.mask.block_size
-    begins = np.ones_like(own.start, dtype=bool)
-    begins[:, 1:] = own.start[:, 1:] != own.start[:, :-1]
+    mask, own = rectangle.mask, rectangle.own_block
+    begins = np.ones_like(own.stop, dtype=bool)
+    begins[:, 1:] = own.stop[:, 1:] != own.stop[:, :-1]
     lengths = (own.stop - own.start)[begins]
     row_edges = np.append(np.flatnonzero(begins), begins.size)
     key_edges = np.append(0, lengths.cumsum())
     within = np.arange(key_edges[-1]) - np.repeat(key_edges[:-1], lengths)
     key = np.repeat(own.start[begins], lengths) + within
     sample = np.repeat(np.nonzero(begins)[0], lengths)
-    empty_blocks = -len(lengths) % max(1, PADDING_TOKENS // block_size)
+    empty_blocks = -len(lengths) % max(1, PADDING_TOKENS // mask.block_size)
     row_edges, key_edges = (
         torch.from_numpy(np.pad(edges, (0, empty_blocks), mode="edge")).to(device, torch.int32)
         for edges in (row_edges, key_edges)
     )
     keys = torch.from_numpy(key * rectangle.batch + sample).to(device)
-    return OwnBlocks(block_size, row_edges, key_edges, keys)
+    return OwnBlocks(mask.block_size, mask.group_tokens, row_edges, key_edges, keys, mask.has_groups)
+
+
+def _put(grad: Tensor, blocks: OwnBlocks, of_own: Tensor) -> None:
+    """Write the gradients of the blocks' keys [U, ...] to those of all keys [K B, ...], which are zero."""
+    if not blocks.shares_keys:
+        grad.index_copy_(0, blocks.keys, of_own)
+        return
+    wide = torch.zeros_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    grad.add_(wide.index_add_(0, blocks.keys, of_own.to(wide.dtype)).to(grad.dtype))
 
 
 def _by_sample(noisy_rows: Tensor) -> Tensor:
@@ -198,5 +212,5 @@ class _TwoCallAttention(torch.autograd.Function):
         grad_query[:noisy] += grad_own_query.unflatten(0, (-1, noisy)).transpose(0, 1)
         for grad, of_clean, of_own in zip(grads, grad_clean, grad_own, strict=True):
             grad[plan.noisy_keys :] = of_clean
-            grad.flatten(0, 1).index_copy_(0, plan.blocks.keys, of_own)
+            _put(grad.flatten(0, 1), plan.blocks, of_own)
         return grad_query, *grads, None, None, None

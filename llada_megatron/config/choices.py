@@ -30,6 +30,13 @@ class Denominator(StrEnum):
     batch = "batch"
 
 
+class GroupRates(StrEnum):
+    """How the blocks of a noise group get their mask rates (objectives/multi_block.py)."""
+
+    chain = "chain"
+    independent = "independent"
+
+
 class BlockGrid(StrEnum):
     """Where block 0 begins."""
 

@@ -106,6 +106,16 @@ OBJECTIVES: dict[str, Geometry] = {
         samples_per_sequence=_complements,
         figures=_DIFFUSION_FIGURES,
     ),
+    "multi_block": Geometry(
+        module="llada_megatron.objectives.multi_block",
+        causal=False,
+        reads_clean_half=True,
+        supervised=lambda diffusion, length: (
+            length * diffusion.multi_block.mean_rate(diffusion.mask_rate_min, diffusion.mask_rate_max)
+        ),
+        samples_per_sequence=lambda config: len(config.diffusion.multi_block.layouts),
+        figures=_DIFFUSION_FIGURES,
+    ),
     "confidence": Geometry(
         module="llada_megatron.objectives.confidence",
         causal=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llada_megatron.config.changes import check_names
+from llada_megatron.config.choices import GroupRates
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Batches, Schedule, Stage, block_size_of
@@ -65,6 +66,46 @@ def _check_stage(config: Config, stage: Stage) -> None:
     )
     for index, size in enumerate(config.evaluation.block_sizes):
         block_size_of(size, stage.sequence_length, f"evaluation.block_sizes[{index}]")
+    if stage.objective == "multi_block":
+        _check_groups(config, stage)
+
+
+def _check_groups(config: Config, stage: Stage) -> None:
+    """Noise groups of several blocks fit the sequence and its masks."""
+    groups, where = config.diffusion.multi_block, f"schedule.stages[{stage.index}]"
+    said, blocks = (
+        f"diffusion.multi_block.group_size={groups.group_size}",
+        (stage.sequence_length // stage.block_size),
+    )
+    require(
+        stage.clean_copy,
+        f"{where} has one block per sequence, of which no group can be made: objective multi_block needs a"
+        " smaller block_size.",
+    )
+    require(
+        groups.group_size <= blocks,
+        f"{said} does not fit the {blocks} blocks of a sequence of {where}: set it to {blocks} at most.",
+    )
+    require(
+        groups.group_size > 1 or not groups.random_layouts,
+        f"{said} leaves no size to draw for diffusion.multi_block.random_layouts={groups.random_layouts}: set"
+        " group_size to 2 or more, or random_layouts to 0.",
+    )
+    require(
+        len(groups.layouts) > 0,
+        "diffusion.multi_block.systematic=false leaves no layout of groups: set random_layouts to 1 or more.",
+    )
+    require(
+        not config.diffusion.complementary,
+        "diffusion.complementary=true would turn the rising rates of a group's blocks round: objective"
+        " multi_block needs it false.",
+    )
+    require(
+        groups.rates is GroupRates.independent
+        or not (config.diffusion.antithetic or config.diffusion.resample),
+        "diffusion.multi_block.rates=chain has draws of its own: set diffusion.antithetic=false and"
+        " diffusion.resample=false, or rates=independent.",
+    )
 
 
 def _check_conversations(config: Config, schedule: Schedule) -> None:

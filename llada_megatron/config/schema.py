@@ -32,6 +32,7 @@ from llada_megatron.config.choices import (
     Wandb,
     Weight,
 )
+from llada_megatron.config.multi_block import MultiBlockConfig
 from llada_megatron.config.ranges import (
     Amount,
     Count,
@@ -233,6 +234,7 @@ class DiffusionConfig:
     gives_mask_token: bool = True
     """False: the mask token's logit counts as minus infinity, as in BD3-LM; a model never has to give it."""
     embedding_noise: EmbeddingNoiseConfig = field(default_factory=EmbeddingNoiseConfig)
+    multi_block: MultiBlockConfig = field(default_factory=MultiBlockConfig)
 
 
 @dataclass

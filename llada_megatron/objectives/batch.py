@@ -90,15 +90,22 @@ def left_out(sample: PackedSample, model: ModelConfig) -> PackedSample:
 
 
 def model_mask(
-    samples: list[PackedSample], block_size: int, grid: BlockGrid, *, clean_copy: bool, causal: bool
+    samples: list[PackedSample],
+    block_size: int,
+    grid: BlockGrid,
+    *,
+    clean_copy: bool,
+    causal: bool,
+    group_starts: list[np.ndarray] | None = None,
 ) -> BlockDiffusionMask:
-    """The attention mask of a micro-batch."""
+    """The attention mask of a micro-batch; group_starts [L] of each sample, where it has noise groups."""
     return BlockDiffusionMask(
         [torch.from_numpy(sample.cu_seqlens) for sample in samples],
         block_size,
         block_grid=grid,
         clean_copy=clean_copy,
         causal=causal,
+        group_starts=None if group_starts is None else np.stack(group_starts),
     )
 
 

@@ -21,10 +21,14 @@ UNCLIPPED_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Corruption:
-    """masked bool [L]; rate float64 [L], the t that each position was masked with."""
+    """masked bool [L]; rate float64 [L], the t that each position was masked with.
+
+    group_starts int64 [L]: the first token of each one's noise group (attention/mask.py); None: of its block.
+    """
 
     masked: np.ndarray
     rate: np.ndarray
+    group_starts: np.ndarray | None = None
 
 
 def corrupt(

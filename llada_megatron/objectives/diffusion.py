@@ -80,12 +80,14 @@ class Diffusion(Objective):
     ) -> MicroBatch:
         """The micro-batch of samples whose masks are given."""
         grid = self.config.diffusion.block_grid
+        groups = [c.group_starts for c in corruptions if c.group_starts is not None]
         inputs = diffusion_inputs(
             samples,
             [corruption.masked for corruption in corruptions],
             block_size=block_size,
             grid=grid,
             mask_token_id=self.config.model.mask_token_id,
+            group_starts=groups or None,
         )
         weights, counts, rates, places = [], [], [], []
         for sample, corruption in zip(samples, corruptions, strict=True):
@@ -137,17 +139,21 @@ def diffusion_inputs(
     block_size: int,
     grid: BlockGrid,
     mask_token_id: int,
+    group_starts: list[np.ndarray] | None = None,
 ) -> ModelInputs:
     """`[x_t ; x_0]` (x_t alone when one block spans the sequence), with outputs at the masked positions."""
     clean = np.stack([sample.tokens for sample in samples])
     noisy = np.where(np.stack(masked), mask_token_id, clean)
     clean_copy = block_size < clean.shape[1]
     positions = torch.arange(clean.shape[1])[None]
+    mask = model_mask(
+        samples, block_size, grid, clean_copy=clean_copy, causal=False, group_starts=group_starts
+    )
     rows = [np.flatnonzero(row) for row in masked]
     return ModelInputs(
         tokens=torch.from_numpy(np.concatenate([noisy, clean], axis=1) if clean_copy else noisy),
         positions=torch.cat([positions, positions], dim=1) if clean_copy else positions,
-        keys=ContextShard(model_mask(samples, block_size, grid, clean_copy=clean_copy, causal=False)),
+        keys=ContextShard(mask),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate([c[row] for c, row in zip(clean, rows, strict=True)])),
     )

@@ -12,17 +12,18 @@ from llada_megatron.config.errors import BadInput
 
 BALANCED = 1.01
 """A deal of coarse units is taken when no rank has more than this times the mean work."""
-WHOLE_BLOCKS = 1.1
-"""Blocks are cut, which makes noisy keys travel, only when whole ones cannot be dealt within this."""
+WHOLE_GROUPS = 1.1
+"""Noise groups, mostly of one block, are cut, which makes noisy keys travel, only when whole ones cannot be
+dealt within this."""
 
 
-def deal_tokens(work_L: np.ndarray, block_start_L: np.ndarray, block_size: int, ranks: int) -> np.ndarray:
+def deal_tokens(work_L: np.ndarray, group_start_L: np.ndarray, block_size: int, ranks: int) -> np.ndarray:
     """Owner of each token, int64 [L]; every rank gets exactly L / ranks tokens.
 
-    work_L: attention work of each token, in any unit. block_start_L: first token of each token's block.
-    Units of neighbouring tokens are dealt by falling work to the rank with the least so far. They are as
-    long as balance allows (long runs are what kernels like), whole blocks whenever those can be balanced,
-    and pieces of blocks otherwise. Raises BadInput when L is not a multiple of ranks.
+    work_L: attention work of each token, in any unit. group_start_L: first token of each token's noise group,
+    which is a block or several. Units of neighbouring tokens are dealt by falling work to the rank with the
+    least so far. They are as long as balance allows (long runs are what kernels like), whole groups whenever
+    those can be balanced, and pieces of blocks otherwise. Raises BadInput when L is not a multiple of ranks.
     """
     length = len(work_L)
     if length % ranks:
@@ -30,12 +31,12 @@ def deal_tokens(work_L: np.ndarray, block_start_L: np.ndarray, block_size: int, 
 
     def edges_of(unit: int) -> np.ndarray:
         edges = np.arange(0, length, unit)
-        return np.append(np.unique(block_start_L[edges]) if unit >= block_size else edges, length)
+        return np.append(np.unique(group_start_L[edges]) if unit >= block_size else edges, length)
 
     blocks_per_rank = max(1, length // (ranks * block_size))
     coarse_to_fine = [block_size << power for power in reversed(range(blocks_per_rank.bit_length()))]
     deal = _first_balanced(work_L, map(edges_of, coarse_to_fine), ranks)
-    if deal[0] > WHOLE_BLOCKS and block_size > 1:
+    if deal[0] > WHOLE_GROUPS and block_size > 1:
         pieces = [block_size >> power for power in range(1, block_size.bit_length())]
         deal = min(deal, _first_balanced(work_L, map(edges_of, pieces), ranks), key=itemgetter(0))
     return deal[1]

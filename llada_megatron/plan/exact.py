@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llada_megatron.config.choices import LayerSpec
+from llada_megatron.config.choices import GroupRates, LayerSpec
 from llada_megatron.config.contents import Parameters
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import coordinates, data_parallel_size, micro_batches_per_step, rank_at
@@ -76,9 +76,10 @@ def check(config: Config) -> None:
 
 def dry_configuration(config: Config) -> Config:
     """The run as the dry run has it: half of the positions masked, layers of the local spec."""
+    groups = replace(config.diffusion.multi_block, rates=GroupRates.independent)
     return replace(
         config,
-        diffusion=replace(config.diffusion, mask_rate_min=0.25, mask_rate_max=0.75),
+        diffusion=replace(config.diffusion, mask_rate_min=0.25, mask_rate_max=0.75, multi_block=groups),
         schedule=replace(
             config.schedule,
             stages=[replace(each, mask_rate_min=0, mask_rate_max=0) for each in config.schedule.stages],

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.attention.test_executors import grouped
 from tests.distributed import run_ranks
 
 VIEWS = [(True, False), (True, False), (False, False), (False, True)]  # clean_copy, causal
@@ -23,7 +24,8 @@ def random_mask(seed):
     ]
     block_size = int(random.choice([1, 2, 4, 7, length // 4, length // 2, length]))
     grid = ["sequence", "document"][random.integers(2)]
-    return BlockDiffusionMask(samples, block_size, grid, clean_copy, causal)
+    mask = BlockDiffusionMask(samples, block_size, grid, clean_copy, causal)
+    return grouped(mask, 0.5, random) if seed % len(VIEWS) == 1 else mask
 
 
 def largest_differences(seeds):
@@ -72,7 +74,7 @@ def largest_differences(seeds):
 
 @pytest.fixture(scope="module")
 def differences():
-    return run_ranks(largest_differences, range(MASKS), processes=4)
+    return run_ranks(largest_differences, range(MASKS), processes=4)  # a quarter of them with noise groups
 
 
 def test_output_and_gradients_equal_one_process(differences):

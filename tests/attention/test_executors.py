@@ -1,5 +1,7 @@
 """Every executor against the dense reference, for whole masks and for rectangles of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,14 @@ def output_and_gradients(qkv, mask, backend):
     return [output, *torch.autograd.grad(output, qkv, weight)]
 
 
+def grouped(mask, share_of_cuts, random):
+    """The same mask with noise groups that begin at some of its blocks and at every document."""
+    place = np.arange(mask.length)
+    begins = (mask.block_start == place) & (random.random(mask.block_start.shape) < share_of_cuts)
+    begins |= mask.document_start == place
+    return replace(mask, group_starts=np.maximum.accumulate(np.where(begins, place, 0), axis=1))
+
+
 @st.composite
 def masks(draw, max_length=180):
     """Micro-batches of one or two samples, alike or not, on both sides of the chunk length."""
@@ -50,7 +60,11 @@ def masks(draw, max_length=180):
     )
     grid = draw(st.sampled_from(["sequence", "document"]))
     cu_seqlens = [torch.tensor([0, *sorted(inner), length]) for inner in samples]
-    return BlockDiffusionMask(cu_seqlens, block_size, grid, *draw(st.sampled_from(VIEWS)))
+    mask = BlockDiffusionMask(cu_seqlens, block_size, grid, *draw(st.sampled_from(VIEWS)))
+    if not mask.clean_copy or draw(st.booleans()):
+        return mask
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return grouped(mask, draw(st.sampled_from([0.0, 0.3, 0.6])), random)
 
 
 @st.composite
@@ -69,7 +83,7 @@ def rectangles(draw):
     count = min(map(len, tokens))
     tokens = [of_sample[:count] for of_sample in tokens]
     noisy_keys = []
-    for of_sample, start in zip(tokens, mask.block_start, strict=True):
+    for of_sample, start in zip(tokens, mask.group_start, strict=True):
         needed = np.isin(start, start[of_sample])
         noisy_keys.append(everything[needed | (random.random(mask.length) < share_of_halo)])
     most = max(map(len, noisy_keys)) + draw(st.integers(0, 3))
@@ -115,7 +129,19 @@ def test_executor_equals_reference_on_rectangles_with_gaps_halo_and_padding(
 def test_executor_equals_reference_where_documents_fill_several_segments(backend, grid, block_size):
     samples = [torch.tensor([0, 1100, 1150, 1500]), torch.tensor([0, 30, 60, 1300, 1500])]
     mask = BlockDiffusionMask(samples, block_size, grid)
-    assert_equals_reference(backend, mask, random_qkv(mask, 2, 1), 1e-10)
+    if block_size in (4, 100):
+        mask = grouped(mask, 0.5, np.random.default_rng(0))
+    assert_equals_reference(
+        backend, mask, random_qkv(mask, 2, 1), 1e-12 if mask.group_starts is not None else 1e-10
+    )
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+def test_groups_of_one_block_are_computed_bit_for_bit_as_blocks(backend):
+    mask = BlockDiffusionMask([torch.tensor([0, 70, 150]), torch.tensor([0, 150])], 4)
+    qkv = random_qkv(mask, dtype=torch.float32)
+    found = output_and_gradients(qkv, grouped(mask, 1.0, np.random.default_rng(0)), backend)
+    assert all(map(torch.equal, found, output_and_gradients(qkv, mask, backend)))
 
 
 @pytest.mark.parametrize("backend", EXECUTORS)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from llada_megatron.attention import BlockDiffusionMask, Rectangle
 from llada_megatron.attention.intervals import endpoints, mask_mod, tile_occupancy
+from tests.attention.test_executors import grouped
 
 VIEWS = [(True, False), (False, False), (False, True)]  # clean_copy, causal
 
@@ -21,6 +22,8 @@ def rectangles(draw, max_length=70):
     block_size = draw(st.integers(1, length))
     grid = draw(st.sampled_from(["sequence", "document"]))
     mask = BlockDiffusionMask(cu_seqlens, block_size, grid, *draw(st.sampled_from(VIEWS)))
+    if mask.clean_copy and draw(st.booleans()):
+        mask = grouped(mask, 0.5, np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
     if draw(st.booleans()):
         return mask.whole()
     count = draw(st.integers(1, length))
@@ -30,7 +33,7 @@ def rectangles(draw, max_length=70):
     extra = draw(st.lists(st.integers(0, length - 1), max_size=4))
     noisy = [
         np.union1d(np.flatnonzero(np.isin(starts, starts[own])), extra).astype(np.int64)
-        for starts, own in zip(mask.block_start, tokens, strict=True)
+        for starts, own in zip(mask.group_start, tokens, strict=True)
     ]
     size = max(map(len, noisy)) + draw(st.integers(0, 3))
     padded = [np.pad(keys, (0, size - len(keys)), constant_values=length) for keys in noisy]

@@ -1,8 +1,10 @@
 """The block-diffusion mask against a definition spelled out pair by pair."""
 
 import json
+from itertools import cycle, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -49,6 +51,65 @@ def test_dense_is_the_definition_pair_by_pair(boundaries, block_size, grid, clea
         for q in range(mask.total)
     ]
     assert torch.equal(mask.dense(), torch.tensor(expected))
+
+
+def group_of(token, boundaries, block_size, grid, sizes):
+    """Of a token, counted over all documents, where groups of so many blocks take turns in each of them."""
+    group = 0
+    for start, stop in pairwise(boundaries):
+        origin = start if grid == "document" else 0
+        blocks = sorted({(i - origin) // block_size for i in range(start, stop)})
+        turn = cycle(sizes)
+        while blocks:
+            size = next(turn)
+            of_group, blocks = blocks[:size], blocks[size:]
+            if start <= token < stop and (token - origin) // block_size in of_group:
+                return group
+            group += 1
+    raise AssertionError
+
+
+def sees_in_groups(query, key, boundaries, block_size, grid, sizes):
+    """The definition for one pair of positions, with noise groups."""
+    L = boundaries[-1]
+    document_of_query, document_of_key = (
+        sum(start <= position % L for start in boundaries) for position in (query, key)
+    )
+    if document_of_query != document_of_key:
+        return False
+    origin = boundaries[document_of_query - 1] if grid == "document" else 0
+    query_block, key_block = ((position % L - origin) // block_size for position in (query, key))
+    if query >= L:
+        return key >= L and key_block <= query_block
+    query_group, key_group = (
+        group_of(position % L, boundaries, block_size, grid, sizes) for position in (query, key)
+    )
+    if key < L:
+        return key_group == query_group and key_block <= query_block
+    return key_group < query_group
+
+
+def group_starts_of(boundaries, block_size, grid, sizes):
+    groups = [group_of(i, boundaries, block_size, grid, sizes) for i in range(boundaries[-1])]
+    return np.array([[groups.index(group) for group in groups]])
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [1, 2], [3, 1], [12]], ids=str)
+@pytest.mark.parametrize("grid", ["sequence", "document"])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("boundaries", LAYOUTS, ids=str)
+def test_dense_with_noise_groups_is_the_definition_pair_by_pair(boundaries, block_size, grid, sizes):
+    starts = group_starts_of(boundaries, block_size, grid, sizes)
+    mask = BlockDiffusionMask([torch.tensor(boundaries)], block_size, grid, group_starts=starts)
+    expected = [
+        [sees_in_groups(q, k, boundaries, block_size, grid, sizes) for k in range(mask.total)]
+        for q in range(mask.total)
+    ]
+    assert torch.equal(mask.dense(), torch.tensor(expected))
+    alone = BlockDiffusionMask([torch.tensor(boundaries)], block_size, grid)
+    assert mask.visible_pairs() == int(mask.dense().sum()) == alone.visible_pairs()
+    if sizes == [1]:
+        assert torch.equal(mask.dense(), alone.dense()) and (mask.group_starts == alone.block_start).all()
 
 
 @given(
@@ -151,6 +212,14 @@ def test_dense_equals_the_golden_mask_functions():
         ({"block_size": 13}, "block_size.*12 tokens, got 13"),
         ({"block_grid": "global"}, "block_grid.*'global'"),
         ({"clean_copy": True, "causal": True}, "clean_copy=False"),
+        ({"clean_copy": False, "group_starts": np.zeros((1, 12), int)}, "needs clean_copy=True"),
+        ({"group_starts": np.zeros((1, 8), int)}, r"must be \[1, 12\], got \[1, 8\]"),
+        ({"group_starts": np.array([[0] * 6 + [6] * 6])}, r"\[0\] at token 6 is 6"),  # within a block
+        ({"group_starts": np.array([[0] * 4 + [4] * 4 + [0] * 4])}, r"\[0\] at token 8 is 0"),
+        (
+            {"cu_seqlens": [torch.tensor([0, 5, 12])], "group_starts": np.zeros((1, 12), int)},
+            r"\[0\] at token 5 is 0",
+        ),
     ],
 )
 def test_a_mask_without_a_meaning_is_refused_by_value(arguments, message):

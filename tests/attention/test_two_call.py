@@ -57,7 +57,7 @@ def seen_in_interval(seen, queries, keys):
 
 
 def seen_in_own_block(seen, queries, keys):
-    assert (seen.row_edges.diff() <= seen.longest).all() and (seen.key_edges.diff() <= seen.longest).all()
+    assert (seen.row_edges.diff() <= seen.longest).all() and (seen.key_edges.diff() <= seen.most_keys).all()
     row_block, key_block = (
         torch.repeat_interleave(edges.diff()) for edges in (seen.row_edges, seen.key_edges)
     )

@@ -12,7 +12,25 @@ def scaled(**settings: object) -> list[str]:
     return [f"model.rotary_scaling.{name}={value}" for name, value in settings.items()]
 
 
+def groups(block_size: int, *overrides: str) -> list[str]:
+    stage = f"{{name: m, block_size: '{block_size}', tokens: 4096, objective: multi_block}}"
+    return [
+        f"schedule.stages=[{stage}]",
+        *(each if each[0] == "d" else f"diffusion.multi_block.{each}" for each in overrides),
+    ]
+
+
 BROKEN = [
+    (groups(128), r"schedule.stages\[0\] has one block per sequence"),
+    (groups(64, "group_size=3"), r"group_size=3 does not fit the 2 blocks of a sequence"),
+    (groups(4, "group_size=1", "random_layouts=1"), r"group_size=1 leaves no size to draw"),
+    (groups(4, "systematic=false"), "leaves no layout of groups: set random_layouts"),
+    (
+        groups(4, "diffusion.complementary=true", "diffusion.mask_rate_max=0.9"),
+        "round: objective multi_block",
+    ),
+    (groups(4, "diffusion.resample=true"), "rates=chain has draws of its own: set diffusion.antithetic"),
+    (groups(4, "group_size=3"), r"reads each sequence in 5 samples in a row"),
     (["model.kv_heads=3"], "model.kv_heads"),
     (["model.mask_token_id=512"], "model.mask_token_id"),
     (["model.rotary_fraction=0.03"], "model.rotary_fraction"),

@@ -30,6 +30,7 @@ def objective(name: str) -> list[str]:
     return ["diffusion=sft", "data.pad_to=8", f"schedule.stages=[{stage}]"]
 
 
+GROUPS = [*objective("multi_block"), "diffusion.complementary=false"]
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "cap": (FIRST, [*CAP, "layout.micro_batch=2", "layout.global_batch=2"]),
     "cap_counts_first": (FIRST, CAP),
     "dpo": (FIRST, DPO),
+    "multi_block": (FIRST, [*GROUPS, "layout.processes=2", "layout.cp=2"]),
 }
 SLOW_CASES = (
     "large_vocabulary",

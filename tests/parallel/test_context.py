@@ -1,5 +1,7 @@
 """Dealing tokens out to context-parallel ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,44 @@ def test_blocks_of_the_document_grid_are_cut_only_where_a_rank_is_full():
     mask = log_normal_mask(8192, 0, 32, "document")
     owner = ContextShard(mask, 0, 4).owner[0]
     assert 0 < blocks_that_span_ranks(mask, owner) <= 8
+
+
+def in_turns(mask, sizes):
+    """The mask with noise groups of so many blocks, in turns, which begin anew with each document."""
+    place = np.arange(mask.length)
+    block = np.cumsum(mask.block_start[0] == place) - 1
+    in_document = block - block[mask.document_start[0]]
+    begins = np.isin(in_document % sum(sizes), np.append(0, np.cumsum(sizes)[:-1]))
+    begins &= mask.block_start[0] == place
+    return replace(mask, group_starts=np.maximum.accumulate(np.where(begins, place, 0))[None])
+
+
+def rows_received(shard):
+    """Key rows that a rank gets from each of the others, over those of gathering both halves."""
+    own = shard.tokens.size
+    return (own + len(shard.halo_rows)) / (2 * own)
+
+
+@pytest.mark.parametrize(
+    ("length", "ranks", "sizes"), [(4096, 4, [2]), (16384, 8, [2]), (16384, 4, [3, 2, 4]), (32768, 16, [4])]
+)
+@pytest.mark.parametrize("grid", ["sequence", "document"])
+def test_groups_of_packed_documents_are_balanced_and_about_half_the_keys_travel(length, ranks, sizes, grid):
+    for seed in range(4):
+        shard = ContextShard(in_turns(log_normal_mask(length, seed, 32, grid), sizes), 0, ranks)
+        work = work_of_ranks(shard.mask, shard.owner[0], ranks)
+        assert work.max() / work.mean() <= 1.02
+        assert 0.5 <= rows_received(shard) <= 0.55
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_half_the_keys_travel_where_the_groups_of_a_sequence_are_whole(blocks, ranks):
+    mask = in_turns(BlockDiffusionMask([torch.tensor([0, 8192])], 32), [blocks])
+    shard = ContextShard(mask, 0, ranks)
+    work = work_of_ranks(mask, shard.owner[0], ranks)
+    assert work.max() / work.mean() <= 1.02
+    assert rows_received(shard) == 0.5
 
 
 def test_a_length_that_ranks_cannot_share_is_refused():
