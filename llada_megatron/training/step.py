@@ -284,21 +284,25 @@ def _part(
 def _drafts(
     trainer: Trainer, objective: Objective, stage: Stage, step: int, sigma: float
 ) -> list[torch.Tensor]:
-    """What the model makes of each draft batch of the step, fp64 [N, columns] on the host."""
+    """What the model makes of each draft batch of the last turn, fp64 [N, columns] on the host."""
     readout = objective.draft_readout
     assert readout is not None
-    parts = []
-    for indices in _dealt(trainer, stage, step):
-        whole = objective.draft_batch(trainer.data(step), indices, stage, noise_sigma=sigma)
-        whole.inputs.readout = readout
-        parts.append((len(whole.inputs.outputs), context_part(whole)))
-    outputs = passes.forward_only(
-        trainer.model,
-        [(part.to(device.device()) for _, part in parts) for _ in trainer.model],
-        lambda _, output: output.detach(),
-        **pass_sizes(stage),
-    )
-    return passes.on_every_rank(outputs, parts, readout.columns)
+    dealt = _dealt(trainer, stage, step)
+    drafts: list[torch.Tensor | None] = [None] * len(dealt)
+    for _ in range(objective.draft_turns):
+        parts = []
+        for indices, draft in zip(dealt, drafts, strict=True):
+            whole = objective.draft_batch(trainer.data(step), indices, stage, noise_sigma=sigma, draft=draft)
+            whole.inputs.readout = readout
+            parts.append((len(whole.inputs.outputs), context_part(whole)))
+        outputs = passes.forward_only(
+            trainer.model,
+            [(part.to(device.device()) for _, part in parts) for _ in trainer.model],
+            lambda _, output: output.detach(),
+            **pass_sizes(stage),
+        )
+        drafts = list(passes.on_every_rank(outputs, parts, readout.columns))
+    return drafts  # type: ignore[return-value]
 
 
 def _ratios(

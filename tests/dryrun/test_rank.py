@@ -151,7 +151,7 @@ def comparisons(stage_index: int, overrides: list[str]) -> list[exact.RankCompar
     config = dry_configuration(overrides)
     stage = rules.check(config).stages[stage_index]
     planner = Planner(config, expert_imbalance=1.0)
-    placement, micro_batches = planner.place(config.layout), exact.dry_micro_batches(config.layout, stage)
+    placement, micro_batches = planner.place(config.layout), exact.dry_micro_batches(config, stage)
     reports = [
         asdict(run_rank(config, stage, rank, micro_batches))
         for rank in exact.one_rank_per_stage(config.layout)
