@@ -23,8 +23,8 @@ class EditingConfig:
     """Of `words=vocabulary`: ids below it are drawn; the number of the tokenizer's tokens."""
     weight: Amount = 1.0
     """Of a replaced token's cross entropy, where a masked one's has w(t)."""
-    kept_weight: Amount = 0.0
-    """Of a token that stands there right; 0: it has no loss."""
+    kept_weight: Amount = 1.0
+    """Of a token that stands there right; without it a model learns that whatever stands is wrong."""
 
 
 @dataclass

@@ -285,24 +285,40 @@ def _drafts(
     trainer: Trainer, objective: Objective, stage: Stage, step: int, sigma: float
 ) -> list[torch.Tensor]:
     """What the model makes of each draft batch of the last turn, fp64 [N, columns] on the host."""
-    readout = objective.draft_readout
+    readout, sizes = objective.draft_readout, pass_sizes(stage)
     assert readout is not None
-    dealt = _dealt(trainer, stage, step)
-    drafts: list[torch.Tensor | None] = [None] * len(dealt)
+    drafts: list[torch.Tensor] = []
     for _ in range(objective.draft_turns):
-        parts = []
-        for indices, draft in zip(dealt, drafts, strict=True):
-            whole = objective.draft_batch(trainer.data(step), indices, stage, noise_sigma=sigma, draft=draft)
-            whole.inputs.readout = readout
-            parts.append((len(whole.inputs.outputs), context_part(whole)))
+        places: list[tuple[int, torch.Tensor | None]] = []
+        build = partial(_draft_batches, trainer, objective, stage, step, sigma, drafts, places)
         outputs = passes.forward_only(
             trainer.model,
-            [(part.to(device.device()) for _, part in parts) for _ in trainer.model],
+            _for_every_chunk(trainer, build, sizes),
             lambda _, output: output.detach(),
-            **pass_sizes(stage),
+            **sizes,
         )
-        drafts = list(passes.on_every_rank(outputs, parts, readout.columns))
-    return drafts  # type: ignore[return-value]
+        drafts = passes.on_every_rank(outputs, places, readout.columns)
+    return drafts
+
+
+def _draft_batches(
+    trainer: Trainer,
+    objective: Objective,
+    stage: Stage,
+    step: int,
+    sigma: float,
+    drafts: list[torch.Tensor],
+    places: list[tuple[int, torch.Tensor | None]],
+) -> Iterator[MicroBatch]:
+    """This rank's parts of a turn's batches; adds to `places` the N of each whole one, and which are here."""
+    data = trainer.data(step)
+    for index, indices in enumerate(_dealt(trainer, stage, step)):
+        draft = drafts[index] if drafts else None
+        whole = objective.draft_batch(data, indices, stage, noise_sigma=sigma, draft=draft)
+        whole.inputs.readout = objective.draft_readout
+        part = context_part(whole)
+        places.append((len(whole.inputs.outputs), part.places))
+        yield part
 
 
 def _ratios(

@@ -136,8 +136,8 @@ def test_a_share_of_the_samples_reads_wrong_drafts_and_the_others_masks():
 @pytest.mark.parametrize(
     ("name", "settings", "share"),
     [
-        ("editing", [], 0.5 + 0.5 * 0.1),
-        ("editing", ["diffusion.editing.kept_weight=1"], 1.0),
+        ("editing", [], 1.0),
+        ("editing", ["diffusion.editing.kept_weight=0"], 0.5 + 0.5 * 0.1),
         ("oput", ["diffusion.oput.turns=2"], 1.0),
     ],
 )
