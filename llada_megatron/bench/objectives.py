@@ -208,4 +208,4 @@ def _report(config: Config, cases: list[step.Case]) -> dict[str, Any]:
 
 def counts_first(config: Config, stage: Stage) -> bool:
     """Whether a step makes forward passes before its own."""
-    return stage.geometry.passes_before(micro_batches_per_step(config.layout, stage)) > 0
+    return stage.geometry.passes_before(config, micro_batches_per_step(config.layout, stage)) > 0

@@ -38,6 +38,7 @@ class Timed(Objective):
         self.timed, self.stopwatch, self.full_logits = timed, stopwatch, full_logits
         self.config, self.geometry, self.readout = timed.config, timed.geometry, timed.readout
         self.draft_readout, self.counts_known = timed.draft_readout, timed.counts_known
+        self.draft_turns = timed.draft_turns
         self.noise_sigma, self.shown = timed.noise_sigma, timed.shown  # type: ignore[method-assign]
         self.draft_batch = timed.draft_batch  # type: ignore[method-assign]
 

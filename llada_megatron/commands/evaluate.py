@@ -128,10 +128,15 @@ def _print(record: dict[str, Any]) -> None:
     table.add_column("")
     for name in ("nats/token", "std. error", "bits/byte"):
         table.add_column(name, justify="right")
+    planted = Table("wrong tokens planted", "% of tokens", "std. error", box=None, pad_edge=False)
     if record["ar"]:
         row("AR, exact", record["ar"], "nll")
     for size, bound in record["bound"].items():
         row(f"bound, block {size}", bound, "mean")
+    for size, shares in record["planted"].items():
+        for name, share in shares.items():
+            cells = (f"{100 * share[key]:.2f}" if share[key] is not None else "-" for key in ("mean", "se"))
+            planted.add_row(f"{name}, block {size}", *cells)
     for name, entropy in record["baselines"].items():
         table.add_row(f"{name} entropy of the text", f"{entropy:.4f}", "", "", style="dim")
     console = Console(highlight=False)
@@ -140,3 +145,5 @@ def _print(record: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     console.print(table)
+    if record["planted"]:
+        console.print(planted)

@@ -130,7 +130,7 @@ def _exact(args: argparse.Namespace, config: compose.Config) -> int:
     if name not in stages:
         raise BadInput(f"--stage {name} is not in schedule.stages: choose from {', '.join(stages)}.")
     stage, layout = stages[name], config.layout
-    micro_batches = exact.dry_micro_batches(layout, stage)
+    micro_batches = exact.dry_micro_batches(config, stage)
     if args.ranks:
         ranks = exact.chosen_ranks(args.ranks, layout)
     else:

@@ -37,6 +37,14 @@ class GroupRates(StrEnum):
     independent = "independent"
 
 
+class WrongWords(StrEnum):
+    """Where objective `editing` takes wrong tokens from."""
+
+    text = "text"
+    """Other places of the same sequence that may be masked: its unigram distribution."""
+    vocabulary = "vocabulary"
+
+
 class BlockGrid(StrEnum):
     """Where block 0 begins."""
 

@@ -8,7 +8,7 @@ schema.py if it has any.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llada_megatron.config.schema import Config, DiffusionConfig
 
@@ -61,7 +61,7 @@ class Geometry:
     """Whether its corpora are pairs of a chosen and a rejected text."""
     denominators: int = 1
     """The loss is a sum of so many terms, each with a denominator of its own over the global batch."""
-    passes_before: Callable[[int], int] = lambda micro_batches: 0
+    passes_before: Callable[[Config, int], int] = lambda config, micro_batches: 0
     """Forward passes over a step's batch before its own, by the micro-batches of each rank: for drafts, or
     for counts that only the model tells."""
     row_bytes: RowBytes = RowBytes()
@@ -75,6 +75,11 @@ class Geometry:
 def mask_rate(diffusion: DiffusionConfig) -> float:
     """Mean share of the positions that are masked; a complementary pair masks every position once."""
     return 0.5 if diffusion.complementary else (diffusion.mask_rate_min + diffusion.mask_rate_max) / 2
+
+
+def _edited_rate(diffusion: DiffusionConfig) -> float:
+    masked, editing = mask_rate(diffusion), diffusion.editing
+    return masked + (1 - masked) * (1 if editing.kept_weight else editing.replaced)
 
 
 def _complements(config: Config) -> int:
@@ -116,6 +121,27 @@ OBJECTIVES: dict[str, Geometry] = {
         samples_per_sequence=lambda config: len(config.diffusion.multi_block.layouts),
         figures=_DIFFUSION_FIGURES,
     ),
+    "editing": Geometry(
+        module="llada_megatron.objectives.editing",
+        causal=False,
+        reads_clean_half=True,
+        supervised=lambda diffusion, length: length * _edited_rate(diffusion),
+        samples_per_sequence=_complements,
+        figures={
+            **_DIFFUSION_FIGURES,
+            "loss_by_t": replace(_DIFFUSION_FIGURES["loss_by_t"], bins=11),  # the last: not masked
+            "loss_by_stand": Figure(3),  # masked, replaced, kept
+        },
+    ),
+    "oput": Geometry(
+        module="llada_megatron.objectives.oput",
+        causal=False,
+        reads_clean_half=True,
+        supervised=lambda diffusion, length: length,
+        samples_per_sequence=_complements,
+        figures={"loss_by_stand": Figure(3), "right": Figure(3)},  # masked, drafted, kept
+        passes_before=lambda config, micro_batches: config.diffusion.oput.turns,
+    ),
     "confidence": Geometry(
         module="llada_megatron.objectives.confidence",
         causal=False,
@@ -124,7 +150,7 @@ OBJECTIVES: dict[str, Geometry] = {
         samples_per_sequence=_complements,
         figures={**_DIFFUSION_FIGURES, "right": Figure(1), "entropy": Figure(1)},
         denominators=2,
-        passes_before=lambda micro_batches: int(micro_batches > 1),
+        passes_before=lambda config, micro_batches: int(micro_batches > 1),
         # The readout's three figures (12) and its two sums (8) are kept besides; model/readout.py, at a
         # temperature of 1.
         row_bytes=RowBytes(

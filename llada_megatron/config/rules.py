@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llada_megatron.config.changes import check_names
-from llada_megatron.config.choices import GroupRates
+from llada_megatron.config.choices import GroupRates, WrongWords
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Batches, Schedule, Stage, block_size_of
@@ -68,6 +68,19 @@ def _check_stage(config: Config, stage: Stage) -> None:
         block_size_of(size, stage.sequence_length, f"evaluation.block_sizes[{index}]")
     if stage.objective == "multi_block":
         _check_groups(config, stage)
+    if stage.objective == "editing":
+        _check_words(config)
+
+
+def _check_words(config: Config) -> None:
+    """Wrong tokens come from somewhere, and are tokens of the model."""
+    editing, vocabulary = config.diffusion.editing, config.model.vocab_size
+    require(
+        editing.words is not WrongWords.vocabulary or 2 <= editing.vocabulary <= vocabulary,
+        "diffusion.editing.words=vocabulary draws ids below"
+        f" diffusion.editing.vocabulary={editing.vocabulary}: set it to the number of the tokenizer's tokens,"
+        f" from 2 to model.vocab_size={vocabulary}.",
+    )
 
 
 def _check_groups(config: Config, stage: Stage) -> None:

@@ -32,6 +32,7 @@ from llada_megatron.config.choices import (
     Wandb,
     Weight,
 )
+from llada_megatron.config.editing import EditingConfig, OputConfig
 from llada_megatron.config.multi_block import MultiBlockConfig
 from llada_megatron.config.ranges import (
     Amount,
@@ -235,6 +236,8 @@ class DiffusionConfig:
     """False: the mask token's logit counts as minus infinity, as in BD3-LM; a model never has to give it."""
     embedding_noise: EmbeddingNoiseConfig = field(default_factory=EmbeddingNoiseConfig)
     multi_block: MultiBlockConfig = field(default_factory=MultiBlockConfig)
+    editing: EditingConfig = field(default_factory=EditingConfig)
+    oput: OputConfig = field(default_factory=OputConfig)
 
 
 @dataclass
@@ -418,6 +421,8 @@ class EvaluationConfig:
     """0: never between the ends of stages."""
     infill_sequences: Count = 0
     """After a diffusion stage fill in this many half-masked held-out sequences, as samples for the eye."""
+    planted_share: Share = 0.0
+    """Replace this share of held-out tokens by wrong ones and count what the model mends; 0: not measured."""
 
 
 @dataclass

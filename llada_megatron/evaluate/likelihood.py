@@ -19,6 +19,7 @@ from llada_megatron.config.schedule import block_size_of
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.evaluate.held_out import HeldOut
+from llada_megatron.evaluate.planted import TALLIES, Planted, shares_of
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.objectives import passes
 from llada_megatron.objectives.autoregressive import autoregressive_batch
@@ -33,6 +34,13 @@ Estimate = dict[str, Any]
 """`mean`, `se` and `bits_per_byte`; of several domains the same of each under `domains`, by name."""
 
 
+def _sample_sums(batch: MicroBatch, cross_entropy: torch.Tensor) -> torch.Tensor:
+    """Weighted cross entropies summed per sample, fp64 [B]."""
+    samples = batch.inputs.tokens.shape[0]
+    sums = cross_entropy.new_zeros(samples, dtype=torch.float64)
+    return sums.index_add_(0, batch.inputs.outputs % samples, cross_entropy.double() * batch.rows["weights"])
+
+
 class Evaluator:
     """Evaluates a model on the first `evaluation.sequences` held-out sequences, of each domain."""
 
@@ -44,12 +52,16 @@ class Evaluator:
 
     def bounds(self) -> dict[str, Estimate]:
         """The bound at every `evaluation.block_sizes`, keyed by block size."""
-        length = self.config.data.sequence_length
-        sizes = [
-            block_size_of(size, length, "evaluation.block_sizes")
-            for size in self.config.evaluation.block_sizes
-        ]
-        return {str(size): self.bound(size) for size in sizes}
+        return {str(size): self.bound(size) for size in self._block_sizes()}
+
+    def _block_sizes(self) -> list[int]:
+        length, sizes = self.config.data.sequence_length, self.config.evaluation.block_sizes
+        return [block_size_of(size, length, "evaluation.block_sizes") for size in sizes]
+
+    def every_planted(self) -> dict[str, dict[str, Estimate]]:
+        """`planted` at every `evaluation.block_sizes`, where `evaluation.planted_share` asks for it."""
+        sizes = self._block_sizes() if self.config.evaluation.planted_share else []
+        return {str(size): self.planted(size) for size in sizes}
 
     def bound(self, block_size: int) -> Estimate:
         """Upper bound of the NLL in nats per token (of answers, in chats), its standard error over
@@ -76,6 +88,16 @@ class Evaluator:
             sums = self._sums(partial(self._next_token_batch, half))
             views[name] = self._estimate(sums, self._predicted())["mean"]
         return views
+
+    def planted(self, block_size: int) -> dict[str, Estimate]:
+        """What the model makes of wrong tokens in held-out text, by the name of each share (planted.py)."""
+        planted = Planted(self.config, block_size)
+        sums = self._sums(
+            lambda samples, indices: planted.batch(samples, [self.held_out.places[i] for i in indices]),
+            planted.tallies,
+            columns=(TALLIES,),
+        )
+        return shares_of(sums)
 
     def _predicted(self) -> np.ndarray:
         return np.array([autoregressive_batch([sample]).counts[0] for sample in self.samples])
@@ -118,25 +140,33 @@ class Evaluator:
         inputs.labels = targets.labels
         return _batch(inputs, np.ones(len(inputs.outputs)))
 
-    def _sums(self, build: Callable[[list[PackedSample], list[int]], MicroBatch]) -> np.ndarray:
-        """Weighted cross entropies summed per sequence, float64 [sequences], the same on every rank."""
+    def _sums(
+        self,
+        build: Callable[[list[PackedSample], list[int]], MicroBatch],
+        collect: Callable[[MicroBatch, torch.Tensor], torch.Tensor] = _sample_sums,
+        columns: tuple[int, ...] = (),
+    ) -> np.ndarray:
+        """What `collect` makes of each micro-batch, fp64 [B, *columns], of all sequences.
+
+        By default weighted cross entropies. Returns float64 [sequences, *columns], the same on every rank.
+        """
         size = self.config.layout.micro_batch
         count = len(self.samples)
         # Interleaved pipelines want micro-batches in multiples of their stages.
         parts = even_parts(count, size, self.config.layout.pp if self.config.layout.vpp > 1 else 1)
-        totals = torch.zeros(count, dtype=torch.float64, device=device.device())
+        totals = torch.zeros(count, *columns, dtype=torch.float64, device=device.device())
         probe = build([self.samples[index] for index in parts[0]], parts[0])
         reduced = passes.forward_only(
             self.model,
             [self._batches(parts, build) for _ in self.model],
-            _sample_sums,
+            collect,
             num_microbatches=len(parts),
             seq_length=probe.inputs.tokens.shape[1],
             micro_batch_size=size,
         )
         for indices, sums in zip(parts, reduced, strict=False):
             totals[indices] = sums  # a padded sequence is written twice with the same value
-        covered = torch.zeros_like(totals)
+        covered = torch.zeros(count, *[1] * len(columns), dtype=torch.float64, device=device.device())
         # Context-parallel ranks hold parts of the same sequences: the parts add up to one covering.
         if reduced and parallel_state.get_context_parallel_rank() == 0:
             covered[[index for part in parts for index in part]] = 1.0
@@ -177,13 +207,6 @@ def _batch(inputs: ModelInputs, weights: np.ndarray) -> MicroBatch:
     return MicroBatch(inputs, {"weights": torch.from_numpy(weights)})
 
 
-def _sample_sums(batch: MicroBatch, cross_entropy: torch.Tensor) -> torch.Tensor:
-    """Weighted cross entropies summed per sample, fp64 [B]."""
-    samples = batch.inputs.tokens.shape[0]
-    sums = cross_entropy.new_zeros(samples, dtype=torch.float64)
-    return sums.index_add_(0, batch.inputs.outputs % samples, cross_entropy.double() * batch.rows["weights"])
-
-
 def checkpoint_metrics(
     bounds: dict[str, Estimate], autoregressive: dict[str, Any] | None
 ) -> dict[str, float]:
@@ -207,6 +230,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, *, autoregressive: boo
         return {
             "bound": evaluator.bounds(),
             "ar": exact and {"nll": exact.pop("mean"), **exact},
+            "planted": evaluator.every_planted(),
             "baselines": evaluator.baselines,
             "sequences": len(evaluator.samples),
         }

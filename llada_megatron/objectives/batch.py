@@ -129,7 +129,7 @@ def context_part(batch: MicroBatch) -> MicroBatch:
     sample = np.arange(B)[:, None]
     position, b = np.divmod(inputs.outputs.numpy(), B)  # of each of the N outputs, in the whole sequence
     half, token = np.divmod(position, L)
-    here = torch.from_numpy(shard.owner[b, token] == shard.rank)
+    here = torch.from_numpy(np.flatnonzero(shard.owner[b, token] == shard.rank))
     row = half * n + shard.row_of_token[b, token]
     rows = torch.from_numpy(shard.rows)
     noise = inputs.noise
@@ -152,5 +152,5 @@ def context_part(batch: MicroBatch) -> MicroBatch:
         inputs=part,
         rows={name: tensor[here] for name, tensor in batch.rows.items()},
         counts=batch.counts if shard.rank == 0 else (0,) * len(batch.counts),
-        places=torch.from_numpy(np.flatnonzero(here.numpy())),
+        places=here,
     )

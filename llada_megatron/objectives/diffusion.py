@@ -55,25 +55,33 @@ class Diffusion(Objective):
         draft: torch.Tensor | None = None,
     ) -> MicroBatch:
         """`[x_t ; x_0]` of the samples, corrupted as the stage asks."""
-        seed = self.config.run.seed
-        diffusion = diffusion_of(self.config.diffusion, self.config.schedule.stages[stage.index])
         samples = self.read(data, indices)
-        corruptions = [
-            self.corrupt(seed, index, sample.cu_seqlens, stage.block_size, diffusion, sample.supervised)
-            for index, sample in zip(indices, samples, strict=True)
-        ]
-        for sample, corruption in zip(samples, corruptions, strict=True):
-            corruption.masked[:] &= not sample.is_left_out
+        corruptions = self.corruptions(samples, indices, stage)
         batch = self.corrupted(samples, corruptions, stage.block_size)
-        if noise_sigma > 0:
-            batch.inputs.noise = EmbeddingNoise(
-                sigma=noise_sigma,
-                seeds=[torch_seed(seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
-                rows=[
-                    torch.from_numpy(np.flatnonzero(corruption.masked)) for corruption in corruptions
-                ],  # the clean half gets no noise
-            )
+        batch.inputs.noise = self.noise([each.masked for each in corruptions], indices, noise_sigma)
         return batch
+
+    def corruptions(self, samples: list[PackedSample], indices: list[int], stage: Stage) -> list[Corruption]:
+        """How the stage asks for each sample to be corrupted; of what is left out nothing is masked."""
+        diffusion = diffusion_of(self.config.diffusion, self.config.schedule.stages[stage.index])
+        seed, found = self.config.run.seed, []
+        for index, sample in zip(indices, samples, strict=True):
+            corruption = self.corrupt(
+                seed, index, sample.cu_seqlens, stage.block_size, diffusion, sample.supervised
+            )
+            corruption.masked[:] &= not sample.is_left_out
+            found.append(corruption)
+        return found
+
+    def noise(self, masked: list[np.ndarray], indices: list[int], sigma: float) -> EmbeddingNoise | None:
+        """That of the samples' mask tokens, bool [L] each; the clean half gets none."""
+        if sigma <= 0:
+            return None
+        return EmbeddingNoise(
+            sigma=sigma,
+            seeds=[torch_seed(self.config.run.seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
+            rows=[torch.from_numpy(np.flatnonzero(each)) for each in masked],
+        )
 
     def corrupted(
         self, samples: list[PackedSample], corruptions: list[Corruption], block_size: int

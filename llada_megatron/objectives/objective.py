@@ -42,6 +42,8 @@ class Objective:
     draft_readout: Readout | None = None
     """Asks for a pass without gradients before the step's own: of `draft_batch`, read out by this. Every rank
     then gets the result of a whole micro-batch, on the host, as `draft` of `batch`."""
+    draft_turns = 1
+    """So many in a row: each later one gets what the one before made, as `draft` of `draft_batch`."""
     counts_known = True
     """Whether `MicroBatch.counts` says the denominators before the model has run. An objective with several
     denominators that it only knows afterwards costs a forward pass more, in which they are counted."""
@@ -74,10 +76,16 @@ class Objective:
         raise NotImplementedError
 
     def draft_batch(
-        self, data: PackedSequences, indices: list[int], stage: Stage, *, noise_sigma: float = 0.0
+        self,
+        data: PackedSequences,
+        indices: list[int],
+        stage: Stage,
+        *,
+        noise_sigma: float = 0.0,
+        draft: torch.Tensor | None = None,
     ) -> MicroBatch:
-        """What the pass before the step's own reads: by default what `batch` makes without a draft."""
-        return self.batch(data, indices, stage, noise_sigma=noise_sigma)
+        """What a pass before the step's own reads: by default what `batch` makes of the same draft."""
+        return self.batch(data, indices, stage, noise_sigma=noise_sigma, draft=draft)
 
     def loss(self, batch: MicroBatch, output: torch.Tensor) -> Loss:
         """The loss of this rank's part of a micro-batch; output: what `readout` gives for its N rows.

@@ -165,18 +165,18 @@ def _collected(
 
 
 def on_every_rank(
-    outputs: list[torch.Tensor], batches: Sequence[tuple[int, MicroBatch]], columns: int
+    outputs: list[torch.Tensor], places: Sequence[tuple[int, torch.Tensor | None]], columns: int
 ) -> list[torch.Tensor]:
     """Readouts of whole micro-batches, fp64 [N, columns] on the host of every rank of a model's replica.
 
-    outputs: of this rank's parts, in the order of `batches`, on the last pp_stage; elsewhere none.
-    batches: the N of each whole micro-batch, and this rank's part of it.
+    outputs: of this rank's parts, in the order of `places`, on the last pp_stage; elsewhere none.
+    places: the N of each whole micro-batch, and `MicroBatch.places` of this rank's part of it.
     """
-    sizes = [N for N, _ in batches]
+    sizes = [N for N, _ in places]
     gathered = torch.zeros(sum(sizes), columns, dtype=torch.float64, device=device.device())
-    for whole, output, (_, part) in zip(gathered.split(sizes), outputs, batches, strict=False):
-        places = slice(None) if part.places is None else part.places.to(output.device)
-        whole[places] = output.detach().double().reshape(-1, columns)
+    for whole, output, (_, here) in zip(gathered.split(sizes), outputs, places, strict=False):
+        rows = slice(None) if here is None else here.to(output.device)
+        whole[rows] = output.detach().double().reshape(-1, columns)
     dist.all_reduce(gathered, group=parallel_state.get_context_parallel_group())
     dist.all_reduce(gathered, group=parallel_state.get_pipeline_model_parallel_group())
     return list(gathered.cpu().split(sizes))

@@ -26,6 +26,11 @@ class Purpose(IntEnum):
     CONTINUATION_COUNT = 10
     CONTINUATION_MASK = 11
     NOISE_GROUPS = 20
+    WRONG_PLACE = 21
+    WRONG_WORD = 22
+    DRAFTED = 23
+    PLANTED_PLACE = 24
+    PLANTED_WORD = 25
 
 
 def generator(

@@ -235,8 +235,8 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
         steps=stage.steps,
         tokens=stage.tokens,
         micro_batches=micro_batches_per_step(layout, stage),
-        passes_before=passes_before(layout, stage),
-        fewest_passes_before=stage.geometry.passes_before(1),
+        passes_before=passes_before(config, layout, stage),
+        fewest_passes_before=stage.geometry.passes_before(config, 1),
         step_seconds=step.total,
         seconds=_breakdown(planner, layout, placement, stage, step),
         model_flops_per_token=needed,
@@ -249,9 +249,9 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
     )
 
 
-def passes_before(layout: LayoutConfig, stage: Stage) -> int:
+def passes_before(config: Config, layout: LayoutConfig, stage: Stage) -> int:
     """Forward passes over a step's batch before its own."""
-    return stage.geometry.passes_before(micro_batches_per_step(layout, stage))
+    return stage.geometry.passes_before(config, micro_batches_per_step(layout, stage))
 
 
 def flops_per_token(
@@ -279,7 +279,7 @@ def flops_per_token(
     performed += 2 * positions * sum(size for module, size in weights.items() if module in again)
     if "core_attn" in again:
         performed += formulas.pair_flops(model) * pairs
-    performed += passes_before(layout, stage) * needed / 3  # forward is a third of both
+    performed += passes_before(config, layout, stage) * needed / 3  # forward is a third of both
     return needed / length, performed / length
 
 
@@ -318,7 +318,7 @@ def _traffic(
             stages,
             micro_batches,
             b=planner.b,
-            passes_before=passes_before(layout, stage),
+            passes_before=passes_before(planner.config, layout, stage),
         )
         for calls, message in sent:
             payload[message.group] += calls * message.payload

@@ -77,9 +77,12 @@ def check(config: Config) -> None:
 def dry_configuration(config: Config) -> Config:
     """The run as the dry run has it: half of the positions masked, layers of the local spec."""
     groups = replace(config.diffusion.multi_block, rates=GroupRates.independent)
+    editing = replace(config.diffusion.editing, replaced=0.0)
     return replace(
         config,
-        diffusion=replace(config.diffusion, mask_rate_min=0.25, mask_rate_max=0.75, multi_block=groups),
+        diffusion=replace(
+            config.diffusion, mask_rate_min=0.25, mask_rate_max=0.75, multi_block=groups, editing=editing
+        ),
         schedule=replace(
             config.schedule,
             stages=[replace(each, mask_rate_min=0, mask_rate_max=0) for each in config.schedule.stages],
@@ -88,15 +91,16 @@ def dry_configuration(config: Config) -> Config:
     )
 
 
-def dry_micro_batches(layout: LayoutConfig, stage: Stage) -> int:
+def dry_micro_batches(config: Config, stage: Stage) -> int:
     """So many that a pipeline is full and in its rhythm; every further one repeats what was seen."""
+    layout = config.layout
     enough = layout.pp + 1 if layout.pp > 1 else 1
     if layout.vpp > 1:
         ahead = 2 * (layout.pp - 1) + (layout.vpp - 1) * layout.pp
         rounds = -(-(ahead + 1) // (layout.vpp * layout.pp))
         enough = rounds * layout.pp
     real, passes_before = micro_batches_per_step(layout, stage), stage.geometry.passes_before
-    if passes_before(enough) < passes_before(real):
+    if passes_before(config, enough) < passes_before(config, real):
         enough = 2
     return min(enough, real)
 
@@ -135,7 +139,9 @@ def compare(
     stages = placement.contents[rank]
     kept = [units.kept(contents) + units.held(contents) for contents in stages]
     real, passes_before = micro_batches_per_step(layout, stage), stage.geometry.passes_before
-    if not passes_before(micro_batches):  # which has it already when the step's own forward begins
+    if not passes_before(
+        planner.config, micro_batches
+    ):  # which has it already when the step's own forward begins
         kept[0] += units.gathering
     at_peak, _, transient = planner.peak(layout, placement, dry_stage, rank)
     computed = traffic.of_rank(
@@ -146,7 +152,7 @@ def compare(
         stages,
         real,
         b=planner.b,
-        passes_before=passes_before(real),
+        passes_before=passes_before(planner.config, real),
     )
     messages: Traffic = Counter()
     for calls, message in computed:

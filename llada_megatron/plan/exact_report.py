@@ -61,7 +61,7 @@ def print_exact(planner: Planner, stage: Stage, micro_batches: int, found: list[
     console.print(
         f"\nAssumed: half of the positions supervised; experts balanced; no noise on embeddings;"
         f" {micro_batches} of a step's {real} micro-batches, each sending {real / micro_batches:g} times"
-        f"{', in the pass before the step as well' * stage.geometry.passes_before(real)}."
+        f"{', in the pass before the step as well' * stage.geometry.passes_before(planner.config, real)}."
         " Attention, RMSNorm and SwiGLU keep and make what fused kernels do."
         "\nNot in it: fragmentation of the allocator, buffers of NCCL, the CUDA context, workspaces of"
         f" kernels.\nThe ranks took {seconds:.0f} s."

@@ -181,7 +181,7 @@ class Planner:
             shape, units = self.sizes(layout, stage)
             given = self.model, shape, layout, self.rates, links, units
             seconds, before = self.formulas.seconds_of(*given), (0.0, 0.0, 0.0, 0.0)
-            if stage.geometry.passes_before(micro_batches_per_step(layout, stage)):
+            if stage.geometry.passes_before(self.config, micro_batches_per_step(layout, stage)):
                 before = self.formulas.seconds_of(*given, forward_only=True).totals
             self._blocks[key] = Blocks(shape, seconds, seconds.totals, before)
         return self._blocks[key]
@@ -190,7 +190,7 @@ class Planner:
         return (
             *(layout.tp, layout.cp, layout.ep, layout.etp, layout.recompute, *layout.recompute_modules),
             *(layout.dispatcher, stage.index, stage.micro_batch),
-            stage.geometry.passes_before(micro_batches_per_step(layout, stage)),
+            stage.geometry.passes_before(self.config, micro_batches_per_step(layout, stage)),
         )
 
     def peak(
@@ -216,7 +216,7 @@ class Planner:
             for kind in placement.kinds
         ]
         work, bubble = timing.pipeline_seconds(per_kind, alike, micro_batches, layout.vpp)
-        before, passes_before = 0.0, stage.geometry.passes_before(micro_batches)
+        before, passes_before = 0.0, stage.geometry.passes_before(self.config, micro_batches)
         if passes_before:
             forward = [_through(kind, blocks.before) + kind.ends * neighbour / 2 for kind in placement.kinds]
             once = timing.pipeline_seconds(forward, alike, micro_batches, layout.vpp)

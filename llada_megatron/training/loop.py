@@ -458,7 +458,10 @@ class _Run:
         }
         if stage is not None:
             objective = self.trainer.objectives[stage.objective]
-            if held_out := objective.held_out(self.trainer.model, evaluator.samples, stage):
+            held_out = objective.held_out(self.trainer.model, evaluator.samples, stage)
+            if self.config.evaluation.planted_share:
+                held_out = {**held_out, **evaluator.planted(stage.block_size)}
+            if held_out:
                 record["held_out"] = held_out
         if self.trackers is not None:
             self.trackers.evaluation(record)

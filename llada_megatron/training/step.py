@@ -284,21 +284,41 @@ def _part(
 def _drafts(
     trainer: Trainer, objective: Objective, stage: Stage, step: int, sigma: float
 ) -> list[torch.Tensor]:
-    """What the model makes of each draft batch of the step, fp64 [N, columns] on the host."""
-    readout = objective.draft_readout
+    """What the model makes of each draft batch of the last turn, fp64 [N, columns] on the host."""
+    readout, sizes = objective.draft_readout, pass_sizes(stage)
     assert readout is not None
-    parts = []
-    for indices in _dealt(trainer, stage, step):
-        whole = objective.draft_batch(trainer.data(step), indices, stage, noise_sigma=sigma)
-        whole.inputs.readout = readout
-        parts.append((len(whole.inputs.outputs), context_part(whole)))
-    outputs = passes.forward_only(
-        trainer.model,
-        [(part.to(device.device()) for _, part in parts) for _ in trainer.model],
-        lambda _, output: output.detach(),
-        **pass_sizes(stage),
-    )
-    return passes.on_every_rank(outputs, parts, readout.columns)
+    drafts: list[torch.Tensor] = []
+    for _ in range(objective.draft_turns):
+        places: list[tuple[int, torch.Tensor | None]] = []
+        build = partial(_draft_batches, trainer, objective, stage, step, sigma, drafts, places)
+        outputs = passes.forward_only(
+            trainer.model,
+            _for_every_chunk(trainer, build, sizes),
+            lambda _, output: output.detach(),
+            **sizes,
+        )
+        drafts = passes.on_every_rank(outputs, places, readout.columns)
+    return drafts
+
+
+def _draft_batches(
+    trainer: Trainer,
+    objective: Objective,
+    stage: Stage,
+    step: int,
+    sigma: float,
+    drafts: list[torch.Tensor],
+    places: list[tuple[int, torch.Tensor | None]],
+) -> Iterator[MicroBatch]:
+    """This rank's parts of a turn's batches; adds to `places` the N of each whole one, and which are here."""
+    data = trainer.data(step)
+    for index, indices in enumerate(_dealt(trainer, stage, step)):
+        draft = drafts[index] if drafts else None
+        whole = objective.draft_batch(data, indices, stage, noise_sigma=sigma, draft=draft)
+        whole.inputs.readout = objective.draft_readout
+        part = context_part(whole)
+        places.append((len(whole.inputs.outputs), part.places))
+        yield part
 
 
 def _ratios(

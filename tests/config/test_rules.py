@@ -49,6 +49,13 @@ BROKEN = [
     (["diffusion.mask_rate_min=0.6", "diffusion.mask_rate_max=0.5"], "diffusion.mask_rate_min"),
     (["diffusion.mask_rate_min=0"], "diffusion.mask_rate_min"),
     (["diffusion.antithetic=true"], "diffusion.t_per"),
+    (
+        [
+            "schedule.stages=[{name: a, block_size: '4', tokens: 65536, objective: editing}]",
+            "diffusion.editing.words=vocabulary",
+        ],
+        "diffusion.editing.vocabulary=0: set it to the number of the tokenizer's tokens",
+    ),
     (["diffusion.complementary=true"], "diffusion.mask_rate_max"),
     (
         ["diffusion.complementary=true", "diffusion.mask_rate_max=0.9", "layout.global_batch=7"],

@@ -31,6 +31,7 @@ def objective(name: str) -> list[str]:
 
 
 GROUPS = [*objective("multi_block"), "diffusion.complementary=false"]
+EDITING, OPUT = objective("editing"), [*objective("oput"), "diffusion.oput.turns=2"]
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
@@ -43,6 +44,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "cap": (FIRST, [*CAP, "layout.micro_batch=2", "layout.global_batch=2"]),
     "cap_counts_first": (FIRST, CAP),
     "dpo": (FIRST, DPO),
+    "editing": (FIRST, EDITING),
+    "oput": (FIRST, [*OPUT, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "multi_block": (FIRST, [*GROUPS, "layout.processes=2", "layout.cp=2"]),
 }
 SLOW_CASES = (
@@ -132,6 +135,8 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
         ],
     ),
     "cap_large_vocabulary": (FIRST, [*CAP, "model.vocab_size=16384"]),
+    "editing_masks_alone": (FIRST, [*EDITING, "diffusion.editing.kept_weight=0"]),
+    "oput_cp": (FIRST, [*OPUT, "layout.processes=2", "layout.cp=2"]),
     "dpo_pp": (FIRST, [*DPO, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "dpo_cp": (FIRST, [*DPO, "layout.processes=2", "layout.cp=2"]),
     "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
@@ -151,7 +156,7 @@ def comparisons(stage_index: int, overrides: list[str]) -> list[exact.RankCompar
     config = dry_configuration(overrides)
     stage = rules.check(config).stages[stage_index]
     planner = Planner(config, expert_imbalance=1.0)
-    placement, micro_batches = planner.place(config.layout), exact.dry_micro_batches(config.layout, stage)
+    placement, micro_batches = planner.place(config.layout), exact.dry_micro_batches(config, stage)
     reports = [
         asdict(run_rank(config, stage, rank, micro_batches))
         for rank in exact.one_rank_per_stage(config.layout)

@@ -15,7 +15,7 @@ GEOMETRY = Geometry(
     causal=False,
     reads_clean_half=True,
     supervised=lambda diffusion, length: length / 2,
-    passes_before=lambda micro_batches: 1,
+    passes_before=lambda config, micro_batches: 1,
 )
 
 

@@ -138,7 +138,7 @@ def test_a_geometry_knows_the_passes_before_a_step(name):
     counts = geometry.denominators > 1 and not kind.counts_known
     for micro_batches in (1, 2):
         drafts = kind.draft_readout is not None
-        assert geometry.passes_before(micro_batches) == drafts + (counts and micro_batches > 1)
+        assert geometry.passes_before(Config(), micro_batches) == drafts + (counts and micro_batches > 1)
 
 
 def gradients_of_the_formula(config: Config) -> tuple[float, float]:
