@@ -136,6 +136,9 @@ class ModelConfig:
     expert_groups: Size = 1
     """Experts are selected from the best `expert_groups_per_token` of this many groups."""
     expert_groups_per_token: Size = 1
+    expert_capacity: Extent = 0
+    """Block routing (LLaDA2.2): the tokens of a block choose from a pool of so many experts, and groups are
+    not used; 0: each token chooses from all (docs/experts.md)."""
     routed_scaling_factor: Factor = 1.0
     expert_bias: bool = True
     """Loss-free balancing: a bias per expert that takes part in selection only."""

@@ -30,6 +30,7 @@ def objective(name: str) -> list[str]:
     return ["diffusion=sft", "data.pad_to=8", f"schedule.stages=[{stage}]"]
 
 
+POOLS = ["model.expert_capacity=4"]
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "cap": (FIRST, [*CAP, "layout.micro_batch=2", "layout.global_batch=2"]),
     "cap_counts_first": (FIRST, CAP),
     "dpo": (FIRST, DPO),
+    "pools_tp_cp": (BDLM, [*POOLS, "layout.processes=4", "layout.tp=2", "layout.cp=2", "layout.ep=2"]),
 }
 SLOW_CASES = (
     "large_vocabulary",
@@ -132,6 +134,15 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "cap_large_vocabulary": (FIRST, [*CAP, "model.vocab_size=16384"]),
     "dpo_pp": (FIRST, [*DPO, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "dpo_cp": (FIRST, [*DPO, "layout.processes=2", "layout.cp=2"]),
+    "pools_recompute": (
+        BDLM,
+        [*POOLS, "layout.recompute=selective", "layout.recompute_modules=[moe]", "layout.micro_batch=2"],
+    ),
+    "pools_full_recompute_pp": (
+        BDLM,
+        [*POOLS, "layout.recompute=full", "layout.processes=2", "layout.pp=2", "model.layers=4"],
+    ),
+    "pools_mdlm": (MDLM, [*POOLS, "layout.processes=2", "layout.cp=2"]),
     "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
 }
 
