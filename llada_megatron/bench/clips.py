@@ -1,16 +1,9 @@
-"""Which mask rates train a block size with the least variance: BD3-LM's search over clips (arXiv 2503.09573).
-
-Training draws a rate t ~ U[low, high] for each block and weighs the cross entropies of its masked tokens by
-1/t. The variance of that loss over masks, of a trained model on held-out text, is estimated here for a grid
-of clips. Blocks are masked independently and do not see each other's masks, so their variances add up, and
-one set of draws with t ~ U[LEAST_RATE, 1] serves every clip: those of its draws whose t lies within the clip
-are draws of that clip.
-"""
+"""Losses of a trained model over mask rates, on held-out text, for objectives/clips.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +17,15 @@ from rich.table import Table
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.checkpoint.load import load_model
 from llada_megatron.config.colours import VERMILION
-from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, LayoutConfig, RatePer
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.evaluate.likelihood import Evaluator
+from llada_megatron.objectives.clips import LEAST_RATE, Clip, best, clips_of
 from llada_megatron.objectives.corruption import corrupt
 from llada_megatron.objectives.diffusion import diffusion_inputs
 from llada_megatron.observe.plots import STYLE
 from llada_megatron.parallel import groups
 from llada_megatron.record.json_files import write_json
-
-LEAST_RATE = 1e-3
-"""Of unclipped training, whose variance grows without a bound as it goes to 0."""
-WIDTHS = tuple(round(0.05 * step, 2) for step in range(10, 19))
-"""0.5 to 0.9, as BD3-LM searches."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Rates t ~ U[low, high], and the loss of a token under them."""
-
-    low: float
-    high: float
-    variance: float
-    """Of a sequence's mean loss per token over masks, nats^2."""
-    mean: float
-    """Nats per token; the bound itself for the widest clip alone."""
-
-
-def grid() -> list[tuple[float, float]]:
-    """No clip first, then every clip whose width is one of WIDTHS, in steps of 0.05."""
-    clips = [(LEAST_RATE, 1.0)]
-    for width in WIDTHS:
-        lows = [step / 20 for step in range(round((1 - width) * 20) + 1)]
-        clips += [(max(low, LEAST_RATE), round(low + width, 2)) for low in lows]
-    return clips
 
 
 def run(
@@ -101,6 +68,8 @@ def block_losses(evaluator: Evaluator, block_size: int, draws: int) -> tuple[np.
     unclipped = replace(
         config.diffusion,
         t_per=RatePer.block,
+        antithetic=False,
+        resample=False,
         mask_rate_min=LEAST_RATE,
         mask_rate_max=1.0,
         complementary=False,
@@ -126,32 +95,6 @@ def block_losses(evaluator: Evaluator, block_size: int, draws: int) -> tuple[np.
             rates.append(masks.rate[first])
             losses.append(np.bincount(block[masks.masked], weighted, minlength=len(first)))
     return np.concatenate(rates).reshape(draws, -1), np.concatenate(losses).reshape(draws, -1)
-
-
-def clips_of(rates: np.ndarray, losses: np.ndarray, tokens: Sequence[int]) -> list[Clip]:
-    """The grid, from rates and losses float64 [D, blocks] and the scored tokens of each sequence.
-
-    A block's variance is over its draws within the clip, unbiased. Raises BadInput where no block has two.
-    """
-    blocks, sequences = rates.shape[1], len(tokens)
-    found = []
-    for low, high in grid():
-        within = (rates >= low) & (rates <= high)
-        count = within.sum(axis=0)
-        mean = np.where(within, losses, 0).sum(axis=0) / np.maximum(count, 1)
-        squares = np.where(within, (losses - mean) ** 2, 0).sum(axis=0)
-        known = count > 1  # the others are as the known ones on average: whether is chance alone
-        if not known.any():
-            raise BadInput(f"{len(rates)} draws leave none within {low:g} to {high:g}: give more --draws.")
-        of_sequence = (squares[known] / (count[known] - 1)).mean() * blocks / sequences
-        per_token = mean[known].mean() * blocks / sum(tokens)
-        found.append(Clip(low, high, float(of_sequence / np.mean(tokens) ** 2), float(per_token)))
-    return found
-
-
-def best(clips: Sequence[Clip]) -> Clip:
-    """The one of the least variance."""
-    return min(clips, key=lambda clip: clip.variance)
 
 
 def scored_tokens(sample: PackedSample) -> int:

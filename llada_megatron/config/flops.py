@@ -13,6 +13,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import ClusterConfig, Config, ModelConfig
+from llada_megatron.config.stage_settings import diffusion_of
 
 PEAK_SETTING = {"bf16": "peak_tflops", "fp32": "peak_tflops_fp32"}
 """The key of `cluster` with the peak of a dtype."""
@@ -103,7 +104,8 @@ def expected_pairs(
 
 def supervised_per_sequence(config: Config, stage: Stage) -> float:
     """Positions of a sequence that have a loss, on average."""
-    return stage.geometry.supervised(config.diffusion, stage.sequence_length)
+    diffusion = diffusion_of(config.diffusion, config.schedule.stages[stage.index])
+    return stage.geometry.supervised(diffusion, stage.sequence_length)
 
 
 def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:

@@ -6,8 +6,8 @@ from llada_megatron.config.changes import check_names
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Batches, Schedule, Stage, block_size_of
-from llada_megatron.config.schema import BlockGrid, Config
-from llada_megatron.config.stage_settings import at_stage
+from llada_megatron.config.schema import BlockGrid, Config, DiffusionConfig, RatePer
+from llada_megatron.config.stage_settings import at_stage, diffusion_of
 
 
 def schedule_of(config: Config, batches: Batches = ()) -> Schedule:
@@ -127,24 +127,34 @@ def _check_best(config: Config, schedule: Schedule) -> None:
     )
 
 
-def _check_objective(config: Config) -> None:
-    diffusion = config.diffusion
+def _check_rates(diffusion: DiffusionConfig, of: str) -> None:
     require(
         diffusion.mask_rate_min <= diffusion.mask_rate_max,
-        f"diffusion.mask_rate_min={diffusion.mask_rate_min} must not be above"
+        f"{of}mask_rate_min={diffusion.mask_rate_min} must not be above"
         f" mask_rate_max={diffusion.mask_rate_max}.",
     )
     require(
         diffusion.weight != "inverse" or diffusion.mask_rate_min > 0,
-        "diffusion.mask_rate_min=0 gives an unbounded weight 1/t: set it above 0 or use"
-        " diffusion.weight=flat.",
+        f"{of}mask_rate_min=0 gives an unbounded weight 1/t: set it above 0 or use diffusion.weight=flat.",
     )
     require(
         not diffusion.complementary or diffusion.weight != "inverse" or diffusion.mask_rate_max < 1,
-        "diffusion.mask_rate_max=1 gives the complement an unbounded weight 1/(1-t): set it below 1 or use"
+        f"{of}mask_rate_max=1 gives the complement an unbounded weight 1/(1-t): set it below 1 or use"
         " diffusion.weight=flat.",
     )
-    noise = diffusion.embedding_noise
+
+
+def _check_objective(config: Config) -> None:
+    _check_rates(config.diffusion, "diffusion.")
+    for index, stage in enumerate(config.schedule.stages):
+        if stage.mask_rate_min or stage.mask_rate_max:
+            _check_rates(diffusion_of(config.diffusion, stage), f"schedule.stages[{index}].")
+    require(
+        not config.diffusion.antithetic or config.diffusion.t_per is not RatePer.sequence,
+        "diffusion.antithetic spreads the rates within a sequence, which has one: set diffusion.t_per=block,"
+        " or document.",
+    )
+    noise = config.diffusion.embedding_noise
     require(
         noise.sigma_over_rms == 0 or noise.fade_tokens > 0,
         "diffusion.embedding_noise.fade_tokens is 0 while sigma_over_rms is not: say over how many tokens the"

@@ -228,6 +228,10 @@ class DiffusionConfig:
     denominator: Denominator = Denominator.tokens
     complementary: bool = False
     """Pair every sample with its complement: masked where the first was clean, and the reverse."""
+    antithetic: bool = False
+    """The rates of a sequence's documents or blocks, whichever t_per says, spread evenly over their range."""
+    resample: bool = False
+    """Draw a block's masks anew while the share that is masked lies outside mask_rate_min/max, as BD3-LM."""
     block_grid: BlockGrid = BlockGrid.sequence
     gives_mask_token: bool = True
     """False: the mask token's logit counts as minus infinity, as in BD3-LM; a model never has to give it."""
@@ -284,6 +288,10 @@ class StageConfig:
     """What this stage reads, named as in data.path; empty means data.path."""
     weights: list[Factor] = field(default_factory=list)
     """One per path; empty means data.weights, or in proportion to the tokens where the stage has a path."""
+    mask_rate_min: Share = 0.0
+    """0 means diffusion.mask_rate_min."""
+    mask_rate_max: Share = 0.0
+    """0 means diffusion.mask_rate_max."""
     rotary_base: Amount = 0.0
     """0 means model.rotary_base."""
     rotary_scaling: RotaryScalingConfig | None = None

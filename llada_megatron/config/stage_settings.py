@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llada_megatron.config.schedule import Schedule
-from llada_megatron.config.schema import Config, DataConfig, ModelConfig, StageConfig
+from llada_megatron.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, StageConfig
 
 
 def data_of(data: DataConfig, stage: StageConfig) -> DataConfig:
@@ -27,6 +27,15 @@ def model_of(model: ModelConfig, stage: StageConfig) -> ModelConfig:
     )
 
 
+def diffusion_of(diffusion: DiffusionConfig, stage: StageConfig) -> DiffusionConfig:
+    """The objective in a stage: its mask rates may be its own."""
+    return replace(
+        diffusion,
+        mask_rate_min=stage.mask_rate_min or diffusion.mask_rate_min,
+        mask_rate_max=stage.mask_rate_max or diffusion.mask_rate_max,
+    )
+
+
 def at_stage(config: Config, index: int) -> Config:
     """The run as it is in one of its stages."""
     stage = config.schedule.stages[index]
@@ -34,6 +43,7 @@ def at_stage(config: Config, index: int) -> Config:
         config,
         data=data_of(config.data, stage),
         model=model_of(config.model, stage),
+        diffusion=diffusion_of(config.diffusion, stage),
         optimizer=replace(config.optimizer, lr=stage.lr or config.optimizer.lr),
         layout=replace(
             config.layout,

@@ -58,7 +58,7 @@ class GgufFile:
         for _ in range(keys):  # each takes bytes of the file, which end
             key = self._string()
             if key in self.fields:
-                raise self._damage(f"{key} comes twice")
+                raise self._damage(f"{key!r:.80} comes twice")
             self.fields[key] = self._value(key)
         described = [self._tensor_info() for _ in range(tensors)]
         self.tensors = {tensor.name: tensor for tensor in self._tensors(described)} if described else {}
@@ -88,14 +88,14 @@ class GgufFile:
         if kind == STRING:
             return self._string()
         if kind != ARRAY:
-            raise self._damage(f"{key} is of type {kind}, which is none")
+            raise self._damage(f"{key!r:.80} is of type {kind}, which is none")
         kind, count = self._unpack("IQ")
         if kind == STRING:
             if count * SHORTEST_STRING > len(self._bytes) - self._at:
-                raise self._damage(f"{key} states {count:,} texts, for which it is too short")
+                raise self._damage(f"{key!r:.80} states {count:,} texts, for which it is too short")
             return [self._string() for _ in range(count)]
         if kind not in SCALARS:
-            raise self._damage(f"{key} is an array of type {kind}, which is not served")
+            raise self._damage(f"{key!r:.80} is an array of type {kind}, which is not served")
         size = struct.calcsize(f"<{SCALARS[kind]}")
         return list(struct.unpack(f"<{count}{SCALARS[kind]}", self._take(count * size))) if count else []
 
@@ -103,7 +103,7 @@ class GgufFile:
         name = self._string()
         (dimensions,) = self._unpack("I")
         if not 0 < dimensions <= MAX_DIMENSIONS:
-            raise self._damage(f"{name} has {dimensions} dimensions")
+            raise self._damage(f"{name!r:.80} has {dimensions} dimensions")
         sizes = self._unpack("Q" * dimensions)
         kind, offset = self._unpack("IQ")
         return name, tuple(reversed(sizes)), kind, offset
@@ -118,15 +118,15 @@ class GgufFile:
         start, expected, names, found = -(-self._at // alignment) * alignment, 0, set[str](), []
         for name, shape, kind, offset in described:
             if kind not in {each.value for each in GGMLQuantizationType}:
-                raise self._damage(f"{name} is of type {kind}, which is not known")
+                raise self._damage(f"{name!r:.80} is of type {kind}, which is not known")
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             if name in names or offset != expected or shape[-1] % block or not math.prod(shape):
                 raise self._damage(
-                    f"{name} of shape {list(shape)} at {offset:,} does not fit what is before it"
+                    f"{name!r:.80} of shape {list(shape)} at {offset:,} does not fit what is before it"
                 )
             size = math.prod(shape) // block * block_bytes
             if start + offset + size > len(self._bytes):
-                raise self._damage(f"it ends inside {name}")
+                raise self._damage(f"it ends inside {name!r:.80}")
             names.add(name)
             expected = -(-(offset + size) // alignment) * alignment
             data = np.frombuffer(self._bytes, np.uint8, size, start + offset)

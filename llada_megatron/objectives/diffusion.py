@@ -13,6 +13,7 @@ from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import BlockGrid, Config
+from llada_megatron.config.stage_settings import diffusion_of
 from llada_megatron.data.packed import PackedSample, PackedSequences
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 from llada_megatron.model.readout import Readout, without_token
@@ -54,7 +55,8 @@ class Diffusion(Objective):
         draft: torch.Tensor | None = None,
     ) -> MicroBatch:
         """`[x_t ; x_0]` of the samples, corrupted as the stage asks."""
-        diffusion, seed = self.config.diffusion, self.config.run.seed
+        seed = self.config.run.seed
+        diffusion = diffusion_of(self.config.diffusion, self.config.schedule.stages[stage.index])
         samples = self.read(data, indices)
         corruptions = [
             self.corrupt(seed, index, sample.cu_seqlens, stage.block_size, diffusion, sample.supervised)

@@ -80,6 +80,10 @@ def dry_configuration(config: Config) -> Config:
     return replace(
         config,
         diffusion=replace(config.diffusion, mask_rate_min=0.25, mask_rate_max=0.75),
+        schedule=replace(
+            config.schedule,
+            stages=[replace(each, mask_rate_min=0, mask_rate_max=0) for each in config.schedule.stages],
+        ),
         model=replace(config.model, layer_spec=LayerSpec.local),
     )
 

@@ -27,6 +27,8 @@ from llada_megatron.verify.golden_set import REMEDY, Golden, Stored
 
 TOLERANCES = {
     "mask": 0.0,  # entries that differ
+    "rate": 1e-6,  # of masking
+    "chosen": 0.0,  # the ends of a clip
     "routing": 0.0,  # pairs of token and layer with another set of experts
     "tokens": 0.0,  # greedy tokens that differ; of decoding also what was read, proposed and filled in
     "forwards": 0.0,  # of decoding that differ in their kind, their positions or the number of changes
@@ -43,6 +45,7 @@ TOLERANCES = {
     "grad_norms": 1e-3,
     "gradients": 1e-3,
     "bound": 1e-5,
+    "variance": 1e-5,
     "preference": 1e-4,  # a loss of small differences of large bounds
     "preference_norms": 2e-3,
 }

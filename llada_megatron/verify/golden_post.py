@@ -1,4 +1,4 @@
-"""Golden cases of post-training: CAP, SFT, preferences over the likelihood bound, and likelihoods.
+"""Golden cases of CAP, SFT, preferences over the likelihood bound, likelihoods, and BD3-LM.
 
 In such a set a case belongs to a `group`, and cases of a group share tensors; the README.md beside them says
 which. All masks and weights are stored.
@@ -8,8 +8,7 @@ Legend: L tokens per sequence, B sequences, N masked positions, D draws, P pairs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,12 @@ from llada_megatron.objectives.diffusion import Diffusion, diffusion_inputs
 from llada_megatron.objectives.preference import SIDES, Preference, bounds, preference_losses
 from llada_megatron.record.json_files import require
 from llada_megatron.runtime import device
+from llada_megatron.verify.golden_bd3lm import bd3lm_case, search_case
 from llada_megatron.verify.golden_cases import CaseResult, largest, relative
 from llada_megatron.verify.golden_likelihood import likelihood_case
 from llada_megatron.verify.golden_losses import (
     OVER_MASKED,
+    as_differentiated,
     backward,
     confidence_objective,
     diffusion_objective,
@@ -308,30 +309,6 @@ def scored(golden: Golden, objective: Preference, batch: MicroBatch, reference: 
     return output.cpu()
 
 
-@contextmanager
-def as_differentiated(golden: Golden, case: dict[str, Any]) -> Iterator[None]:
-    """Take gradients as the case did: public code in eval mode runs its routed experts without any.
-
-    Such a case stores null for the norm of a routed expert.
-    """
-    norms = case.get("grad_norms", {})
-    constant = any(norm is None and ".experts." in name for name, norm in norms.items())
-    handles = [
-        layer.mlp.experts.register_forward_hook(_without_gradient)
-        for layer in golden.stage.decoder.layers
-        if constant and hasattr(layer.mlp, "experts")
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _without_gradient(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> Any:
-    return output[0].detach(), *output[1:]
-
-
 def _documents(attended: Tensor) -> list[list[int]]:
     """Edges of the documents of sequences whose last tokens, bool [B, L], are padding that nobody sees."""
     L = attended.shape[-1]
@@ -384,7 +361,7 @@ class Group:
 
 NUMBERS = (
     *("confidence_beta", "lambda_conf", "temperature", "beta", "block_size", "batch_size", "cfg_scale"),
-    *("loss", "total", "total_loss", "consistency_loss", "confidence_loss"),
+    *("mask_rate_min", "mask_rate_max", "loss", "total", "total_loss", "consistency_loss", "confidence_loss"),
     *("loss_sft", "loss_conf", "n_correct", "loss_sft_rev", "loss_conf_rev", "n_correct_rev"),
 )
 GROUPS = {
@@ -405,5 +382,13 @@ GROUPS = {
     ),
     "dpo": Group(dpo_case, ("beta", "loss", "per_pair_loss", "masks_shared_policy_reference")),
     "llada_likelihood": Group(likelihood_case, ("batch_size", "cfg_scale", "log_likelihood")),
+    "bd3lm": Group(
+        bd3lm_case,
+        (
+            *("block_size", "mask_rate_min", "mask_rate_max", "antithetic", "resample", "ignore_bos"),
+            *("noise", "training", "weight_is_one", "loss"),
+        ),
+    ),
+    "bd3lm_search": Group(search_case, ("intervals", "logged", "chosen")),
     "elbo_kto": Group(kto_case, ("beta", "completion_lengths", "loss"), _kto_unserved),
 }

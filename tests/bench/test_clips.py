@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from llada_megatron import cli
-from llada_megatron.bench import clips
+from llada_megatron.bench.clips import block_losses
 from llada_megatron.config.errors import BadInput
+from llada_megatron.objectives import clips
 from tests.distributed import run_ranks
 from tests.training.runs import configure
 
@@ -41,7 +42,7 @@ def measured(config):
     groups.initialize(config.layout)
     evaluator = Evaluator(config, build_model(config))
     length = config.data.sequence_length
-    rates, losses = clips.block_losses(evaluator, 8, 40)
+    rates, losses = block_losses(evaluator, 8, 40)
     assert rates.shape == losses.shape and rates.shape[1] > len(evaluator.samples) * length // 8  # cut blocks
     return rates, losses, evaluator.bound(8)["mean"], length
 

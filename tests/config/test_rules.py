@@ -30,6 +30,7 @@ BROKEN = [
     (["schedule.stages=[{name: a, block_size: '4', tokens: 4096, learning_rate: rewarm}]"], "rewarm_tokens"),
     (["diffusion.mask_rate_min=0.6", "diffusion.mask_rate_max=0.5"], "diffusion.mask_rate_min"),
     (["diffusion.mask_rate_min=0"], "diffusion.mask_rate_min"),
+    (["diffusion.antithetic=true"], "diffusion.t_per"),
     (["diffusion.complementary=true"], "diffusion.mask_rate_max"),
     (
         ["diffusion.complementary=true", "diffusion.mask_rate_max=0.9", "layout.global_batch=7"],
@@ -62,6 +63,7 @@ BROKEN = [
                 r"weights has 1 entries and schedule.stages\[0\].path 2",
             ),
             ("lr: 1e-9", r"at most schedule.stages\[0\].lr=1e-09", "optimizer.min_lr=1e-8"),
+            ("mask_rate_max: 0.0005", r"schedule.stages\[0\].mask_rate_min=0.001 must not be above"),
             ("rotary_scaling: {type: yarn, factor: 4}", "original_positions"),
         ]
     ),

@@ -61,8 +61,9 @@ BAD = [
     (b"GGML" + bytes(40), "it does not begin with GGUF"),
     (gguf(version=1), "its version is 1, and 2 and 3 are served"),
     (gguf(*KEYS)[:-40], "it ends at byte"),
-    (gguf(KEYS[1], KEYS[1]), "a comes twice"),
-    (gguf(key("a", 13, b"")), "a is of type 13, which is none"),
+    (gguf(KEYS[1], KEYS[1]), "'a' comes twice"),
+    (gguf(key("a", 13, b"")), "'a' is of type 13, which is none"),
+    (gguf(key("a\nb" + "c" * 2000, 13, b"")), f"'a\\nb{'c' * 75} is of type 13"),
     (gguf(key("a", 9, struct.pack("<IQ", 9, 1) + bytes(40))), "an array of type 9, which is not served"),
     (gguf(key("a", 9, struct.pack("<IQ", 8, 1 << 60))), "states 1,152,921,504,606,846,976 texts"),
     (gguf(key("a", 9, struct.pack("<IQ", 4, 1 << 60))), "it ends at byte"),
@@ -96,12 +97,12 @@ def test_tensors_lie_one_after_another(tmp_path: Path) -> None:
     }
     assert found["w"].data.tobytes() == data[:24]
     for tensors, sentence in (
-        ((tensor("w", 999, 0, 3),), "w is of type 999, which is not known"),
-        ((tensor("w", 0, 32, 3),), "w of shape .3. at 32 does not fit what is before it"),
-        ((tensor("w", 8, 0, 3),), "w of shape .3. at 0 does not fit what is before it"),
-        ((tensor("w", 0, 0, 3, 0),), "w of shape .0, 3. at 0 does not fit what is before it"),
-        ((good[0], tensor("w", 0, 32, 3)), "w of shape .3. at 32 does not fit what is before it"),
-        ((tensor("w", 0, 0, 1 << 40, 1 << 40),), "it ends inside w"),
+        ((tensor("w", 999, 0, 3),), "'w' is of type 999, which is not known"),
+        ((tensor("w", 0, 32, 3),), "'w' of shape .3. at 32 does not fit what is before it"),
+        ((tensor("w", 8, 0, 3),), "'w' of shape .3. at 0 does not fit what is before it"),
+        ((tensor("w", 0, 0, 3, 0),), "'w' of shape .0, 3. at 0 does not fit what is before it"),
+        ((good[0], tensor("w", 0, 32, 3)), "'w' of shape .3. at 32 does not fit what is before it"),
+        ((tensor("w", 0, 0, 1 << 40, 1 << 40),), "it ends inside 'w'"),
     ):
         with pytest.raises(BadInput, match=sentence):
             GgufFile(write(tmp_path / "bad", gguf(tensors=tensors, data=data)))

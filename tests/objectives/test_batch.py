@@ -9,6 +9,7 @@ from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.choices import BadSamples
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.flops import supervised_per_sequence
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schema import BlockGrid, DiffusionConfig, RatePer
 from llada_megatron.data.packed import BadSample, PackedSample
@@ -51,6 +52,22 @@ def test_a_sample_is_corrupted_alike_in_any_micro_batch_and_order(stage):
         assert together.digest(row) == alone.digest(0)
         assert together.inputs.noise.seeds[row] == alone.inputs.noise.seeds[0]
         assert torch.equal(together.inputs.noise.rows[row], alone.inputs.noise.rows[0])
+
+
+def test_a_stage_may_have_mask_rates_of_its_own():
+    stages = (
+        "schedule.stages=[{name: a, block_size: '4', tokens: 1024, mask_rate_min: 0.3, mask_rate_max: 0.4},"
+        " {name: b, block_size: '8', tokens: 512, mask_rate_min: 0.7}, {name: c, block_size: '8', tokens: 1}]"
+    )
+    config = compose(["experiment=parity", stages, "diffusion.mask_rate_max=0.8"])
+    schedule = schedule_of(config)
+    objective = Diffusion("diffusion", config, schedule)
+    data = {index: SAMPLES[1] for index in range(100)}
+    ranges = [(0.3, 0.4), (0.7, 0.8), (0.001, 0.8)]
+    for stage, (low, high) in zip(schedule.stages, ranges, strict=True):
+        rates = 1 / objective.batch(data, list(range(100)), stage).rows["weights"]
+        assert low <= rates.min() < low + 0.02 and high - 0.01 < rates.max() <= high + 1e-6
+        assert supervised_per_sequence(config, stage) == pytest.approx(L * (low + high) / 2)
 
 
 @BOTH_STAGES

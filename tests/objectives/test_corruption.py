@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,3 +100,45 @@ def test_a_rate_per_document_is_one_number_for_each():
     pieces = np.split(rate, THREE[1:-1])
     assert all((piece == piece[0]).all() for piece in pieces)
     assert len({piece[0] for piece in pieces}) == len(pieces)
+
+
+@pytest.mark.parametrize("t_per", [RatePer.block, RatePer.document])
+def test_antithetic_rates_are_one_in_each_equal_part_and_uniform_for_each_block(t_per):
+    diffusion = DiffusionConfig(t_per=t_per, antithetic=True, mask_rate_min=0.2, mask_rate_max=0.8)
+    drawn = [corrupt(1, index, THREE, 4, diffusion) for index in range(2000)]
+    starts = block_starts(THREE, 4, BlockGrid.sequence) if t_per is RatePer.block else THREE[:-1]
+    firsts = np.unique(starts)
+    rates = np.array([each.rate[firsts] for each in drawn])
+    parts = np.floor((rates - 0.2) / 0.6 * len(firsts))
+    assert (np.sort(parts, axis=1) == np.arange(len(firsts))).all()
+    error = 0.6 / np.sqrt(12 * len(rates))
+    assert (abs(rates.mean(axis=0) - 0.5) < 4 * error).all()
+    assert all(len(np.unique(piece)) == 1 for piece in np.split(drawn[0].rate, firsts[1:]))
+
+
+def test_resampled_shares_lie_within_the_clip_wherever_some_number_does():
+    supervised = np.random.default_rng(0).random(int(THREE[-1])) < 0.7
+    diffusion = DiffusionConfig(t_per=RatePer.block, mask_rate_min=0.3, mask_rate_max=0.7, resample=True)
+    once = replace(diffusion, resample=False)
+    starts = block_starts(THREE, 4, BlockGrid.sequence)
+    changed = 0
+    for index in range(100):
+        masked = corrupt(1, index, THREE, 4, diffusion, supervised).masked
+        before = corrupt(1, index, THREE, 4, once, supervised).masked
+        changed += (masked != before).any()
+        for start in np.unique(starts):
+            block, tokens = starts == start, int(supervised[starts == start].sum())
+            allowed = [n for n in range(tokens + 1) if 0.3 * tokens <= n <= 0.7 * tokens and tokens]
+            count = int(before[block].sum())
+            if not allowed or count in allowed:
+                assert (masked[block] == before[block]).all()
+            else:
+                assert masked[block].sum() in allowed
+    assert changed > 50
+
+
+def test_a_range_that_clips_nothing_keeps_empty_masks():
+    diffusion = DiffusionConfig(t_per=RatePer.block)
+    for index in range(20):
+        again = corrupt(1, index, THREE, 4, replace(diffusion, resample=True))
+        assert np.array_equal(again.masked, corrupt(1, index, THREE, 4, diffusion).masked)

@@ -19,7 +19,7 @@ from llada_megatron.verify.golden_set import Golden, Stored, load
 
 POST = Path(__file__).parents[1] / "golden_post"
 CASES = json.loads((POST / "cases.json").read_text())["cases"]
-CAP, PAIR, SFT, DPO, KTO, LIK, GUIDED = (
+CAP, PAIR, SFT, DPO, KTO, LIK, GUIDED, BD3, BOS, SEARCH = (
     "cap_mixed_beta2",
     "pair_cap_lambda2_temp0.5",
     "sft_quantised",
@@ -27,6 +27,9 @@ CAP, PAIR, SFT, DPO, KTO, LIK, GUIDED = (
     "kto_beta0.02_zero_D1_U1",
     "lik_a3_b8_wraps",
     "lik_a7_mc8_cfg05",
+    "bd3_clip_30_80_resample_b16",
+    "bd3_ignore_bos_train_b16",
+    "bd3_search",
 )
 Cases = dict[str, dict[str, Any]]
 Tensors = dict[str, torch.Tensor]
@@ -124,6 +127,11 @@ def set_to(name: str, **values: Any) -> Callable[[Cases], object]:
         (LIK, {"tensors": lambda t: t[f"{LIK}.p_mask"][0].zero_()}, {"mask"}),
         (LIK, {"tensors": lambda t: t[f"{LIK}.per_batch_loss"].mul_(1.1)}, {"bound"}),
         (GUIDED, {"cases": set_to(GUIDED, cfg_scale=0.51)}, {"cross_entropy", "bound"}),
+        (BD3, {"cases": set_to(BD3, resample=False)}, {"mask", "cross_entropy", "loss", "grad_norms"}),
+        (BD3, {"tensors": lambda t: t[f"{BD3}.t"].add_(1e-5)}, {"rate"}),
+        (BD3, {"tensors": lambda t: t[f"{BD3}.nlls"].mul_(1.01)}, {"cross_entropy"}),
+        (BOS, {"cases": set_to(BOS, training=False)}, {"loss", "grad_norms"}),
+        (SEARCH, {"tensors": lambda t: t[f"{SEARCH}.values"][0].mul_(0.1)}, {"variance", "chosen"}),
     ],
 )
 def test_each_quantity_fails_where_it_is_another(
@@ -149,6 +157,9 @@ BAD = [
     (LIK, {"cases": set_to(LIK, log_likelihood="much")}, "log_likelihood or batch_size that cannot be"),
     (LIK, {"cases": set_to(LIK, batch_size=3)}, "log_likelihood or batch_size that cannot be"),
     (LIK, {"tensors": lambda t: t[f"{LIK}.mask"].zero_()}, "mask that is not of draws and tokens"),
+    (BD3, {"cases": set_to(BD3, block_size=9)}, "x0 and xt are no whole blocks"),
+    (BD3, {"tensors": lambda t: t[f"{BD3}.mask_draws"].fill_(1)}, "too few rounds of mask_draws"),
+    (SEARCH, {"cases": set_to(SEARCH, intervals=[])}, "does not say intervals"),
 ]
 
 

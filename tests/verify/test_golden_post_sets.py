@@ -58,6 +58,7 @@ def test_every_served_case_agrees_with_the_checkpoint_of_the_sibling(
         "vrpo": {"cross_entropy"} | preference,
         "kto": preference,
         "lik": {"mask", "cross_entropy", "bound"},
+        "bd3": {"rate", "mask", "cross_entropy", "loss", "grad_norms", "variance", "chosen"},
     }
     assert report["derived"] == ["dpo: independent derivation, not public code"]
     assert report["not_served"] == [
@@ -66,7 +67,7 @@ def test_every_served_case_agrees_with_the_checkpoint_of_the_sibling(
         "kto_beta0.1_global_mean_D2_U0.5 (z0 global_mean)",
     ]
     said = capsys.readouterr().out
-    assert "All 35 cases agree." in said and "No numbers of public code: dpo:" in said
+    assert "All 54 cases agree." in said and "No numbers of public code: dpo:" in said
 
 
 def test_a_group_that_nobody_knows_is_listed_and_not_counted(
