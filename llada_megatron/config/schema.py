@@ -32,6 +32,7 @@ from llada_megatron.config.choices import (
     Wandb,
     Weight,
 )
+from llada_megatron.config.levenshtein import LevenshteinConfig
 from llada_megatron.config.ranges import (
     Amount,
     Count,
@@ -443,6 +444,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    levenshtein: LevenshteinConfig = field(default_factory=LevenshteinConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     DECODING = 9
     CONTINUATION_COUNT = 10
     CONTINUATION_MASK = 11
+    DRAFT = 12
 
 
 def generator(

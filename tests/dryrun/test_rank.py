@@ -32,6 +32,10 @@ def objective(name: str) -> list[str]:
 
 POOLS = ["model.expert_capacity=4"]
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
+LEVENSHTEIN = [
+    *objective("levenshtein"),
+    *("levenshtein.delete_token_id=300", "levenshtein.split_token_id=301"),
+]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
     "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2", "training.ema_decay=0.9"]),
@@ -55,6 +59,7 @@ SLOW_CASES = (
     "tied",
     "cap_pp",
     "cap_chunked_tp",
+    "levenshtein_cp",
     "dpo_cp",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
@@ -134,6 +139,12 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "cap_large_vocabulary": (FIRST, [*CAP, "model.vocab_size=16384"]),
     "dpo_pp": (FIRST, [*DPO, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "dpo_cp": (FIRST, [*DPO, "layout.processes=2", "layout.cp=2"]),
+    "levenshtein": (FIRST, LEVENSHTEIN),
+    "levenshtein_cp": (FIRST, [*LEVENSHTEIN, "layout.processes=2", "layout.cp=2"]),
+    "levenshtein_chunked_tp": (
+        FIRST,
+        [*LEVENSHTEIN, "layout.processes=2", "layout.tp=2", "model.head_chunk_tokens=8"],
+    ),
     "pools_recompute": (
         BDLM,
         [*POOLS, "layout.recompute=selective", "layout.recompute_modules=[moe]", "layout.micro_batch=2"],
