@@ -2,8 +2,9 @@
 
     python -m llada_megatron.jobs.attempts start RUN
     python -m llada_megatron.jobs.attempts end RUN EXIT_CODE --max-failures N [--exclude-failed-nodes]
+    python -m llada_megatron.jobs.attempts lost RUN
 
-The batch script calls both. Standard library only, as record/events.py.
+The batch script calls them. Standard library only, as record/events.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,10 +181,14 @@ def _tail(path: Path, size: int = 100_000) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """`start RUN` prints the folder for the ranks' logs; `end RUN CODE` requeues when it should."""
+    """`start RUN` prints the folder for the ranks' logs; `end RUN CODE` requeues when it should.
+
+    `lost RUN` lets a job that Slurm ends for a node that is gone do without it.
+    """
     parser = argparse.ArgumentParser(prog="python -m llada_megatron.jobs.attempts")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("start").add_argument("run_dir", type=Path)
+    commands.add_parser("lost").add_argument("run_dir", type=Path)
     ending = commands.add_parser("end")
     ending.add_argument("run_dir", type=Path)
     ending.add_argument("exit_code", type=int)
@@ -190,7 +196,12 @@ def main(arguments: list[str]) -> int:
     ending.add_argument("--exclude-failed-nodes", action="store_true")
     args = parser.parse_args(arguments)
     job = os.environ.get("SLURM_JOB_ID", "")
-    return _start_job(args.run_dir, job) if args.command == "start" else _end_job(args, job)
+    match args.command:
+        case "start":
+            return _start_job(args.run_dir, job)
+        case "lost":
+            return _leave_out_lost(args.run_dir, job)
+    return _end_job(args, job)
 
 
 def _start_job(run_dir: Path, job: str) -> int:
@@ -234,10 +245,22 @@ def _end_job(args: argparse.Namespace, job: str) -> int:
     if verdict.outcome == "again":  # requeued, the job ends here and waits in the queue again
         if failed := _nodes_to_leave_out(args, refusal):
             nodes, tasks_per_node = _size()
-            exclusion.requeue_without(args.run_dir, job, failed, had=nodes, tasks_per_node=tasks_per_node)
+            exclusion.go_on_without(
+                args.run_dir, job, failed, had=nodes, tasks_per_node=tasks_per_node, requeue=True
+            )
         else:
             slurm.requeue(job)
     return args.exit_code
+
+
+def _leave_out_lost(run_dir: Path, job: str) -> int:
+    """Slurm has requeued the job, if it was for a node, as it was: with as many nodes as before."""
+    if RunDir(run_dir).node_counts():
+        of_job = slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
+        if lost := exclusion.failed_nodes(slurm.down_nodes(of_job), of_job):
+            nodes, tasks_per_node = _size()
+            exclusion.go_on_without(run_dir, job, lost, had=nodes, tasks_per_node=tasks_per_node)
+    return 128 + signal.SIGTERM
 
 
 def _nodes_to_leave_out(args: argparse.Namespace, refusal: Refused | None) -> list[str]:

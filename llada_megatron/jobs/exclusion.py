@@ -27,13 +27,16 @@ def failed_nodes(blamed: list[str], of_job: list[str]) -> list[str]:
     return [] if shared else named
 
 
-def requeue_without(run_dir: Path, job: str, nodes: list[str], *, had: int, tasks_per_node: int) -> None:
-    """Requeue the job of this batch script, without these nodes if it can start then; records which.
+def go_on_without(
+    run_dir: Path, job: str, nodes: list[str], *, had: int, tasks_per_node: int, requeue: bool = False
+) -> None:
+    """Let the job of this batch script wait for others than these nodes, if it can start then; records which.
 
     It gets as many nodes as it `had`, or the most below that for which it has a layout and there are nodes.
     Slurm changes the nodes of waiting jobs alone, so this goes on for a moment after Slurm asked the script
-    to end; the job cannot start again before it has.
+    to end; the job cannot start again before it has. requeue: by us; otherwise Slurm has requeued it.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     problem, excluded, count = "", "", had
     files = RunDir(run_dir)
     try:
@@ -43,8 +46,8 @@ def requeue_without(run_dir: Path, job: str, nodes: list[str], *, had: int, task
         )
     except BadInput as error:
         problem = f"the job could not start otherwise ({error})"
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    slurm.requeue(job)
+    if requeue:
+        slurm.requeue(job)
     if not problem:
         try:
             slurm.exclude_nodes(job, excluded)

@@ -116,6 +116,17 @@ def silent_nodes(nodes: list[str]) -> list[str]:
         return [node for node, silent in zip(nodes, pool.map(is_silent, nodes), strict=True) if silent]
 
 
+def down_nodes(nodes: list[str]) -> list[str]:
+    """Those of these nodes that Slurm has given up, or that do not answer it."""
+    listed = _run("sinfo", "--noheader", "--Node", "--format=%N %t", f"--nodes={','.join(nodes)}")
+    states = dict(line.split() for line in listed.splitlines() if line.strip())
+    return [
+        node
+        for node in nodes
+        if states.get(node, "").startswith("down") or states.get(node, "").endswith("*")
+    ]
+
+
 def allocations(jobs: Iterable[str]) -> dict[str, list[Allocation]]:
     """Every start of these jobs by Slurm's accounting, oldest first; empty where a site has no accounting."""
     columns = "--format=JobIDRaw,Submit,Eligible,Start,End"

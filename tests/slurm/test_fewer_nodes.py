@@ -40,7 +40,20 @@ def test_a_lost_node_that_nothing_replaces_leaves_the_run_on_the_other_one(make_
 
 
 @pytest.mark.full
-def test_a_job_that_waits_for_a_node_that_is_gone_is_told_to_go_on_without(make_run):
+def test_a_node_that_is_gone_without_a_word_leaves_the_run_on_the_other_one(make_run):
+    run = make_run(*RUN)
+    run.submit()
+    wait_for_steps(run, 2)
+    run.slurm.kill_node("node2", silently=True)
+    try:
+        check_end(run, ["node1"])
+        assert run.events("excluded")[0]["nodes"] == ["node2"]
+    finally:
+        run.slurm.start_node("node2")
+
+
+@pytest.mark.full
+def test_a_job_whose_script_was_on_the_node_that_is_gone_is_told_to_go_on_without(make_run):
     run = make_run(*RUN)
     run.submit()
     wait_for_steps(run, 2)
