@@ -157,6 +157,14 @@ OBJECTIVES: dict[str, Geometry] = {
             kept=24, kept_with_logits=17, sums=(4, 8, 16), forward_copies=1, backward_copies=1
         ),
     ),
+    "levenshtein": Geometry(
+        module="llada_megatron.objectives.levenshtein",
+        causal=False,
+        reads_clean_half=True,
+        supervised=lambda diffusion, length: length,
+        samples_per_sequence=_complements,
+        figures={"loss_by_label": Figure(5)},
+    ),
     "preference": Geometry(
         module="llada_megatron.objectives.preference",
         causal=False,

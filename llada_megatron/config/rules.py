@@ -36,6 +36,8 @@ def check(config: Config) -> Schedule:
     for stage in schedule.stages:
         _check_stage(config, stage)
     _check_conversations(config, schedule)
+    if any(stage.objective == "levenshtein" for stage in schedule.stages):
+        _check_orders(config)
     for axis in ("pp", "cp"):
         ways = getattr(config.layout, axis)
         require(
@@ -164,6 +166,23 @@ def _check_conversations(config: Config, schedule: Schedule) -> None:
         draws == 1 or draws % 2 == 0,
         f"preference.draws={draws} is odd: give 1, or an even number, since draws are pairs of masks and"
         " their complements.",
+    )
+
+
+def _check_orders(config: Config) -> None:
+    """The tokens that mean "delete" and "split" have rows of their own."""
+    settings, model = config.levenshtein, config.model
+    orders = settings.delete_token_id, settings.split_token_id
+    require(
+        len({*orders, model.mask_token_id}) == 3 and max(orders) < model.vocab_size,
+        f"levenshtein.delete_token_id={orders[0]} and split_token_id={orders[1]} must be two rows of"
+        f" model.vocab_size={model.vocab_size} beside model.mask_token_id={model.mask_token_id}, which no"
+        " text has: 156930 and 156931 in LLaDA2.2's tokenizer.",
+    )
+    require(
+        settings.deleted + settings.substituted <= 1,
+        f"levenshtein.deleted={settings.deleted} and substituted={settings.substituted} are more than all"
+        " tokens: lower them.",
     )
 
 

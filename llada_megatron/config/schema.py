@@ -34,6 +34,7 @@ from llada_megatron.config.choices import (
 )
 from llada_megatron.config.editing import EditingConfig, OputConfig
 from llada_megatron.config.multi_block import MultiBlockConfig
+from llada_megatron.config.levenshtein import LevenshteinConfig
 from llada_megatron.config.ranges import (
     Amount,
     Count,
@@ -138,6 +139,9 @@ class ModelConfig:
     expert_groups: Size = 1
     """Experts are selected from the best `expert_groups_per_token` of this many groups."""
     expert_groups_per_token: Size = 1
+    expert_capacity: Extent = 0
+    """Block routing (LLaDA2.2): the tokens of a block choose from a pool of so many experts, and groups are
+    not used; 0: each token chooses from all (docs/experts.md)."""
     routed_scaling_factor: Factor = 1.0
     expert_bias: bool = True
     """Loss-free balancing: a bias per expert that takes part in selection only."""
@@ -447,6 +451,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     confidence: ConfidenceConfig = field(default_factory=ConfidenceConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    levenshtein: LevenshteinConfig = field(default_factory=LevenshteinConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

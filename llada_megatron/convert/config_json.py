@@ -10,6 +10,7 @@ from llada_megatron.config.ranges import check_values
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert import block_fp8, rope_json
 from llada_megatron.convert.families import family_of
+from llada_megatron.convert.families.bailing import BLOCK_SIZE
 from llada_megatron.convert.families.family import REQUIRED, Family, architecture_of
 from llada_megatron.convert.families.shared import ANOTHER_MODEL, IDLE, IDLE_AT
 from llada_megatron.convert.rope_json import is_number
@@ -89,18 +90,26 @@ def doubts(described: dict[str, Any]) -> list[str]:
 
 
 def describe(
-    model: ModelConfig, architecture: str, carried: dict[str, Any], dtype: str, positions: int | None
+    model: ModelConfig,
+    architecture: str,
+    carried: dict[str, Any],
+    dtype: str,
+    positions: int | None,
+    block_size: int = 0,
 ) -> dict[str, Any]:
     """config.json of a model under an architecture that can express it, else BadInput.
 
     `carried` is the config.json that the model came with, empty where there was none: under the same
-    architecture only what differs is changed. `positions` is the longest sequence where it does not say.
+    architecture only what differs is changed. `positions` is the longest sequence where it does not say;
+    `block_size` that of the last stage, which a model with block routing must be decoded with; 0: unknown.
     """
     family = family_of(architecture, "--architecture")
     _require_expressible(model, architecture, family)
     same = architecture_of(carried) == architecture
     values = {row.theirs: getattr(model, row.ours) for row in family.rows}
     values |= family.keys(model, carried if same else {})
+    if model.expert_capacity and block_size:
+        values[BLOCK_SIZE] = block_size
     values |= dict.fromkeys(
         [key for key in ("dtype", "torch_dtype") if key in carried] or ["torch_dtype"], dtype
     )

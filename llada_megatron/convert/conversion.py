@@ -24,6 +24,7 @@ from llada_megatron.convert import block_fp8, config_json, tokenizer_files
 from llada_megatron.convert.adapted import MergedReader, without_adapters
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
 from llada_megatron.convert.families import FAMILIES, SERVED, ExpertLayout, Family, family_of
+from llada_megatron.convert.families.bailing import BLOCK_SIZE
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.reference_files import ReferenceFiles
@@ -98,7 +99,9 @@ def hf_to_mcore(
                 "architecture": architecture,
                 "tensors_sha256": tensors_digest(certificate.hugging_face),
             }
-            publish.finish(aside, target, Manifest(config={"model": asdict(model)}, lineage=lineage))
+            blocks = (described.get(BLOCK_SIZE) or 0) if model.expert_capacity else 0
+            manifest = Manifest(config={"model": asdict(model)}, block_size=blocks, lineage=lineage)
+            publish.finish(aside, target, manifest)
     return certificate
 
 
@@ -134,7 +137,7 @@ def mcore_to_hf(
     types = _types(entries, shards, dtype)
     written, notes = _written_type(types)
     positions = manifest.config_of_weights.get("data", {}).get("sequence_length")
-    described = config_json.describe(plain, architecture, came_as, dtype=written, positions=positions)
+    described = config_json.describe(plain, architecture, came_as, written, positions, manifest.block_size)
     notes += config_json.changes(_optional_json(folder, "config.json"), described, positions)
     if model.lora.rank:
         notes.append(f"adapters of rank {model.lora.rank} were added to their weights")

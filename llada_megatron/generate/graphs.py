@@ -84,6 +84,8 @@ def _missing_for_experts(layer: Any, architecture: str) -> str | None:
             )
     if not isinstance(layer.experts, Experts):
         return "need experts of the local layers: set model.layer_spec=local"
+    if layer.router.expert_capacity:
+        return "serve no pools of experts (model.expert_capacity), whose blocks are worked out on the host"
     if layer.experts.has_adapters:
         return "serve no adapters at experts: merge them (llada convert mcore-to-hf) and decode that folder"
     if architecture not in GROUPED:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from llada_megatron.model import pools
 from llada_megatron.model.core_attention import KeysParams
 from llada_megatron.model.head import head_output, reduce_input_gradient_once
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
@@ -23,12 +24,14 @@ class BlockDiffusionGPT(GPTModel):
         rotary: ExplicitRotary,
         head_chunk_tokens: int,
         balance_clean_half: bool,
+        routes_blocks: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.rotary_pos_emb = rotary
         self.head_chunk_tokens = head_chunk_tokens
         self.balance_clean_half = balance_clean_half
+        self.routes_blocks = routes_blocks
         if self.post_process:
             reduce_input_gradient_once(self.output_layer)
         self.register_load_state_dict_post_hook(_want_no_extra_state)
@@ -58,23 +61,33 @@ class BlockDiffusionGPT(GPTModel):
             packed_seq_params=KeysParams(
                 qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, keys=inputs.keys
             ),
-            padding_mask=self._uncounted(inputs),
+            padding_mask=self._marks(inputs),
             output_processor=head_output,
             output_processor_context=(inputs, self.head_chunk_tokens),
         )
 
-    def _uncounted(self, inputs: ModelInputs) -> torch.Tensor | None:
-        """bool [B, S/tp], True for rows that the balance of experts leaves out; None when all rows count.
+    def _marks(self, inputs: ModelInputs) -> torch.Tensor | None:
+        """What routers know of rows: bool [B, S/tp], True for those that the balance of experts leaves out,
+        or with block routing what model/pools.py makes of it; None when all rows count alike.
 
         megatron-core carries it to every router as `padding_mask`; model/router.py gives it this meaning.
         """
-        if self.balance_clean_half or not inputs.keys.mask.clean_copy:
-            return None
         B, S = inputs.tokens.shape
-        is_clean = torch.arange(S, device=inputs.tokens.device) >= S // 2
-        if self.config.sequence_parallel:
-            is_clean = is_clean.chunk(self.pg_collection.tp.size())[self.pg_collection.tp.rank()]
-        return is_clean.expand(B, -1)
+        uncounted = None
+        if not self.balance_clean_half and inputs.keys.mask.clean_copy:
+            is_clean = torch.arange(S, device=inputs.tokens.device) >= S // 2
+            uncounted = self._rows_here(is_clean, dim=0).expand(B, -1)
+        if not self.routes_blocks:
+            return uncounted
+        blocks, bits = pools.row_blocks(inputs.keys.rectangle)
+        here = self._rows_here(torch.from_numpy(blocks), dim=1).to(inputs.tokens.device, non_blocking=True)
+        return pools.marks(here, bits, uncounted)
+
+    def _rows_here(self, rows: torch.Tensor, dim: int) -> torch.Tensor:
+        """Of all rows along `dim` those that sequence parallelism gives to this rank."""
+        if not self.config.sequence_parallel:
+            return rows
+        return rows.chunk(self.pg_collection.tp.size(), dim)[self.pg_collection.tp.rank()]
 
     def _noise(self, noise: EmbeddingNoise, S: int, embedded: torch.Tensor) -> torch.Tensor:
         """eps ~ N(0, sigma^2 I) at masked positions, zero elsewhere (LLaDA2.0, section 7.1); like `embedded`.
@@ -88,10 +101,7 @@ class BlockDiffusionGPT(GPTModel):
             eps = noise_rows(seed, len(rows), H, embedded.device)
             here = rows >= 0
             noise_SBH[rows[here], b] = (noise.sigma * eps[here]).to(embedded.dtype)
-        if not self.config.sequence_parallel:
-            return noise_SBH
-        tp = self.pg_collection.tp
-        return noise_SBH.chunk(tp.size())[tp.rank()]
+        return self._rows_here(noise_SBH, dim=0)
 
 
 def _want_no_extra_state(module: torch.nn.Module, keys: Any) -> None:

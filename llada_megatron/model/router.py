@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from llada_megatron.config.router import RouterConfig
+from llada_megatron.model import pools
 from llada_megatron.model.router_losses import also_learn, sequence_balance, squared_log_sums
 
 UNCAPPED = 2.0
@@ -27,10 +29,11 @@ class BalancedRouter(TopKRouter):
     batch; megatron-core's own update, which has no zero-mean form, is off.
     """
 
-    def __init__(self, *args: Any, settings: RouterConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: RouterConfig, expert_capacity: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.frozen_expert_bias = True
         self.settings = settings
+        self.expert_capacity = expert_capacity
         self.row_weight = self.sequence_weight = 0.0
         """Of a row in z_loss, and of a sequence in sequence_balance: set by every step (training/step.py)."""
         self.unevenness: Tensor | None = None
@@ -43,12 +46,20 @@ class BalancedRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights fp32 [N, E] and assignments bool [N, E] of the rows of logits [S, B, E].
 
-        What `rows_cap` drops has been counted for the balance: it is what wanted to come. Evaluation drops
-        nothing.
+        padding_mask: bool [S, B], True for rows that the balance leaves out; with block routing the marks
+        [S, B, 1 + w] of model/pools.py. What `rows_cap` drops has been counted for the balance: it is what
+        wanted to come. Evaluation drops nothing.
         """
+        ignored_SB = padding_mask
+        if self.expert_capacity:
+            assert padding_mask is not None
+            ignored_SB = padding_mask[..., 0]
         if self.settings.has_losses and self.training and torch.is_grad_enabled():
-            logits = self._with_losses(logits, padding_mask)
-        weight_NE, map_NE = super().routing(logits, padding_mask)
+            logits = self._with_losses(logits, ignored_SB)
+        if self.expert_capacity:
+            weight_NE, map_NE = self._from_pools(logits.flatten(0, 1), padding_mask)
+        else:
+            weight_NE, map_NE = super().routing(logits, ignored_SB)
         if self.observer is not None:
             self.observer(logits, map_NE)
         most = self._most_rows(map_NE.shape[0])
@@ -59,6 +70,28 @@ class BalancedRouter(TopKRouter):
             dropped = (map_NE & ~kept_NE).sum()
             self.dropped = dropped if self.dropped is None else self.dropped + dropped
         return weight_NE * kept_NE, map_NE & kept_NE
+
+    def _from_pools(self, logits_NE: Tensor, marks_SB: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and assignments [N, E] where the rows of a block choose from one pool of experts.
+
+        With pools of all experts bit for bit what megatron-core gives without groups: the choice is made in
+        its order, the weights are its own.
+        """
+        ignored_SB, block_N, blocks = pools.read_marks(marks_SB)
+        k, in_order = self.config.moe_router_topk, torch.is_grad_enabled()  # moe_utils.py:823
+        with torch.no_grad():
+            score_NE = logits_NE.float().sigmoid() + self.expert_bias
+            open_NE = pools.in_pool(score_NE, block_N, blocks, self.expert_capacity, self.tp_cp_group)
+            chosen_Nk = open_NE.topk(k, dim=1, sorted=in_order).indices
+        weight_NE, map_NE = topk_routing_with_score_function(
+            logits_NE,
+            k,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function="sigmoid",
+            precomputed_indices=chosen_Nk,
+        )
+        self._apply_expert_bias(map_NE, ignored_SB.flatten())
+        return weight_NE, map_NE
 
     def _with_losses(self, logits_SBE: Tensor, ignored_SB: Tensor | None) -> Tensor:
         """The logits, whose backward pass is that of the router's own losses as well.

@@ -78,6 +78,7 @@ def block_spec(
     vp_stage: int | None,
     lora: LoraConfig,
     router: RouterConfig,
+    expert_capacity: int,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage with our attention, router, and in the local spec norms and experts.
 
@@ -89,7 +90,7 @@ def block_spec(
     """
     transformer_engine = layer_spec == "transformer_engine"
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=transformer_engine, vp_stage=vp_stage)
-    routers = partial(BalancedRouter, settings=router)
+    routers = partial(BalancedRouter, settings=router, expert_capacity=expert_capacity)
     core_attention = partial(BlockDiffusionCoreAttention, backend=attention)
     spec.layer_specs = [copy.deepcopy(layer) for layer in spec.layer_specs]
     for layer in spec.layer_specs:

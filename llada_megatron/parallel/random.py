@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     DECODING = 9
     CONTINUATION_COUNT = 10
     CONTINUATION_MASK = 11
+    DRAFT = 12
     NOISE_GROUPS = 20
     WRONG_PLACE = 21
     WRONG_WORD = 22

@@ -124,12 +124,15 @@ def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> tuple
     """What each (virtual) stage keeps of a micro-batch beside its layers, and holds of the last one only.
 
     Kept: 8K order of the exchanged keys, 8 per noisy row sent; with full recompute 4r rotary_rows angles,
-    which every layer takes. Held: 8 rotary_rows positions.
+    which every layer takes; where a layer with experts that choose from pools runs again, the marks of its
+    rows, t (1 + w) (model/pools.py). Held: 8 rotary_rows positions.
     """
     angles = 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
     kept_here = 8 * (shape.keys + shape.halo) if layout.cp > 1 else 0
     if layout.recompute is Recompute.full:
         kept_here += angles
+    if model.expert_capacity and "moe" in recomputed_modules(layout):
+        kept_here += shape.tokens * (1 + shape.block_bits)
     return kept_here, 8 * shape.rotary_rows
 
 

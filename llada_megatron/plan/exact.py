@@ -24,6 +24,7 @@ GROUPS = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "CONTEXT_PARALLEL_GROUP": "cp",
     "DATA_PARALLEL_GROUP_WITH_CP": "dp",
+    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tp*cp",
     "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "tp*dp",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
     "default_pg": "pp",  # with two stages megatron-core sends one way through the group of all

@@ -41,6 +41,10 @@ class Shape:
     """Visible query-key pairs of one layer, per head."""
     row_bytes: RowBytes
     """Of each supervised row."""
+    block_bits: int = 0
+    """w: of the number of a row's block, where blocks share pools of experts (model/pools.py)."""
+    blocks: int = 0
+    """P: numbers of blocks of a micro-batch, on every process."""
 
 
 def shape_of(
@@ -65,6 +69,7 @@ def shape_of(
     data = length * stage.micro_batch
     noisy_keys, travelling = _noisy_keys(data, cp, stage)
     pairs = pairs_per_sequence(config, stage, documents)
+    block_bits = (stage.rows_per_token * math.ceil(length / stage.block_size) - 1).bit_length()
     return Shape(
         rows=rows,
         tokens=tokens,
@@ -78,6 +83,8 @@ def shape_of(
         sums=stage.geometry.sums,
         pairs=pairs * stage.micro_batch / cp,
         row_bytes=stage.geometry.row_bytes,
+        block_bits=block_bits,
+        blocks=stage.micro_batch << block_bits,
     )
 
 

@@ -69,6 +69,7 @@ def groups(layout: LayoutConfig, cluster: ClusterConfig) -> dict[str, Group]:
         "ep*etp": (layout.ep * layout.etp, 1),
         "pp": (layout.pp, layout.processes // layout.pp),
         "dp": (dp * layout.cp, layout.tp),
+        "tp*cp": (layout.tp * layout.cp, 1),
         "tp*dp": (layout.tp * dp * layout.cp, 1),
         "embedding": (min(2, layout.pp), layout.processes // layout.pp),
         "expert dp": (expert_dp, layout.etp * layout.ep),

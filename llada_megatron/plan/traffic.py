@@ -45,6 +45,7 @@ def layer_messages(
          backward gathers the output's gradient, gathers the input again for the weights' gradient and
          scatters the input's gradient. The last two run beside matrix products (megatron-core's layers.py).
     cp   clean keys and values [L, 2, g] gathered, their gradients scattered (attention/context.py)
+    tp*cp  with pools of experts the best score of each expert in each block, fp32 [P, E]
     ep*etp  each process's count of tokens for every expert, int64
     ep   copies of tokens [t k, H] out and back, both ways again in backward, and fp32 probabilities once
          each way; the busiest process's share. `allgather` sends every token [t ep etp, H] and its
@@ -61,20 +62,11 @@ def layer_messages(
         return messages + _tensor_parallel("mlp", shape, layout, model.hidden_size, b)
     if model.shared_expert_hidden_size:
         messages += _tensor_parallel("shared_experts", shape, layout, model.hidden_size, b)
+    if model.expert_capacity and layout.tp * layout.cp > 1:
+        best = 4 * shape.blocks * model.experts
+        messages.append(Message("tp*cp", "all_reduce", best, 1, 0, module="moe"))
     if layout.dispatcher is Dispatcher.allgather:
-        if layout.ep * layout.etp > 1:
-            tokens = gathered_tokens(shape, layout)
-            sent, combined = b * tokens * model.hidden_size, 4 * tokens * model.hidden_size
-            messages += [
-                Message("ep*etp", "all_gather", sent, 1, 0, module="moe"),
-                Message("ep*etp", "reduce_scatter", combined, 1, 0, module="moe"),
-                Message("ep*etp", "all_gather", combined, 0, 1, module="moe"),
-                Message("ep*etp", "reduce_scatter", sent, 0, 1, module="moe"),
-            ]
-            scores = tokens * model.experts
-            messages.append(Message("ep*etp", "all_gather", 5 * scores, 1, 0, module="moe"))
-            messages.append(Message("ep*etp", "reduce_scatter", 4 * scores, 0, 1, module="moe"))
-        return messages
+        return messages + _to_all(model, shape, layout, b)
     if layout.ep * layout.etp > 1:
         counts = 8 * model.experts * layout.ep * layout.etp
         messages.append(Message("ep*etp", "all_gather", counts, 1, 0, module="moe"))
@@ -190,6 +182,23 @@ def of_rank(
     holds_table = stages[0].first or stages[-1].last
     for message in step_messages(held, model, layout, b=b, holds_table=holds_table):
         yield message.calls(again), message
+
+
+def _to_all(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -> list[Message]:
+    """Of experts that get the tokens of all processes."""
+    if layout.ep * layout.etp == 1:
+        return []
+    tokens = gathered_tokens(shape, layout)
+    sent, combined = b * tokens * model.hidden_size, 4 * tokens * model.hidden_size
+    scores = tokens * model.experts
+    return [
+        Message("ep*etp", "all_gather", sent, 1, 0, module="moe"),
+        Message("ep*etp", "reduce_scatter", combined, 1, 0, module="moe"),
+        Message("ep*etp", "all_gather", combined, 0, 1, module="moe"),
+        Message("ep*etp", "reduce_scatter", sent, 0, 1, module="moe"),
+        Message("ep*etp", "all_gather", 5 * scores, 1, 0, module="moe"),
+        Message("ep*etp", "reduce_scatter", 4 * scores, 0, 1, module="moe"),
+    ]
 
 
 def _tensor_parallel(module: str, shape: Shape, layout: LayoutConfig, hidden: int, b: int) -> list[Message]:

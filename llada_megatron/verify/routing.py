@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
+from llada_megatron.model import pools
+
 
 class RoutingMargin:
     """Watches routers and keeps the smallest gap between a chosen and a rejected score.
 
     Scores are sigmoid(logits) + expert_bias, as megatron-core compares them: first groups, by the
-    sum of their best experts, then experts of the chosen groups.
+    sum of their best experts, then experts of the chosen groups. With block routing first the experts of
+    each block by their best score, then those of its pool.
     """
 
     def __init__(self, routers: list[Any]) -> None:
@@ -31,6 +34,11 @@ class RoutingMargin:
             self._keep(group_score, chosen)
             kept = torch.zeros_like(group_score).scatter(1, group_score.topk(chosen, dim=1).indices, 1.0)
             scores = by_group.masked_fill(kept[..., None] == 0, float("-inf")).flatten(1)
+        if router.expert_capacity:
+            _, block, blocks = pools.read_marks(arguments[1].bool())
+            best = pools.best_scores(scores, block, blocks, router.tp_cp_group)
+            self._keep(best[best[:, 0] > float("-inf")], router.expert_capacity)
+            scores = scores.masked_fill(~pools.pools_of(best, router.expert_capacity)[block], float("-inf"))
         self._keep(scores, config.moe_router_topk)
 
     def _keep(self, scores: torch.Tensor, chosen: int) -> None:

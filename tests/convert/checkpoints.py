@@ -122,13 +122,15 @@ def llama_weights(*, tied: bool) -> Weights:
 
 
 def described(kind: str) -> tuple[dict, Weights]:
-    """config.json and tensors of bailing, bailing_mtp, llada2, llada2_stacked, llama or llama_untied."""
+    """config.json and tensors of bailing, bailing_mtp, llada2, llada2_stacked, llada2_pools, llama or
+    llama_untied."""
     if kind.startswith("llama"):
         tied = kind == "llama"
         return LLAMA | {"tie_word_embeddings": tied}, llama_weights(tied=tied)
     weights = moe_weights(stacked=kind == "llada2_stacked", prediction_layer=kind == "bailing_mtp")
     if kind.startswith("llada2"):
-        return MOE | {"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"}, weights
+        pools = {"expert_capacity": 6, "block_size": 16} if kind == "llada2_pools" else {}
+        return MOE | {"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"} | pools, weights
     extra = {"num_nextn_predict_layers": 1} if kind == "bailing_mtp" else {}
     return MOE | {"architectures": ["BailingMoeV2ForCausalLM"]} | extra, weights
 

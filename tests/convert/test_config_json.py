@@ -183,3 +183,20 @@ def test_the_same_config_stays_the_same_object_by_value() -> None:
         carried = DESCRIBED | {"eos_token_id": 3, "strange": 1} | spelt
         model = model_config(carried, MASK, "config.json")
         assert describe(model, LING, carried, "bfloat16", 64) == carried
+
+
+def test_pools_of_experts_come_and_go_with_the_size_of_their_blocks() -> None:
+    pooled = read(expert_capacity=6, block_size=16, n_group=8, topk_group=1)  # groups are not used
+    assert pooled.expert_capacity == 6 and read(expert_capacity=None).expert_capacity == 0
+    written = describe(pooled, LLADA2, {}, "bfloat16", None, block_size=8)
+    assert (written["expert_capacity"], written["block_size"]) == (6, 8)
+    came_with = MOE | {"architectures": [LLADA2], "expert_capacity": 6, "block_size": 16}
+    assert describe(pooled, LLADA2, came_with, "bfloat16", None)["block_size"] == 16
+    assert describe(pooled, LLADA2, came_with, "bfloat16", None, block_size=8)["block_size"] == 8
+    without = describe(read(), LLADA2, came_with, "bfloat16", None)
+    assert without["expert_capacity"] == 0
+    assert "expert_capacity" not in describe(read(), LLADA2, {}, "bfloat16", None, block_size=8)
+    with pytest.raises(BadInput, match=r"knows no pools of experts .* choose --architecture LLaDA2"):
+        describe(pooled, LING, {}, "bfloat16", None)
+    with pytest.raises(BadInput, match=r"model\.expert_capacity=3 must be from the 4 experts"):
+        read(expert_capacity=3)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llada_megatron.cli import main
+from llada_megatron.record.manifest import find
 from tests.convert import checkpoints
 from tests.convert.checkpoints import MASK
 
-KINDS = ["bailing", "llada2", "llada2_stacked", "llama", "llama_untied"]
+KINDS = ["bailing", "llada2", "llada2_stacked", "llada2_pools", "llama", "llama_untied"]
 
 
 def to_mcore(source: Path, target: Path, *options: str) -> int:
@@ -44,6 +45,7 @@ def test_there_and_back_gives_the_same_files(kind: str, tmp_path: Path) -> None:
     for held in (inward, outward):
         assert held["passed"] and held["parameters"]["written"] == held["parameters"]["architecture"]
         assert held["logits"]["max_difference"] < 1e-5 * held["logits"]["max_logit"]
+    assert find(str(tmp_path / "ours")).manifest.block_size == (16 if kind == "llada2_pools" else 0)
 
 
 def test_prediction_layers_are_left_out_listed_and_gone_from_the_configuration(

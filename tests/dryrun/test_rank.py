@@ -32,7 +32,12 @@ def objective(name: str) -> list[str]:
 
 GROUPS = [*objective("multi_block"), "diffusion.complementary=false"]
 EDITING, OPUT = objective("editing"), [*objective("oput"), "diffusion.oput.turns=2"]
+POOLS = ["model.expert_capacity=4"]
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
+LEVENSHTEIN = [
+    *objective("levenshtein"),
+    *("levenshtein.delete_token_id=300", "levenshtein.split_token_id=301"),
+]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
     "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2", "training.ema_decay=0.9"]),
@@ -47,6 +52,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "editing": (FIRST, EDITING),
     "oput": (FIRST, [*OPUT, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "multi_block": (FIRST, [*GROUPS, "layout.processes=2", "layout.cp=2"]),
+    "pools_tp_cp": (BDLM, [*POOLS, "layout.processes=4", "layout.tp=2", "layout.cp=2", "layout.ep=2"]),
 }
 SLOW_CASES = (
     "large_vocabulary",
@@ -58,6 +64,7 @@ SLOW_CASES = (
     "tied",
     "cap_pp",
     "cap_chunked_tp",
+    "levenshtein_cp",
     "dpo_cp",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
@@ -139,6 +146,21 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "oput_cp": (FIRST, [*OPUT, "layout.processes=2", "layout.cp=2"]),
     "dpo_pp": (FIRST, [*DPO, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "dpo_cp": (FIRST, [*DPO, "layout.processes=2", "layout.cp=2"]),
+    "levenshtein": (FIRST, LEVENSHTEIN),
+    "levenshtein_cp": (FIRST, [*LEVENSHTEIN, "layout.processes=2", "layout.cp=2"]),
+    "levenshtein_chunked_tp": (
+        FIRST,
+        [*LEVENSHTEIN, "layout.processes=2", "layout.tp=2", "model.head_chunk_tokens=8"],
+    ),
+    "pools_recompute": (
+        BDLM,
+        [*POOLS, "layout.recompute=selective", "layout.recompute_modules=[moe]", "layout.micro_batch=2"],
+    ),
+    "pools_full_recompute_pp": (
+        BDLM,
+        [*POOLS, "layout.recompute=full", "layout.processes=2", "layout.pp=2", "model.layers=4"],
+    ),
+    "pools_mdlm": (MDLM, [*POOLS, "layout.processes=2", "layout.cp=2"]),
     "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
 }
 

@@ -59,6 +59,16 @@ def test_every_rule_in_a_batch_equals_itself_alone_without_a_cache(model, name):
         np.testing.assert_array_equal(result.tokens, expected, err_msg=f"prompt {number}")
 
 
+def test_pools_of_experts_are_those_of_the_loop_without_a_cache(model):
+    pooled = tiny(settings("model.expert_capacity=6"))
+    ours = decoder(pooled, batch=2, prefill_tokens=4)
+    results = ours.results([prompt_of(13), prompt_of(8)], Limits(new_tokens=10))
+    for length, result in zip((13, 8), results, strict=True):
+        expected, _ = uncached(pooled, prompt_of(length), 10, 4, RULE)
+        np.testing.assert_array_equal(result.tokens, expected)
+    assert (uncached(model, prompt_of(8), 10, 4, RULE)[0] != expected).any()
+
+
 LENGTHS = (17, 2, 40, 9, 33, 1, 24)
 
 

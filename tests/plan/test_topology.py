@@ -16,6 +16,7 @@ AXES = {  # group: the axes in which its ranks differ, in their grid
     "tp": ({"tp"}, DENSE_AXES),
     "cp": ({"cp"}, DENSE_AXES),
     "dp": ({"cp", "dp"}, DENSE_AXES),
+    "tp*cp": ({"tp", "cp"}, DENSE_AXES),
     "tp*dp": ({"tp", "cp", "dp"}, DENSE_AXES),
     "pp": ({"pp"}, DENSE_AXES),
     "etp": ({"etp"}, EXPERT_AXES),

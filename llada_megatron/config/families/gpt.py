@@ -58,6 +58,13 @@ def check(model: ModelConfig) -> None:
             getattr(model, name) > 0,
             f"model.{name} is 0 but model.dense_layers < model.layers: set model.{name}.",
         )
+    if model.expert_capacity:
+        _check_pools(model)
+    else:
+        _check_groups(model)
+
+
+def _check_groups(model: ModelConfig) -> None:
     require(
         model.experts % model.expert_groups == 0,
         f"model.experts={model.experts} is not a multiple of model.expert_groups={model.expert_groups}.",
@@ -73,6 +80,20 @@ def check(model: ModelConfig) -> None:
         f"model.experts_per_token={model.experts_per_token} is not a multiple of"
         f" model.expert_groups_per_token={model.expert_groups_per_token}: megatron-core scores a group by its"
         " experts_per_token/expert_groups_per_token best experts.",
+    )
+
+
+def _check_pools(model: ModelConfig) -> None:
+    """Of block routing, which uses no groups."""
+    capacity = model.expert_capacity
+    require(
+        0 < model.experts_per_token <= capacity <= model.experts,
+        f"model.expert_capacity={capacity} must be from the {model.experts_per_token} experts of a token to"
+        f" all {model.experts}, or 0 for no pools.",
+    )
+    require(
+        model.expert_bias,
+        f"model.expert_capacity={capacity} needs model.expert_bias=true: pools are chosen by biased scores.",
     )
 
 

@@ -21,6 +21,10 @@ from llada_megatron.convert.rope_json import RotaryDefaults
 AUTOREGRESSIVE, DIFFUSION = "BailingMoeV2ForCausalLM", "LLaDA2MoeModelLM"
 PREDICTION_LAYERS = "num_nextn_predict_layers"
 """In config.json of Ling 2.0: how many layers after the last one predict further tokens."""
+CAPACITY = "expert_capacity"
+"""In config.json of LLaDA2.2, as SGLang reads it: experts that the tokens of a block choose from."""
+BLOCK_SIZE = "block_size"
+"""There: of the blocks that do, and that must be decoded."""
 NO_PREDICTION = {PREDICTION_LAYERS: 0, "mtp_loss_scaling_factor": 0}
 
 
@@ -79,23 +83,36 @@ def drop_reason(name: str, model: ModelConfig, described: dict[str, Any]) -> str
 
 
 def fields(described: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The shared experts' width; BadInput where groups of experts are chosen otherwise."""
-    _require_same_groups(
-        values["expert_groups"], values["expert_groups_per_token"], values["experts_per_token"]
-    )
+    """The shared experts' width and the pools; BadInput where groups of experts are chosen otherwise."""
+    capacity = described.get(CAPACITY) or 0
+    if not capacity:
+        _require_same_groups(
+            values["expert_groups"], values["expert_groups_per_token"], values["experts_per_token"]
+        )
     number = described.get("num_shared_experts") or 0
-    return {"shared_expert_hidden_size": values["expert_hidden_size"] * number}
+    return {
+        "shared_expert_hidden_size": values["expert_hidden_size"] * number,
+        "expert_capacity": capacity,
+    }
 
 
 def keys(model: ModelConfig, carried: dict[str, Any]) -> dict[str, Any]:
-    """The number of shared experts, and no layers for prediction, since they were left out."""
+    """The number of shared experts, pools if any, and no layers for prediction, since they were left out."""
     number = {"num_shared_experts": model.shared_expert_hidden_size // model.expert_hidden_size}
+    if model.expert_capacity or carried.get(CAPACITY):
+        number[CAPACITY] = model.expert_capacity
     return number | (NO_PREDICTION if carried.get(PREDICTION_LAYERS) else {})
 
 
 def require(model: ModelConfig, architecture: str) -> None:
     """Raise BadInput for a model that the public code would compute otherwise, or cannot."""
-    _require_same_groups(model.expert_groups, model.expert_groups_per_token, model.experts_per_token)
+    if not model.expert_capacity:
+        _require_same_groups(model.expert_groups, model.expert_groups_per_token, model.experts_per_token)
+    elif architecture != DIFFUSION:
+        raise BadInput(
+            f"{architecture} knows no pools of experts and the model has model.expert_capacity="
+            f"{model.expert_capacity}: choose --architecture {DIFFUSION}."
+        )
     if model.shared_expert_hidden_size % model.expert_hidden_size:
         raise BadInput(
             f"{architecture} has shared experts of a multiple of the experts' width"
@@ -159,21 +176,26 @@ class BailingForward(Forward):
         return self.files.read(expert_rows(name, shape, expert, 0, shape[1]))[0].float()
 
     def _routing(self, name: str, normed_SH: Tensor) -> Tensor:
-        """fp32 [S, E]: the combine weight of chosen experts, zero elsewhere."""
+        """fp32 [S, E]: the combine weight of chosen experts, zero elsewhere.
+
+        What is compared is causal, blocks of one token: its pool holds its own best experts.
+        """
         config = self.config
         scores = (normed_SH @ self.get(f"{name}.gate.weight").T).sigmoid()
         biased = scores
         if f"{name}.gate.expert_bias" in self.files.tensors:
             biased = scores + self.get(f"{name}.gate.expert_bias")
-        groups = biased.unflatten(-1, (config["n_group"], -1))
-        best = (
-            groups.topk(min(2, groups.shape[-1]), dim=-1)
-            .values.sum(-1)
-            .topk(config["topk_group"], dim=-1)
-            .indices
-        )
-        closed = torch.ones(groups.shape[:-1], dtype=torch.bool).scatter(-1, best, False)
-        open_scores = groups.masked_fill(closed[..., None], float("-inf")).flatten(-2)
+        open_scores = biased
+        if not config.get(CAPACITY):
+            groups = biased.unflatten(-1, (config["n_group"], -1))
+            best = (
+                groups.topk(min(2, groups.shape[-1]), dim=-1)
+                .values.sum(-1)
+                .topk(config["topk_group"], dim=-1)
+                .indices
+            )
+            closed = torch.ones(groups.shape[:-1], dtype=torch.bool).scatter(-1, best, False)
+            open_scores = groups.masked_fill(closed[..., None], float("-inf")).flatten(-2)
         chosen = open_scores.topk(config["num_experts_per_tok"], dim=-1).indices
         weights = scores.gather(-1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self._scale()
@@ -231,7 +253,7 @@ FAMILY = Family(
         "router_dtype": "fp32",
     },
     rotary=RotaryDefaults(base={}, fraction={AUTOREGRESSIVE: 1.0, DIFFUSION: 0.5}),
-    counts=("num_shared_experts", PREDICTION_LAYERS),
+    counts=("num_shared_experts", CAPACITY, BLOCK_SIZE, PREDICTION_LAYERS),
     idle=frozenset({"auto_map", "mtp_loss_scaling_factor", "sliding_window"}),
     left_behind=frozenset(NO_PREDICTION),
     fields=fields,

@@ -29,7 +29,7 @@ def transformer_config(
     dtype = device.DTYPES[precision.dtype]
     moe = model.has_experts
     fused = layer_spec == "transformer_engine"
-    grouped = moe and model.expert_groups > 1
+    grouped = moe and model.expert_groups > 1 and not model.expert_capacity
     return TransformerConfig(
         # architecture
         num_layers=model.layers,
@@ -128,6 +128,7 @@ def build_stage(
             vp_stage=vp_stage,
             lora=model.lora,
             router=model.router,
+            expert_capacity=model.expert_capacity,
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=2 * config.data.sequence_length,
@@ -140,6 +141,7 @@ def build_stage(
         rotary=ExplicitRotary(),
         head_chunk_tokens=model.head_chunk_tokens,
         balance_clean_half=model.expert_balance_clean_half,
+        routes_blocks=model.has_experts and model.expert_capacity > 0,
     )
     set_frequencies(stage, model)
     if initialize:
