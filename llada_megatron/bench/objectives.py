@@ -1,4 +1,4 @@
-"""Seconds per training step by objective: CAP, OPUT and DPO against SFT of the same rows, packed against padded.
+"""Seconds per training step by objective: CAP, OPUT, DPO against SFT of the same rows, packed against padded.
 
 All cases train one model in interleaved rounds, on random tokens in conversations of log-normal lengths. Each
 reads every sequence under a mask and its complement:
