@@ -1,9 +1,10 @@
-"""Seconds per training step by objective: CAP and DPO against SFT of the same rows, packed against padded.
+"""Seconds per training step by objective: CAP, OPUT, DPO against SFT of the same rows, packed against padded.
 
 All cases train one model in interleaved rounds, on random tokens in conversations of log-normal lengths. Each
 reads every sequence under a mask and its complement:
 
-    sft, cap              the same sequences and masks, in one micro-batch per rank
+    sft, cap, oput        the same sequences and masks, in one micro-batch per rank; OPUT drafts in a forward
+                          pass first, once per turn, and has a loss on all tokens that may be masked
     sft_ones, cap_ones    the same in micro-batches of one sample: CAP counts in a forward pass first
     sft_pairs, dpo        sequences of pairs; DPO's draws are as many samples, so that as many rows pass the
                           layers, and as many the head, as in the two passes over both texts that SFT makes
@@ -32,6 +33,8 @@ from llada_megatron.data.packing import Packing, best_fit, permutation, quantise
 
 CAP_LIMIT = 1.05
 DPO_LIMIT = 1.10
+OPUT_LIMIT = 1.40
+"""Of one turn."""
 CONVERSATIONS = 512
 MEAN_OF_LENGTH = 8
 """L is so many times the mean length of a conversation."""
@@ -198,6 +201,10 @@ def _report(config: Config, cases: list[step.Case]) -> dict[str, Any]:
         }
     ]
     checks = [at_most(DPO_LIMIT, "dpo", "sft_pairs")]
+    if config.diffusion.oput.turns == 1:
+        checks.insert(0, at_most(OPUT_LIMIT, "oput", "sft"))
+    else:
+        figures.insert(0, {"name": "oput / sft, of several turns", "ratio": ratio("oput", "sft")})
     for name, other in (("cap", "sft"), ("cap_ones", "sft_ones")):
         if counts_first(config, stages[name]):
             figures.insert(0, {"name": f"{name} / {other}, which counts first", "ratio": ratio(name, other)})

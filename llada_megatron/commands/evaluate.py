@@ -105,6 +105,7 @@ def _settings(args: argparse.Namespace) -> list[str]:
 
 def _check(config: Config, with_ar: bool) -> None:
     from llada_megatron.config.layout_rules import check_layout
+    from llada_megatron.config.rules import check_words
     from llada_megatron.config.schedule import block_size_of
 
     check_layout(config)
@@ -112,6 +113,8 @@ def _check(config: Config, with_ar: bool) -> None:
         raise BadInput("There is nothing to evaluate: give --block-sizes, --ar or both.")
     for size in config.evaluation.block_sizes:
         block_size_of(size, config.data.sequence_length, "--block-sizes")
+    if config.evaluation.planted_share:
+        check_words(config)
 
 
 def _print(record: dict[str, Any]) -> None:

@@ -70,12 +70,12 @@ def _check_stage(config: Config, stage: Stage) -> None:
         block_size_of(size, stage.sequence_length, f"evaluation.block_sizes[{index}]")
     if stage.objective == "multi_block":
         _check_groups(config, stage)
-    if stage.objective == "editing":
-        _check_words(config)
+    if stage.objective == "editing" or config.evaluation.planted_share:
+        check_words(config)
 
 
-def _check_words(config: Config) -> None:
-    """Wrong tokens come from somewhere, and are tokens of the model."""
+def check_words(config: Config) -> None:
+    """Wrong tokens, learnt or planted, come from somewhere, and are tokens of the model."""
     editing, vocabulary = config.diffusion.editing, config.model.vocab_size
     require(
         editing.words is not WrongWords.vocabulary or 2 <= editing.vocabulary <= vocabulary,

@@ -52,6 +52,9 @@ def test_steps_that_are_compared_have_equal_rows() -> None:
     assert found["cap"] == found["sft"] and found["cap_ones"] == found["sft_ones"]
     assert found["sft_ones"][0] == 2 and found["sft_ones"][1:] == found["sft"][1:]
     assert found["dpo"][:3] == found["sft_pairs"][:3]
+    samples, rows, tokens = found["oput"][1:]
+    assert (samples, tokens) == (found["sft"][1], found["sft"][3]), "before the model's drafts stand in them"
+    assert rows == 2 * found["sft"][2], "every token of the answers, in each of two complementary views"
     L = 256
     clean = {name: [row[L:] for row in tokens] for name, (*_, tokens) in found.items()}
     assert clean["dpo"] == clean["sft_pairs"] and clean["dpo"][0] == clean["dpo"][1]
@@ -67,6 +70,7 @@ def test_each_objective_is_timed_and_calibration_reads_what_it_writes(tmp_path) 
     assert [case["name"] for case in report["cases"]] == stages
     assert {check["name"]: check["bound"] for check in report["checks"]} == {
         "cap / sft": 1.05,
+        "oput / sft": 1.40,
         "dpo / sft_pairs": 1.10,
     }
     counted, packing = report["figures"]
@@ -85,8 +89,22 @@ def test_a_step_that_counts_first_is_a_figure_and_no_check() -> None:
     names = [stage.name for stage in rules.check(config).stages]
     cases = [Case(name, seconds=[2.0 if name == "dpo" else 1.0]) for name in names]
     report = objectives._report(config, cases)
-    assert [(check["name"], check["passed"]) for check in report["checks"]] == [("dpo / sft_pairs", False)]
+    assert [(check["name"], check["passed"]) for check in report["checks"]] == [
+        ("oput / sft", True),
+        ("dpo / sft_pairs", False),
+    ]
     assert [figure["name"] for figure in report["figures"]][:2] == [
         "cap_ones / sft_ones, which counts first",
         "cap / sft, which counts first",
     ]
+
+
+def test_drafts_of_several_turns_are_a_figure_and_no_check() -> None:
+    from llada_megatron.bench.step import Case
+
+    config = compose(["experiment=bench_objectives", *SMALL, "diffusion.oput.turns=2"])
+    names = [stage.name for stage in rules.check(config).stages]
+    cases = [Case(name, seconds=[2.0 if name == "oput" else 1.0]) for name in names]
+    report = objectives._report(config, cases)
+    assert "oput / sft" not in [check["name"] for check in report["checks"]]
+    assert {"name": "oput / sft, of several turns", "ratio": 2.0} in report["figures"]

@@ -92,6 +92,10 @@ BROKEN = [
             ("rotary_scaling: {type: yarn, factor: 4}", "original_positions"),
         ]
     ),
+    (
+        ["evaluation.planted_share=0.1", "diffusion.editing.words=vocabulary"],
+        "diffusion.editing.vocabulary=0: set it to the number of the tokenizer's tokens",
+    ),
 ]
 
 
