@@ -33,8 +33,8 @@ from llada_megatron.config.choices import (
     Weight,
 )
 from llada_megatron.config.editing import EditingConfig, OputConfig
-from llada_megatron.config.multi_block import MultiBlockConfig
 from llada_megatron.config.levenshtein import LevenshteinConfig
+from llada_megatron.config.multi_block import MultiBlockConfig
 from llada_megatron.config.ranges import (
     Amount,
     Count,

@@ -103,6 +103,17 @@ def _hidden(logits_nV: Tensor, token_id: int, group: Any) -> Tensor:
     return logits_nV.masked_fill(hidden_V, torch.finfo(logits_nV.dtype).min / 2)
 
 
+def choice(mask_token_id: int) -> Readout:
+    """float64 [n]: the most probable token but the mask, the lowest id among equals; no gradient."""
+    return Readout("choice", columns=1, needs_labels=False, read=partial(_choice, mask_token_id))
+
+
+@torch.no_grad()
+def _choice(mask_token_id: int, logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Tensor:
+    _, choice_n = _argmax(_hidden(logits_nV.float(), mask_token_id, group), group)
+    return choice_n.double()
+
+
 def proposal(mask_token_id: int, *, entropy: bool = False) -> Readout:
     """float64 [n, 2]: what a decoder may put in place of a mask, no gradient.
 

@@ -18,7 +18,7 @@ import torch
 from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.packed import PackedSequences
-from llada_megatron.model.readout import proposal
+from llada_megatron.model.readout import choice
 from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.corruption import Corruption
 from llada_megatron.objectives.diffusion import Diffusion
@@ -35,7 +35,7 @@ class Oput(Diffusion):
 
     def __init__(self, name: str, config: Config, schedule: Schedule) -> None:
         super().__init__(name, config, schedule)
-        self.draft_readout = proposal(config.model.mask_token_id)
+        self.draft_readout = choice(config.model.mask_token_id)
         self.draft_turns = config.diffusion.oput.turns
 
     def draft_batch(

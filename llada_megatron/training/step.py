@@ -23,6 +23,7 @@ from llada_megatron.config.schema import Config, ModelConfig, MomentsAtStart
 from llada_megatron.config.stage_settings import model_of
 from llada_megatron.data.packed import PackedSequences
 from llada_megatron.model.provider import build_model
+from llada_megatron.model.readout import Readout
 from llada_megatron.model.rotary import set_frequencies
 from llada_megatron.objectives import passes
 from llada_megatron.objectives.batch import MicroBatch, context_part
@@ -290,7 +291,7 @@ def _drafts(
     drafts: list[torch.Tensor] = []
     for _ in range(objective.draft_turns):
         places: list[tuple[int, torch.Tensor | None]] = []
-        build = partial(_draft_batches, trainer, objective, stage, step, sigma, drafts, places)
+        build = partial(_draft_batches, trainer, objective, stage, step, sigma, readout, drafts, places)
         outputs = passes.forward_only(
             trainer.model,
             _for_every_chunk(trainer, build, sizes),
@@ -307,6 +308,7 @@ def _draft_batches(
     stage: Stage,
     step: int,
     sigma: float,
+    readout: Readout,
     drafts: list[torch.Tensor],
     places: list[tuple[int, torch.Tensor | None]],
 ) -> Iterator[MicroBatch]:
@@ -315,7 +317,7 @@ def _draft_batches(
     for index, indices in enumerate(_dealt(trainer, stage, step)):
         draft = drafts[index] if drafts else None
         whole = objective.draft_batch(data, indices, stage, noise_sigma=sigma, draft=draft)
-        whole.inputs.readout = objective.draft_readout
+        whole.inputs.readout = readout
         part = context_part(whole)
         places.append((len(whole.inputs.outputs), part.places))
         yield part
