@@ -135,10 +135,12 @@ def test_counts_are_exchanged_where_every_rank_has_one_micro_batch(corpus, strai
 def test_a_geometry_knows_the_passes_before_a_step(name):
     register()
     geometry, kind = OBJECTIVES[name], importlib.import_module(OBJECTIVES[name].module).OBJECTIVE
-    counts = geometry.denominators > 1 and not kind.counts_known
+    config = compose(["experiment=parity"])
+    objective = kind(name, config, rules.schedule_of(config))
+    counts = geometry.denominators > 1 and not objective.counts_known
     for micro_batches in (1, 2):
-        drafts = kind.draft_readout is not None
-        assert geometry.passes_before(Config(), micro_batches) == drafts + (counts and micro_batches > 1)
+        drafts = objective.draft_turns * (objective.draft_readout is not None)
+        assert geometry.passes_before(config, micro_batches) == drafts + (counts and micro_batches > 1)
 
 
 def gradients_of_the_formula(config: Config) -> tuple[float, float]:

@@ -86,13 +86,22 @@ def test_a_run_resumed_in_another_layout_is_equal_within_rounding(corpora, strai
     assert_equal_within_rounding(tmp_path, straight[name])
 
 
+OTHERS = {
+    "editing": [],
+    "oput": ["diffusion.oput.turns=2"],
+    "multi_block": ["diffusion.complementary=false"],
+    "levenshtein": ["levenshtein.delete_token_id=300", "levenshtein.split_token_id=301"],
+}
+"""Objectives on chats, by their own names, with their settings."""
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, *OTHERS])
 def test_a_run_that_is_killed_and_stopped_gets_its_certificate_in_another_layout(corpora, name):
-    stage = f"{{name: {name}, block_size: '{BLOCK}', tokens: {8 * 12 * L}, objective: {OBJECTIVES[name]}}}"
-    overrides = conversations.settings(
-        corpora[name], name, f"schedule.stages=[{stage}]", "training.threads=1"
-    )
+    objective, kind = OBJECTIVES.get(name, name), name if name in OBJECTIVES else "sft"
+    stage = f"{{name: {name}, block_size: '{BLOCK}', tokens: {8 * 12 * L}, objective: {objective}}}"
+    own = [f"schedule.stages=[{stage}]", "training.threads=1", *OTHERS.get(name, [])]
+    overrides = conversations.settings(corpora[kind], kind, *own)
     certificate = resume.check(overrides, ["layout.tp=2"])
     assert certificate.passed and certificate.steps == 12, certificate.as_json()
 
