@@ -49,10 +49,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "cap": (FIRST, [*CAP, "layout.micro_batch=2", "layout.global_batch=2"]),
     "cap_counts_first": (FIRST, CAP),
     "dpo": (FIRST, DPO),
-    "editing": (FIRST, EDITING),
     "oput": (FIRST, [*OPUT, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "multi_block": (FIRST, [*GROUPS, "layout.processes=2", "layout.cp=2"]),
-    "pools_tp_cp": (BDLM, [*POOLS, "layout.processes=4", "layout.tp=2", "layout.cp=2", "layout.ep=2"]),
 }
 SLOW_CASES = (
     "large_vocabulary",
@@ -66,6 +64,8 @@ SLOW_CASES = (
     "cap_chunked_tp",
     "levenshtein_cp",
     "dpo_cp",
+    "editing",
+    "pools_tp_cp",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -142,6 +142,7 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
         ],
     ),
     "cap_large_vocabulary": (FIRST, [*CAP, "model.vocab_size=16384"]),
+    "editing": (FIRST, EDITING),
     "editing_masks_alone": (FIRST, [*EDITING, "diffusion.editing.kept_weight=0"]),
     "oput_cp": (FIRST, [*OPUT, "layout.processes=2", "layout.cp=2"]),
     "dpo_pp": (FIRST, [*DPO, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
@@ -152,6 +153,7 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
         FIRST,
         [*LEVENSHTEIN, "layout.processes=2", "layout.tp=2", "model.head_chunk_tokens=8"],
     ),
+    "pools_tp_cp": (BDLM, [*POOLS, "layout.processes=4", "layout.tp=2", "layout.cp=2", "layout.ep=2"]),
     "pools_recompute": (
         BDLM,
         [*POOLS, "layout.recompute=selective", "layout.recompute_modules=[moe]", "layout.micro_batch=2"],

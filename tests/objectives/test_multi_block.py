@@ -206,6 +206,7 @@ def trained_both(*configs: Config) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_groups_of_one_block_train_bit_for_bit_as_the_diffusion_objective(chats):
     noise = "diffusion.embedding_noise={sigma_over_rms: 0.5, fade_tokens: 100000}"
     plain = configure(chats, noise, objective="diffusion")
