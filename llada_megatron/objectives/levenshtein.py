@@ -24,13 +24,12 @@ from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, Weight
 from llada_megatron.config.stage_settings import diffusion_of
 from llada_megatron.data.packed import BadSample, PackedSample, PackedSequences
-from llada_megatron.model.inputs import EmbeddingNoise
 from llada_megatron.objectives.alignment import edit_labels, ends
 from llada_megatron.objectives.batch import MicroBatch, Samples
 from llada_megatron.objectives.corruption import Corruption
 from llada_megatron.objectives.diffusion import Diffusion
 from llada_megatron.objectives.objective import Loss
-from llada_megatron.parallel.random import Purpose, generator, torch_seed
+from llada_megatron.parallel.random import Purpose, generator
 
 
 class Kind(IntEnum):
@@ -76,7 +75,7 @@ class Levenshtein(Diffusion):
         draft: torch.Tensor | None = None,
     ) -> MicroBatch:
         """`[draft ; x_0]` of the samples."""
-        seed, mask = self.config.run.seed, self.config.model.mask_token_id
+        mask = self.config.model.mask_token_id
         samples = self.read(data, indices)
         drafts = [self.draft(i, sample, stage) for i, sample in zip(indices, samples, strict=True)]
         rows = [Corruption(draft.is_taught, draft.rate) for draft in drafts]
@@ -91,12 +90,7 @@ class Levenshtein(Diffusion):
             for name in ("tokens", "labels", "rate")
         )
         inputs.labels = torch.from_numpy(labels)
-        if noise_sigma > 0:
-            inputs.noise = EmbeddingNoise(
-                sigma=noise_sigma,
-                seeds=[torch_seed(seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
-                rows=[torch.from_numpy(np.flatnonzero(d.tokens == mask)) for d in drafts],
-            )
+        inputs.noise = self.noise([d.tokens == mask for d in drafts], indices, noise_sigma)
         kinds = self._kinds(tokens, labels)
         flat = rate if self.config.diffusion.weight is Weight.inverse else np.ones_like(rate)
         factor = np.where(kinds == Kind.masked, 1.0, self.settings.visible_weight * flat)
