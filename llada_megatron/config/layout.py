@@ -65,7 +65,7 @@ def rank_at(layout: LayoutConfig, **at: int) -> int:
 
 def smallest_world(layout: LayoutConfig) -> int:
     """The fewest processes that both grids fill evenly."""
-    return math.lcm(layout.tp * layout.cp * layout.pp, layout.etp * layout.ep * layout.pp)
+    return math.lcm(layout.tp * layout.cp * layout.pp * layout.bp, layout.etp * layout.ep * layout.pp)
 
 
 def pipeline_stages(layers: int, layout: LayoutConfig) -> list[int]:

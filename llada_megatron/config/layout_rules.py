@@ -47,6 +47,11 @@ def check_layout(config: Config) -> None:
 
 def check_batches(layout: LayoutConfig, schedule: Schedule) -> None:
     """Every stage's micro-batches come out whole, and in groups where the pipeline is interleaved."""
+    require(
+        layout.bp == 1,
+        f"layout.bp={layout.bp} deals branches of decoding over ranks, of which training has none: set"
+        " layout.bp=1.",
+    )
     dp, group = data_parallel_size(layout), layout.pp if layout.vpp > 1 else 1
     all_of_them = math.lcm(*(stage.micro_batch for stage in schedule.stages)) * dp * group
     for stage in schedule.stages:
@@ -68,8 +73,9 @@ def check_batches(layout: LayoutConfig, schedule: Schedule) -> None:
 
 
 def _check_processes(layout: LayoutConfig) -> None:
-    dense, experts = layout.tp * layout.pp * layout.cp, layout.ep * layout.etp * layout.pp
-    for names, share in (("tp*pp*cp", dense), ("ep*etp*pp", experts)):
+    dense, experts = layout.tp * layout.pp * layout.cp * layout.bp, layout.ep * layout.etp * layout.pp
+    of_dense = "tp*pp*cp*bp" if layout.bp > 1 else "tp*pp*cp"
+    for names, share in ((of_dense, dense), ("ep*etp*pp", experts)):
         require(
             layout.processes % share == 0,
             f"layout.processes={layout.processes} is not a multiple of layout.{names}={share}: use"

@@ -329,6 +329,8 @@ class LayoutConfig:
     """Expert parallelism: experts/ep experts per process, over the processes of tp, cp and dp."""
     etp: Ways = 1
     """Tensor parallelism inside an expert; need not equal tp."""
+    bp: Ways = 1
+    """Of decoding: replicas that read the branches of one sequence (LoPA) side by side, bp of the dp ones."""
     processes: Ways = 1
     """Ranks, one per device; 0 in a configuration file: as few as the axes ask for."""
     micro_batch: Size = 1

@@ -1,10 +1,10 @@
 """The decoder: prompts in, blocks and results out, with a cache, in batches, in any layout of one pp_stage.
 
 LLaDA2.0, section 5.4: forwards over a block change the tokens that a rule says (rules/); the finished block
-is then history for the next. A forward reads the active blocks of all sequences at hand, each at its own
-step, and in front of each block those of its tokens that are final and not kept yet: its prompt at first,
-later the block that has just been done. So finished ones leave and waiting ones enter between any two
-forwards.
+is then history for the next. Several blocks of a sequence may be active at a time (buffer.py), and several
+versions of them (branches.py). A forward reads the active blocks of all sequences at hand, each at its own
+step, and in front of them those tokens of each that are final and not kept yet: its prompt at first, later
+the block that has just been done. So finished ones leave and waiting ones enter between any two forwards.
 
 Keys and values are kept from a forward that read final tokens and saw nothing behind them, so they are those
 of a forward over the whole sequence, but for rounding.
@@ -19,7 +19,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,23 +30,46 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
+from llada_megatron.generate.branches import Lookahead
+from llada_megatron.generate.buffer import Buffer
 from llada_megatron.generate.graphs import Graphs, graphs_of
 from llada_megatron.generate.pages import Pages
 from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, PromptRead, Result
 from llada_megatron.generate.rules import Rule
 from llada_megatron.generate.running import Running, Text
 from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
 
 
 @dataclass
 class Feed:
-    """What of a sequence the next forward reads: the tokens that are not kept, up to `stop`."""
+    """What of a sequence the next forward reads: the tokens that are not kept, up to `stop`.
+
+    Further branches on this rank follow as parts of their own: their active blocks, which see what lies in
+    front of these and not each other.
+    """
 
     running: Running
     stop: int
-    rows: np.ndarray
-    """Positions that the rule reads; none where the active block is not reached yet."""
+    rows: list[np.ndarray]
+    """Positions that the rule reads, of each branch of the sequence; of none where the active blocks are not
+    reached yet."""
+    here: list[int]
+    """Which of the branches this rank reads."""
+
+    def parts(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each part the number of tokens that are kept, the places of all, the tokens that are read, and
+        which of these the head is applied to."""
+        running = self.running
+        if not self.rows:
+            kept = running.kept
+            yield kept, running.places(self.stop), running.tokens[kept : self.stop], np.zeros(0, np.int64)
+        for number, which in enumerate(self.here):
+            branch = running.branches[which]
+            kept, beside = (running.first, number - 1) if number else (running.kept, None)
+            places = running.places(branch.stop, beside)
+            yield kept, places, branch.tokens[kept : branch.stop], self.rows[which] - kept
 
 
 @dataclass
@@ -85,6 +109,10 @@ class Decoder:
     back and computed again where the older ones need its room. 0: as many as `batch` sequences can have."""
     prefill_tokens: int = 1024
     """Rows of a forward beside those of the active blocks: longer prompts take several."""
+    buffer: Buffer = Buffer()
+    """Blocks of a sequence that are active at a time."""
+    lookahead: Lookahead = Lookahead()
+    """Branches of a sequence that are read at a time: dealt over the ranks of layout.bp."""
     seed: int = 0
     """Of draws, which are functions of (seed, prompt, position, step)."""
     text: Text | None = None
@@ -106,19 +134,50 @@ class Decoder:
                 f"A block of {self.block_size} is no part of the model's context of {self.context}: choose a"
                 " block size that is, or raise data.sequence_length if the model reads further."
             )
+        self._bp_group, self.branch_rank, self._bp = groups.branch_parallel()
+        self._check_branches()
         whole = self.context // self.block_size * self.block_size
-        self.max_cached_tokens = self.max_cached_tokens or self.batch * whole
+        self.max_cached_tokens = self.max_cached_tokens or self.batch * (whole + self._beside(whole))
         self.pages = Pages(self.max_cached_tokens // self.block_size)
         self._unused_place = self.pages.count * self.block_size
         self._pool = KeyPool(self._unused_place + 1)
         self._tp = parallel_state.get_tensor_model_parallel_world_size()
-        self._replicas = parallel_state.get_data_parallel_world_size()
-        self._replica = parallel_state.get_data_parallel_rank()
+        self._dp = parallel_state.get_data_parallel_world_size()
+        self._replicas = self._dp // self._bp
+        self._replica = parallel_state.get_data_parallel_rank() // self._bp
         gathers = get_attr_wrapped_model(self.model, "config").moe_token_dispatcher_type == "allgather"
-        self._even = gathers and self._replicas > 1
+        self._even = gathers and self._dp > 1
         self._learns = any(parameter.requires_grad for parameter in self.model.parameters())
         self.graphs: Graphs | None = graphs_of(self.model) if self.cuda_graphs else None
         self._keys: tuple[Any, PooledKeys, torch.Tensor] | None = None
+        self._figures = self.lookahead.figures(self.rule.figures)
+
+    def _check_branches(self) -> None:
+        branches = self.lookahead.branches
+        if branches > self.block_size:
+            raise BadInput(
+                f"{branches} lookahead branches are more than the {self.block_size} tokens of a block, of which"
+                " each adds one: ask for fewer (--branches)."
+            )
+        if branches and self.rule.edits:
+            raise BadInput(
+                "Lookahead branches (--branches) need a rule that fills masks and leaves other tokens alone,"
+                " such as threshold."
+            )
+        if (branches + 1) % self._bp:
+            raise BadInput(
+                f"{branches} lookahead branches and the anchor are no multiple of layout.bp={self._bp} ranks:"
+                f" ask for {-(-(branches + 1) // self._bp) * self._bp - 1} (--branches), or change layout.bp."
+            )
+
+    def _beside(self, longest: int) -> int:
+        """Tokens at most of the active blocks of further branches on a rank, in a sequence of `longest`."""
+        return self.pages_beside * min(self.buffer.blocks * self.block_size or longest, longest)
+
+    @property
+    def pages_beside(self) -> int:
+        """Branches of a sequence on a rank beside the first one."""
+        return (self.lookahead.branches + 1) // self._bp - 1
 
     @property
     def cache_bytes(self) -> int:
@@ -159,9 +218,11 @@ class Decoder:
             mask_token_id=self.mask_token_id,
             context=self.context,
         )
-        if running.largest > self.pages.count:
+        largest = running.largest * self.block_size
+        largest += self._beside(largest)
+        if largest > self.pages.count * self.block_size:
             raise BadInput(
-                f"Prompt {number} takes {running.largest * self.block_size} cached tokens with what is"
+                f"Prompt {number} takes {largest} cached tokens with what is"
                 f" generated, and max_cached_tokens is {self.max_cached_tokens}: raise it, or ask for fewer"
                 " new tokens."
             )
@@ -171,7 +232,7 @@ class Decoder:
         done: list[Result] = []
         while True:
             done += batch.enter()
-            if not self._replicas > 1:
+            if self._dp == 1:
                 yield from done
                 if not batch.running:
                     return
@@ -181,34 +242,66 @@ class Decoder:
                 dist.all_reduce(state, op=dist.ReduceOp.MAX, group=group)
                 anybody_runs, anybody_is_done = state.tolist()
                 if anybody_is_done:
-                    of_replicas: list[list[Result]] = [[]] * self._replicas
-                    dist.all_gather_object(of_replicas, done, group=group)
-                    yield from (result for of_one in of_replicas for result in of_one)
+                    of_ranks: list[list[Result]] = [[]] * self._dp
+                    dist.all_gather_object(of_ranks, done, group=group)
+                    yield from (result for of_one in of_ranks[:: self._bp] for result in of_one)
                 if not anybody_runs:
                     return
             done = []
             feeds = batch.feeds()
-            output = self._forward(feeds)
-            for feed, rows in zip(
-                feeds, np.split(output, np.cumsum([len(f.rows) for f in feeds])), strict=False
-            ):
-                changed, result = batch.read(feed, rows)
+            for feed, outputs in zip(feeds, self._said(feeds), strict=True):
+                changed, result = batch.read(feed, outputs)
                 yield changed
                 if result is not None:
                     done.append(result)
 
+    def _said(self, feeds: list[Feed]) -> list[list[np.ndarray]]:
+        """One forward: the head's figures of the rows of each feed's branches, [n, C], on every rank."""
+        said: list[list[np.ndarray | None]] = [[None] * len(feed.rows) for feed in feeds]
+        for rank, output in enumerate(self._of_branch_ranks(feeds, self._forward(feeds))):
+            at = 0
+            for feed, of_feed in zip(feeds, said, strict=True):
+                for which in self.dealt(len(feed.rows), rank):
+                    after = at + len(feed.rows[which])
+                    if of_feed[which] is None:  # else read for its keys alone
+                        of_feed[which] = output[at:after]
+                    at = after
+        return cast(list[list[np.ndarray]], said)
+
+    def _of_branch_ranks(self, feeds: list[Feed], output: np.ndarray) -> list[np.ndarray]:
+        """The output of each rank that has branches of the same sequences, whose numbers of rows differ."""
+        if self._bp == 1:
+            return [output]
+        counts = [
+            sum(len(feed.rows[which]) for feed in feeds for which in self.dealt(len(feed.rows), rank))
+            for rank in range(self._bp)
+        ]
+        padded = torch.zeros(max([*counts, 1]), output.shape[1], dtype=torch.float64, device=device.device())
+        padded[: len(output)] = torch.from_numpy(output)
+        of_ranks = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(of_ranks, padded, group=self._bp_group)
+        return [rows[:count].cpu().numpy() for rows, count in zip(of_ranks, counts, strict=True)]
+
+    def dealt(self, branches: int, rank: int) -> list[int]:
+        """Which of so many branches a rank reads; the first one where none is left for it, since every rank
+        keeps the keys of what is final.
+        """
+        return list(range(rank, branches, self._bp)) or [0][:branches]
+
     def _forward(self, feeds: list[Feed]) -> np.ndarray:
-        """The head's figures for the rows that the rule reads, [N, C]. Without feeds the other replicas'
+        """The head's figures for the rows of this rank's parts, [N, C]. Without feeds the other replicas'
         experts are served all the same: ranks of one expert-parallel group call the model equally often.
         """
-        parts = [(feed.running.kept, feed.running.places(feed.stop)) for feed in feeds]
-        tokens = [feed.running.tokens[feed.running.kept : feed.stop] for feed in feeds]
-        ends = np.cumsum([len(each) for each in tokens], dtype=np.int64)
-        S = int(ends[-1]) if feeds else 0
+        parts, tokens, chosen, S = [], [], [], 0
+        for feed in feeds:
+            for kept, places, read, rows in feed.parts():
+                parts.append((kept, places))
+                tokens.append(read)
+                chosen.append(S + rows)
+                S += len(read)
         if unused := self._rows_beside(S):
             parts.append((0, np.full(unused, self._unused_place)))
             tokens.append(np.zeros(unused, np.int64))
-        chosen = [end - feed.stop + feed.rows for end, feed in zip(ends, feeds, strict=True)]
         outputs = np.concatenate([*chosen, [0][: not any(map(len, chosen))]]).astype(np.int64)
         keys, positions = self._keys_of(parts)
         inputs = ModelInputs(
@@ -216,7 +309,7 @@ class Decoder:
             positions=positions,
             keys=keys,
             outputs=torch.from_numpy(outputs).to(device.device()),
-            readout=self.rule.figures.readout(self.mask_token_id),
+            readout=self._figures.readout(self.mask_token_id),
         )
         with self._without_gradients():
             output = (self.graphs or self.model)(inputs)
@@ -307,9 +400,9 @@ class _Batch:
         return -(-stop // self.decoder.block_size) - len(running.pages)
 
     def _leave(self, running: Running) -> None:
-        for page in running.pages:
+        for page in [*running.pages, *chain(*running.pages_beside)]:
             self.pages.release(page)
-        running.pages, running.kept = [], 0
+        running.pages, running.pages_beside, running.kept = [], [], 0
 
     def leave_all(self) -> None:
         """Nobody is decoded any more; what was kept may serve later prompts."""
@@ -320,47 +413,56 @@ class _Batch:
     def feeds(self) -> list[Feed]:
         """What the next forward reads: at most `prefill_tokens` beside active blocks, the oldest ones
         first."""
-        size, budget = self.decoder.block_size, max(self.decoder.prefill_tokens, self.decoder.block_size)
+        decoder = self.decoder
+        size, budget = decoder.block_size, max(decoder.prefill_tokens, decoder.block_size)
         feeds = []
         for running in list(self.running):
             ahead = min(running.first - running.kept, budget // size * size)
             budget -= ahead
             is_read = running.kept + ahead == running.first
+            if is_read:
+                running.widen(decoder.buffer, self.limits.end_tokens)
             stop = running.stop if is_read else running.kept + ahead
             if stop > running.kept and running in self.running and self._make_room(running, stop):
-                rows = running.rows_read(self.decoder.rule) if is_read else np.zeros(0, np.int64)
-                feeds.append(Feed(running, stop, rows))
+                rows = [running.rows_read(each, decoder.rule) for each in running.branches if is_read]
+                feeds.append(Feed(running, stop, rows, decoder.dealt(len(rows), decoder.branch_rank)))
         return feeds
 
     def _make_room(self, running: Running, stop: int) -> bool:
-        """Pages for the tokens before `stop`; False where the sequence itself had to be put back for older
-        ones."""
-        for _ in range(self._missing(running, stop)):
-            while (page := self.pages.take()) is None:
-                youngest = self.running.pop()
-                self._leave(youngest)
-                self._put_back.appendleft(youngest)
-                self.decoder.counts.put_back += 1
-                if youngest is running:
-                    return False
-            running.pages.append(page)
+        """Pages for the tokens before `stop`, and for the active blocks of further branches; False where the
+        sequence itself had to be put back for older ones.
+        """
+        missing = [(running.pages, self._missing(running, stop))]
+        if stop > running.first:
+            active = -(-stop // self.decoder.block_size) - running.first // self.decoder.block_size
+            beside = min(self.decoder.pages_beside, len(running.lookahead))
+            running.pages_beside += [[] for _ in range(beside - len(running.pages_beside))]
+            missing += [(pages, active - len(pages)) for pages in running.pages_beside]
+        for pages, count in missing:
+            for _ in range(count):
+                while (page := self.pages.take()) is None:
+                    youngest = self.running.pop()
+                    self._leave(youngest)
+                    self._put_back.appendleft(youngest)
+                    self.decoder.counts.put_back += 1
+                    if youngest is running:
+                        return False
+                pages.append(page)
         return True
 
-    def read(self, feed: Feed, output: np.ndarray) -> tuple[PromptRead | BlockChanged, Result | None]:
-        """Take in what a forward said of a sequence, [rows, C], and what it wrote to the sequence's pages."""
+    def read(self, feed: Feed, outputs: list[np.ndarray]) -> tuple[PromptRead | BlockChanged, Result | None]:
+        """Take in what a forward said of a sequence's branches, [n, C] each, and what it wrote to its pages."""
         running, decoder = feed.running, self.decoder
-        if feed.stop <= running.first:
+        if not feed.rows:
             running.forwards["prefill"] += 1
             self._keep(running, feed.stop)
             return PromptRead(running.number, feed.stop, running.first), None
         self._keep(running, running.first)
-        changed, is_kept = running.step(decoder.rule, feed.rows, output, decoder.seed)
+        changed, kept = running.step(decoder.rule, decoder.buffer, decoder.lookahead, outputs, decoder.seed)
         result = running.ended(changed, decoder.rule, decoder.text)
-        if changed.is_done:
-            stop = running.stop
-            running.next_block()
-            if is_kept and stop % decoder.block_size == 0:
-                self._keep(running, stop)
+        running.advance()
+        if kept % decoder.block_size == 0:
+            self._keep(running, kept)
         if result is not None:
             self._leave(running)
             self.running.remove(running)

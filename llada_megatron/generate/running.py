@@ -1,25 +1,27 @@
-"""A prompt that is being decoded: its tokens, its active block, and how much of it a cache holds.
+"""A prompt that is being decoded: its tokens, its active blocks, and how much of it a cache holds.
 
 Everything but the pages is a function of the forwards so far, so a prompt whose pages are taken away loses
 nothing: what they held is computed again from its tokens.
 
-Legend: T tokens of the sequence with room for what is generated, m positions of the active block, C figures
-per row.
+Legend: T tokens of the sequence with room for what is generated, m positions of a block, n rows that are
+read, C figures per row.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import numpy as np
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.generate import pages
+from llada_megatron.generate.branches import Block, Branch, Lookahead
+from llada_megatron.generate.buffer import Buffer
 from llada_megatron.generate.prompt import BlockChanged, Limits, Prompt, Result, Stop
-from llada_megatron.generate.rules import Change, Draws, Rule, Seen, figures_of
+from llada_megatron.generate.rules import Draws, Rule, Seen, figures_of
 
 Text = Callable[[list[int]], str]
 
@@ -59,18 +61,22 @@ class Running:
         self.wanted = len(given) + min(limits.new_tokens, room)
         self.is_cut = limits.new_tokens > room
         length = -(-self.wanted // block_size) * block_size if limits.new_tokens else len(given)
-        self.tokens = np.full(length, mask_token_id, np.int64)
-        self.tokens[: len(given)] = given
-        self.is_given = self.tokens != mask_token_id
+        tokens = np.full(length, mask_token_id, np.int64)
+        tokens[: len(given)] = given
+        self.is_given = tokens != mask_token_id
+        self.anchor = Branch(tokens, [])
+        """The sequence as it has been decided so far."""
+        self.lookahead: list[Branch] = []
+        """Others that the next forward reads as well, the surest first."""
         self.decided_at = np.zeros(length, np.int64)
         self.is_edited = np.zeros(length, bool)
         self.forwards: Counter[str] = Counter()
         self.began = 0.0
-        self.first = self.stop = 0
         self.pages: list[int] = []
+        self.pages_beside: list[list[int]] = []
+        """Where the active blocks of further branches on this rank are kept meanwhile."""
         self.kept = 0
         self._digests: list[bytes] = []
-        self._state: Any = None
         self._looked_at = 0
         self._activate(0)
 
@@ -80,15 +86,29 @@ class Running:
         return -(-len(self.tokens) // self.block_size)
 
     @property
-    def is_filled(self) -> bool:
-        """No block is active: nothing is left to be decided."""
-        return self.first == self.stop
+    def tokens(self) -> np.ndarray:
+        """int64 [T], the mask token where nothing is decided."""
+        return self.anchor.tokens
 
     @property
-    def is_masked(self) -> np.ndarray:
-        """bool [m]: where the active block has no token yet."""
-        block = slice(self.first, self.stop)
-        return (self.tokens[block] == self.mask_token_id) & ~self.is_given[block]
+    def first(self) -> int:
+        """Where the active blocks begin."""
+        return self.anchor.first
+
+    @property
+    def branches(self) -> list[Branch]:
+        """What the next forward reads, the anchor last."""
+        return [*self.lookahead, self.anchor]
+
+    @property
+    def stop(self) -> int:
+        """Where the active blocks of the branch that reaches furthest end."""
+        return max(branch.stop for branch in self.branches)
+
+    @property
+    def is_filled(self) -> bool:
+        """No block is active: nothing is left to be decided."""
+        return not self.anchor.blocks
 
     def digest(self, block: int) -> bytes:
         """Of the tokens up to the end of a block before the active one."""
@@ -98,72 +118,160 @@ class Running:
             self._digests.append(pages.prefix(before, self.tokens[at : at + self.block_size]))
         return self._digests[block]
 
-    def places(self, stop: int) -> np.ndarray:
-        """int64 [stop]: where the keys of the tokens before `stop` are kept."""
-        pages_of_tokens = np.array(self.pages[: -(-stop // self.block_size)], np.int64)[:, None]
+    def places(self, stop: int, beside: int | None = None) -> np.ndarray:
+        """int64 [stop]: where the keys of the tokens before `stop` are kept.
+
+        beside: those of the active blocks in that one of `pages_beside`.
+        """
+        in_order = self.pages
+        if beside is not None:
+            in_order = self.pages[: self.first // self.block_size] + self.pages_beside[beside]
+        pages_of_tokens = np.array(in_order[: -(-stop // self.block_size)], np.int64)[:, None]
         return (pages_of_tokens * self.block_size + np.arange(self.block_size)).reshape(-1)[:stop]
 
-    def rows_read(self, rule: Rule) -> np.ndarray:
-        """Positions whose figures the rule reads: the masked ones, or all that are not given."""
-        return self.first + np.flatnonzero(
-            ~self.is_given[self.first : self.stop] if rule.edits else self.is_masked
-        )
+    def widen(self, buffer: Buffer, ends: Collection[int]) -> None:
+        """Let one block more be active in each branch that wants it; not behind an end of the text."""
+        for branch in self.branches:
+            generated = slice(max(self.given, branch.first), branch.stop)
+            if not np.isin(branch.tokens[generated], list(ends)).any():
+                branch.widen(buffer, self.block_size, ~self.is_given, self.mask_token_id)
 
-    def step(self, rule: Rule, rows: np.ndarray, output: np.ndarray, seed: int) -> tuple[BlockChanged, bool]:
-        """Apply the rule to what the head said of `rows`, [rows, C].
+    def is_masked(self, branch: Branch) -> np.ndarray:
+        """bool [T]: where a branch has no token yet."""
+        return (branch.tokens == self.mask_token_id) & ~self.is_given
 
-        Returns what became of the block, and whether the keys that this forward wrote for it are final.
+    def rows_read(self, branch: Branch, rule: Rule) -> np.ndarray:
+        """Positions of its active blocks that are read: the masked ones, or all that are not given."""
+        is_read = ~self.is_given if rule.edits else self.is_masked(branch)
+        rows = [
+            block.start + np.flatnonzero(is_read[block.start : block.stop])
+            for block in branch.blocks
+            if not block.is_done
+        ]
+        return np.concatenate([*rows, np.zeros(0, np.int64)])
+
+    def step(
+        self, rule: Rule, buffer: Buffer, lookahead: Lookahead, outputs: list[np.ndarray], seed: int
+    ) -> tuple[BlockChanged, int]:
+        """Go on with the branch that wins, by what the head said of each one's `rows_read`, [n, C].
+
+        Returns what became of its active blocks, and the position up to which the keys that this forward
+        wrote are final.
         """
-        figures = np.zeros((self.stop - self.first, output.shape[1]), output.dtype)
-        figures[rows - self.first] = output
-        block = slice(self.first, self.stop)
-        seen = Seen(
+        figures = lookahead.figures(rule.figures)
+        said = [figures_of(figures, output, self.mask_token_id) for output in outputs]
+        best = 0
+        if len(outputs) > 1:
+            sure = [
+                lookahead.confidence(lookahead.sureness(of_branch), branch.confidence)
+                for of_branch, branch in zip(said, self.branches, strict=True)
+            ]
+            best = int(np.argmax(sure))
+        before, self.anchor = self.tokens, self.branches[best]
+        self.forwards["denoise"] += 1
+        rows_n = self.rows_read(self.anchor, rule)
+        choice_n, is_final = self._decide(rule, buffer, rows_n, said[best], seed)
+        is_other = self.tokens != before
+        self.decided_at[is_other] = self.forwards["denoise"]
+        self.is_edited |= is_other & (before != self.mask_token_id)
+        is_masked = self.is_masked(self.anchor)
+        block = slice(self.first, self.anchor.stop)
+        changed = BlockChanged(
+            self.number,
+            self.first,
             self.tokens[block].copy(),
-            self.is_given[block],
-            self.is_masked,
-            **figures_of(rule.figures, figures, self.mask_token_id),
-            step=self._step,
-            first=self.first,
+            is_masked[block],
+            all(each.is_done for each in self.anchor.blocks),
+        )
+        kept = self.first
+        for each, is_read_final in zip(self.anchor.blocks, is_final, strict=True):
+            if not is_read_final or len(outputs) > 1:  # whose keys lie beside
+                break
+            kept = each.stop
+        self.lookahead = []
+        if lookahead.branches:
+            is_left_n = is_masked[rows_n]
+            self.lookahead = lookahead.spawned(
+                self.anchor, rows_n[is_left_n], choice_n[is_left_n], lookahead.sureness(said[best])[is_left_n]
+            )
+        return changed, kept
+
+    def _decide(
+        self, rule: Rule, buffer: Buffer, rows_n: np.ndarray, said: dict[str, np.ndarray], seed: int
+    ) -> tuple[np.ndarray, list[bool]]:
+        """Step each active block of the anchor.
+
+        Returns the proposed tokens, int64 [n], and of each block whether this forward read its final tokens.
+        """
+        branch, choice_n = self.anchor, said["choice_m"].copy()
+        must_fill = buffer.must_fill(branch.decided(~self.is_given, self.mask_token_id))
+        tokens, is_final = branch.tokens.copy(), []
+        for number, block in enumerate(branch.blocks):
+            if block.is_done:
+                is_final.append(True)
+                continue
+            here = slice(*np.searchsorted(rows_n, [block.start, block.stop]))
+            seen = self._seen(block, rows_n[here], {name: each[here] for name, each in said.items()}, seed)
+            read, state = rule.read(replace(seen, must_fill=must_fill[number]), block.state)
+            change = rule.decide(read, state)
+            tokens[block.start : block.stop] = change.tokens_m
+            choice_n[here] = read.choice_m[rows_n[here] - block.start]
+            branch.blocks[number] = replace(
+                block, step=block.step + 1, state=change.state, is_done=change.is_done
+            )
+            is_final.append(change.is_done and not change.changes(seen))
+        branch.tokens = tokens
+        return choice_n, is_final
+
+    def _seen(self, block: Block, rows_n: np.ndarray, said: dict[str, np.ndarray], seed: int) -> Seen:
+        """A block as its rule sees it, from what was said of `rows_n` of it."""
+        figures = {}
+        for name, each in said.items():
+            figures[name] = np.zeros((block.stop - block.start, *each.shape[1:]), each.dtype)
+            figures[name][rows_n - block.start] = each
+        here = slice(block.start, block.stop)
+        return Seen(
+            self.tokens[here].copy(),
+            self.is_given[here],
+            self.is_masked(self.anchor)[here],
+            **figures,
+            step=block.step,
+            first=block.start,
             mask_token_id=self.mask_token_id,
             draws=Draws(seed, self.number),
         )
-        change: Change = rule.step(seen, self._state)
-        self.tokens[block], self._state = change.tokens_m, change.state
-        self._step += 1
-        self.forwards["denoise"] += 1
-        is_other = change.tokens_m != seen.tokens_m
-        self.decided_at[block][is_other] = self.forwards["denoise"]
-        self.is_edited[block] |= is_other & (seen.tokens_m != self.mask_token_id)
-        changed = BlockChanged(self.number, self.first, change.tokens_m, self.is_masked, change.is_done)
-        return changed, change.is_done and not change.changes(seen)
 
-    def next_block(self) -> None:
-        """The active block is done: the next one that is not given as a whole becomes active, if any is
-        left."""
-        self._activate(self.stop)
+    def advance(self) -> None:
+        """Leave the blocks in front that are done; where none is left, activate the next that has holes."""
+        stop = self.anchor.stop
+        for branch in self.branches:
+            while branch.blocks and branch.blocks[0].is_done:
+                del branch.blocks[0]
+        if not self.anchor.blocks:
+            self._activate(stop)
 
     def _activate(self, at: int) -> None:
         holes = np.flatnonzero(~self.is_given[at:])
-        self.first = (
-            (at + int(holes[0])) // self.block_size * self.block_size if len(holes) else len(self.tokens)
-        )
-        self.stop = min(self.first + self.block_size, len(self.tokens))
-        self._step, self._state = 0, None
+        if len(holes):
+            start = (at + int(holes[0])) // self.block_size * self.block_size
+            self.anchor.blocks = [Block(start, min(start + self.block_size, len(self.tokens)))]
 
     def ended(self, changed: BlockChanged, rule: Rule, text: Text | None) -> Result | None:
-        """The result, if this change of the active block ends the sequence."""
-        decided = changed.first + int(np.append(np.flatnonzero(changed.is_masked), len(changed.tokens))[0])
-        stays = changed.is_done or not rule.edits  # what stands in front of the first mask
-        if stays and decided > self._looked_at:
-            behind, ahead = max(self.given, changed.first), min(decided, self.wanted)
+        """The result, if this change of the active blocks ends the sequence."""
+        undecided = np.append(np.flatnonzero(changed.is_masked), len(changed.tokens))
+        decided = final = changed.first + int(undecided[0])
+        if rule.edits:  # what stands in front of the first mask may change until its block is done
+            unfinished = [block.start for block in self.anchor.blocks if not block.is_done]
+            final = min([*unfinished, self.anchor.stop])
+        if final > self._looked_at:
+            behind, ahead = max(self.given, changed.first), min(final, self.wanted)
             ends = np.isin(self.tokens[behind:ahead], list(self.limits.end_tokens))
             if ends.any():
                 return self._result(behind + int(ends.argmax()) + 1, Stop.end, text)
             if found := self._stop_string(ahead, text):
                 return self._result(*found)
-            self._looked_at = decided
-        is_last = self.is_given[self.stop : self.wanted].all()
-        if is_last and (changed.is_done or (stays and decided >= self.wanted)):
+            self._looked_at = final
+        if self.is_given[final : self.wanted].all():
             reason = Stop.context if self.is_cut else Stop.length
             return self._result(min(self.wanted, len(self.tokens)), reason, text)
         if self.limits.forwards and self.forwards.total() >= self.limits.forwards:

@@ -71,8 +71,35 @@ def initialize(layout: LayoutConfig, *, threads: int = 1, timeout_sec: float = T
         create_gloo_process_groups=False,  # nothing of ours speaks over them, and each waits for every rank
         distributed_timeout_minutes=timeout_sec / 60,  # type: ignore[arg-type] # a timedelta takes it
     )
+    _make_branch_groups(layout)
     # megatron-core wants its tracker seeded; nothing here draws from it (weights are counter-based).
     tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+_branch_group: dist.ProcessGroup | None = None
+
+
+def _make_branch_groups(layout: LayoutConfig) -> None:
+    """Groups of layout.bp replicas of the model that decode the same sequences, neighbours in the data-parallel
+    order; for layouts with pp and cp 1.
+    """
+    global _branch_group
+    _branch_group = None
+    if layout.bp > 1:
+        tp, together = layout.tp, layout.tp * layout.bp
+        of_ranks = [
+            [first + rank + branch * tp for branch in range(layout.bp)]
+            for first in range(0, layout.processes, together)
+            for rank in range(tp)
+        ]
+        _branch_group, _ = dist.new_subgroups_by_enumeration(of_ranks)
+
+
+def branch_parallel() -> tuple[dist.ProcessGroup | None, int, int]:
+    """This rank's group of layout.bp, its rank there, and its size; None, 0 and 1 where nobody shares."""
+    if _branch_group is None:
+        return None, 0, 1
+    return _branch_group, dist.get_rank(_branch_group), dist.get_world_size(_branch_group)
 
 
 def wait_longer(timeout_sec: float) -> None:
@@ -105,6 +132,8 @@ def _next_store(rank: int, world: int, timeout_sec: float) -> dist.Store:
 
 def destroy() -> None:
     """Leave every group, so that the process can build another layout."""
+    global _branch_group
+    _branch_group = None
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -71,7 +71,8 @@ class FactorRule(Rule):
         order_n = most_probable(seen, np.flatnonzero(seen.is_masked_m))
         n = len(order_n)
         bound_n = 1 - self.factor / (np.arange(1, n + 1) + 1)
-        fails_k = np.flatnonzero(seen.probability_m[order_n][1:] < bound_n[1:]) + 1
+        first = seen.at_least(1)
+        fails_k = np.flatnonzero(seen.probability_m[order_n][first:] < bound_n[first:]) + first
         count = int(fails_k[0]) if len(fails_k) else n
         if self.accepts_last and count == n - 1:
             count = n
@@ -97,7 +98,7 @@ class Hierarchical(Rule):
         lengths = np.diff(starts, append=len(masked_n))
         is_best_n = p_n == np.repeat(np.maximum.reduceat(p_n, starts), lengths)
         is_accepted_n = (is_best_n & (p_n > self.low_threshold)) | (p_n > self.threshold)
-        is_accepted_n[p_n.argmax()] = True
+        is_accepted_n[p_n.argmax()] |= seen.must_fill
         return filled(seen, masked_n[is_accepted_n])
 
 
@@ -120,8 +121,10 @@ class EntropyBound(Rule):
         assert seen.entropy_m is not None
         masked_n = np.flatnonzero(seen.is_masked_m)
         order_n = masked_n[np.argsort(seen.entropy_m[masked_n], kind="stable")]
-        before_n = np.concatenate([[0.0], np.cumsum(seen.entropy_m[order_n])[:-1]])[: len(order_n)]
-        return filled(seen, order_n[(before_n <= self.entropy_bound) | (np.arange(len(order_n)) == 0)])
+        spent_n = np.cumsum(seen.entropy_m[order_n])
+        if seen.must_fill:
+            spent_n = np.append(0.0, spent_n)[: len(order_n)]
+        return filled(seen, order_n[spent_n <= self.entropy_bound])
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,6 @@ class Klass(Rule):
         is_stable_m = (history_mH < self.kl_threshold).all(axis=-1)
         accepted_k = np.flatnonzero(seen.is_masked_m & is_stable_m & (seen.probability_m > self.threshold))
         if not len(accepted_k):
-            need = share(masked, self.steps, seen.step)
+            need = seen.at_least(share(masked, self.steps, seen.step))
             accepted_k = most_probable(seen, np.flatnonzero(seen.is_masked_m))[:need]
         return filled(seen, accepted_k, Watched(masked, log_p_mV, history_mH))

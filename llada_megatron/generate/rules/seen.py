@@ -85,6 +85,13 @@ class Seen:
     """Position of the block's first token in its sequence."""
     mask_token_id: int = -1
     draws: Draws = Draws(seed=0)
+    must_fill: bool = True
+    """Masks are filled even where the rule is sure of none. False for a block behind one that is not decided
+    far enough (generate/buffer.py)."""
+
+    def at_least(self, need: int) -> int:
+        """How many masks a rule that wants to fill `need` has to."""
+        return need if self.must_fill else 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Rule:
 
     `step` is what an engine calls; a rule defines `decide`, and `read` where it decides on other figures than
     the model's own. It must be done after some number of forwards whatever the model says: each forward that
-    it is not fills a masked position or counts against a limit.
+    it is not fills a masked position or counts against a limit, where `Seen.must_fill`.
     """
 
     @property
@@ -180,10 +187,10 @@ def filled(seen: Seen, accepted_k: np.ndarray, state: Any = None) -> Change:
 
 
 def above(seen: Seen, threshold: float, need: int) -> np.ndarray:
-    """int64 [k]: masks with p > threshold if they are at least `need`, else the `need` most probable."""
+    """int64 [k]: masks with p > threshold if they are `seen.at_least(need)`, else the `need` most probable."""
     masked_n = np.flatnonzero(seen.is_masked_m)
     accepted_k = masked_n[seen.probability_m[masked_n] > threshold]
-    return accepted_k if len(accepted_k) >= need else most_probable(seen, masked_n)[:need]
+    return accepted_k if len(accepted_k) >= seen.at_least(need) else most_probable(seen, masked_n)[:need]
 
 
 def most_probable(seen: Seen, among_n: np.ndarray) -> np.ndarray:
