@@ -23,9 +23,11 @@ from llada_megatron.checkpoint.load import load_model
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.data.packed import build_sequences
-from llada_megatron.generate import Decoder, Limits, Result
-from llada_megatron.generate.reference_loop import Canvas, reference_loop
-from llada_megatron.generate.rules import Draws, Rule, rule_of
+from llada_megatron.generate import Decoder, Limits, Prompt, Result
+from llada_megatron.generate.methods import Method, method_of
+from llada_megatron.generate.reference_loop import recomputed
+from llada_megatron.generate.rules import rule_of
+from llada_megatron.generate.running import Running
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_model
 from llada_megatron.parallel import groups
@@ -56,6 +58,8 @@ class Measured:
     name: str
     tokens_equal: bool
     tokens_per_forward: float
+    forward_sec: float
+    """One prompt at a time: seconds of a forward and of what is decided after it."""
     tokens_per_sec: float
     """One prompt at a time."""
     uncached_tokens_per_sec: float
@@ -72,7 +76,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
 
     Without a checkpoint the weights are a run's first. Raises BadInput for prompts that do not fit.
     """
-    rules = {name: rule_of(name) for name in setting.rules}
+    methods = {name: method_of(name) for name in setting.rules}
     length = config.data.sequence_length
     if setting.prompt_tokens + setting.new_tokens > length:
         raise BadInput(
@@ -85,7 +89,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
         model = stages[0].eval().requires_grad_(False)
         prompts = _prompts(config, setting)
         bound = forward_seconds(model, setting.block_size)
-        found = [_measure(model, config, setting, name, rule, prompts, bound) for name, rule in rules.items()]
+        found = [_measure(model, config, setting, name, method, prompts, bound) for name, method in methods.items()]
     finally:
         groups.destroy()
     record = {
@@ -138,19 +142,23 @@ def _measure(
     config: Config,
     setting: Setting,
     name: str,
-    rule: Rule,
+    method: Method,
     prompts: list[np.ndarray],
     bound: float,
 ) -> Measured:
     mask = config.model.mask_token_id
-    alone, alone_sec = _decoded(model, config, setting, rule, prompts[:1], batch=1)
-    together, together_sec = _decoded(model, config, setting, rule, prompts, batch=setting.batch)
-    length = -(-(setting.prompt_tokens + setting.new_tokens) // setting.block_size) * setting.block_size
-    tokens = np.full(length, mask)
-    tokens[: setting.prompt_tokens] = prompts[0]
-    canvas = Canvas(tokens, setting.block_size, mask)
-    (filled, _), uncached_sec = device.timed(lambda: reference_loop(model, canvas, rule, Draws(0)))
-    expected = filled[setting.prompt_tokens :][: setting.new_tokens]
+    alone, alone_sec = _decoded(model, config, setting, method, prompts[:1], batch=1)
+    together, together_sec = _decoded(model, config, setting, method, prompts, batch=setting.batch)
+    running = Running(
+        0,
+        Prompt(prompts[0]),
+        Limits(new_tokens=setting.new_tokens),
+        block_size=setting.block_size,
+        mask_token_id=mask,
+        context=config.data.sequence_length,
+    )
+    uncached, uncached_sec = device.timed(lambda: recomputed(model, running, method))
+    expected = uncached.tokens
     equal = all(np.array_equal(result.tokens, expected) for result in (alone[0], together[0]))
     speed, batch_speed = len(expected) / alone_sec, len(together) * len(expected) / together_sec
     uncached_speed = len(expected) / uncached_sec
@@ -158,6 +166,7 @@ def _measure(
         name,
         equal,
         alone[0].tokens_per_forward,
+        alone_sec / alone[0].forwards["denoise"],
         speed,
         uncached_speed,
         speed / uncached_speed,
@@ -172,7 +181,7 @@ def _decoded(
     model: torch.nn.Module,
     config: Config,
     setting: Setting,
-    rule: Rule,
+    method: Method,
     prompts: list[np.ndarray],
     *,
     batch: int,
@@ -180,7 +189,9 @@ def _decoded(
     """The results of a new decoder, and the seconds that they took."""
     decoder = Decoder(
         model,
-        rule,
+        method.rule,
+        buffer=method.buffer,
+        lookahead=method.lookahead,
         block_size=setting.block_size,
         mask_token_id=config.model.mask_token_id,
         context=config.data.sequence_length,
@@ -204,6 +215,7 @@ def _print(record: dict[str, Any]) -> None:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "equal": lambda one: "yes" if one["tokens_equal"] else "NO",
         "tok/fwd": lambda one: f"{one['tokens_per_forward']:.2f}",
+        "ms/fwd": lambda one: f"{one['forward_sec'] * 1e3:.1f}",
         "uncached": lambda one: f"{one['uncached_tokens_per_sec']:.1f}",
         "tok/s": lambda one: f"{one['tokens_per_sec']:.1f}",
         "times": lambda one: f"{one['speedup']:.1f}",

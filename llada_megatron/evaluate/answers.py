@@ -25,7 +25,8 @@ from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.evaluate.continuation import Likelihood, Scorer, of_windows, windows
 from llada_megatron.generate import Decoder, Limits, Prompt, Result
 from llada_megatron.generate.partial import PartialFile
-from llada_megatron.generate.rules import Rule, rule_of, settings_of
+from llada_megatron.generate.methods import Method, method_of, settings_of
+from llada_megatron.generate.rules import rule_of
 from llada_megatron.harness.requests import GENERATE, GREEDY, Generation, Key, Request, Score, key_of
 from llada_megatron.objectives.passes import evaluating
 from llada_megatron.parallel import groups, ranks
@@ -95,7 +96,7 @@ def decodings_of(rules: Sequence[str], settings: Mapping[str, Sequence[str]]) ->
         own = {key: dict.fromkeys(values) for key, values in settings.items() if key in known[rule]}
         for values in product(*own.values()):
             chosen = dict(zip(own, values, strict=True))
-            rule_of(rule, chosen)
+            method_of(rule, chosen)
             name = ",".join([rule, *(f"{key}={value}" for key, value in chosen.items())])
             found.append(Decoding(name, rule, chosen))
     return found
@@ -193,7 +194,7 @@ class Answering:
 
     def _check(self) -> None:
         """What cannot be decoded is said before the first forward."""
-        decoder = self._decoder(ONE_BY_ONE)
+        decoder = self._decoder(Method(ONE_BY_ONE))
         for each in self.job.generations:
             try:
                 decoder.check(each.number, each.tokens, self._limits(each))
@@ -254,7 +255,7 @@ class Answering:
         def new_tokens(place: int) -> int:
             return 0 if sees_all else max(len(score.continuation) for score in texts[place][1])
 
-        decoder = self._decoder(ONE_BY_ONE)
+        decoder = self._decoder(Method(ONE_BY_ONE))
         self.desk.starts()
         for limit, places in groupby(sorted(range(len(texts)), key=new_tokens), key=new_tokens):
             prompts = []
@@ -279,7 +280,7 @@ class Answering:
         if not waiting:
             return
         first = next(iter(waiting.values()))
-        decoder = self._decoder(self._rule(decoding, first))
+        decoder = self._decoder(self._method(decoding, first))
         prompts = [Prompt(each.tokens, number=number) for number, each in waiting.items()]
         self.desk.starts()
         forwards = 0
@@ -299,18 +300,20 @@ class Answering:
                 )
                 forwards = decoder.counts.forwards
 
-    def _rule(self, decoding: Decoding, asked: Generation) -> Rule:
+    def _method(self, decoding: Decoding, asked: Generation) -> Method:
         settings = {**asked.sampling, **decoding.settings}
         is_drawn = float(settings.get("temperature", 0)) > 0
-        return rule_of(decoding.rule, settings if is_drawn else decoding.settings)
+        return method_of(decoding.rule, settings if is_drawn else decoding.settings)
 
     def _limits(self, asked: Generation) -> Limits:
         return Limits(asked.new_tokens, self.job.end_tokens, asked.strings, self.job.max_forwards)
 
-    def _decoder(self, rule: Rule) -> Decoder:
+    def _decoder(self, method: Method) -> Decoder:
         return Decoder(
             self.model,
-            rule,
+            method.rule,
+            buffer=method.buffer,
+            lookahead=method.lookahead,
             block_size=self.job.block_size,
             mask_token_id=self.config.model.mask_token_id,
             context=self.config.data.sequence_length,

@@ -146,10 +146,10 @@ class _Drafts:
         self._first = -1
 
     def changed(self, event: BlockChanged) -> Draft:
-        """With what a forward made of the active block."""
+        """With what a forward made of the active blocks."""
         draft, behind = self.draft, max(self.given - event.first, 0)
-        is_new = event.first != self._first
-        done = draft.done + [token for token in draft.block if token is not None] if is_new else draft.done
+        left = max(event.first - max(self.given, self._first), 0)  # tokens whose blocks are done meanwhile
+        done = draft.done + [token for token in draft.block[:left] if token is not None]
         room = self.limits.new_tokens - len(done)
         block = [
             None if is_masked else int(token)
@@ -157,8 +157,8 @@ class _Drafts:
         ][:room]
         ends = [place for place, token in enumerate(block) if token in self.limits.end_tokens]
         block = block[: ends[0] + 1] if ends else block
-        before = [*([] if is_new else draft.block), *[None] * len(block)][: len(block)]
-        edited = [*([] if is_new else draft.is_edited), *[False] * len(block)]
+        before = [*draft.block[left:], *[None] * len(block)][: len(block)]
+        edited = [*draft.is_edited[left:], *[False] * len(block)]
         is_edited = [
             was_edited or (old is not None and old != new)
             for was_edited, old, new in zip(edited, before, block, strict=False)

@@ -33,6 +33,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.generate.branches import Lookahead
 from llada_megatron.generate.buffer import Buffer
 from llada_megatron.generate.graphs import Graphs, graphs_of
+from llada_megatron.generate.methods import Method
 from llada_megatron.generate.pages import Pages
 from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, PromptRead, Result
 from llada_megatron.generate.rules import Rule
@@ -134,6 +135,7 @@ class Decoder:
                 f"A block of {self.block_size} is no part of the model's context of {self.context}: choose a"
                 " block size that is, or raise data.sequence_length if the model reads further."
             )
+        self.method = Method(self.rule, self.buffer, self.lookahead)
         self._bp_group, self.branch_rank, self._bp = groups.branch_parallel()
         self._check_branches()
         whole = self.context // self.block_size * self.block_size
@@ -420,8 +422,6 @@ class _Batch:
             ahead = min(running.first - running.kept, budget // size * size)
             budget -= ahead
             is_read = running.kept + ahead == running.first
-            if is_read:
-                running.widen(decoder.buffer, self.limits.end_tokens)
             stop = running.stop if is_read else running.kept + ahead
             if stop > running.kept and running in self.running and self._make_room(running, stop):
                 rows = [running.rows_read(each, decoder.rule) for each in running.branches if is_read]
@@ -458,9 +458,9 @@ class _Batch:
             self._keep(running, feed.stop)
             return PromptRead(running.number, feed.stop, running.first), None
         self._keep(running, running.first)
-        changed, kept = running.step(decoder.rule, decoder.buffer, decoder.lookahead, outputs, decoder.seed)
+        changed, kept = running.step(decoder.method, outputs, decoder.seed)
         result = running.ended(changed, decoder.rule, decoder.text)
-        running.advance()
+        running.advance(decoder.buffer)
         if kept % decoder.block_size == 0:
             self._keep(running, kept)
         if result is not None:

@@ -20,7 +20,7 @@ from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.generate.decoder import Decoder
 from llada_megatron.generate.partial import PartialFile
 from llada_megatron.generate.prompt import Limits, Prompt, Result
-from llada_megatron.generate.rules import rule_of
+from llada_megatron.generate.methods import method_of
 from llada_megatron.parallel import groups, ranks
 from llada_megatron.runtime import device
 
@@ -92,14 +92,16 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
 
 def decoder_of(config: Config, job: Job) -> Decoder:
     """The decoder that a job asks for, in the process groups of config.layout."""
-    rule = rule_of(job.rule, job.settings)  # before the weights, which take longer
+    method = method_of(job.rule, job.settings)  # before the weights, which take longer
     (model,) = load_model(config, job.checkpoint)
     return Decoder(
         model,
-        rule,
+        method.rule,
         block_size=job.block_size,
         mask_token_id=config.model.mask_token_id,
         context=config.data.sequence_length,
+        buffer=method.buffer,
+        lookahead=method.lookahead,
         batch=job.batch,
         max_cached_tokens=job.max_cached_tokens,
         seed=job.seed,

@@ -1,4 +1,4 @@
-"""The decoder that others are compared with: block by block, without a cache, one sequence at a time.
+"""The decoders that others are compared with: without a cache, one sequence at a time.
 
 LLaDA2.0, section 5.4: forwards over a block change the tokens that a rule says (rules/); the finished block
 is then history for the next. Each forward computes the whole sequence up to the block's end anew.
@@ -22,6 +22,9 @@ from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import BlockGrid
+from llada_megatron.generate.methods import Method
+from llada_megatron.generate.prompt import Result
+from llada_megatron.generate.running import Running
 from llada_megatron.generate.rules import Change, Draws, Figures, Rule, Seen, figures_of
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.runtime import device
@@ -68,22 +71,38 @@ class Canvas:
         )
 
 
-@torch.no_grad()
 def look(model: Any, canvas: Canvas, start: int, end: int, figures: Figures) -> dict[str, np.ndarray]:
     """One forward of the canvas up to `end`: the figures of the rows from `start`, as fields of `Seen`.
+
+    As `read`.
+    """
+    output = read(model, canvas.tokens[:end], canvas.mask(end), np.arange(start, end), figures, canvas.mask_token_id)
+    return figures_of(figures, output, canvas.mask_token_id)
+
+
+@torch.no_grad()
+def read(
+    model: Any,
+    tokens: np.ndarray,
+    mask: BlockDiffusionMask,
+    rows: np.ndarray,
+    figures: Figures,
+    mask_token_id: int,
+) -> np.ndarray:
+    """One forward of tokens, int64 [S]: what the head says of n rows of them, float64 [n, C].
 
     The model is called in the mode it is in: call `eval()` first. Raises BadInput under pipeline parallelism.
     """
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         raise BadInput("Decoding serves one pipeline stage: set layout.pp=1.")
     inputs = ModelInputs(
-        tokens=torch.from_numpy(canvas.tokens[:end])[None].to(device.device()),
-        positions=torch.arange(end, device=device.device())[None],
-        keys=ContextShard(canvas.mask(end)),
-        outputs=torch.arange(start, end, device=device.device()),
-        readout=figures.readout(canvas.mask_token_id),
+        tokens=torch.from_numpy(tokens)[None].to(device.device()),
+        positions=torch.arange(len(tokens), device=device.device())[None],
+        keys=ContextShard(mask),
+        outputs=torch.from_numpy(rows).to(device.device()),
+        readout=figures.readout(mask_token_id),
     )
-    return figures_of(figures, model(inputs).double().cpu().numpy(), canvas.mask_token_id)
+    return model(inputs).double().cpu().numpy()
 
 
 def block_forwards(
@@ -112,6 +131,23 @@ def block_forwards(
         yield seen, change
         if change.is_done:
             return
+
+
+def recomputed(model: Any, running: Running, method: Method, seed: int = 0) -> Result:
+    """A sequence decoded by any method: what `Decoder` does, each branch and forward computed anew by itself."""
+    while True:
+        figures = method.lookahead.figures(method.rule.figures)
+        outputs = []
+        for branch in running.branches:
+            canvas = Canvas(branch.tokens, running.block_size, running.mask_token_id)
+            rows = running.rows_read(branch, method.rule)
+            seen = branch.tokens[: branch.stop], canvas.mask(branch.stop)
+            outputs.append(read(model, *seen, rows, figures, running.mask_token_id))
+        changed, _ = running.step(method, outputs, seed)
+        result = running.ended(changed, method.rule, None)
+        running.advance(method.buffer)
+        if result is not None:
+            return result
 
 
 def reference_loop(

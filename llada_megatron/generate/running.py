@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.generate import pages
 from llada_megatron.generate.branches import Block, Branch, Lookahead
 from llada_megatron.generate.buffer import Buffer
+from llada_megatron.generate.methods import Method
 from llada_megatron.generate.prompt import BlockChanged, Limits, Prompt, Result, Stop
 from llada_megatron.generate.rules import Draws, Rule, Seen, figures_of
 
@@ -129,13 +130,6 @@ class Running:
         pages_of_tokens = np.array(in_order[: -(-stop // self.block_size)], np.int64)[:, None]
         return (pages_of_tokens * self.block_size + np.arange(self.block_size)).reshape(-1)[:stop]
 
-    def widen(self, buffer: Buffer, ends: Collection[int]) -> None:
-        """Let one block more be active in each branch that wants it; not behind an end of the text."""
-        for branch in self.branches:
-            generated = slice(max(self.given, branch.first), branch.stop)
-            if not np.isin(branch.tokens[generated], list(ends)).any():
-                branch.widen(buffer, self.block_size, ~self.is_given, self.mask_token_id)
-
     def is_masked(self, branch: Branch) -> np.ndarray:
         """bool [T]: where a branch has no token yet."""
         return (branch.tokens == self.mask_token_id) & ~self.is_given
@@ -151,26 +145,20 @@ class Running:
         return np.concatenate([*rows, np.zeros(0, np.int64)])
 
     def step(
-        self, rule: Rule, buffer: Buffer, lookahead: Lookahead, outputs: list[np.ndarray], seed: int
+        self, method: Method, outputs: list[np.ndarray], seed: int
     ) -> tuple[BlockChanged, int]:
         """Go on with the branch that wins, by what the head said of each one's `rows_read`, [n, C].
 
         Returns what became of its active blocks, and the position up to which the keys that this forward
         wrote are final.
         """
-        figures = lookahead.figures(rule.figures)
-        said = [figures_of(figures, output, self.mask_token_id) for output in outputs]
-        best = 0
-        if len(outputs) > 1:
-            sure = [
-                lookahead.confidence(lookahead.sureness(of_branch), branch.confidence)
-                for of_branch, branch in zip(said, self.branches, strict=True)
-            ]
-            best = int(np.argmax(sure))
+        rule, lookahead = method.rule, method.lookahead
+        said = self.said(method, outputs)
+        best = int(np.argmax(self.confidences(lookahead, said))) if len(said) > 1 else 0
         before, self.anchor = self.tokens, self.branches[best]
         self.forwards["denoise"] += 1
         rows_n = self.rows_read(self.anchor, rule)
-        choice_n, is_final = self._decide(rule, buffer, rows_n, said[best], seed)
+        choice_n, is_final = self._decide(method, rows_n, said[best], seed)
         is_other = self.tokens != before
         self.decided_at[is_other] = self.forwards["denoise"]
         self.is_edited |= is_other & (before != self.mask_token_id)
@@ -196,15 +184,27 @@ class Running:
             )
         return changed, kept
 
+    def said(self, method: Method, outputs: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """What the head said of the rows of each branch, as fields of `Seen`."""
+        figures = method.lookahead.figures(method.rule.figures)
+        return [figures_of(figures, output, self.mask_token_id) for output in outputs]
+
+    def confidences(self, lookahead: Lookahead, said: list[dict[str, np.ndarray]]) -> list[float]:
+        """Of each branch, under a rule that reads masks alone."""
+        return [
+            lookahead.confidence(lookahead.sureness(of_branch), branch.confidence)
+            for of_branch, branch in zip(said, self.branches, strict=True)
+        ]
+
     def _decide(
-        self, rule: Rule, buffer: Buffer, rows_n: np.ndarray, said: dict[str, np.ndarray], seed: int
+        self, method: Method, rows_n: np.ndarray, said: dict[str, np.ndarray], seed: int
     ) -> tuple[np.ndarray, list[bool]]:
         """Step each active block of the anchor.
 
         Returns the proposed tokens, int64 [n], and of each block whether this forward read its final tokens.
         """
-        branch, choice_n = self.anchor, said["choice_m"].copy()
-        must_fill = buffer.must_fill(branch.decided(~self.is_given, self.mask_token_id))
+        rule, branch, choice_n = method.rule, self.anchor, said["choice_m"].copy()
+        must_fill = method.buffer.must_fill(branch.decided(~self.is_given, self.mask_token_id))
         tokens, is_final = branch.tokens.copy(), []
         for number, block in enumerate(branch.blocks):
             if block.is_done:
@@ -241,14 +241,23 @@ class Running:
             draws=Draws(seed, self.number),
         )
 
-    def advance(self) -> None:
-        """Leave the blocks in front that are done; where none is left, activate the next that has holes."""
+    def advance(self, buffer: Buffer) -> None:
+        """Leave the blocks in front that are done.
+
+        Where none is left the next that has holes becomes active, else one more in each branch that wants
+        it, but not behind an end of the text.
+        """
         stop = self.anchor.stop
         for branch in self.branches:
             while branch.blocks and branch.blocks[0].is_done:
                 del branch.blocks[0]
         if not self.anchor.blocks:
-            self._activate(stop)
+            return self._activate(stop)
+        for branch in self.branches:
+            generated = branch.tokens[max(self.given, branch.first) : branch.stop]
+            if not np.isin(generated, list(self.limits.end_tokens)).any():
+                branch.widen(buffer, self.block_size, ~self.is_given, self.mask_token_id)
+        return None
 
     def _activate(self, at: int) -> None:
         holes = np.flatnonzero(~self.is_given[at:])

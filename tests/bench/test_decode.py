@@ -17,13 +17,13 @@ def measured(json_file: Path, change: int) -> int:
     """The exit code of the verb, where the loop without a cache says another last token by `change`."""
 
     def changed(*arguments):
-        tokens, forwards = reference_loop(*arguments)
-        tokens[31] += change
-        return tokens, forwards
+        result = recomputed(*arguments)
+        result.tokens[11] += change
+        return result
 
-    reference_loop, decode.reference_loop = decode.reference_loop, changed
+    recomputed, decode.recomputed = decode.recomputed, changed
     return cli.main(
-        ["bench", "decode", "--rules", "threshold,factor", *FEW, "--json", str(json_file), *SMALL]
+        ["bench", "decode", "--rules", "threshold,lopa", *FEW, "--json", str(json_file), *SMALL]
     )
 
 
@@ -32,7 +32,7 @@ def test_equal_tokens_come_first(tmp_path, change):
     assert run_ranks(measured, tmp_path / "decode.json", change) == [change]
     record = json.loads((tmp_path / "decode.json").read_text())
     assert (record["block_size"], record["prompt_tokens"], record["new_tokens"]) == (8, 20, 12)
-    assert [one["name"] for one in record["rules"]] == ["threshold", "factor"]
+    assert [one["name"] for one in record["rules"]] == ["threshold", "lopa"]
     for one in record["rules"]:
         assert one["tokens_equal"] is not bool(change)
         assert 1 <= one["tokens_per_forward"] <= 8

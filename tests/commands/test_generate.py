@@ -85,9 +85,11 @@ def test_texts_are_printed_and_a_chat_is_rendered(run, capsys):
 
 
 def test_the_options_are_the_settings_of_all_rules():
-    from llada_megatron.generate.rules import RULES, settings_of
+    from llada_megatron.generate.methods import METHODS, settings_of
+    from llada_megatron.generate.rules import RULES
 
-    assert set(RULE_SETTINGS) == {setting for rule in RULES for setting in settings_of(rule)}
+    names = [*RULES, *METHODS]
+    assert set(RULE_SETTINGS) == {setting for name in names for setting in settings_of(name)}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.generate import Decoder, Limits, Result
-from llada_megatron.generate.rules import rule_of
+from llada_megatron.generate.methods import method_of
 from llada_megatron.parallel import groups
 from tests.distributed import run_ranks
 from tests.generate.models import CONTEXT, MASK, prompt_of, settings, tiny
@@ -24,14 +24,17 @@ def decoded(lengths: tuple[int, ...], rule: str, overrides: list[str]) -> Any:
     config = settings(*overrides)
     torch.set_num_threads(1)
     groups.initialize(config.layout)
+    method = method_of(rule, {"threshold": "0.05"})
     decoder = Decoder(
         tiny(config),
-        rule_of(rule, {"threshold": "0.05"}),
+        method.rule,
+        buffer=method.buffer,
+        lookahead=method.lookahead,
         block_size=4,
         mask_token_id=MASK,
         context=CONTEXT,
         batch=2,
-        max_cached_tokens=160,
+        max_cached_tokens=400,
         seed=3,
     )
     results = decoder.results([prompt_of(length) for length in lengths], Limits(new_tokens=14))
