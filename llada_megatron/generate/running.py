@@ -156,6 +156,7 @@ class Running:
         said = self.said(method, outputs)
         best = int(np.argmax(self.confidences(lookahead, said))) if len(said) > 1 else 0
         before, self.anchor = self.tokens, self.branches[best]
+        self.anchor.confidence = 1.0
         self.forwards["denoise"] += 1
         rows_n = self.rows_read(self.anchor, rule)
         choice_n, is_final = self._decide(method, rows_n, said[best], seed)

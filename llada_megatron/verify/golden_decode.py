@@ -20,10 +20,10 @@ from llada_megatron.generate.rules.editing import JointThreshold
 from llada_megatron.generate.rules.filling import Credit, Hierarchical, Quota, Threshold
 from llada_megatron.generate.rules.registry import converted, settings_in
 from llada_megatron.record.json_files import require
-from llada_megatron.verify import golden_bidirectional
+from llada_megatron.verify import golden_bidirectional, golden_pipelined
 from llada_megatron.verify.golden_cases import CaseResult
 from llada_megatron.verify.golden_set import REMEDY, Golden
-from llada_megatron.verify.golden_trace import DENOISE, PREFILL, STORE, Group, Settings, Trace, differences
+from llada_megatron.verify.golden_trace import DENOISE, PREFILL, STORE, Group, Settings, Trace
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,7 @@ GROUPS: dict[str, Group] = {
     ),
     "sglang_joint_threshold": Group(SGLangJoint, lambda trace, case: sglang(_joint(case), trace, case)),
     **golden_bidirectional.GROUPS,
+    **golden_pipelined.GROUPS,
 }
 """Of cases that are served."""
 
@@ -257,6 +258,7 @@ def check_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult | 
         raise BadInput(f"cases.json/{name} has an {RULES_OWN} that is no object: {REMEDY}.")
     if unknown := case.get(RULES_OWN, {}).keys() - {each.name for each in fields(group.settings)}:
         return f"{name} ({RULES_OWN} {', '.join(sorted(unknown))})"
+    case = {group.names.get(key, key): value for key, value in case.items()}
     settings = _settings(group.settings, name, case)
     stored, mask = golden.stored.under(name), golden.model.mask_token_id
     prompt = stored.ids("prompt", golden.model.vocab_size).numpy()
@@ -265,8 +267,8 @@ def check_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult | 
         T = -(-T // settings.block_length) * settings.block_length
     tokens = np.concatenate([prompt, np.full(T - len(prompt), mask)])
     canvas = Canvas(tokens, T if group.sees_all else settings.block_length, mask)
-    trace = Trace(golden, stored, canvas, prompt=len(prompt))
-    return CaseResult(name, differences(trace, group.run(trace, settings)))
+    trace = group.trace(golden, stored, canvas, prompt=len(prompt))
+    return CaseResult(name, trace.differences(group.run(trace, settings)))
 
 
 def _settings(kind: type[Settings], name: str, case: dict[str, Any]) -> Settings:

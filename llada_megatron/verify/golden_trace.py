@@ -7,7 +7,7 @@ Legend: F forwards of a trace, W positions of its widest window, m positions of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,28 @@ class Trace:
         self.choice.append(np.where(is_candidate_m, read.choice_m, -1))
         self.canvas.tokens[start:end] = change.tokens_m
 
+    def differences(self, output: np.ndarray) -> dict[str, float]:
+        """How far it is from the stored one: rows that differ in `forwards` and `tokens`; `confidence`."""
+        ours = {
+            "fwd": np.array(self.forwards).reshape(-1, 5),
+            "acc": np.array(self.changes).reshape(-1, 3),
+            "block_before": padded(self.before),
+            "top1": padded(self.choice),
+            "canvas": self.canvas.tokens[:, None],
+            "output": output[:, None],
+        }
+        theirs = {name: stored_table(self.stored, name, value.shape[-1]) for name, value in ours.items()}
+        conf, expected = padded(self.confidence), stored_table(self.stored, "conf", None)
+        F, W = (min(pair) for pair in zip(conf.shape, expected.shape, strict=True))
+        is_given_FW = (conf[:F, :W] >= 0) & (expected[:F, :W] >= 0)
+        confidence = (conf[:F, :W] - expected[:F, :W])[is_given_FW]
+        tokens = sum(rows_apart(ours[name], theirs[name]) for name in ours if name != "fwd")
+        return {
+            "forwards": float(rows_apart(ours["fwd"], theirs["fwd"])),
+            "tokens": float(tokens),
+            "confidence": largest(torch.from_numpy(confidence)) if confidence.size else 0.0,
+        }
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -115,32 +137,13 @@ class Group:
     sees_all: bool = False
     """Every position sees every other, blocks begin after the prompt, and the canvas ends with the answer."""
     unserved: Callable[[dict[str, Any]], str | None] = lambda case: None
+    trace: type[Trace] = Trace
+    """What it records."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What cases.json calls a field of the settings otherwise."""
 
 
-def differences(trace: Trace, output: np.ndarray) -> dict[str, float]:
-    """How far a trace is from the stored one: rows that differ in `forwards` and `tokens`; `confidence`."""
-    ours = {
-        "fwd": np.array(trace.forwards).reshape(-1, 5),
-        "acc": np.array(trace.changes).reshape(-1, 3),
-        "block_before": _padded(trace.before),
-        "top1": _padded(trace.choice),
-        "canvas": trace.canvas.tokens[:, None],
-        "output": output[:, None],
-    }
-    theirs = {name: _table(trace.stored, name, value.shape[-1]) for name, value in ours.items()}
-    conf, expected = _padded(trace.confidence), _table(trace.stored, "conf", None)
-    F, W = (min(pair) for pair in zip(conf.shape, expected.shape, strict=True))
-    is_given_FW = (conf[:F, :W] >= 0) & (expected[:F, :W] >= 0)
-    confidence = (conf[:F, :W] - expected[:F, :W])[is_given_FW]
-    tokens = sum(_rows_apart(ours[name], theirs[name]) for name in ours if name != "fwd")
-    return {
-        "forwards": float(_rows_apart(ours["fwd"], theirs["fwd"])),
-        "tokens": float(tokens),
-        "confidence": largest(torch.from_numpy(confidence)) if confidence.size else 0.0,
-    }
-
-
-def _padded(rows: list[np.ndarray]) -> np.ndarray:
+def padded(rows: list[np.ndarray]) -> np.ndarray:
     """[F, W] of rows of several lengths, -1 after their ends."""
     width = max((len(row) for row in rows), default=0)
     return np.array([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]).reshape(
@@ -148,7 +151,7 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
     )
 
 
-def _table(stored: Stored, name: str, columns: int | None) -> np.ndarray:
+def stored_table(stored: Stored, name: str, columns: int | None) -> np.ndarray:
     """A stored tensor as a table; what has one axis is a table of one column."""
     found = stored.needed(name)
     table = found[:, None] if found.dim() == 1 else found
@@ -160,12 +163,13 @@ def _table(stored: Stored, name: str, columns: int | None) -> np.ndarray:
     return table.double().numpy()
 
 
-def _rows_apart(ours: np.ndarray, theirs: np.ndarray) -> int:
-    """How many rows differ or are missing on one side; columns that only one side has count unless -1."""
-    width = max(ours.shape[1], theirs.shape[1])
+def rows_apart(ours: np.ndarray, theirs: np.ndarray) -> int:
+    """How many of the first axis differ or are missing on one side; what only one side has counts unless -1."""
+    sizes = np.maximum(ours.shape, theirs.shape)[1:]
     ours, theirs = (
-        np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=-1) for rows in (ours, theirs)
+        np.pad(each, [(0, 0), *((0, n) for n in sizes - each.shape[1:])], constant_values=-1)
+        for each in (ours, theirs)
     )
     common = min(len(ours), len(theirs))
-    is_apart = (ours[:common] != theirs[:common]).any(axis=1)
+    is_apart = (ours[:common] != theirs[:common]).any(axis=tuple(range(1, ours.ndim)))
     return int(is_apart.sum()) + abs(len(ours) - len(theirs))
