@@ -281,11 +281,15 @@ def measure_mutants(mutants: list, reference: Measurement) -> list[Measurement]:
     return measured
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_layouts_route_alike_and_the_comparison_fails_for_every_deliberate_error(tmp_path) -> None:
     """Two stages: blocks that lie on one context-parallel rank, and one that spans them."""
     stages = [f"{{name: b{size}, block_size: '{size}', tokens: 1024}}" for size in ("4", "full")]
-    settings = [f"model.expert_capacity={CAPACITY}", f"schedule.stages=[{', '.join(stages)}]"]
+    settings = [
+        f"model.expert_capacity={CAPACITY}",
+        f"schedule.stages=[{', '.join(stages)}]",
+        "optimizer.warmup_tokens=512",
+    ]
     corpus = layouts.write_corpus(tmp_path)
     [reference] = layouts.measure_in_processes([layouts.parity_config(corpus, *settings)], None)
     mutants = [
