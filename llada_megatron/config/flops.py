@@ -108,6 +108,12 @@ def supervised_per_sequence(config: Config, stage: Stage) -> float:
     return stage.geometry.supervised(diffusion, stage.sequence_length)
 
 
+def read_before_per_sequence(config: Config, stage: Stage) -> float:
+    """Positions of a sequence that a pass before the step's own reads out, on average."""
+    diffusion = diffusion_of(config.diffusion, config.schedule.stages[stage.index])
+    return stage.geometry.read_before.rows(diffusion, stage.sequence_length)
+
+
 def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:
     """Visible query-key pairs of a layer in one sequence, per head; without `documents` of one document."""
     return expected_pairs(

@@ -41,6 +41,16 @@ class RowBytes:
 
 
 @dataclass(frozen=True)
+class ReadBefore:
+    """What the head reads out in a pass before the step's own."""
+
+    rows: Callable[[DiffusionConfig, int], float]
+    """Positions of a sequence of L tokens that the head is applied to, on average."""
+    sums: tuple[int, ...]
+    """Bytes of each message of a row among tensor-parallel ranks."""
+
+
+@dataclass(frozen=True)
 class Geometry:
     """How an objective lays out a sequence of L data tokens."""
 
@@ -65,6 +75,13 @@ class Geometry:
     """Forward passes over a step's batch before its own, by the micro-batches of each rank: for drafts, or
     for counts that only the model tells."""
     row_bytes: RowBytes = RowBytes()
+    drafts: ReadBefore | None = None
+    """What the passes before read; None for what the loss reads."""
+
+    @property
+    def read_before(self) -> ReadBefore:
+        """What each pass before the step's own reads out."""
+        return self.drafts or ReadBefore(self.supervised, self.row_bytes.sums)
 
     @property
     def sums(self) -> int:
@@ -141,6 +158,8 @@ OBJECTIVES: dict[str, Geometry] = {
         samples_per_sequence=_complements,
         figures={"loss_by_stand": Figure(3), "right": Figure(3)},  # masked, drafted, kept
         passes_before=lambda config, micro_batches: config.diffusion.oput.turns,
+        # model/readout.py, choice: the largest logit and the lowest id of it
+        drafts=ReadBefore(lambda diffusion, length: length * mask_rate(diffusion), sums=(4, 8)),
     ),
     "confidence": Geometry(
         module="llada_megatron.objectives.confidence",

@@ -12,6 +12,7 @@ from llada_megatron.config.flops import (
     DocumentLengths,
     mfu,
     pairs_per_sequence,
+    read_before_per_sequence,
     supervised_per_sequence,
     training_flops_per_sequence,
 )
@@ -279,7 +280,14 @@ def flops_per_token(
     performed += 2 * positions * sum(size for module, size in weights.items() if module in again)
     if "core_attn" in again:
         performed += formulas.pair_flops(model) * pairs
-    performed += passes_before(config, layout, stage) * needed / 3  # forward is a third of both
+    before = training_flops_per_sequence(
+        model,
+        positions=positions,
+        pairs=pairs,
+        supervised=read_before_per_sequence(config, stage),
+        head_recomputed=False,
+    )
+    performed += passes_before(config, layout, stage) * before / 3  # forward is a third of both
     return needed / length, performed / length
 
 

@@ -179,10 +179,11 @@ class Planner:
         key = self._key(layout, stage)
         if key not in self._blocks:
             shape, units = self.sizes(layout, stage)
-            given = self.model, shape, layout, self.rates, links, units
-            seconds, before = self.formulas.seconds_of(*given), (0.0, 0.0, 0.0, 0.0)
+            given = layout, self.rates, links, units
+            seconds, before = self.formulas.seconds_of(self.model, shape, *given), (0.0, 0.0, 0.0, 0.0)
             if stage.geometry.passes_before(self.config, micro_batches_per_step(layout, stage)):
-                before = self.formulas.seconds_of(*given, forward_only=True).totals
+                once = self.formulas.seconds_of(self.model, shape.before, *given, forward_only=True)
+                before = once.totals
             self._blocks[key] = Blocks(shape, seconds, seconds.totals, before)
         return self._blocks[key]
 

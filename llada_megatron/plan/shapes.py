@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from llada_megatron.config.flops import DocumentLengths, pairs_per_sequence, supervised_per_sequence
+from llada_megatron.config.flops import (
+    DocumentLengths,
+    pairs_per_sequence,
+    read_before_per_sequence,
+    supervised_per_sequence,
+)
 from llada_megatron.config.objectives import RowBytes
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
@@ -45,6 +50,16 @@ class Shape:
     """w: of the number of a row's block, where blocks share pools of experts (model/pools.py)."""
     blocks: int = 0
     """P: numbers of blocks of a micro-batch, on every process."""
+    supervised_before: int = 0
+    """n of a pass before the step's own."""
+    sums_before: tuple[int, ...] = ()
+    """`row_bytes.sums` of such a pass."""
+
+    @property
+    def before(self) -> Shape:
+        """The micro-batch in a pass before the step's own, whose head may read something else."""
+        row_bytes = replace(self.row_bytes, sums=self.sums_before)
+        return replace(self, supervised=self.supervised_before, row_bytes=row_bytes)
 
 
 def shape_of(
@@ -85,6 +100,8 @@ def shape_of(
         row_bytes=stage.geometry.row_bytes,
         block_bits=block_bits,
         blocks=stage.micro_batch << block_bits,
+        supervised_before=math.ceil(read_before_per_sequence(config, stage) * stage.micro_batch / cp),
+        sums_before=stage.geometry.read_before.sums,
     )
 
 

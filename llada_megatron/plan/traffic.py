@@ -171,13 +171,15 @@ def of_rank(
         embedding_messages(model, shape, layout, b=b),
         head_messages(model, shape, layout, b=b),
     )
+    units_before = (*units[:3], head_messages(model, shape.before, layout, b=b))
     boundary = boundary_message(model, shape, b=b)
     for stage in stages:
         numbers = stage.dense, stage.moe, stage.first, stage.last
-        for number, messages in zip(numbers, units, strict=True):
+        for number, messages, messages_before in zip(numbers, units, units_before, strict=True):
             for message in messages:
-                calls = message.calls(again) + passes_before * message.forward
-                yield number * micro_batches * calls, message
+                yield number * micro_batches * message.calls(again), message
+            for message in messages_before:
+                yield number * micro_batches * passes_before * message.forward, message
         yield micro_batches * ((not stage.first) + (1 + passes_before) * (not stage.last)), boundary
     holds_table = stages[0].first or stages[-1].last
     for message in step_messages(held, model, layout, b=b, holds_table=holds_table):

@@ -66,6 +66,7 @@ SLOW_CASES = (
     "dpo_cp",
     "editing",
     "pools_tp_cp",
+    "oput_tp_chunked",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -145,6 +146,10 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "editing": (FIRST, EDITING),
     "editing_masks_alone": (FIRST, [*EDITING, "diffusion.editing.kept_weight=0"]),
     "oput_cp": (FIRST, [*OPUT, "layout.processes=2", "layout.cp=2"]),
+    "oput_tp_chunked": (
+        FIRST,
+        [*OPUT, "layout.processes=2", "layout.tp=2", "model.head_chunk_tokens=8"],
+    ),
     "dpo_pp": (FIRST, [*DPO, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "dpo_cp": (FIRST, [*DPO, "layout.processes=2", "layout.cp=2"]),
     "levenshtein": (FIRST, LEVENSHTEIN),

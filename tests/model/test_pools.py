@@ -1,7 +1,10 @@
 """Block routing: pools against loops over blocks, and a router with pools against one without."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +20,10 @@ from llada_megatron.model import pools
 from llada_megatron.model.provider import build_stage
 from llada_megatron.model.router import BalancedRouter
 from llada_megatron.parallel import groups
+from llada_megatron.verify import layouts
+from llada_megatron.verify.comparison import Measurement, compare
 from llada_megatron.verify.routing import RoutingMargin
+from tests.distributed import run_ranks
 from tests.model.test_provider import model_inputs, random_tokens
 
 # isort: split
@@ -223,3 +229,74 @@ def test_the_margin_of_a_routing_is_that_of_pools_and_in_them(config: Config) ->
             best = [row[order.indices[:CAPACITY]].sort(descending=True).values for row in rows]
             gaps += [each[k - 1] - each[k] for each in best]
     assert margin.smallest == pytest.approx(float(min(gaps)), rel=1e-4)
+
+
+# Layouts, and mutations that break one rank's arithmetic as a plausible bug would.
+
+
+@contextmanager
+def no_mutation() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def best_scores_of_the_rank() -> Iterator[None]:
+    """Of a block that spans ranks each takes the best of its own rows."""
+    alone = SimpleNamespace(all_reduce=lambda *args, **kwargs: None, ReduceOp=pools.dist.ReduceOp)
+    with mock.patch.object(pools, "dist", alone):
+        yield
+
+
+@contextmanager
+def clean_rows_counted_with_the_noisy_block() -> Iterator[None]:
+    """On rank 1 the two halves have one pool."""
+    numbers_of = pools.row_blocks
+
+    def wrong(rectangle: object) -> tuple[np.ndarray, int]:
+        rows, bits = numbers_of(rectangle)  # type: ignore[arg-type]
+        if pools.dist.get_rank() and rectangle.mask.clean_copy:  # type: ignore[attr-defined]
+            rows = np.tile(rows[:, : rows.shape[1] // 2], 2)
+        return rows, bits
+
+    with mock.patch.object(pools, "row_blocks", wrong):
+        yield
+
+
+MUTANTS = [
+    (no_mutation, "TP2 EP2"),
+    (no_mutation, "CP2"),
+    (best_scores_of_the_rank, "TP2 EP2"),
+    (best_scores_of_the_rank, "CP2"),
+    (clean_rows_counted_with_the_noisy_block, "CP2"),
+]
+
+
+def measure_mutants(mutants: list, reference: Measurement) -> list[Measurement]:
+    from llada_megatron.verify.measure import measure
+
+    measured = []
+    for mutation, config in mutants:
+        with mutation():
+            measured.append(measure(config, reference))
+    return measured
+
+
+@pytest.mark.full
+def test_layouts_route_alike_and_the_comparison_fails_for_every_deliberate_error(tmp_path) -> None:
+    """Two stages: blocks that lie on one context-parallel rank, and one that spans them."""
+    stages = [f"{{name: b{size}, block_size: '{size}', tokens: 1024}}" for size in ("4", "full")]
+    settings = [
+        f"model.expert_capacity={CAPACITY}",
+        f"schedule.stages=[{', '.join(stages)}]",
+        "optimizer.warmup_tokens=512",
+    ]
+    corpus = layouts.write_corpus(tmp_path)
+    [reference] = layouts.measure_in_processes([layouts.parity_config(corpus, *settings)], None)
+    mutants = [
+        (mutation, layouts.parity_config(corpus, *settings, **layouts.MATRIX[name]))
+        for mutation, name in MUTANTS
+    ]
+    found = run_ranks(measure_mutants, mutants, reference, processes=2)[0]
+    for (mutation, name), measured in zip(MUTANTS, found, strict=True):
+        result = compare(name, 2, measured, reference)
+        assert result.passed == (mutation is no_mutation), (mutation.__name__, result.differences)

@@ -1,6 +1,8 @@
 """Wrong tokens among what a model reads, its own drafts and drawn ones: what is read, learnt and counted."""
 
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from llada_megatron.objectives.diffusion import RATE_BINS, Diffusion
 from llada_megatron.objectives.editing import KEPT, MASKED, REPLACED, Editing
 from llada_megatron.objectives.oput import DRAFTED, Oput
 from tests.distributed import run_ranks
-from tests.objectives.conversations import configure, write
+from tests.objectives.conversations import BLOCK, configure, write
+from tests.objectives.mutants import differs, run_mutants
 
 L, MASK = 128, 257
 SAMPLES = {
@@ -223,8 +226,8 @@ def check(chats: str, name: str, layout: str) -> None:
     [one] = run_ranks(trained, run_of(chats, name, *same))
     config = run_of(chats, name, *LAYOUTS[layout])
     ranks = run_ranks(trained, config, processes=config.layout.processes)
-    digests = {index: digest for rank in ranks for index, digest in rank["digests"].items()}
-    assert digests == one["digests"]
+    read = {(index, digest) for rank in ranks for index, digest in rank["digests"].items()}
+    assert read == set(one["digests"].items())  # ranks of a context each build their batches whole
     assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=2e-6)
     assert ranks[0]["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-5)
     if name == "oput":  # each turn is one forward of each micro-batch without gradients
@@ -232,3 +235,154 @@ def check(chats: str, name: str, layout: str) -> None:
         assert all(0 <= step["draft_right"] <= 1 for step in one["figures"])
     else:
         assert one["forwards"] == 0 and one["figures"][0]["loss_replaced"] > 0
+
+
+# Each mutation breaks one rank's arithmetic as a plausible bug would, or an exchange of ranks.
+
+
+@contextmanager
+def drafts_arrive(changed):
+    """`passes.on_every_rank` with other arguments or collectives: changed(real, outputs, places, columns)."""
+    from llada_megatron.objectives import passes
+
+    real = passes.on_every_rank
+    with mock.patch.object(passes, "on_every_rank", lambda *given: changed(real, *given)):
+        yield
+
+
+def not_summed_over(group):
+    """The drafts of the other ranks of a group do not arrive."""
+    from megatron.core import parallel_state
+    from torch import distributed as dist
+
+    summed = dist.all_reduce
+    left_out = getattr(parallel_state, f"get_{group}_parallel_group")
+
+    def without(real, *given):
+        def all_reduce(tensor, **options):
+            if options["group"] is not left_out():
+                summed(tensor, **options)
+
+        with mock.patch.object(dist, "all_reduce", all_reduce):
+            return real(*given)
+
+    return drafts_arrive(without)
+
+
+def drafts_of_another_context_rank_do_not_arrive():
+    """A rank learns from its own rows, which it drafted: the digests of whole batches alone can see it."""
+    return not_summed_over("context")
+
+
+def drafts_do_not_leave_the_last_pipeline_stage():
+    return not_summed_over("pipeline_model")
+
+
+def drafts_in_each_others_places():
+    """Rank 1 puts what it drafted into its own places in the wrong order."""
+
+    def turned(real, outputs, places, columns):
+        if torch.distributed.get_rank():
+            places = [(N, here.flip(0)) for N, here in places]
+        return real(outputs, places, columns)
+
+    return drafts_arrive(turned)
+
+
+@contextmanager
+def drafts_cut_at_the_end_of_a_block():
+    """On rank 1 the last token of each block stays masked."""
+    from llada_megatron.objectives import oput
+
+    real = oput.with_draft
+
+    def cut(tokens_BS, outputs_N, draft_N):
+        before_the_end = outputs_N // len(tokens_BS) % BLOCK < BLOCK - torch.distributed.get_rank()
+        return real(tokens_BS, outputs_N[before_the_end], draft_N[before_the_end])
+
+    with mock.patch.object(oput, "with_draft", cut):
+        yield
+
+
+@contextmanager
+def draft_batch_with_the_mask_of_another_sample():
+    """Rank 1 drafts each sample under the mask of its complement, which is beside it."""
+    from llada_megatron.objectives.diffusion import Diffusion
+
+    real = Diffusion.batch  # of which Oput makes its draft batches alone
+
+    def batch(objective, data, indices, stage, **options):
+        pairs = objective.corruptions
+
+        def exchanged(samples, indices, stage):
+            masks = pairs(samples, indices, stage)
+            return masks[::-1] if torch.distributed.get_rank() else masks
+
+        with mock.patch.object(objective, "corruptions", exchanged):
+            return real(objective, data, indices, stage, **options)
+
+    with mock.patch.object(Diffusion, "batch", batch):
+        yield
+
+
+@contextmanager
+def wrong_words(draws_of):
+    from llada_megatron.objectives import editing
+
+    real = editing.generator
+
+    def generator(seed, purpose, index):
+        return (draws_of if purpose is editing.Purpose.WRONG_WORD else real)(seed, purpose, index)
+
+    with mock.patch.object(editing, "generator", generator):
+        yield
+
+
+def wrong_words_of_the_ambient_generator():
+    """Of one that every rank seeds alike, and that each sample leaves elsewhere."""
+    ambient = np.random.default_rng(0)
+    return wrong_words(lambda *_: ambient)
+
+
+def wrong_words_of_the_rank():
+    from llada_megatron.parallel.random import generator
+
+    def of_the_rank(seed, purpose, index):
+        return generator(seed + torch.distributed.get_rank(), purpose, index)
+
+    return wrong_words(of_the_rank)
+
+
+MUTATIONS = {
+    "oput": [
+        (drafts_of_another_context_rank_do_not_arrive, "layout.cp=2"),
+        (drafts_do_not_leave_the_last_pipeline_stage, "layout.pp=2"),
+        (drafts_in_each_others_places, "layout.cp=2"),
+        (drafts_cut_at_the_end_of_a_block, "layout.cp=2"),
+        (draft_batch_with_the_mask_of_another_sample, "layout.processes=2"),
+    ],
+    "editing": [
+        (wrong_words_of_the_ambient_generator, "layout.processes=2"),
+        (wrong_words_of_the_rank, "layout.cp=2"),
+    ],
+}
+
+
+@contextmanager
+def no_mutation():
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_comparison_of_layouts_fails_for_every_deliberate_error(chats, name):
+    [one] = run_ranks(trained, run_of(chats, name))
+    layouts = dict.fromkeys(layout for _, layout in MUTATIONS[name])
+    mutations = [*((no_mutation, layout) for layout in layouts), *MUTATIONS[name]]
+    mutants = [(mutation, run_of(chats, name, layout)) for mutation, layout in mutations]
+    in_digests_alone = drafts_of_another_context_rank_do_not_arrive
+    for (mutation, _), found in zip(mutations, run_mutants(trained, mutants), strict=True):
+        assert differs(found, one) == (mutation not in (no_mutation, in_digests_alone)), mutation.__name__
+        if mutation in (no_mutation, in_digests_alone):
+            reads_the_same = found["digests"].items() <= one["digests"].items()
+            assert reads_the_same == (mutation is no_mutation), mutation.__name__

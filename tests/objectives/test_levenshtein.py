@@ -1,7 +1,9 @@
 """The objective of Levenshtein labels: what drafts are, what is taught of chats, and every layout alike."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from llada_megatron.objectives.levenshtein import Draft, Kind, Levenshtein, firs
 from tests.distributed import run_ranks
 from tests.objectives import conversations
 from tests.objectives.edits import obeyed_together
+from tests.objectives.mutants import differs, run_mutants
 from tests.objectives.test_post_training import LAYOUTS, trained
 from tests.training.runs import comparable, train
 
@@ -193,10 +196,51 @@ def straight(chats) -> dict:
 def test_every_layout_trains_the_same(chats, straight, layout) -> None:
     config = configure(chats, *LAYOUTS[layout])
     for found in run_ranks(trained, config, processes=config.layout.processes):
-        assert found["loss"] == pytest.approx(straight["loss"], rel=2e-6)
-        assert found["grad_norm"] == pytest.approx(straight["grad_norm"], rel=1e-5)
+        assert not differs(found, straight)
         for ours, expected in zip(found["figures"], straight["figures"], strict=True):
             assert ours["loss_by_label"] == pytest.approx(expected["loss_by_label"], rel=1e-4)
+
+
+# Each mutation breaks one rank's arithmetic as a plausible bug would.
+
+
+@contextmanager
+def labels_of_another_row():
+    """Rank 1 takes its rows, and the labels of the rows before them."""
+    from llada_megatron.training import step
+
+    part_of = step.context_part
+
+    def wrong(batch):
+        part = part_of(batch)
+        part.inputs.labels = part.inputs.labels.roll(torch.distributed.get_rank())
+        return part
+
+    with mock.patch.object(step, "context_part", wrong):
+        yield
+
+
+@contextmanager
+def drafts_of_the_rank():
+    from llada_megatron.objectives import levenshtein
+
+    real = levenshtein.generator
+
+    def generator(seed, *names):
+        return real(seed + torch.distributed.get_rank(), *names)
+
+    with mock.patch.object(levenshtein, "generator", generator):
+        yield
+
+
+MUTATIONS = [labels_of_another_row, drafts_of_the_rank]
+
+
+@pytest.mark.slow
+def test_the_comparison_of_layouts_fails_for_every_deliberate_error(chats, straight) -> None:
+    mutants = [(mutation, configure(chats, *LAYOUTS["cp2"])) for mutation in MUTATIONS]
+    for mutation, found in zip(MUTATIONS, run_mutants(trained, mutants), strict=True):
+        assert differs(found, straight), mutation.__name__
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Noise groups of several blocks: layouts and rates against the paper's steps, and the objective in a run."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from llada_megatron.objectives.multi_block import MultiBlock, chain_rates, corru
 from tests.distributed import run_ranks
 from tests.objectives import conversations
 from tests.objectives.conversations import BLOCK, L, write
+from tests.objectives.mutants import differs, run_mutants
 from tests.objectives.test_mistakes import first_step
 from tests.objectives.test_post_training import LAYOUTS, trained
 from tests.training.runs import arrays_in, checkpoint, comparable, records, train
@@ -226,8 +229,68 @@ MORE = [pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS if name !
 def test_every_layout_trains_the_same(chats, straight, layout):
     config = configure(chats, *GROUPS, *LAYOUTS[layout])
     for found in run_ranks(trained, config, processes=config.layout.processes):
-        assert found["loss"] == pytest.approx(straight["loss"], rel=2e-6)
-        assert found["grad_norm"] == pytest.approx(straight["grad_norm"], rel=1e-5)
+        assert not differs(found, straight)
+
+
+# Each mutation breaks one rank's arithmetic as a plausible bug would.
+
+
+@contextmanager
+def groups_cut_in_two():
+    """Tokens are dealt in pieces of blocks, so that groups lie on several ranks: slower, and not wrong."""
+    from llada_megatron.attention import context
+
+    deal = context.deal_tokens
+
+    def wrong(work_L, group_start_L, block_size, ranks):
+        return deal(work_L, np.arange(len(work_L)), block_size // 2, ranks)
+
+    with mock.patch.object(context, "deal_tokens", wrong):
+        yield
+
+
+@contextmanager
+def halo_mixed_up_behind_the_first_block():
+    """Of a group that is cut, noisy keys behind its first block are taken for the first that travels."""
+    from llada_megatron.attention.context import ContextShard
+
+    slot_of = ContextShard._halo_slot.func
+
+    def wrong(shard):
+        return np.where(shard.mask.group_start == shard.mask.block_start, slot_of(shard), 0)
+
+    with groups_cut_in_two(), mock.patch.object(ContextShard, "_halo_slot", property(wrong)):
+        yield
+
+
+@contextmanager
+def groups_of_another_sample():
+    """Rank 1 gives each sample the groups of its neighbour, which reads the same sequence."""
+    from llada_megatron.objectives import diffusion
+
+    real = diffusion.diffusion_inputs
+
+    def wrong(*args, group_starts, **options):
+        turned = group_starts[::-1] if torch.distributed.get_rank() else group_starts
+        return real(*args, group_starts=turned, **options)
+
+    with mock.patch.object(diffusion, "diffusion_inputs", wrong):
+        yield
+
+
+MUTATIONS = [
+    (groups_cut_in_two, "cp2", False),
+    (halo_mixed_up_behind_the_first_block, "cp2", True),
+    (groups_of_another_sample, "dp2", True),
+]
+
+
+@pytest.mark.slow
+def test_the_comparison_of_layouts_fails_for_every_deliberate_error(chats, straight):
+    mutants = [(mutation, configure(chats, *GROUPS, *LAYOUTS[layout])) for mutation, layout, _ in MUTATIONS]
+    found = run_mutants(trained, mutants)
+    for (mutation, _, is_wrong), measured in zip(MUTATIONS, found, strict=True):
+        assert differs(measured, straight) == is_wrong, mutation.__name__
 
 
 class ByPlace(MultiBlock):
