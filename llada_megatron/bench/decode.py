@@ -89,7 +89,9 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
         model = stages[0].eval().requires_grad_(False)
         prompts = _prompts(config, setting)
         bound = forward_seconds(model, setting.block_size)
-        found = [_measure(model, config, setting, name, method, prompts, bound) for name, method in methods.items()]
+        found = [
+            _measure(model, config, setting, name, method, prompts, bound) for name, method in methods.items()
+        ]
     finally:
         groups.destroy()
     record = {

@@ -24,8 +24,8 @@ from llada_megatron.config.schema import Config
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.evaluate.continuation import Likelihood, Scorer, of_windows, windows
 from llada_megatron.generate import Decoder, Limits, Prompt, Result
-from llada_megatron.generate.partial import PartialFile
 from llada_megatron.generate.methods import Method, method_of, settings_of
+from llada_megatron.generate.partial import PartialFile
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.harness.requests import GENERATE, GREEDY, Generation, Key, Request, Score, key_of
 from llada_megatron.objectives.passes import evaluating

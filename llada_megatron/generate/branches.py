@@ -120,3 +120,5 @@ class Lookahead:
         best_k = np.argsort(-sureness_n, kind="stable")[: self.branches].tolist()
         return [anchor.with_token(int(masked_n[k]), int(choice_n[k]), float(sureness_n[k])) for k in best_k]
 
+
+ANCHOR_ALONE = Lookahead()

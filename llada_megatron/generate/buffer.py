@@ -35,3 +35,6 @@ class Buffer:
     def must_fill(self, decided: Sequence[float]) -> list[bool]:
         """Of each active block, from the shares of all that are decided."""
         return [True, *(before >= self.force_at for before in decided[:-1])]
+
+
+ONE_BLOCK = Buffer()

@@ -30,8 +30,8 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
-from llada_megatron.generate.branches import Lookahead
-from llada_megatron.generate.buffer import Buffer
+from llada_megatron.generate.branches import ANCHOR_ALONE, Lookahead
+from llada_megatron.generate.buffer import ONE_BLOCK, Buffer
 from llada_megatron.generate.graphs import Graphs, graphs_of
 from llada_megatron.generate.methods import Method
 from llada_megatron.generate.pages import Pages
@@ -110,9 +110,9 @@ class Decoder:
     back and computed again where the older ones need its room. 0: as many as `batch` sequences can have."""
     prefill_tokens: int = 1024
     """Rows of a forward beside those of the active blocks: longer prompts take several."""
-    buffer: Buffer = Buffer()
+    buffer: Buffer = ONE_BLOCK
     """Blocks of a sequence that are active at a time."""
-    lookahead: Lookahead = Lookahead()
+    lookahead: Lookahead = ANCHOR_ALONE
     """Branches of a sequence that are read at a time: dealt over the ranks of layout.bp."""
     seed: int = 0
     """Of draws, which are functions of (seed, prompt, position, step)."""
@@ -158,8 +158,8 @@ class Decoder:
         branches = self.lookahead.branches
         if branches > self.block_size:
             raise BadInput(
-                f"{branches} lookahead branches are more than the {self.block_size} tokens of a block, of which"
-                " each adds one: ask for fewer (--branches)."
+                f"{branches} lookahead branches are more than the {self.block_size} tokens of a block, of"
+                " which each adds one: ask for fewer (--branches)."
             )
         if branches and self.rule.edits:
             raise BadInput(
@@ -451,7 +451,7 @@ class _Batch:
         return True
 
     def read(self, feed: Feed, outputs: list[np.ndarray]) -> tuple[PromptRead | BlockChanged, Result | None]:
-        """Take in what a forward said of a sequence's branches, [n, C] each, and what it wrote to its pages."""
+        """Take in what a forward said of a sequence's branches, [n, C] each, and wrote to its pages."""
         running, decoder = feed.running, self.decoder
         if not feed.rows:
             running.forwards["prefill"] += 1

@@ -18,9 +18,9 @@ from llada_megatron.config.foreign import parse_json
 from llada_megatron.config.schema import Config
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.generate.decoder import Decoder
+from llada_megatron.generate.methods import method_of
 from llada_megatron.generate.partial import PartialFile
 from llada_megatron.generate.prompt import Limits, Prompt, Result
-from llada_megatron.generate.methods import method_of
 from llada_megatron.parallel import groups, ranks
 from llada_megatron.runtime import device
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import check_values
-from llada_megatron.generate.branches import Lookahead
-from llada_megatron.generate.buffer import Buffer
+from llada_megatron.generate.branches import ANCHOR_ALONE, Lookahead
+from llada_megatron.generate.buffer import ONE_BLOCK, Buffer
 from llada_megatron.generate.rules import RULES, Rule, rule_of
 from llada_megatron.generate.rules import settings_of as settings_of_rule
 from llada_megatron.generate.rules.registry import Setting, converted, settings_in
@@ -23,8 +23,8 @@ class Method:
     """What a decoder is told beside its prompts."""
 
     rule: Rule
-    buffer: Buffer = Buffer()
-    lookahead: Lookahead = Lookahead()
+    buffer: Buffer = ONE_BLOCK
+    lookahead: Lookahead = ANCHOR_ALONE
 
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -24,8 +24,8 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.generate.methods import Method
 from llada_megatron.generate.prompt import Result
-from llada_megatron.generate.running import Running
 from llada_megatron.generate.rules import Change, Draws, Figures, Rule, Seen, figures_of
+from llada_megatron.generate.running import Running
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.runtime import device
 
@@ -76,7 +76,8 @@ def look(model: Any, canvas: Canvas, start: int, end: int, figures: Figures) -> 
 
     As `read`.
     """
-    output = read(model, canvas.tokens[:end], canvas.mask(end), np.arange(start, end), figures, canvas.mask_token_id)
+    seen = canvas.tokens[:end], canvas.mask(end)
+    output = read(model, *seen, np.arange(start, end), figures, canvas.mask_token_id)
     return figures_of(figures, output, canvas.mask_token_id)
 
 
@@ -125,6 +126,7 @@ def block_forwards(
             first=start,
             mask_token_id=canvas.mask_token_id,
             draws=draws,
+            must_fill=True,
         )
         change = rule.step(seen, state)
         canvas.tokens[start:end], state = change.tokens_m, change.state
@@ -134,7 +136,7 @@ def block_forwards(
 
 
 def recomputed(model: Any, running: Running, method: Method, seed: int = 0) -> Result:
-    """A sequence decoded by any method: what `Decoder` does, each branch and forward computed anew by itself."""
+    """A sequence decoded by any method as `Decoder` does, each forward of each branch computed anew."""
     while True:
         figures = method.lookahead.figures(method.rule.figures)
         outputs = []

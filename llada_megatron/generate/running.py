@@ -144,9 +144,7 @@ class Running:
         ]
         return np.concatenate([*rows, np.zeros(0, np.int64)])
 
-    def step(
-        self, method: Method, outputs: list[np.ndarray], seed: int
-    ) -> tuple[BlockChanged, int]:
+    def step(self, method: Method, outputs: list[np.ndarray], seed: int) -> tuple[BlockChanged, int]:
         """Go on with the branch that wins, by what the head said of each one's `rows_read`, [n, C].
 
         Returns what became of its active blocks, and the position up to which the keys that this forward
@@ -212,8 +210,9 @@ class Running:
                 is_final.append(True)
                 continue
             here = slice(*np.searchsorted(rows_n, [block.start, block.stop]))
-            seen = self._seen(block, rows_n[here], {name: each[here] for name, each in said.items()}, seed)
-            read, state = rule.read(replace(seen, must_fill=must_fill[number]), block.state)
+            said_here = {name: each[here] for name, each in said.items()}
+            seen = self._seen(block, rows_n[here], said_here, seed, must_fill[number])
+            read, state = rule.read(seen, block.state)
             change = rule.decide(read, state)
             tokens[block.start : block.stop] = change.tokens_m
             choice_n[here] = read.choice_m[rows_n[here] - block.start]
@@ -224,7 +223,9 @@ class Running:
         branch.tokens = tokens
         return choice_n, is_final
 
-    def _seen(self, block: Block, rows_n: np.ndarray, said: dict[str, np.ndarray], seed: int) -> Seen:
+    def _seen(
+        self, block: Block, rows_n: np.ndarray, said: dict[str, np.ndarray], seed: int, must_fill: bool
+    ) -> Seen:
         """A block as its rule sees it, from what was said of `rows_n` of it."""
         figures = {}
         for name, each in said.items():
@@ -240,6 +241,7 @@ class Running:
             first=block.start,
             mask_token_id=self.mask_token_id,
             draws=Draws(seed, self.number),
+            must_fill=must_fill,
         )
 
     def advance(self, buffer: Buffer) -> None:

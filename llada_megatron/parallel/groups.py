@@ -80,8 +80,8 @@ _branch_group: dist.ProcessGroup | None = None
 
 
 def _make_branch_groups(layout: LayoutConfig) -> None:
-    """Groups of layout.bp replicas of the model that decode the same sequences, neighbours in the data-parallel
-    order; for layouts with pp and cp 1.
+    """Groups of layout.bp replicas of the model that decode the same sequences: neighbours among the ranks of
+    data parallelism, in layouts with pp and cp 1.
     """
     global _branch_group
     _branch_group = None

@@ -39,7 +39,6 @@ from llada_megatron.verify.golden_trace import (
     stored_table,
 )
 
-
 NONE = np.empty(0)
 NO_BRANCH = -1.9
 """Above what stands in `branch_conf` for a branch that a round did not have."""
@@ -108,14 +107,16 @@ class Session:
     def _read(self, branch: Branch) -> np.ndarray:
         stop = branch.stop - self.pad
         mask = PromptMask(
-            [torch.tensor([0, stop])], min(self.size, stop), clean_copy=False, causal=True, prompt=self.trace.prompt
+            [torch.tensor([0, stop])],
+            min(self.size, stop),
+            clean_copy=False,
+            causal=True,
+            prompt=self.trace.prompt,
         )
         rows = self.running.rows_read(branch, self.method.rule) - self.pad
         figures = self.method.lookahead.figures(self.method.rule.figures)
         tokens = branch.tokens[self.pad : branch.stop]
-        return read(
-            self.trace.golden.stage, tokens, mask, rows, figures, self.trace.canvas.mask_token_id
-        )
+        return read(self.trace.golden.stage, tokens, mask, rows, figures, self.trace.canvas.mask_token_id)
 
     def step(self, outputs: list[np.ndarray]) -> bool:
         """Decide and go on; whether that was the last forward. `kept` is then what this forward has kept."""
@@ -175,7 +176,7 @@ class Rounds(Trace):
     """By the names of the stored tensors."""
 
     def differences(self, output: np.ndarray) -> dict[str, float]:
-        """Rounds that differ in what was fed, and in what was read, chosen and filled; branches' confidence."""
+        """Rounds that differ in what was fed, and in what was read, chosen, filled; branches' confidence."""
         records = self.records
         b = max(len(texts) for texts in records["branch_x"])
         texts_RbT = padded([text for texts in records["branch_x"] for text in [*texts, *[NONE] * b][:b]])

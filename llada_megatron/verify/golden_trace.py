@@ -17,7 +17,7 @@ import torch
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import Positive
 from llada_megatron.generate.reference_loop import Canvas, look
-from llada_megatron.generate.rules import Change, Figures, Rule, Seen
+from llada_megatron.generate.rules import Change, Draws, Figures, Rule, Seen
 from llada_megatron.verify.golden_cases import largest
 from llada_megatron.verify.golden_set import REMEDY, Golden, Stored
 
@@ -82,6 +82,8 @@ class Trace:
             step=step,
             first=start,
             mask_token_id=self.canvas.mask_token_id,
+            draws=Draws(seed=0),
+            must_fill=True,
         )
 
     def record(self, kind: int, fed: int, read: Seen, change: Change, is_candidate_m: np.ndarray) -> None:
@@ -133,7 +135,7 @@ class Group:
     """The settings of a group's cases, and its sampler, which returns the answer, int64 [n]."""
 
     settings: type[Settings]
-    run: Callable[[Trace, Any], np.ndarray]
+    run: Callable[[Any, Any], np.ndarray]
     sees_all: bool = False
     """Every position sees every other, blocks begin after the prompt, and the canvas ends with the answer."""
     unserved: Callable[[dict[str, Any]], str | None] = lambda case: None
@@ -164,7 +166,9 @@ def stored_table(stored: Stored, name: str, columns: int | None) -> np.ndarray:
 
 
 def rows_apart(ours: np.ndarray, theirs: np.ndarray) -> int:
-    """How many of the first axis differ or are missing on one side; what only one side has counts unless -1."""
+    """How many of the first axis differ or are missing on one side; inside, what only one has counts unless
+    -1.
+    """
     sizes = np.maximum(ours.shape, theirs.shape)[1:]
     ours, theirs = (
         np.pad(each, [(0, 0), *((0, n) for n in sizes - each.shape[1:])], constant_values=-1)

@@ -22,9 +22,7 @@ def measured(json_file: Path, change: int) -> int:
         return result
 
     recomputed, decode.recomputed = decode.recomputed, changed
-    return cli.main(
-        ["bench", "decode", "--rules", "threshold,lopa", *FEW, "--json", str(json_file), *SMALL]
-    )
+    return cli.main(["bench", "decode", "--rules", "threshold,lopa", *FEW, "--json", str(json_file), *SMALL])
 
 
 @pytest.mark.parametrize("change", [0, 1])

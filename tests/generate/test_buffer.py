@@ -166,9 +166,7 @@ def test_branches_take_fewer_forwards_and_other_tokens(model):
 
 def test_the_branch_that_is_surest_of_its_masks_wins():
     lookahead = Lookahead(2, lowest=0.5, memory=0.25)
-    assert lookahead.confidence(np.array([0.9, 0.1, 0.3, 0.8]), 0.6) == pytest.approx(
-        0.25 * 0.6 + 0.75 * 0.2
-    )
+    assert lookahead.confidence(np.array([0.9, 0.1, 0.3, 0.8]), 0.6) == pytest.approx(0.25 * 0.6 + 0.75 * 0.2)
     assert Lookahead(2).confidence(np.zeros(0), 0.2) == 1.0
     anchor = Branch(np.full(4, MASK), [])
     first, second = lookahead.spawned(

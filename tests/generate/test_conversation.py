@@ -11,6 +11,7 @@ from llada_megatron.data.chat import ChatEncoder
 from llada_megatron.data.chat_template import load_template
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.generate import Decoder, Limits
+from llada_megatron.generate.buffer import Buffer
 from llada_megatron.generate.conversation import STOPPED, Answer, Conversation, Draft, follow
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.parallel import groups, ranks
@@ -36,6 +37,7 @@ def conversation(model, **options) -> Conversation:
         MASK,
         context=CONTEXT,
         batch=1,
+        buffer=options.pop("buffer", Buffer()),
         text=options.pop("text", text),
     )
     return Conversation(decoder, encoder, Limits(**({"new_tokens": 8} | options)))
@@ -89,6 +91,17 @@ def test_drafts_grow_into_the_answer_forward_by_forward(model):
         assert answer.text.startswith(text(draft.tokens))
         assert len(draft.is_edited) == len(draft.block) <= BLOCK and not any(draft.is_edited)
     assert text(drafts[-1].tokens) == answer.text
+
+
+def test_drafts_of_several_active_blocks_grow_into_the_answer(model):
+    *drafts, answer = conversation(model, buffer=Buffer(3, 0.0, 0.0), new_tokens=40).say("Hi there", never)
+    whole = text(drafts[-1].tokens)
+    assert answer.text == whole and max(len(draft.block) for draft in drafts) > BLOCK
+    for before, after in pairwise(drafts):
+        assert after.done[: len(before.done)] == before.done and whole.startswith(text(after.tokens))
+        slid = len(after.done) - len(before.done)
+        stay = [token for token in before.block[:slid] if token is not None]
+        assert after.done[len(before.done) :] == stay and len(stay) == slid
 
 
 def test_an_editing_rule_says_which_tokens_it_replaced(model):

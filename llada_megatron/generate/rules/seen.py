@@ -187,7 +187,10 @@ def filled(seen: Seen, accepted_k: np.ndarray, state: Any = None) -> Change:
 
 
 def above(seen: Seen, threshold: float, need: int) -> np.ndarray:
-    """int64 [k]: masks with p > threshold if they are `seen.at_least(need)`, else the `need` most probable."""
+    """int64 [k]: masks with p > threshold if they are `need`, else the `need` most probable.
+
+    Those with p > threshold alone where the block need not fill.
+    """
     masked_n = np.flatnonzero(seen.is_masked_m)
     accepted_k = masked_n[seen.probability_m[masked_n] > threshold]
     return accepted_k if len(accepted_k) >= seen.at_least(need) else most_probable(seen, masked_n)[:need]
