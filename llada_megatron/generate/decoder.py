@@ -34,7 +34,7 @@ from llada_megatron.generate.pages import Pages
 from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, PromptRead, Result
 from llada_megatron.generate.rules import Rule
 from llada_megatron.generate.running import Running, Text
-from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.inputs import ModelInputs, SoftTokens
 from llada_megatron.runtime import device
 
 
@@ -203,11 +203,13 @@ class Decoder:
         """
         parts = [(feed.running.kept, feed.running.places(feed.stop)) for feed in feeds]
         tokens = [feed.running.tokens[feed.running.kept : feed.stop] for feed in feeds]
+        weights = [feed.running.weights[feed.running.kept : feed.stop] for feed in feeds]
         ends = np.cumsum([len(each) for each in tokens], dtype=np.int64)
         S = int(ends[-1]) if feeds else 0
         if unused := self._rows_beside(S):
             parts.append((0, np.full(unused, self._unused_place)))
             tokens.append(np.zeros(unused, np.int64))
+            weights.append(np.ones(unused, np.float32))
         chosen = [end - feed.stop + feed.rows for end, feed in zip(ends, feeds, strict=True)]
         outputs = np.concatenate([*chosen, [0][: not any(map(len, chosen))]]).astype(np.int64)
         keys, positions = self._keys_of(parts)
@@ -217,6 +219,7 @@ class Decoder:
             keys=keys,
             outputs=torch.from_numpy(outputs).to(device.device()),
             readout=self.rule.figures.readout(self.mask_token_id),
+            soft=SoftTokens.of(np.concatenate(weights), self.mask_token_id, device.device()),
         )
         with self._without_gradients():
             output = (self.graphs or self.model)(inputs)

@@ -114,6 +114,7 @@ class Graphs:
         if others or self.most_rows < S:
             return self.model(inputs)
         form = S, room_for(keys.rectangle.keys), len(first.row_edges), first.longest, inputs.readout.name
+        form += (inputs.soft is not None,)
         if form not in self._steps:
             self._steps[form] = _Step(self.model, inputs, form[1], self.capture)
             self.captured += 1
@@ -133,12 +134,14 @@ class _Step:
     def __init__(self, model: torch.nn.Module, inputs: ModelInputs, room: int, capture: Capture) -> None:
         assert isinstance(inputs.keys, PooledKeys)
         self._keys = SteadyKeys(inputs.keys, room, inputs.tokens.device)
+        soft = inputs.soft
         self._held = replace(
             inputs,
             tokens=inputs.tokens.clone(),
             positions=inputs.positions.clone(),
             outputs=torch.zeros_like(inputs.tokens[0]),
             keys=self._keys,
+            soft=None if soft is None else replace(soft, weights=soft.weights.clone()),
         )
         self._of: PooledKeys | None = None
         self._fill(inputs)
@@ -151,6 +154,8 @@ class _Step:
 
     def _fill(self, inputs: ModelInputs) -> None:
         self._held.tokens.copy_(inputs.tokens)
+        if self._held.soft is not None and inputs.soft is not None:
+            self._held.soft.weights.copy_(inputs.soft.weights)
         self._held.outputs[: len(inputs.outputs)] = inputs.outputs  # behind them, rows that nobody asked for
         if self._of is not inputs.keys:
             assert isinstance(inputs.keys, PooledKeys)

@@ -23,7 +23,7 @@ from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.generate.rules import Change, Draws, Figures, Rule, Seen, figures_of
-from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.inputs import ModelInputs, SoftTokens
 from llada_megatron.runtime import device
 
 
@@ -69,19 +69,30 @@ class Canvas:
 
 
 @torch.no_grad()
-def look(model: Any, canvas: Canvas, start: int, end: int, figures: Figures) -> dict[str, np.ndarray]:
+def look(
+    model: Any,
+    canvas: Canvas,
+    start: int,
+    end: int,
+    figures: Figures,
+    weight_m: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
     """One forward of the canvas up to `end`: the figures of the rows from `start`, as fields of `Seen`.
 
+    weight_m: float [end - start], how much of its embedding is a token's (`Change.weight_m`); None: all.
     The model is called in the mode it is in: call `eval()` first. Raises BadInput under pipeline parallelism.
     """
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         raise BadInput("Decoding serves one pipeline stage: set layout.pp=1.")
+    m = end - start
+    weights = np.append(np.ones(start), np.ones(m) if weight_m is None else weight_m)
     inputs = ModelInputs(
         tokens=torch.from_numpy(canvas.tokens[:end])[None].to(device.device()),
         positions=torch.arange(end, device=device.device())[None],
         keys=ContextShard(canvas.mask(end)),
         outputs=torch.arange(start, end, device=device.device()),
         readout=figures.readout(canvas.mask_token_id),
+        soft=SoftTokens.of(weights, canvas.mask_token_id, device.device()),
     )
     return figures_of(figures, model(inputs).double().cpu().numpy(), canvas.mask_token_id)
 
@@ -94,21 +105,21 @@ def block_forwards(
     What is no mask token at the start is given. A block without masks has no forwards.
     """
     is_given_m = canvas.tokens[start:end] != canvas.mask_token_id
-    state = None
+    state = weight_m = None
     for step in itertools.count() if not is_given_m.all() else ():
         tokens_m = canvas.tokens[start:end].copy()
         seen = Seen(
             tokens_m,
             is_given_m,
             (tokens_m == canvas.mask_token_id) & ~is_given_m,
-            **look(model, canvas, start, end, rule.figures),
+            **look(model, canvas, start, end, rule.figures, weight_m),
             step=step,
             first=start,
             mask_token_id=canvas.mask_token_id,
             draws=draws,
         )
         change = rule.step(seen, state)
-        canvas.tokens[start:end], state = change.tokens_m, change.state
+        canvas.tokens[start:end], state, weight_m = change.tokens_m, change.state, change.weight_m
         yield seen, change
         if change.is_done:
             return

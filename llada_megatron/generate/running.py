@@ -62,6 +62,7 @@ class Running:
         self.tokens = np.full(length, mask_token_id, np.int64)
         self.tokens[: len(given)] = given
         self.is_given = self.tokens != mask_token_id
+        self.weights = np.ones(length, np.float32)  # of tokens in their embeddings, see Change.weight_m
         self.decided_at = np.zeros(length, np.int64)
         self.is_edited = np.zeros(length, bool)
         self.forwards: Counter[str] = Counter()
@@ -128,14 +129,17 @@ class Running:
             draws=Draws(seed, self.number),
         )
         change: Change = rule.step(seen, self._state)
+        was_whole = (self.weights[block] == 1).all()
+        is_whole = change.is_done or change.weight_m is None
         self.tokens[block], self._state = change.tokens_m, change.state
+        self.weights[block] = 1 if is_whole else change.weight_m
         self._step += 1
         self.forwards["denoise"] += 1
         is_other = change.tokens_m != seen.tokens_m
         self.decided_at[block][is_other] = self.forwards["denoise"]
         self.is_edited[block] |= is_other & (seen.tokens_m != self.mask_token_id)
         changed = BlockChanged(self.number, self.first, change.tokens_m, self.is_masked, change.is_done)
-        return changed, change.is_done and not change.changes(seen)
+        return changed, bool(change.is_done and was_whole and not change.changes(seen))
 
     def next_block(self) -> None:
         """The active block is done: the next one that is not given as a whole becomes active, if any is
