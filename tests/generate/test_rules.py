@@ -329,7 +329,7 @@ def test_soft_decoding_may_fill_from_the_left_alone():
 )
 def test_remasking_takes_back_and_fills_with_the_published_probabilities(name, step, sigmas, fills):
     rule = rule_of(name, {"steps": 4} | ({} if name == "remdm_conf" else {"eta": 0.1}))
-    n = 4000
+    n = 1500
     counts = np.zeros(3)
     for number in range(n):
         seen = seen_of("5|78_", [1, 0.5, 0.5, 0.3], step=step, first=32, draws=Draws(7, number))
