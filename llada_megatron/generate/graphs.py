@@ -2,9 +2,10 @@
 
 Such a forward is some thousand small kernels, which a host starts more slowly than a device runs them. A
 graph starts them at once. It reads and writes the same memory each time, so whatever changes lies in tensors
-that are filled before: tokens, positions, the rows that the head is applied to, the places of keys, and where
-each sequence's rows and keys end. A graph serves any batch of as many rows whose keys fit its room, in this
-block and in later ones. Forwards that also read a prompt or a block that has just been done run without one.
+that are filled before: tokens and how much of each is read, positions, the rows that the head is applied
+to, the places of keys, and where each sequence's rows and keys end. A graph serves any batch of as many rows
+whose keys fit its room, in this block and in later ones. Forwards that also read a prompt or a block that has
+just been done run without one.
 
 Legend: S rows, N rows that the head is applied to, K keys, C figures per row.
 """
@@ -113,10 +114,10 @@ class Graphs:
         S = inputs.tokens.shape[1]
         if others or self.most_rows < S:
             return self.model(inputs)
-        form = S, room_for(keys.rectangle.keys), len(first.row_edges), first.longest, inputs.readout.name
-        form += (inputs.soft is not None,)
+        room, sequences = room_for(keys.rectangle.keys), len(first.row_edges)
+        form = S, room, sequences, first.longest, inputs.readout.name, inputs.soft is not None
         if form not in self._steps:
-            self._steps[form] = _Step(self.model, inputs, form[1], self.capture)
+            self._steps[form] = _Step(self.model, inputs, room, self.capture)
             self.captured += 1
         self.replayed += 1
         return self._steps[form](inputs)
