@@ -27,9 +27,9 @@ EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
 RULE_SETTINGS = (
     "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
     "credit_beta", "credit_gamma", "kl_threshold", "kl_history", "edit_threshold", "max_post_edits",
-    "at_least", "penalty_lambda", "delete_id", "split_id", "temperature", "top_k", "top_p",
-    "plain_confidence", "buffer", "add_at", "force_at", "branches", "branch_entropy", "branch_lowest",
-    "branch_memory",
+    "at_least", "penalty_lambda", "delete_id", "split_id", "confident_at", "from_left", "eta",
+    "temperature", "top_k", "top_p", "plain_confidence", "buffer", "add_at", "force_at", "branches",
+    "branch_entropy", "branch_lowest", "branch_memory",
 )  # fmt: skip
 """Of all rules and methods (generate/methods.py), whose module takes torch along."""
 NO_TOKENIZER = "no tokenizer.json came with the checkpoint: set data.tokenizer, or give `tokens`"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -30,7 +30,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
-from llada_megatron.generate.branches import ANCHOR_ALONE, Lookahead
+from llada_megatron.generate.branches import ANCHOR_ALONE, Branch, Lookahead
 from llada_megatron.generate.buffer import ONE_BLOCK, Buffer
 from llada_megatron.generate.graphs import Graphs, graphs_of
 from llada_megatron.generate.methods import Method
@@ -38,9 +38,25 @@ from llada_megatron.generate.pages import Pages
 from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Prompt, PromptRead, Result
 from llada_megatron.generate.rules import Rule
 from llada_megatron.generate.running import Running, Text
-from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.inputs import ModelInputs, SoftTokens
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
+
+
+@dataclass
+class Part:
+    """Rows of one version of a sequence."""
+
+    kept: int
+    """Tokens before them, whose keys are there."""
+    places: np.ndarray
+    """int64 [kept + n], where the keys of all are kept."""
+    tokens: np.ndarray
+    """int64 [n]"""
+    weights: np.ndarray
+    """float32 [n], `Change.weight_m`."""
+    rows: np.ndarray
+    """int64, which of them the head is applied to."""
 
 
 @dataclass
@@ -59,18 +75,23 @@ class Feed:
     here: list[int]
     """Which of the branches this rank reads."""
 
-    def parts(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each part the number of tokens that are kept, the places of all, the tokens that are read, and
-        which of these the head is applied to."""
+    def parts(self) -> Iterator[Part]:
+        """What of the sequence is read, each behind the keys that are kept."""
         running = self.running
         if not self.rows:
-            kept = running.kept
-            yield kept, running.places(self.stop), running.tokens[kept : self.stop], np.zeros(0, np.int64)
+            yield self._part(running.anchor, running.kept, self.stop, running.places(self.stop))
         for number, which in enumerate(self.here):
             branch = running.branches[which]
             kept, beside = (running.first, number - 1) if number else (running.kept, None)
             places = running.places(branch.stop, beside)
-            yield kept, places, branch.tokens[kept : branch.stop], self.rows[which] - kept
+            yield self._part(branch, kept, branch.stop, places, self.rows[which])
+
+    def _part(
+        self, branch: Branch, kept: int, stop: int, places: np.ndarray, rows: Sequence[int] | np.ndarray = ()
+    ) -> Part:
+        here = slice(kept, stop)
+        chosen = np.asarray(rows, np.int64) - kept
+        return Part(kept, places, branch.tokens[here], self.running.weights[here], chosen)
 
 
 @dataclass
@@ -294,16 +315,18 @@ class Decoder:
         """The head's figures for the rows of this rank's parts, [N, C]. Without feeds the other replicas'
         experts are served all the same: ranks of one expert-parallel group call the model equally often.
         """
-        parts, tokens, chosen, S = [], [], [], 0
+        parts, tokens, weights, chosen, S = [], [], [], [], 0
         for feed in feeds:
-            for kept, places, read, rows in feed.parts():
-                parts.append((kept, places))
-                tokens.append(read)
-                chosen.append(S + rows)
-                S += len(read)
+            for part in feed.parts():
+                parts.append((part.kept, part.places))
+                tokens.append(part.tokens)
+                weights.append(part.weights)
+                chosen.append(S + part.rows)
+                S += len(part.tokens)
         if unused := self._rows_beside(S):
             parts.append((0, np.full(unused, self._unused_place)))
             tokens.append(np.zeros(unused, np.int64))
+            weights.append(np.ones(unused, np.float32))
         outputs = np.concatenate([*chosen, [0][: not any(map(len, chosen))]]).astype(np.int64)
         keys, positions = self._keys_of(parts)
         inputs = ModelInputs(
@@ -312,6 +335,7 @@ class Decoder:
             keys=keys,
             outputs=torch.from_numpy(outputs).to(device.device()),
             readout=self._figures.readout(self.mask_token_id),
+            soft=SoftTokens.of(np.concatenate(weights), self.mask_token_id, device.device()),
         )
         with self._without_gradients():
             output = (self.graphs or self.model)(inputs)

@@ -2,9 +2,10 @@
 
 Such a forward is some thousand small kernels, which a host starts more slowly than a device runs them. A
 graph starts them at once. It reads and writes the same memory each time, so whatever changes lies in tensors
-that are filled before: tokens, positions, the rows that the head is applied to, the places of keys, and where
-each sequence's rows and keys end. A graph serves any batch of as many rows whose keys fit its room, in this
-block and in later ones. Forwards that also read a prompt or a block that has just been done run without one.
+that are filled before: tokens and how much of each is read, positions, the rows that the head is applied
+to, the places of keys, and where each sequence's rows and keys end. A graph serves any batch of as many rows
+whose keys fit its room, in this block and in later ones. Forwards that also read a prompt or a block that has
+just been done run without one.
 
 Legend: S rows, N rows that the head is applied to, K keys, C figures per row.
 """
@@ -113,9 +114,10 @@ class Graphs:
         S = inputs.tokens.shape[1]
         if others or self.most_rows < S:
             return self.model(inputs)
-        form = S, room_for(keys.rectangle.keys), len(first.row_edges), first.longest, inputs.readout.name
+        room, sequences = room_for(keys.rectangle.keys), len(first.row_edges)
+        form = S, room, sequences, first.longest, inputs.readout.name, inputs.soft is not None
         if form not in self._steps:
-            self._steps[form] = _Step(self.model, inputs, form[1], self.capture)
+            self._steps[form] = _Step(self.model, inputs, room, self.capture)
             self.captured += 1
         self.replayed += 1
         return self._steps[form](inputs)
@@ -133,12 +135,14 @@ class _Step:
     def __init__(self, model: torch.nn.Module, inputs: ModelInputs, room: int, capture: Capture) -> None:
         assert isinstance(inputs.keys, PooledKeys)
         self._keys = SteadyKeys(inputs.keys, room, inputs.tokens.device)
+        soft = inputs.soft
         self._held = replace(
             inputs,
             tokens=inputs.tokens.clone(),
             positions=inputs.positions.clone(),
             outputs=torch.zeros_like(inputs.tokens[0]),
             keys=self._keys,
+            soft=None if soft is None else replace(soft, weights=soft.weights.clone()),
         )
         self._of: PooledKeys | None = None
         self._fill(inputs)
@@ -151,6 +155,8 @@ class _Step:
 
     def _fill(self, inputs: ModelInputs) -> None:
         self._held.tokens.copy_(inputs.tokens)
+        if self._held.soft is not None and inputs.soft is not None:
+            self._held.soft.weights.copy_(inputs.soft.weights)
         self._held.outputs[: len(inputs.outputs)] = inputs.outputs  # behind them, rows that nobody asked for
         if self._of is not inputs.keys:
             assert isinstance(inputs.keys, PooledKeys)

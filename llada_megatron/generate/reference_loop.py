@@ -26,7 +26,7 @@ from llada_megatron.generate.methods import Method
 from llada_megatron.generate.prompt import Result
 from llada_megatron.generate.rules import Change, Draws, Figures, Rule, Seen, figures_of
 from llada_megatron.generate.running import Running
-from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.inputs import ModelInputs, SoftTokens
 from llada_megatron.runtime import device
 
 
@@ -71,13 +71,24 @@ class Canvas:
         )
 
 
-def look(model: Any, canvas: Canvas, start: int, end: int, figures: Figures) -> dict[str, np.ndarray]:
+def look(
+    model: Any,
+    canvas: Canvas,
+    start: int,
+    end: int,
+    figures: Figures,
+    weight_m: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
     """One forward of the canvas up to `end`: the figures of the rows from `start`, as fields of `Seen`.
 
-    As `read`.
+    weight_m: float [end - start], how much of its embedding is a token's (`Change.weight_m`); None: all. As
+    `read`.
     """
+    weights = np.ones(end)
+    if weight_m is not None:
+        weights[start:] = weight_m
     seen = canvas.tokens[:end], canvas.mask(end)
-    output = read(model, *seen, np.arange(start, end), figures, canvas.mask_token_id)
+    output = read(model, *seen, np.arange(start, end), figures, canvas.mask_token_id, weights)
     return figures_of(figures, output, canvas.mask_token_id)
 
 
@@ -89,9 +100,11 @@ def read(
     rows: np.ndarray,
     figures: Figures,
     mask_token_id: int,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """One forward of tokens, int64 [S]: what the head says of n rows of them, float64 [n, C].
 
+    weights: float [S], how much of its embedding is a token's (`Change.weight_m`); None: all.
     The model is called in the mode it is in: call `eval()` first. Raises BadInput under pipeline parallelism.
     """
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -102,6 +115,7 @@ def read(
         keys=ContextShard(mask),
         outputs=torch.from_numpy(rows).to(device.device()),
         readout=figures.readout(mask_token_id),
+        soft=None if weights is None else SoftTokens.of(weights, mask_token_id, device.device()),
     )
     return model(inputs).double().cpu().numpy()
 
@@ -114,14 +128,14 @@ def block_forwards(
     What is no mask token at the start is given. A block without masks has no forwards.
     """
     is_given_m = canvas.tokens[start:end] != canvas.mask_token_id
-    state = None
+    state = weight_m = None
     for step in itertools.count() if not is_given_m.all() else ():
         tokens_m = canvas.tokens[start:end].copy()
         seen = Seen(
             tokens_m,
             is_given_m,
             (tokens_m == canvas.mask_token_id) & ~is_given_m,
-            **look(model, canvas, start, end, rule.figures),
+            **look(model, canvas, start, end, rule.figures, weight_m),
             step=step,
             first=start,
             mask_token_id=canvas.mask_token_id,
@@ -129,7 +143,7 @@ def block_forwards(
             must_fill=True,
         )
         change = rule.step(seen, state)
-        canvas.tokens[start:end], state = change.tokens_m, change.state
+        canvas.tokens[start:end], state, weight_m = change.tokens_m, change.state, change.weight_m
         yield seen, change
         if change.is_done:
             return
@@ -144,7 +158,8 @@ def recomputed(model: Any, running: Running, method: Method, seed: int = 0) -> R
             canvas = Canvas(branch.tokens, running.block_size, running.mask_token_id)
             rows = running.rows_read(branch, method.rule)
             seen = branch.tokens[: branch.stop], canvas.mask(branch.stop)
-            outputs.append(read(model, *seen, rows, figures, running.mask_token_id))
+            weights = running.weights[: branch.stop]
+            outputs.append(read(model, *seen, rows, figures, running.mask_token_id, weights))
         changed, _ = running.step(method, outputs, seed)
         result = running.ended(changed, method.rule, None)
         running.advance(method.buffer)

@@ -69,6 +69,7 @@ class Running:
         """The sequence as it has been decided so far."""
         self.lookahead: list[Branch] = []
         """Others that the next forward reads as well, the surest first."""
+        self.weights = np.ones(length, np.float32)  # of tokens in their embeddings, see Change.weight_m
         self.decided_at = np.zeros(length, np.int64)
         self.is_edited = np.zeros(length, bool)
         self.forwards: Counter[str] = Counter()
@@ -219,7 +220,10 @@ class Running:
             branch.blocks[number] = replace(
                 block, step=block.step + 1, state=change.state, is_done=change.is_done
             )
-            is_final.append(change.is_done and not change.changes(seen))
+            weights = self.weights[block.start : block.stop]
+            was_whole, is_whole = (weights == 1).all(), change.is_done or change.weight_m is None
+            weights[:] = 1 if is_whole else change.weight_m
+            is_final.append(bool(change.is_done and was_whole and not change.changes(seen)))
         branch.tokens = tokens
         return choice_n, is_final
 

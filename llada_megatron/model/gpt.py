@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from llada_megatron.model import pools
 from llada_megatron.model.core_attention import KeysParams
 from llada_megatron.model.head import head_output, reduce_input_gradient_once
-from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
+from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs, SoftTokens
 from llada_megatron.model.normal import noise_rows
 from llada_megatron.model.rotary import ExplicitRotary
 
@@ -48,6 +48,8 @@ class BlockDiffusionGPT(GPTModel):
         embedded = None
         if self.pre_process:
             embedded = self.embedding(input_ids=inputs.tokens, position_ids=None)  # [S/tp, B, H]
+            if inputs.soft is not None:
+                embedded = self._softened(embedded, inputs.soft)
             if inputs.noise is not None:
                 embedded = embedded + self._noise(inputs.noise, S, embedded)
             if not embedded.requires_grad and torch.is_grad_enabled():
@@ -88,6 +90,21 @@ class BlockDiffusionGPT(GPTModel):
         if not self.config.sequence_parallel:
             return rows
         return rows.chunk(self.pg_collection.tp.size(), dim)[self.pg_collection.tp.rank()]
+
+    def _softened(self, token_SBH: torch.Tensor, soft: SoftTokens) -> torch.Tensor:
+        """w E[token] + (1 - w) E[mask], rescaled to the norm w |E[token]| + (1 - w) |E[mask]| (DMax, arXiv
+        2604.08302); a row of weight 1 is its token's to the bit. Computed in fp32; like `token_SBH`.
+        """
+        tp = self.pg_collection.tp.size()
+        masks = soft.weights.new_full((1, tp), soft.mask_token_id, dtype=torch.int64)
+        mask_11H = self.embedding(input_ids=masks, position_ids=None)[:1].float()
+        weight_SB1 = self._rows_here(soft.weights.t()[..., None], dim=0)
+        token_part, mask_part = weight_SB1 * token_SBH.float(), (1 - weight_SB1) * mask_11H
+        mixed_SBH = token_part + mask_part
+        norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (token_part, mask_part)]
+        norm_SB1 = torch.linalg.vector_norm(mixed_SBH, dim=-1, keepdim=True)
+        mixed_SBH *= sum(norms) / norm_SB1.clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.where(weight_SB1 == 1, token_SBH, mixed_SBH.to(token_SBH.dtype))
 
     def _noise(self, noise: EmbeddingNoise, S: int, embedded: torch.Tensor) -> torch.Tensor:
         """eps ~ N(0, sigma^2 I) at masked positions, zero elsewhere (LLaDA2.0, section 7.1); like `embedded`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from llada_megatron.attention.keys import Keys
@@ -21,6 +22,22 @@ class EmbeddingNoise:
     rows: list[torch.Tensor]
     """Per sample int64 [masked tokens of the whole sequence]: the row of this rank whose embedding gets the
     noise of that token, or -1 where another context-parallel rank holds it."""
+
+
+@dataclass
+class SoftTokens:
+    """Rows whose embedding is partly that of their token, and for the rest the mask token's."""
+
+    weights: torch.Tensor
+    """float32 [B, S], from 0 to 1: the token's part."""
+    mask_token_id: int
+
+    @classmethod
+    def of(cls, weights_S: np.ndarray, mask_token_id: int, at: torch.device) -> SoftTokens | None:
+        """Those of one sample on a device; None where every row is wholly its token."""
+        if (weights_S == 1).all():
+            return None
+        return cls(torch.from_numpy(weights_S).float()[None].to(at), mask_token_id)
 
 
 @dataclass
@@ -44,12 +61,17 @@ class ModelInputs:
     readout: Readout = CROSS_ENTROPY
     """What the model returns for each of the N rows."""
     noise: EmbeddingNoise | None = None
+    soft: SoftTokens | None = None
+    """None: every row is its token."""
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ModelInputs:
         """The inputs with function(tensor) in the place of every tensor that the device reads."""
         noise = self.noise
         if noise is not None:
             noise = replace(noise, rows=[function(rows) for rows in noise.rows])
+        soft = self.soft
+        if soft is not None:
+            soft = replace(soft, weights=function(soft.weights))
         return replace(
             self,
             tokens=function(self.tokens),
@@ -57,4 +79,5 @@ class ModelInputs:
             outputs=function(self.outputs),
             labels=None if self.labels is None else function(self.labels),
             noise=noise,
+            soft=soft,
         )

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     DRAFTED = 23
     PLANTED_PLACE = 24
     PLANTED_WORD = 25
+    REMASKING = 26
 
 
 def generator(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,8 @@ from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.generate import BlockChanged, Decoder, Limits, Prompt, PromptRead, Result, Stop
 from llada_megatron.generate.reference_loop import Canvas, reference_loop
-from llada_megatron.generate.rules import RULES, rule_of
+from llada_megatron.generate.rules import RULES, Change, Rule, rule_of
+from llada_megatron.generate.rules.editing import Soft
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.readout import LOGITS
 from llada_megatron.parallel import groups
@@ -240,6 +243,73 @@ def test_a_block_ends_where_nothing_that_is_wanted_can_change_any_more(model):
     assert result.tokens == uncached(model, prompt, 1, 32, rule_of("joint"))[0]
     (result,) = edits.results([prompt], Limits(new_tokens=32))
     assert result.is_edited.any() and (result.decided_at[result.is_edited] > 1).all()
+
+
+@dataclass(frozen=True)
+class Halves(Rule):
+    """Fills all at once, reads half of each token in the block's second forward, and is done unchanged."""
+
+    def decide(self, seen, state):
+        tokens = np.where(seen.is_masked_m, seen.choice_m, seen.tokens_m)
+        return Change(tokens, seen.step == 1, weight_m=np.where(seen.is_prompt_m, 1, 0.5))
+
+    edits = True
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_kept_keys_are_those_of_whole_tokens_and_so_is_what_is_given(model, batch):
+    read = []
+
+    def spied(inputs):
+        weights = torch.ones(inputs.tokens.shape) if inputs.soft is None else inputs.soft.weights
+        read.extend(zip(inputs.positions[0].tolist(), weights[0].tolist(), strict=True))
+        return model(inputs)
+
+    ours = decoder(model, rule=Halves(), batch=batch, max_cached_tokens=64)
+    ours.graphs = spied
+    lengths = (17, 9, 33)
+    for length, result in zip(
+        lengths, ours.results(map(prompt_of, lengths), Limits(new_tokens=18)), strict=True
+    ):
+        np.testing.assert_array_equal(result.tokens, uncached(model, prompt_of(length), 18, 4, Halves())[0])
+    if batch == 1:  # the first prompt has one token of block 16..20, which is given
+        first = [weight for position, weight in read if position in (16, 17)]
+        assert first[:6] == [1, 1, 1, 0.5, 1, 1]  # masks, halves, and the forward that keeps them
+    else:
+        assert ours.counts.put_back > 0
+
+
+@dataclass(frozen=True)
+class Hard(Soft):
+    """Soft decoding that reads as much of each token."""
+
+    weight: float | None = None
+
+    def decide(self, seen, state):
+        weight = None if self.weight is None else np.full(len(seen.tokens_m), self.weight)
+        return replace(super().decide(seen, state), weight_m=weight)
+
+
+def test_soft_decoding_that_is_sure_everywhere_is_hard_decoding(model):
+    prompts, limits = [prompt_of(13), prompt_of(8)], Limits(new_tokens=24)
+    hard, sure, half = (
+        [result.tokens.tolist() for result in decoder(model, rule=rule).results(prompts, limits)]
+        for rule in (Hard(0.05), Hard(0.05, weight=1.0), Hard(0.05, weight=0.5))
+    )
+    assert sure == hard != half
+
+
+def test_an_end_that_is_taken_back_ends_nothing(model):
+    rule, prompt, limits = rule_of("remdm_rescale", {"eta": 1, "steps": 8}), prompt_of(8), Limits(12)
+    ours, stood = decoder(model, rule=rule), set()
+    for event in ours.run([prompt], limits):
+        stood |= set(event.tokens.tolist()) - {MASK}
+    taken_back = stood - set(event.tokens.tolist()) - set(prompt.tolist())
+    assert isinstance(event, Result) and event.is_edited.any() and taken_back
+    (again,) = ours.results([prompt], replace(limits, end_tokens=taken_back))
+    assert again.stop is Stop.length and again.tokens.tolist() == event.tokens.tolist()
+    (ended,) = ours.results([prompt], replace(limits, end_tokens=event.tokens[[5]].tolist()))
+    assert ended.stop is Stop.end and ended.tokens.tolist() == event.tokens[:6].tolist()
 
 
 @pytest.mark.usefixtures("model")  # its process groups

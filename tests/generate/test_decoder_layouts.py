@@ -66,7 +66,7 @@ def test_a_layout_decodes_the_tokens_of_one_process(processes, overrides, length
 
 @pytest.mark.slow
 def test_drawn_tokens_and_edits_are_those_of_one_process():
-    for rule in ("joint", "klass"):
+    for rule in ("joint", "klass", "soft"):
         ((alone, _),) = run_ranks(decoded, LENGTHS, rule, ["layout.global_batch=4"])
         for overrides in (["layout.tp=2"], ["layout.ep=2"]):
             layout = ["layout.processes=2", "layout.global_batch=4", *overrides]

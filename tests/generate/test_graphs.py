@@ -83,7 +83,7 @@ def decoder(model: torch.nn.Module, **options: Any) -> Decoder:
 LENGTHS = (17, 2, 40, 9)
 
 
-@pytest.mark.parametrize(("name", "batch"), [("threshold", 1), ("joint", 3), ("credit", 3)])
+@pytest.mark.parametrize(("name", "batch"), [("threshold", 1), ("joint", 3), ("credit", 3), ("soft", 2)])
 def test_tokens_of_replayed_forwards_are_those_of_the_model_itself(name, batch):
     model, limits = built(), Limits(new_tokens=13)
     prompts = [prompt_of(length) for length in LENGTHS]
@@ -95,8 +95,9 @@ def test_tokens_of_replayed_forwards_are_those_of_the_model_itself(name, batch):
     for result, other in zip(ours.results(prompts, limits), expected, strict=True):
         np.testing.assert_array_equal(result.tokens, other.tokens)
         assert result.forwards == other.forwards
-    # Of few numbers of rows, and one room: most forwards run what an earlier one captured.
-    assert ours.graphs.captured <= batch
+    # Of few numbers of rows, and one room: most forwards run what an earlier one captured. Tokens that are
+    # read in part are one tensor more: a graph of their own.
+    assert ours.graphs.captured <= batch * (2 if name == "soft" else 1)
     assert plain.counts.forwards > ours.graphs.replayed > 2 * ours.graphs.captured
 
 

@@ -267,7 +267,116 @@ def test_a_block_with_holes_is_not_for_a_rule_that_moves_tokens():
         rule_of("indel", ORDERS).step(seen, None)
 
 
-FILLING = [name for name in RULES if name not in ("joint", "indel")]
+def soft(text, choice, probability, forwards=None, **settings):
+    return rule_of("soft", settings).step(seen_of(text, probability, choice), forwards)
+
+
+def test_soft_decoding_proposes_every_token_anew_and_reads_as_much_of_it_as_it_is_sure():
+    change = soft("1|2__3", [9, 8, 7, 6, 5], [1, 0.2, 0.6, 0.5, 0.95])
+    assert text_of(change) == "187_5" and not change.is_done  # given stays, 0.5 is not above 0.5
+    np.testing.assert_array_equal(change.weight_m, [1, 0.2, 0.6, 1, 0.95])
+    best = soft("__", [3, 4], [0.1, 0.2])
+    assert text_of(best) == "_4" and best.weight_m.tolist() == [1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("text", "choice", "probability", "settings", "is_done"),
+    [
+        ("1|23", [9, 2, 3], [0, 0.1, 0.1], {}, True),  # nothing changes
+        ("1|23", [9, 2, 4], [0, 0.9, 0.9], {}, True),  # all are sure, the given one does not count
+        ("1|23", [9, 2, 4], [0, 0.9, 0.89], {}, False),
+        ("1|23", [9, 2, 4], [0, 0.9, 0.89], {"confident_at": 0.8}, True),
+        ("1|2_", [9, 2, 4], [0, 0.95, 0.95], {}, True),
+        ("1|__", [9, 2, 4], [0, 0.95, 0.95], {"threshold": 0.97}, False),  # sure, and a mask is left
+    ],
+)
+def test_soft_decoding_ends_when_it_is_sure_or_nothing_changes(text, choice, probability, settings, is_done):
+    assert soft(text, choice, probability, **settings).is_done is is_done
+
+
+def test_soft_decoding_ends_with_tokens_after_its_last_forward():
+    before, last = (soft("____", [1, 2, 3, 4], [0.1] * 4, n, steps=3) for n in (1, 2))
+    assert (text_of(before), before.is_done) == ("1___", False)
+    assert (text_of(last), last.is_done) == ("1234", True)
+    assert soft("____", [1, 2, 3, 4], [0.1] * 4, 3).is_done  # as many as positions
+
+
+def test_soft_decoding_may_fill_from_the_left_alone():
+    for probability, after in (
+        ([0.6, 0.5, 0.4, 0.9], "12__"),  # exactly at the threshold: filled
+        ([0.4, 0.9, 0.9, 0.9], "1___"),
+        ([0.9, 0.9, 0.9, 0.9], "1234"),
+    ):
+        assert text_of(soft("____", [1, 2, 3, 4], probability, from_left=True)) == after
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "sigmas", "fills"),
+    [
+        # Of 4 forwards the third: alpha 1/2 -> 3/4, sigma_max = 1/4 / 1/2 = 1/2.
+        ("remdm_cap", 2, [0.1] * 3, (0.75 - 0.9 * 0.5) / 0.5),
+        ("remdm_rescale", 2, [0.05] * 3, (0.75 - 0.95 * 0.5) / 0.5),
+        # The second: alpha 1/4 -> 1/2, sigma_max = 1.
+        ("remdm_cap", 1, [0.1] * 3, (0.5 - 0.9 * 0.25) / 0.75),
+        ("remdm_rescale", 1, [0.1] * 3, (0.5 - 0.9 * 0.25) / 0.75),
+        # softmax(-0.2, -0.9) = 0.668, 0.332; what is masked has none, and is filled as without.
+        ("remdm_conf", 2, [0.5 / (1 + np.exp(-0.7)), 0.5 / (1 + np.exp(0.7)), 0], (0.75 - 0.5) / 0.5),
+        ("remdm_conf", 1, [1 / (1 + np.exp(-0.7)), 1 / (1 + np.exp(0.7)), 0], (0.5 - 0.25) / 0.75),
+        ("remdm_cap", 3, [0, 0, 0], 1),
+        ("remdm_rescale", 3, [0, 0, 0], 1),
+        ("remdm_conf", 3, [0, 0, 0], 1),
+    ],
+)
+def test_remasking_takes_back_and_fills_with_the_published_probabilities(name, step, sigmas, fills):
+    rule = rule_of(name, {"steps": 4} | ({} if name == "remdm_conf" else {"eta": 0.1}))
+    n = 1500
+    counts = np.zeros(3)
+    for number in range(n):
+        seen = seen_of("5|78_", [1, 0.5, 0.5, 0.3], step=step, first=32, draws=Draws(7, number))
+        change = rule.step(seen, np.array([np.inf, 0.2, 0.9, np.inf]))
+        counts += text_of(change)[1] == "_", text_of(change)[2] == "_", text_of(change)[3] == "3"
+        assert change.is_done == (step == 3) and text_of(change)[0] == "5"
+        is_decided = change.tokens_m[1:] != MASK
+        np.testing.assert_array_equal(change.state[1:], np.where(is_decided, [0.2, 0.9, 0.3], np.inf))
+    expected = np.array([*sigmas[:2], fills])
+    assert (np.abs(counts - n * expected) <= 5 * np.sqrt(n * expected * (1 - expected))).all()
+
+
+def test_without_sigma_remasking_is_ancestral_unmasking():
+    for seed in range(5):
+        found = decoded("remdm_cap", "123|_____", noisy(seed, 8), {"eta": 0, "steps": 5}, seed=seed)
+        assert len(found) == 5
+        for step, (seen, change) in enumerate(found):
+            draw = np.array([seen.draws.remasking(32 + position, step) for position in range(8)])
+            is_filled = seen.is_masked_m & (draw < 1 / (5 - step))  # (s - t) / (1 - t)
+            np.testing.assert_array_equal(change.tokens_m, np.where(is_filled, seen.choice_m, seen.tokens_m))
+    rescaled = decoded("remdm_rescale", "123|_____", noisy(4, 8), {"eta": 0, "steps": 5}, seed=4)
+    assert [text_of(change) for _, change in rescaled] == [text_of(change) for _, change in found]
+
+
+def test_remasking_leaves_the_expected_share_of_tokens_at_each_forward():
+    m, steps, blocks, shares, taken = 64, 8, 40, np.zeros(8), 0
+    for number in range(blocks):
+        for step, (seen, change) in enumerate(
+            decoded("remdm_cap", "_" * m, noisy(1, m), {"eta": 0.3, "steps": steps}, prompt=number)
+        ):
+            shares[step] += (change.tokens_m != MASK).mean() / blocks
+            taken += ((seen.tokens_m != MASK) & (change.tokens_m == MASK)).sum()
+    np.testing.assert_allclose(shares, np.arange(1, 9) / 8, atol=5 * np.sqrt(0.25 / (m * blocks)))
+    # Of i / 8 tokens each forward takes min(0.3, sigma_max), sigma_max = (8 - i - 1) / i.
+    share = sum(i / 8 * min(0.3, (7 - i) / i) for i in range(1, 8))
+    assert abs(taken - share * m * blocks) < 5 * np.sqrt(share * m * blocks)
+
+
+def test_no_remasking_shares_a_number_with_a_draw_of_tokens():
+    draws = Draws(3, 5)
+    numbers = [draws.remasking(position, step) for position in range(20) for step in range(20)]
+    tokens = [draws.uniform(position, step, 4) for position in range(20) for step in range(20)]
+    assert len(np.unique([*numbers, *np.ravel(tokens)])) == 5 * 400
+
+
+EDITING = ("joint", "indel", "soft", "remdm_cap", "remdm_rescale", "remdm_conf")
+FILLING = [name for name in RULES if name not in EDITING]
 
 
 def decoded(name, text, logits_at, settings=None, seed=0, prompt=0, most=60):
@@ -324,6 +433,11 @@ def test_every_rule_keeps_what_is_given_and_ends_with_tokens_alone(name, text, s
                 assert change.changes(seen) and change.is_done == (change.tokens_m != MASK).all()
         assert (found[-1][1].tokens_m != MASK).all()
         assert not np.isin(found[-1][1].tokens_m, [DELETE, SPLIT]).any() or name != "indel"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_may_change_tokens_says_so(name):
+    assert rule_of(name).edits is (name in EDITING)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -61,6 +61,50 @@ class JointThreshold(Rule):
         return Change(tokens_m, is_still or (not is_left and post_edits >= self.max_post_edits), post_edits)
 
 
+@dataclass(frozen=True)
+class Soft(Rule):
+    """Fills masks with p > threshold, or the most probable one, and proposes every other token anew.
+
+    Soft parallel decoding (DMax, arXiv 2604.08302): where a token stands the next forward reads
+    p E[token] + (1 - p) E[mask], at the norm of that mean. Done without masks when nothing changes or every
+    p >= confident_at, or after `steps` forwards, the last of which fills everything. For models that were
+    trained on their own predictions (DMax's OPUT); others have never read such embeddings.
+    """
+
+    threshold: Share = 0.5
+    confident_at: Share = 0.9
+    steps: Count = 0
+    """Forwards of a block at most; 0: as many as it has positions."""
+    from_left: bool = False
+    """As the public code: only masks in front of the first one with p < threshold, or the first one."""
+
+    @property
+    def edits(self) -> bool:
+        return True
+
+    def decide(self, seen: Seen, state: int | None) -> Change:
+        """state: forwards in which the block had to fill."""
+        forwards = (state or 0) + seen.at_least(1)
+        is_last = forwards >= (self.steps or len(seen.tokens_m))
+        is_filled_m = np.zeros_like(seen.is_masked_m)
+        is_filled_m[np.flatnonzero(seen.is_masked_m) if is_last else self._accepted(seen)] = True
+        is_left_m = seen.is_masked_m & ~is_filled_m
+        is_soft_m = ~seen.is_prompt_m & ~is_left_m
+        tokens_m = np.where(is_soft_m, seen.choice_m, seen.tokens_m)
+        is_sure = (seen.probability_m[is_soft_m] >= self.confident_at).all()
+        is_still = is_sure or np.array_equal(tokens_m, seen.tokens_m)
+        is_done = bool(is_last or (is_still and not is_left_m.any()))
+        return Change(tokens_m, is_done, forwards, np.where(is_soft_m, seen.probability_m, 1.0))
+
+    def _accepted(self, seen: Seen) -> np.ndarray:
+        """int64 [k]: masks to be filled."""
+        if not self.from_left:
+            return above(seen, self.threshold, 1)
+        masked_n = np.flatnonzero(seen.is_masked_m)
+        unsure = np.flatnonzero(seen.probability_m[masked_n] < self.threshold)
+        return masked_n[: max(unsure[0], seen.at_least(1))] if len(unsure) else masked_n
+
+
 def edited(seen: Seen, edit_threshold: float) -> np.ndarray:
     """bool [m]: neither given nor masked, and the model is surer than edit_threshold of another token."""
     is_other_m = (seen.choice_m != seen.tokens_m) & (seen.probability_m > edit_threshold)

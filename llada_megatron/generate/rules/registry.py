@@ -8,7 +8,7 @@ from typing import Any
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import check_values, hints_of, rules_of
-from llada_megatron.generate.rules.editing import JointThreshold
+from llada_megatron.generate.rules.editing import JointThreshold, Soft
 from llada_megatron.generate.rules.filling import (
     Credit,
     EntropyBound,
@@ -19,6 +19,7 @@ from llada_megatron.generate.rules.filling import (
     Threshold,
 )
 from llada_megatron.generate.rules.insertion import InDel
+from llada_megatron.generate.rules.remasking import Capped, Rescaled, Unsure
 from llada_megatron.generate.rules.sampling import Sampled, Sampling
 from llada_megatron.generate.rules.seen import Rule
 
@@ -32,6 +33,10 @@ RULES: dict[str, type[Rule]] = {
     "klass": Klass,
     "joint": JointThreshold,
     "indel": InDel,
+    "soft": Soft,
+    "remdm_cap": Capped,
+    "remdm_rescale": Rescaled,
+    "remdm_conf": Unsure,
 }
 """Frozen dataclasses of their settings; a setting that several have is of one kind and meaning."""
 

@@ -9,8 +9,9 @@ An engine (a loop, caches, batches, layouts) calls it once per forward of the bl
         tokens, state = change.tokens_m, change.state
         if change.is_done: break
 
-Keys and values of a block may be kept from a forward that read its final tokens: from the last one if that
-changed nothing (`change.is_done and not change.changes(seen)`), else from one more, which no rule sees.
+Keys and values of a block may be kept from a forward that read its final tokens, each of them wholly
+(`Change.weight_m`): from the last one if that changed nothing (`change.is_done and not
+change.changes(seen)`), else from one more, which no rule sees.
 
 Legend: m positions of a block, k of them, V vocabulary.
 """
@@ -55,6 +56,10 @@ class Draws:
     def uniform(self, position: int, step: int, count: int) -> np.ndarray:
         """float64 [count] in [0, 1) of an absolute position and a forward of its block."""
         return generator(self.seed, Purpose.DECODING, self.prompt, position, step).random(count)
+
+    def remasking(self, position: int, step: int) -> float:
+        """A number in [0, 1) that no token is drawn with."""
+        return float(generator(self.seed, Purpose.REMASKING, self.prompt, position, step).random())
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,9 @@ class Change:
     """`tokens_m` is final. A rule that edits may go on without masks; one that does not is done then."""
     state: Any = None
     """Handed back with the block's next forward."""
+    weight_m: np.ndarray | None = None
+    """float64, from 0 to 1: how much of its embedding in the next forward is the token's, the rest being the
+    mask token's. None: all of it, as it is everywhere once the block is done."""
 
     def changes(self, seen: Seen) -> bool:
         """Whether a token is another than the forward read."""
