@@ -28,7 +28,7 @@ RULE_SETTINGS = (
     "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
     "credit_beta", "credit_gamma", "kl_threshold", "kl_history", "edit_threshold", "max_post_edits",
     "at_least", "penalty_lambda", "delete_id", "split_id", "temperature", "top_k", "top_p",
-    "plain_confidence",
+    "plain_confidence", "random_order",
 )  # fmt: skip
 """Of all rules (generate/rules/registry.py), whose module takes torch along."""
 NO_TOKENIZER = "no tokenizer.json came with the checkpoint: set data.tokenizer, or give `tokens`"

@@ -56,6 +56,10 @@ class Draws:
         """float64 [count] in [0, 1) of an absolute position and a forward of its block."""
         return generator(self.seed, Purpose.DECODING, self.prompt, position, step).random(count)
 
+    def order(self, position: int, step: int) -> float:
+        """One more of the same position and forward, which no `uniform` shares."""
+        return generator(self.seed, Purpose.DECODING_ORDER, self.prompt, position, step).random()
+
 
 @dataclass(frozen=True)
 class Seen:
