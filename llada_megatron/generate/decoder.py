@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,7 @@ from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Pro
 from llada_megatron.generate.rules import Rule
 from llada_megatron.generate.running import Running, Text
 from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.readout import Readout
 from llada_megatron.runtime import device
 
 
@@ -121,6 +122,11 @@ class Decoder:
         self._keys: tuple[Any, PooledKeys, torch.Tensor] | None = None
 
     @property
+    def seen_block(self) -> int | None:
+        """Up to whose end a row sees its sequence; None: all of it."""
+        return self.block_size
+
+    @property
     def cache_bytes(self) -> int:
         """What the keys and values take on this rank, once there was a forward."""
         return self._pool.bytes
@@ -133,11 +139,11 @@ class Decoder:
         naming it by its number, when it is its turn; `check` says so beforehand.
         """
         mine = (
-            _numbered(place, prompt)
+            numbered(place, prompt)
             for place, prompt in enumerate(prompts)
             if place % self._replicas == self._replica
         )
-        batch = _Batch(self, mine, limits)
+        batch = self._batch(mine, limits)
         try:
             yield from self._steps(batch)
         finally:
@@ -150,7 +156,7 @@ class Decoder:
 
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
-        number, prompt = _numbered(number, prompt)
+        number, prompt = numbered(number, prompt)
         running = Running(
             number,
             prompt,
@@ -166,6 +172,9 @@ class Decoder:
                 " new tokens."
             )
         return running
+
+    def _batch(self, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> _Batch:
+        return _Batch(self, prompts, limits)
 
     def _steps(self, batch: _Batch) -> Iterator[Event]:
         done: list[Result] = []
@@ -204,11 +213,24 @@ class Decoder:
         parts = [(feed.running.kept, feed.running.places(feed.stop)) for feed in feeds]
         tokens = [feed.running.tokens[feed.running.kept : feed.stop] for feed in feeds]
         ends = np.cumsum([len(each) for each in tokens], dtype=np.int64)
-        S = int(ends[-1]) if feeds else 0
+        chosen = [end - feed.stop + feed.rows for end, feed in zip(ends, feeds, strict=True)]
+        return self._said(parts, tokens, chosen, self.rule.figures.readout(self.mask_token_id))
+
+    def _said(
+        self,
+        parts: Sequence[tuple[int | slice, np.ndarray]],
+        tokens: Sequence[np.ndarray],
+        chosen: Sequence[np.ndarray],
+        readout: Readout,
+    ) -> np.ndarray:
+        """What the head says of the chosen rows, [N, C]; of any other one where none is chosen.
+
+        parts: of `PooledKeys`; tokens: of their rows.
+        """
+        parts, tokens, S = [*parts], [*tokens], sum(map(len, tokens))
         if unused := self._rows_beside(S):
             parts.append((0, np.full(unused, self._unused_place)))
             tokens.append(np.zeros(unused, np.int64))
-        chosen = [end - feed.stop + feed.rows for end, feed in zip(ends, feeds, strict=True)]
         outputs = np.concatenate([*chosen, [0][: not any(map(len, chosen))]]).astype(np.int64)
         keys, positions = self._keys_of(parts)
         inputs = ModelInputs(
@@ -216,7 +238,7 @@ class Decoder:
             positions=positions,
             keys=keys,
             outputs=torch.from_numpy(outputs).to(device.device()),
-            readout=self.rule.figures.readout(self.mask_token_id),
+            readout=readout,
         )
         with self._without_gradients():
             output = (self.graphs or self.model)(inputs)
@@ -241,11 +263,11 @@ class Decoder:
             rows = int(most)
         return rows - S
 
-    def _keys_of(self, parts: list[tuple[int, np.ndarray]]) -> tuple[PooledKeys, torch.Tensor]:
+    def _keys_of(self, parts: list[tuple[int | slice, np.ndarray]]) -> tuple[PooledKeys, torch.Tensor]:
         """The keys and the positions of the rows, [1, S]: the last forward's, as long as no block is done."""
-        asked = [(kept, places.tobytes()) for kept, places in parts]
+        asked = [(rows, places.tobytes()) for rows, places in parts]
         if self._keys is None or self._keys[0] != asked:
-            keys = PooledKeys(self._pool, parts, self.block_size).to(device.device())
+            keys = PooledKeys(self._pool, parts, self.seen_block).to(device.device())
             self._keys = asked, keys, torch.from_numpy(keys.positions)[None].to(device.device())
         return self._keys[1:]
 
@@ -256,7 +278,8 @@ _REFUSED = {
 }
 
 
-def _numbered(place: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
+def numbered(place: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
+    """A prompt and its number: its own, or its place among the prompts."""
     prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
     return place if prompt.number is None else prompt.number, prompt
 
