@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.commands import generate, opened
+from llada_megatron.commands import full_attention, generate, opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import write_json, write_json_lines
 from llada_megatron.tasks.code_execution import allow_code
@@ -159,9 +159,10 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
     ends = [tokenizer.end_of_document_id]
     if encoder:
         ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
-    block_size = (
-        0 if is_autoregressive(args, checkpoint) else generate.block_size_for(checkpoint, args.block_size)
-    )
+    is_causal = is_autoregressive(args, checkpoint)
+    full = None if is_causal else full_attention.settings_for(args, checkpoint)
+    filled = 0 if is_causal else generate.block_size_for(checkpoint, args.block_size, is_full=full is not None)
+    block_size = filled if full is None else config.data.sequence_length
     wording = Wording(
         tokenizer,
         encoder,
@@ -175,6 +176,8 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
         checkpoint=checkpoint.path,
         origin=opened.origin_of(args.checkpoint, checkpoint),
         block_size=block_size,
+        filled_block=filled,
+        full=full,
         rules=args.rule.split(","),
         settings={key: value.split(",") for key, value in settings.items()},
         tokenizer=name,

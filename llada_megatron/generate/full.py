@@ -180,6 +180,18 @@ class FullDecoder(Decoder):
             )
         return running
 
+    def take_room(self, running: Filling) -> bool:
+        """Give a sequence the places of its keys; False where there are too few as long as others run."""
+        wanted = self.full.copies * running.largest
+        if wanted > self.pages.available:
+            return False
+        running.pages = [page for _ in range(wanted) if (page := self.pages.take()) is not None]
+        return True
+
+    def look(self, running: Filling, read: slice, rows: np.ndarray) -> np.ndarray:
+        """One forward of some rows of a sequence that has its room: the figures of `rows`, [N, C]."""
+        return self._forward([Feed(running, read, rows)])
+
     def _batch(self, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> Any:
         return _Batch(self, prompts, limits)
 
@@ -231,10 +243,9 @@ class _Batch:
             if running.is_filled:
                 done.append(running.untouched(decoder.text))
                 continue
-            if (pages := decoder.full.copies * running.largest) > decoder.pages.available:
+            if not decoder.take_room(running):
                 self._waiting = running
                 break
-            running.pages = [page for _ in range(pages) if (page := decoder.pages.take()) is not None]
             self.running.append(running)
         return done
 

@@ -9,8 +9,8 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.generate import BlockChanged, Limits, Prompt, Result, Stop
 from llada_megatron.generate.full import ALL, CACHES, FullAttention, FullDecoder, full_attention_of
-from llada_megatron.generate.reference_loop import Canvas, reference_loop
-from llada_megatron.generate.rules import RULES, Draws, rule_of
+from llada_megatron.generate.reference_loop import Canvas, look, reference_loop
+from llada_megatron.generate.rules import RULES, Draws, Figures, rule_of
 from llada_megatron.parallel import groups
 from tests.generate.models import CONTEXT, MASK, prompt_of, settings, tiny
 
@@ -97,10 +97,8 @@ def whole(model, tokens, rows):
     exact = decoder(model)
     running = exact.check(0, Prompt(tokens[:17]), Limits(new_tokens=NEW))
     running.tokens[:] = tokens
-    running.pages = list(range(running.largest))
-    from llada_megatron.generate.full import Feed
-
-    return exact._forward([Feed(running, slice(0, len(tokens)), rows)])
+    assert exact.take_room(running)
+    return exact.look(running, slice(0, len(tokens)), rows)
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual", "vicinity"])
@@ -141,9 +139,6 @@ def test_a_cache_that_is_never_left_to_itself_is_none(model):
 def test_guidance_is_two_forwards_put_together(model):
     prompt, scale = prompt_of(9), 0.7
     tokens = np.append(prompt, np.full(6, MASK))
-    from llada_megatron.generate.reference_loop import look
-    from llada_megatron.generate.rules import Figures
-
     rule = rule_of("quota", {"threshold": 1.0})
     for _ in range(6):
         without = np.append(np.full(9, MASK), tokens[9:])

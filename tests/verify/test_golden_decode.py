@@ -18,13 +18,14 @@ from llada_megatron.verify.golden_set import Stored, load
 
 DECODE = Path(__file__).parents[1] / "golden_decode"
 CASES = json.loads((DECODE / "cases.json").read_text())["cases"]
-UNSERVED = {"lopa_pipelined_b16_k0", "d2f_low_thresholds", "fastdllm_dual_b16_t70"}
-HF, EDIT, DINFER, SGLANG, FULL = (
+UNSERVED = {"lopa_pipelined_b16_k0", "d2f_low_thresholds"}
+HF, EDIT, DINFER, SGLANG, FULL, DUAL = (
     "hf_steps3_b8_t95",
     "edit_b8_t95_e50_post0",
     "dinfer_thr_b8_t50_p19",
     "sgl_low_b8_t50_p24",
     "fastdllm_factor_nocache_b16_f2",
+    "fastdllm_dual_b16_t70",
 )
 
 
@@ -69,7 +70,6 @@ def test_what_is_not_served_is_listed_and_not_counted(one_process, tmp_path):
     report = check(tmp_path, DECODE.parent / "golden")
     assert [case.name for case in report.cases] == [HF] and report.passed
     assert sorted(report.not_served) == [
-        "fastdllm_dual_b16_t70 (cache dual)",
         "group d2f (cases: 1)",
         "group lopa (cases: 1)",
     ]
@@ -113,6 +113,8 @@ def cut(name, rows):
         (DINFER, {"case": {"kv_cache": False}}, {"forwards", "tokens"}),
         (SGLANG, {"case": {"algorithm_config": {}}}, {"forwards", "tokens"}),
         (FULL, {"case": {"factor": 1.0}}, {"forwards", "tokens"}),
+        (DUAL, {"case": {"cache": "prefix"}}, {"forwards", "tokens"}),
+        (DUAL, {"case": {"cache": "nocache"}}, {"forwards", "tokens"}),
     ],
 )
 def test_each_quantity_fails_where_it_is_another(golden, name, change, fails):
@@ -154,6 +156,11 @@ def test_a_tensor_that_is_missing_is_named(golden):
 def test_a_setting_of_the_rule_that_nobody_knows_is_not_passed_over(golden):
     result = checked(golden, SGLANG, case=lambda case: case["algorithm_config"].update(top_n=2))
     assert result == f"{SGLANG} (algorithm_config top_n)"
+
+
+def test_a_cache_that_nobody_knows_is_not_passed_over(golden):
+    result = checked(golden, DUAL, case=lambda case: case.update(cache="triple"))
+    assert result == f"{DUAL} (cache triple)"
 
 
 def test_every_served_group_has_a_case_here():
