@@ -1,9 +1,10 @@
 """Decoding with the cache against decoding without it and against the least that a forward takes.
 
 For each rule the same prompts are decoded by `Decoder`, one at a time and in a batch, and by the loop without
-a cache, whose tokens they must equal, unless the cache is an approximation (generate/full.py). The bound of the first is one forward of a block's rows alone for each
-forward that there was: its matrix products read every weight that the rows need, history or not. Seconds on a
-CPU are those that one thread computed, so that other processes cost nothing.
+a cache, whose tokens they must equal, unless the cache is an approximation (generate/full.py). The bound of
+the first is one forward of a block's rows alone for each forward that there was: its matrix products read
+every weight that the rows need, history or not. Seconds on a CPU are those that one thread computed, so that
+other processes cost nothing.
 """
 
 from __future__ import annotations

@@ -117,9 +117,7 @@ def _decode(args: argparse.Namespace) -> int:
         args.overrides, args.checkpoint = [args.checkpoint, *args.overrides], None
     block_size = args.block_size or 32
 
-    def measured(
-        path: Path | None, config: Config, block_size: int, full: dict[str, str] | None
-    ) -> int:
+    def measured(path: Path | None, config: Config, block_size: int, full: dict[str, str] | None) -> int:
         tokens = args.prompt_tokens, args.new_tokens
         setting = decode.Setting(
             args.rules.split(","), block_size, *tokens, args.batch, full, args.cuda_graphs
@@ -128,7 +126,8 @@ def _decode(args: argparse.Namespace) -> int:
 
     if not args.checkpoint:
         full = full_attention.settings_for(args, None)
-        return measured(None, compose(["experiment=bench", "data.path=[]", *args.overrides]), block_size, full)
+        config = compose(["experiment=bench", "data.path=[]", *args.overrides])
+        return measured(None, config, block_size, full)
     with opened.opened(args) as checkpoint:
         config = configuration(checkpoint, args.overrides)
         full = full_attention.settings_for(args, checkpoint)

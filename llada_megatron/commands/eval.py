@@ -105,6 +105,7 @@ def _evaluate(args: argparse.Namespace, checkpoint: Checkpoint, loaded: dict[str
         "checkpoint": args.checkpoint,
         "step": checkpoint.manifest.step,
         "block_size": job["block_size"],
+        **({} if job["full"] is None else {"full_attention": job["full"]}),
         "draws": args.draws,
         "seed": args.seed,
         "layout": {axis: getattr(config.layout, axis) for axis in ("processes", "tp", "ep", "etp")},
@@ -159,9 +160,10 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
     ends = [tokenizer.end_of_document_id]
     if encoder:
         ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
-    is_causal = is_autoregressive(args, checkpoint)
-    full = None if is_causal else full_attention.settings_for(args, checkpoint)
-    filled = 0 if is_causal else generate.block_size_for(checkpoint, args.block_size, is_full=full is not None)
+    full, filled = None, 0
+    if not is_autoregressive(args, checkpoint):
+        full = full_attention.settings_for(args, checkpoint)
+        filled = generate.block_size_for(checkpoint, args.block_size, is_full=full is not None)
     block_size = filled if full is None else config.data.sequence_length
     wording = Wording(
         tokenizer,

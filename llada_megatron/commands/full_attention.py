@@ -58,8 +58,8 @@ def settings_for(args: argparse.Namespace, checkpoint: Checkpoint | None) -> dic
     if args.full_attention:
         if trained:
             print(
-                f"warning: --full-attention: the model was trained with blocks of {trained} last, which see no"
-                " later one",
+                f"warning: --full-attention: the model was trained with blocks of {trained} last, which see"
+                " no later one",
                 file=sys.stderr,
             )
         return given

@@ -118,6 +118,7 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     groups.initialize(config.layout, threads=0)
     try:
         decodings = decodings_of(job.rules, job.settings or {})
+        full_attention_of(job.full or {})  # or what is wrong with it, before the weights
         decodings = decodings if job.generations else []
         keys = list(asked(job, decodings))
         desk = Desk(job, ranks.from_first_rank(_written, job), len(keys))
@@ -316,9 +317,7 @@ class Answering:
         full = None if self.job.full is None else full_attention_of(self.job.full)
         return self._decoder(rule, kind_of(full), self.job.filled_block)
 
-    def _decoder(
-        self, rule: Rule, kind: Callable[..., Decoder] = Decoder, block_size: int = 0
-    ) -> Decoder:
+    def _decoder(self, rule: Rule, kind: Callable[..., Decoder] = Decoder, block_size: int = 0) -> Decoder:
         return kind(
             self.model,
             rule,

@@ -22,7 +22,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import Amount, Count, check_values
 from llada_megatron.generate.decoder import Decoder, numbered
 from llada_megatron.generate.prompt import BlockChanged, Ids, Limits, Prompt, Result
-from llada_megatron.generate.rules import Figures, Rule
+from llada_megatron.generate.rules import Figures
 from llada_megatron.generate.rules.registry import converted, settings_in
 from llada_megatron.generate.rules.seen import entropy, log_probability, proposed
 from llada_megatron.generate.running import Running

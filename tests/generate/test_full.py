@@ -1,4 +1,4 @@
-"""Decoding where every position sees every other: without a cache as a plain loop, with one as far as it goes."""
+"""Decoding where every position sees every other: as a plain loop, and what each cache reads."""
 
 from __future__ import annotations
 

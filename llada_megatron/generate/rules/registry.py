@@ -69,7 +69,9 @@ def rule_of(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
     check_values(rule)
     check_values(sampling)
     if sampling.random_order and rule.figures is Figures.entropy:
-        raise BadInput(f"Rule {name} goes by entropies: random_order=true needs one that goes by probabilities.")
+        raise BadInput(
+            f"Rule {name} goes by entropies: random_order=true needs one that goes by probabilities."
+        )
     if sampling.temperature:
         rule = Sampled(rule, sampling)
     elif replace(sampling, random_order=False) != Sampling():

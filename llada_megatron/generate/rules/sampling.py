@@ -36,7 +36,8 @@ class Sampling:
     """A rule judges the model's own probability and entropy, as in LLaDA's `generate`; else those of what
     is drawn from, as in LLaDA2's."""
     random_order: bool = False
-    """A rule judges a uniform number in the place of each mask's probability: LLaDA's `remasking="random"`."""
+    """A rule judges a uniform number in the place of each mask's probability, as `remasking="random"` of
+    LLaDA's `generate` has it."""
 
 
 @dataclass(frozen=True)
