@@ -211,7 +211,8 @@ class FullDecoder(Decoder):
         output = self._said(parts, tokens, [rows for of_copy in chosen for rows in of_copy], readout)
         if not self.full.cfg_scale or len(output) < 2:
             return output
-        return guided(*np.split(output, 2), self.full.cfg_scale, figures, self.mask_token_id)
+        with_NV, without_NV = np.split(output, 2)
+        return guided(with_NV, without_NV, self.full.cfg_scale, figures, self.mask_token_id)
 
 
 def guided(
