@@ -205,7 +205,7 @@ def is_autoregressive(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
     if objective in OBJECTIVES:
         return OBJECTIVES[objective].causal
     fills_masks = generate.is_diffusion(manifest.lineage.get("architecture"))
-    return not (manifest.block_size or args.block_size or fills_masks)
+    return not (manifest.block_size or args.block_size or fills_masks or args.full_attention)
 
 
 def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
