@@ -72,22 +72,22 @@ class PooledKeys:
         parts: for each sequence its rows, a slice of its n tokens or the number of the first one where they
             are all from there on, and int64 [n], the place in the pool of each token. What is no row is kept.
         block_size: a row sees its sequence up to the end of its block; blocks count from the first token.
-            None: every row sees the whole sequence, what lies behind it too.
+            One that is as long as the sequences lets every row see all of its own.
         positions: int64 [S], of each row in its sequence.
     """
 
     def __init__(
-        self, pool: KeyPool, parts: Sequence[tuple[int | slice, np.ndarray]], block_size: int | None
+        self, pool: KeyPool, parts: Sequence[tuple[int | slice, np.ndarray]], block_size: int
     ) -> None:
         lengths = np.array([len(places) for _, places in parts])
         ends = lengths.cumsum()
         self.pool, self.parts = pool, parts
         self.mask = BlockDiffusionMask(
             [torch.from_numpy(np.append(0, ends))],
-            min(block_size or int(ends[-1]), int(ends[-1])),
+            min(block_size, int(ends[-1])),
             block_grid=BlockGrid.document,
             clean_copy=False,
-            causal=block_size is not None,
+            causal=True,
         )
         positions = [
             np.arange(len(places))[rows if isinstance(rows, slice) else slice(rows, None)]

@@ -122,8 +122,8 @@ class Decoder:
         self._keys: tuple[Any, PooledKeys, torch.Tensor] | None = None
 
     @property
-    def seen_block(self) -> int | None:
-        """Up to whose end a row sees its sequence; None: all of it."""
+    def seen_block(self) -> int:
+        """Tokens of a block up to whose end a row sees its sequence."""
         return self.block_size
 
     @property

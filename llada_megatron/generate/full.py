@@ -158,9 +158,9 @@ class FullDecoder(Decoder):
         super().__post_init__()
 
     @property
-    def seen_block(self) -> None:
-        """A row sees all of its sequence."""
-        return None
+    def seen_block(self) -> int:
+        """No sequence is longer, so a row sees all of its own."""
+        return self.context
 
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Filling:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""

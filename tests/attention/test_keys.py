@@ -88,7 +88,7 @@ def test_rows_of_full_attention_see_every_key_of_their_sequence_and_of_no_other(
         of_rows.append([tensor[part] for tensor in (query, key, value)])
         asked.append((part, own))
         at += length
-    keys = PooledKeys(pool, asked, None)
+    keys = PooledKeys(pool, asked, 200)
     assert keys.positions.tolist() == [at for part in SLICES[rows] for at in range(part.start, part.stop)]
     query, key, value = (torch.cat(tensors) for tensors in zip(*of_rows, strict=True))
     found = block_diffusion_attention(query, *keys.of(key, value, 1, None), keys.rectangle, backend)
