@@ -90,7 +90,10 @@ def full_attention_of(settings: Mapping[str, Any]) -> FullAttention:
         if key not in known:
             raise BadInput(f"Full attention has no setting {key}: give cache, {', '.join(known)}.")
         if name == "none" and key != "cfg_scale":
-            raise BadInput(f"Without a cache every row is read: give {key} with another one than none.")
+            raise BadInput(
+                f"Without a cache every row is read: leave --cache-{key} out, or give --cache prefix, dual or"
+                " vicinity."
+            )
         values[key] = converted(key, value, known[key].kind)
     full = replace(CACHES[name], **values)
     check_values(full)
