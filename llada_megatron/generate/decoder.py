@@ -214,9 +214,9 @@ class Decoder:
         tokens = [feed.running.tokens[feed.running.kept : feed.stop] for feed in feeds]
         ends = np.cumsum([len(each) for each in tokens], dtype=np.int64)
         chosen = [end - feed.stop + feed.rows for end, feed in zip(ends, feeds, strict=True)]
-        return self._said(parts, tokens, chosen, self.rule.figures.readout(self.mask_token_id))
+        return self._call(parts, tokens, chosen, self.rule.figures.readout(self.mask_token_id))
 
-    def _said(
+    def _call(
         self,
         parts: Sequence[tuple[int | slice, np.ndarray]],
         tokens: Sequence[np.ndarray],

@@ -5,7 +5,8 @@ and the rule decides on the active one alone, but each forward sees the whole se
 block among it. So no key is ever final before the sequence is, and what is kept is an approximation: a cache
 says which rows a forward reads anew, and of the others finds the keys that the last one which read them left.
 
-Legend: T tokens of a sequence, N rows read by a rule, C figures per row, V vocabulary.
+Legend: T tokens of a sequence, S rows of a forward, N of them read by a rule, C figures per row,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Filling(Running):
 
     def __init__(self, *about: Any, block_size: int, **settings: Any) -> None:
         self._block = block_size
-        super().__init__(*about, block_size=1, **settings)
+        super().__init__(*about, block_size=1, **settings)  # so that no length is rounded to whole blocks
         self.block_size = block_size  # of pages
 
     def _activate(self, at: int) -> None:
@@ -199,19 +200,19 @@ class FullDecoder(Decoder):
         return _Batch(self, prompts, limits)
 
     def _forward(self, feeds: list[Any]) -> np.ndarray:
-        """The head's figures for the rows that the rule reads, [N, C], under guidance those of both."""
-        copies, ends = range(self.full.copies), 0
+        """The head's figures for the rows that the rule reads, [N, C]; guided ones, where that is wanted."""
+        copies, S = range(self.full.copies), 0
         parts, tokens = [], []
         chosen: list[list[np.ndarray]] = [[] for _ in copies]
         for feed in feeds:
             for copy in copies:
                 parts.append((feed.read, feed.running.places_of(copy)))
                 tokens.append(feed.running.tokens_of(copy)[feed.read])
-                chosen[copy].append(ends - feed.read.start + feed.rows)
-                ends += feed.read.stop - feed.read.start
+                chosen[copy].append(S - feed.read.start + feed.rows)
+                S += feed.read.stop - feed.read.start
         figures = self.rule.figures
         readout = LOGITS if self.full.cfg_scale else figures.readout(self.mask_token_id)
-        output = self._said(parts, tokens, [rows for of_copy in chosen for rows in of_copy], readout)
+        output = self._call(parts, tokens, [rows for of_copy in chosen for rows in of_copy], readout)
         if not self.full.cfg_scale or len(output) < 2:
             return output
         with_NV, without_NV = np.split(output, 2)
