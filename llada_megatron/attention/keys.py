@@ -61,7 +61,7 @@ class KeyPool:
 
 
 class PooledKeys:
-    """The last rows of several sequences, against all keys of each: those kept in a pool, and their own.
+    """Rows of several sequences, against all keys of each: those kept in a pool, and their own.
 
     The sequences lie one after the other as the documents of one sample, so that rows of any number, blocks
     at any step and prompts of any length make one forward without padding. `of` writes the keys of the rows
@@ -69,14 +69,18 @@ class PooledKeys:
     anew.
 
     Attributes:
-        parts: for each sequence the number of its first tokens that are kept, and int64 [n], the place in
-            the pool of each of its n tokens up to the last row; the rows are those from the first number on.
-            Its blocks of `block_size` count from its first token, the last one ending with the last row.
+        parts: for each sequence its rows, a slice of its n tokens or the number of the first one where they
+            are all from there on, and int64 [n], the place in the pool of each token. What is no row is kept.
+        block_size: a row sees its sequence up to the end of its block; blocks count from the first token.
+            One that is as long as the sequences lets every row see all of its own.
         positions: int64 [S], of each row in its sequence.
     """
 
-    def __init__(self, pool: KeyPool, parts: Sequence[tuple[int, np.ndarray]], block_size: int) -> None:
-        ends = np.cumsum([len(places) for _, places in parts])
+    def __init__(
+        self, pool: KeyPool, parts: Sequence[tuple[int | slice, np.ndarray]], block_size: int
+    ) -> None:
+        lengths = np.array([len(places) for _, places in parts])
+        ends = lengths.cumsum()
         self.pool, self.parts = pool, parts
         self.mask = BlockDiffusionMask(
             [torch.from_numpy(np.append(0, ends))],
@@ -85,9 +89,12 @@ class PooledKeys:
             clean_copy=False,
             causal=True,
         )
-        self.positions = np.concatenate([np.arange(kept, len(places)) for kept, places in parts])
-        rows = np.repeat(ends - [len(places) for _, places in parts], [len(p) - kept for kept, p in parts])
-        rows += self.positions
+        positions = [
+            np.arange(len(places))[rows if isinstance(rows, slice) else slice(rows, None)]
+            for rows, places in parts
+        ]
+        self.positions = np.concatenate(positions)
+        rows = np.repeat(ends - lengths, [len(each) for each in positions]) + self.positions
         self.rectangle = Rectangle(self.mask, rows[None], rows[None, :0], few_rows=True)
         places = np.concatenate([places for _, places in parts])
         self._row_places = torch.from_numpy(places[rows])

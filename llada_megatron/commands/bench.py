@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
-from llada_megatron.commands import opened
+from llada_megatron.commands import full_attention, opened
 from llada_megatron.commands.generate import add_graphs_argument
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})"
         )
     decode.add_argument("--block-size", type=int, metavar="B", help="default: of the last stage, or 32")
+    full_attention.add_arguments(decode)
     add_graphs_argument(decode)
     decode.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
@@ -116,16 +117,22 @@ def _decode(args: argparse.Namespace) -> int:
         args.overrides, args.checkpoint = [args.checkpoint, *args.overrides], None
     block_size = args.block_size or 32
 
-    def measured(path: Path | None, config: Config, block_size: int) -> int:
+    def measured(path: Path | None, config: Config, block_size: int, full: dict[str, str] | None) -> int:
         tokens = args.prompt_tokens, args.new_tokens
-        setting = decode.Setting(args.rules.split(","), block_size, *tokens, args.batch, args.cuda_graphs)
+        setting = decode.Setting(
+            args.rules.split(","), block_size, *tokens, args.batch, full, args.cuda_graphs
+        )
         return decode.run(config, path, setting, args.json)
 
     if not args.checkpoint:
-        return measured(None, compose(["experiment=bench", "data.path=[]", *args.overrides]), block_size)
+        full = full_attention.settings_for(args, None)
+        config = compose(["experiment=bench", "data.path=[]", *args.overrides])
+        return measured(None, config, block_size, full)
     with opened.opened(args) as checkpoint:
         config = configuration(checkpoint, args.overrides)
-        return measured(checkpoint.path, config, block_size_for(checkpoint, args.block_size))
+        full = full_attention.settings_for(args, checkpoint)
+        block_size = block_size_for(checkpoint, args.block_size, is_full=full is not None)
+        return measured(checkpoint.path, config, block_size, full)
 
 
 def _clips(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.commands import generate, opened
+from llada_megatron.commands import full_attention, generate, opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import write_json, write_json_lines
 from llada_megatron.tasks.code_execution import allow_code
@@ -105,6 +105,7 @@ def _evaluate(args: argparse.Namespace, checkpoint: Checkpoint, loaded: dict[str
         "checkpoint": args.checkpoint,
         "step": checkpoint.manifest.step,
         "block_size": job["block_size"],
+        **({} if job["full"] is None else {"full_attention": job["full"]}),
         "draws": args.draws,
         "seed": args.seed,
         "layout": {axis: getattr(config.layout, axis) for axis in ("processes", "tp", "ep", "etp")},
@@ -159,9 +160,11 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
     ends = [tokenizer.end_of_document_id]
     if encoder:
         ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
-    block_size = (
-        0 if is_autoregressive(args, checkpoint) else generate.block_size_for(checkpoint, args.block_size)
-    )
+    full, filled = None, 0
+    if not is_autoregressive(args, checkpoint):
+        full = full_attention.settings_for(args, checkpoint)
+        filled = generate.block_size_for(checkpoint, args.block_size, is_full=full is not None)
+    block_size = filled if full is None else config.data.sequence_length
     wording = Wording(
         tokenizer,
         encoder,
@@ -175,6 +178,8 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
         checkpoint=checkpoint.path,
         origin=opened.origin_of(args.checkpoint, checkpoint),
         block_size=block_size,
+        filled_block=filled,
+        full=full,
         rules=args.rule.split(","),
         settings={key: value.split(",") for key, value in settings.items()},
         tokenizer=name,
@@ -200,7 +205,7 @@ def is_autoregressive(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
     if objective in OBJECTIVES:
         return OBJECTIVES[objective].causal
     fills_masks = generate.is_diffusion(manifest.lineage.get("architecture"))
-    return not (manifest.block_size or args.block_size or fills_masks)
+    return not (manifest.block_size or args.block_size or fills_masks or args.full_attention)
 
 
 def _on_this_rank(config: Config, job: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.commands import opened
+from llada_megatron.commands import full_attention, opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.foreign import parse_json, read_bytes
 from llada_megatron.config.quantities import so_many
@@ -28,8 +28,8 @@ RULE_SETTINGS = (
     "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
     "credit_beta", "credit_gamma", "kl_threshold", "kl_history", "edit_threshold", "max_post_edits",
     "at_least", "penalty_lambda", "delete_id", "split_id", "confident_at", "from_left", "eta",
-    "temperature", "top_k", "top_p", "plain_confidence", "buffer", "add_at", "force_at", "branches",
-    "branch_entropy", "branch_lowest", "branch_memory",
+    "temperature", "top_k", "top_p", "plain_confidence", "random_order", "buffer", "add_at", "force_at",
+    "branches", "branch_entropy", "branch_lowest", "branch_memory",
 )  # fmt: skip
 """Of all rules and methods (generate/methods.py), whose module takes torch along."""
 NO_TOKENIZER = "no tokenizer.json came with the checkpoint: set data.tokenizer, or give `tokens`"
@@ -69,6 +69,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int |
         )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before it")
     parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")
+    full_attention.add_arguments(parser)
     add_graphs_argument(parser)
     rules = parser.add_argument_group("rule", "which tokens a forward changes, docs/decoding.md")
     rules.add_argument("--rule", default="threshold", metavar="NAME", help="default threshold")
@@ -142,6 +143,7 @@ def decoding(
     ends = [tokenizer.end_of_document_id] if tokenizer else []
     if encoder:
         ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
+    full = full_attention.settings_for(args, checkpoint)
     job = dict(
         checkpoint=checkpoint.path,
         origin=opened.origin_of(args.checkpoint, checkpoint),
@@ -151,7 +153,8 @@ def decoding(
         end_tokens=[end for end in ends if end is not None],
         strings=args.stop,
         max_forwards=args.max_forwards,
-        block_size=block_size_for(checkpoint, args.block_size),
+        block_size=block_size_for(checkpoint, args.block_size, is_full=full is not None),
+        full=full,
         tokenizer=name,
         max_cached_tokens=args.max_cached_tokens,
         seed=args.seed,
@@ -224,8 +227,11 @@ def chat_encoder(
     return ChatEncoder(load_template(template, tokenizer_name, tokenizer), tokenizer, only_last=False)
 
 
-def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:
-    """The block size to decode with; warns about one that the model was not trained with last."""
+def block_size_for(checkpoint: Checkpoint, asked: int | None, *, is_full: bool = False) -> int:
+    """The block size to decode with; warns about one that the model was not trained with last.
+
+    is_full: every position sees every other, and a block is only what is filled before the next one.
+    """
     from llada_megatron.config.objectives import OBJECTIVES
 
     manifest = checkpoint.manifest
@@ -240,6 +246,9 @@ def block_size_for(checkpoint: Checkpoint, asked: int | None) -> int:
     trained = manifest.block_size or (LLADA2_BLOCK if is_diffusion(architecture) else 0)
     if asked is not None and asked < 1:
         raise BadInput(f"--block-size {asked}: give at least 1.")
+    if is_full:
+        length = manifest.config_of_weights.get("data", {}).get("sequence_length", full_attention.BLOCK)
+        return asked or min(full_attention.BLOCK, length)
     if not trained and asked is None:
         raise BadInput(without_block_size(str(checkpoint.path), architecture))
     if architecture and not trained:

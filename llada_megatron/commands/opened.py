@@ -108,7 +108,7 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
             f"{args.checkpoint} is of architecture {architecture}, an autoregressive model, which has not"
             " learnt to fill masks: train it in a diffusion stage first, or give --mask-token-id if it was."
         )
-    if args.block_size is None and not fills_masks:
+    if args.block_size is None and not (fills_masks or args.full_attention):
         raise BadInput(without_block_size(args.checkpoint, architecture))
     return mask_token_id
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
@@ -24,6 +24,7 @@ from llada_megatron.config.schema import Config
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.evaluate.continuation import Likelihood, Scorer, of_windows, windows
 from llada_megatron.generate import Decoder, Limits, Prompt, Result
+from llada_megatron.generate.full import full_attention_of, kind_of
 from llada_megatron.generate.methods import Method, method_of, settings_of
 from llada_megatron.generate.partial import PartialFile
 from llada_megatron.generate.rules import rule_of
@@ -56,6 +57,10 @@ class EvaluationJob:
     generations: Sequence[Generation]
     scores: Sequence[Score]
     rules: Sequence[str] = ("threshold",)
+    filled_block: int = 0
+    """Positions of a text that are filled before the next ones; 0: a block."""
+    full: Mapping[str, str] | None = None
+    """Settings of `full_attention_of` for texts; None: blocks see no later one."""
     settings: Mapping[str, Sequence[str]] | None = None
     """Values to try of each; a rule takes those that it has."""
     tokenizer: str | None = None
@@ -114,6 +119,7 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     groups.initialize(config.layout, threads=0)
     try:
         decodings = decodings_of(job.rules, job.settings or {})
+        full_attention_of(job.full or {})  # or what is wrong with it, before the weights
         decodings = decodings if job.generations else []
         keys = list(asked(job, decodings))
         desk = Desk(job, ranks.from_first_rank(_written, job), len(keys))
@@ -194,7 +200,7 @@ class Answering:
 
     def _check(self) -> None:
         """What cannot be decoded is said before the first forward."""
-        decoder = self._decoder(Method(ONE_BY_ONE))
+        decoder = self._decoder_of_texts(Method(ONE_BY_ONE))
         for each in self.job.generations:
             try:
                 decoder.check(each.number, each.tokens, self._limits(each))
@@ -280,7 +286,7 @@ class Answering:
         if not waiting:
             return
         first = next(iter(waiting.values()))
-        decoder = self._decoder(self._method(decoding, first))
+        decoder = self._decoder_of_texts(self._method(decoding, first))
         prompts = [Prompt(each.tokens, number=number) for number, each in waiting.items()]
         self.desk.starts()
         forwards = 0
@@ -308,13 +314,19 @@ class Answering:
     def _limits(self, asked: Generation) -> Limits:
         return Limits(asked.new_tokens, self.job.end_tokens, asked.strings, self.job.max_forwards)
 
-    def _decoder(self, method: Method) -> Decoder:
-        return Decoder(
+    def _decoder_of_texts(self, method: Method) -> Decoder:
+        full = None if self.job.full is None else full_attention_of(self.job.full)
+        return self._decoder(method, kind_of(full), self.job.filled_block)
+
+    def _decoder(
+        self, method: Method, kind: Callable[..., Decoder] = Decoder, block_size: int = 0
+    ) -> Decoder:
+        return kind(
             self.model,
             method.rule,
             buffer=method.buffer,
             lookahead=method.lookahead,
-            block_size=self.job.block_size,
+            block_size=block_size or self.job.block_size,
             mask_token_id=self.config.model.mask_token_id,
             context=self.config.data.sequence_length,
             batch=self.job.batch,

@@ -30,8 +30,9 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
-from llada_megatron.generate.branches import ANCHOR_ALONE, Branch, Lookahead
+from llada_megatron.generate.branches import ANCHOR_ALONE, Lookahead
 from llada_megatron.generate.buffer import ONE_BLOCK, Buffer
+from llada_megatron.generate.feed import Feed, Part
 from llada_megatron.generate.graphs import Graphs, graphs_of
 from llada_megatron.generate.methods import Method
 from llada_megatron.generate.pages import Pages
@@ -39,59 +40,9 @@ from llada_megatron.generate.prompt import BlockChanged, Event, Ids, Limits, Pro
 from llada_megatron.generate.rules import Rule
 from llada_megatron.generate.running import Running, Text
 from llada_megatron.model.inputs import ModelInputs, SoftTokens
+from llada_megatron.model.readout import Readout
 from llada_megatron.parallel import groups
 from llada_megatron.runtime import device
-
-
-@dataclass
-class Part:
-    """Rows of one version of a sequence."""
-
-    kept: int
-    """Tokens before them, whose keys are there."""
-    places: np.ndarray
-    """int64 [kept + n], where the keys of all are kept."""
-    tokens: np.ndarray
-    """int64 [n]"""
-    weights: np.ndarray
-    """float32 [n], `Change.weight_m`."""
-    rows: np.ndarray
-    """int64, which of them the head is applied to."""
-
-
-@dataclass
-class Feed:
-    """What of a sequence the next forward reads: the tokens that are not kept, up to `stop`.
-
-    Further branches on this rank follow as parts of their own: their active blocks, which see what lies in
-    front of these and not each other.
-    """
-
-    running: Running
-    stop: int
-    rows: list[np.ndarray]
-    """Positions that the rule reads, of each branch of the sequence; of none where the active blocks are not
-    reached yet."""
-    here: list[int]
-    """Which of the branches this rank reads."""
-
-    def parts(self) -> Iterator[Part]:
-        """What of the sequence is read, each behind the keys that are kept."""
-        running = self.running
-        if not self.rows:
-            yield self._part(running.anchor, running.kept, self.stop, running.places(self.stop))
-        for number, which in enumerate(self.here):
-            branch = running.branches[which]
-            kept, beside = (running.first, number - 1) if number else (running.kept, None)
-            places = running.places(branch.stop, beside)
-            yield self._part(branch, kept, branch.stop, places, self.rows[which])
-
-    def _part(
-        self, branch: Branch, kept: int, stop: int, places: np.ndarray, rows: Sequence[int] | np.ndarray = ()
-    ) -> Part:
-        here = slice(kept, stop)
-        chosen = np.asarray(rows, np.int64) - kept
-        return Part(kept, places, branch.tokens[here], self.running.weights[here], chosen)
 
 
 @dataclass
@@ -203,6 +154,11 @@ class Decoder:
         return (self.lookahead.branches + 1) // self._bp - 1
 
     @property
+    def seen_block(self) -> int:
+        """Tokens of a block up to whose end a row sees its sequence."""
+        return self.block_size
+
+    @property
     def cache_bytes(self) -> int:
         """What the keys and values take on this rank, once there was a forward."""
         return self._pool.bytes
@@ -215,11 +171,11 @@ class Decoder:
         naming it by its number, when it is its turn; `check` says so beforehand.
         """
         mine = (
-            _numbered(place, prompt)
+            numbered(place, prompt)
             for place, prompt in enumerate(prompts)
             if place % self._replicas == self._replica
         )
-        batch = _Batch(self, mine, limits)
+        batch = self._batch(mine, limits)
         try:
             yield from self._steps(batch)
         finally:
@@ -232,7 +188,7 @@ class Decoder:
 
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
-        number, prompt = _numbered(number, prompt)
+        number, prompt = numbered(number, prompt)
         running = Running(
             number,
             prompt,
@@ -250,6 +206,9 @@ class Decoder:
                 " new tokens."
             )
         return running
+
+    def _batch(self, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> _Batch:
+        return _Batch(self, prompts, limits)
 
     def _steps(self, batch: _Batch) -> Iterator[Event]:
         done: list[Result] = []
@@ -315,27 +274,28 @@ class Decoder:
         """The head's figures for the rows of this rank's parts, [N, C]. Without feeds the other replicas'
         experts are served all the same: ranks of one expert-parallel group call the model equally often.
         """
-        parts, tokens, weights, chosen, S = [], [], [], [], 0
-        for feed in feeds:
-            for part in feed.parts():
-                parts.append((part.kept, part.places))
-                tokens.append(part.tokens)
-                weights.append(part.weights)
-                chosen.append(S + part.rows)
-                S += len(part.tokens)
+        read = [part for feed in feeds for part in feed.parts()]
+        return self._call(read, self._figures.readout(self.mask_token_id))
+
+    def _call(self, read: Sequence[Part], readout: Readout) -> np.ndarray:
+        """What the head says of the chosen rows, [N, C]; of any other one where none is chosen."""
+        read, S = [*read], sum(len(part.tokens) for part in read)
         if unused := self._rows_beside(S):
-            parts.append((0, np.full(unused, self._unused_place)))
-            tokens.append(np.zeros(unused, np.int64))
-            weights.append(np.ones(unused, np.float32))
+            nothing, at = np.zeros(unused, np.int64), np.full(unused, self._unused_place)
+            read.append(Part(0, at, nothing, np.ones(unused, np.float32), nothing[:0]))
+        begins = np.cumsum([0, *(len(part.tokens) for part in read)])
+        chosen = [begin + part.rows for begin, part in zip(begins, read, strict=False)]
         outputs = np.concatenate([*chosen, [0][: not any(map(len, chosen))]]).astype(np.int64)
-        keys, positions = self._keys_of(parts)
+        keys, positions = self._keys_of([(part.kept, part.places) for part in read])
         inputs = ModelInputs(
-            tokens=torch.from_numpy(np.concatenate(tokens))[None].to(device.device()),
+            tokens=torch.from_numpy(np.concatenate([part.tokens for part in read]))[None].to(device.device()),
             positions=positions,
             keys=keys,
             outputs=torch.from_numpy(outputs).to(device.device()),
-            readout=self._figures.readout(self.mask_token_id),
-            soft=SoftTokens.of(np.concatenate(weights), self.mask_token_id, device.device()),
+            readout=readout,
+            soft=SoftTokens.of(
+                np.concatenate([part.weights for part in read]), self.mask_token_id, device.device()
+            ),
         )
         with self._without_gradients():
             output = (self.graphs or self.model)(inputs)
@@ -360,11 +320,11 @@ class Decoder:
             rows = int(most)
         return rows - S
 
-    def _keys_of(self, parts: list[tuple[int, np.ndarray]]) -> tuple[PooledKeys, torch.Tensor]:
+    def _keys_of(self, parts: list[tuple[int | slice, np.ndarray]]) -> tuple[PooledKeys, torch.Tensor]:
         """The keys and the positions of the rows, [1, S]: the last forward's, as long as no block is done."""
-        asked = [(kept, places.tobytes()) for kept, places in parts]
+        asked = [(rows, places.tobytes()) for rows, places in parts]
         if self._keys is None or self._keys[0] != asked:
-            keys = PooledKeys(self._pool, parts, self.block_size).to(device.device())
+            keys = PooledKeys(self._pool, parts, self.seen_block).to(device.device())
             self._keys = asked, keys, torch.from_numpy(keys.positions)[None].to(device.device())
         return self._keys[1:]
 
@@ -375,7 +335,8 @@ _REFUSED = {
 }
 
 
-def _numbered(place: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
+def numbered(place: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
+    """A prompt and its number: its own, or its place among the prompts."""
     prompt = prompt if isinstance(prompt, Prompt) else Prompt(prompt)
     return place if prompt.number is None else prompt.number, prompt
 

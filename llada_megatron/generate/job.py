@@ -18,6 +18,7 @@ from llada_megatron.config.foreign import parse_json
 from llada_megatron.config.schema import Config
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.generate.decoder import Decoder
+from llada_megatron.generate.full import full_attention_of, kind_of
 from llada_megatron.generate.methods import method_of
 from llada_megatron.generate.partial import PartialFile
 from llada_megatron.generate.prompt import Limits, Prompt, Result
@@ -36,6 +37,8 @@ class Job:
     tokenizer: str | None
     """Without one there are no texts."""
     new_tokens: int
+    full: Mapping[str, str] | None = None
+    """Settings of `full_attention_of`; None: blocks see no later one."""
     end_tokens: Sequence[int] = ()
     strings: Sequence[str] = ()
     max_forwards: int = 0
@@ -93,8 +96,9 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
 def decoder_of(config: Config, job: Job) -> Decoder:
     """The decoder that a job asks for, in the process groups of config.layout."""
     method = method_of(job.rule, job.settings)  # before the weights, which take longer
+    full = None if job.full is None else full_attention_of(job.full)
     (model,) = load_model(config, job.checkpoint)
-    return Decoder(
+    return kind_of(full)(
         model,
         method.rule,
         block_size=job.block_size,

@@ -1,7 +1,8 @@
 """The decoders that others are compared with: without a cache, one sequence at a time.
 
 LLaDA2.0, section 5.4: forwards over a block change the tokens that a rule says (rules/); the finished block
-is then history for the next. Each forward computes the whole sequence up to the block's end anew.
+is then history for the next. Each forward computes the whole sequence up to the block's end anew, or all of
+it where every position sees every other.
 
 Legend: L tokens of a sequence, m positions of a block.
 """
@@ -41,6 +42,8 @@ class Canvas:
     grid: BlockGrid = BlockGrid.sequence
     cu_seqlens: np.ndarray | None = None
     """int [documents + 1]: documents do not see each other; None: one document."""
+    full_from: int | None = None
+    """Every position sees every other, and blocks count from here; None: later blocks are not seen."""
 
     def boundaries(self) -> np.ndarray:
         """Edges of the documents."""
@@ -53,21 +56,27 @@ class Canvas:
         """
         edges = self.boundaries()
         edges = edges if self.grid is BlockGrid.document else edges[[0, -1]]
+        if self.full_from is not None:
+            edges = np.array([self.full_from, len(self.tokens)])
         return [
             (int(start), int(min(start + self.block_size, last)))
             for first, last in pairwise(edges)
             for start in range(first, last, self.block_size)
         ]
 
+    def reach(self, end: int) -> int:
+        """One past the last position that a block which ends at `end` sees."""
+        return end if self.full_from is None else len(self.tokens)
+
     def mask(self, end: int) -> BlockDiffusionMask:
-        """Who sees whom among the tokens before `end`, the end of a block."""
+        """Who sees whom among the tokens before `end`, the reach of a block."""
         boundaries = self.boundaries()
         return BlockDiffusionMask(
             [torch.tensor([*boundaries[boundaries < end], end])],
             min(self.block_size, end),
             block_grid=self.grid,
             clean_copy=False,
-            causal=True,
+            causal=self.full_from is None,
         )
 
 
@@ -79,15 +88,16 @@ def look(
     figures: Figures,
     weight_m: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """One forward of the canvas up to `end`: the figures of the rows from `start`, as fields of `Seen`.
+    """One forward of what the block [start, end) sees: the figures of its rows, as fields of `Seen`.
 
     weight_m: float [end - start], how much of its embedding is a token's (`Change.weight_m`); None: all. As
     `read`.
     """
-    weights = np.ones(end)
+    reach = canvas.reach(end)
+    weights = np.ones(reach)
     if weight_m is not None:
-        weights[start:] = weight_m
-    seen = canvas.tokens[:end], canvas.mask(end)
+        weights[start:end] = weight_m
+    seen = canvas.tokens[:reach], canvas.mask(reach)
     output = read(model, *seen, np.arange(start, end), figures, canvas.mask_token_id, weights)
     return figures_of(figures, output, canvas.mask_token_id)
 

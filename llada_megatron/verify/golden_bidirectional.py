@@ -1,23 +1,26 @@
 """Golden traces of samplers for models in which every position sees every other: LLaDA's and Fast-dLLM's.
 
-A forward says something of everything after the prompt, and the rule decides on one block of it.
+Forwards are those of generate/full.py, with its caches and guidance. A forward says something of all rows
+that it reads after the prompt, and the rule decides on one block of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor
 
-from llada_megatron.config.ranges import Amount, Positive
-from llada_megatron.generate.reference_loop import look
-from llada_megatron.generate.rules import Change, Draws, Figures, Rule, Seen
+from llada_megatron.config.ranges import Amount, Positive, one_of
+from llada_megatron.generate.full import CACHES, FullAttention, FullDecoder
+from llada_megatron.generate.prompt import Limits
+from llada_megatron.generate.rules import Change, Draws, Rule, Seen, figures_of
 from llada_megatron.generate.rules.filling import FactorRule, Quota, Threshold
-from llada_megatron.generate.rules.sampling import Sampled, Sampling
-from llada_megatron.generate.rules.seen import proposed
+from llada_megatron.generate.rules.sampling import RandomOrder, Sampled, Sampling
 from llada_megatron.verify.golden_trace import DENOISE, Group, Settings, Trace
+
+CACHES_OF_CASES = {"nocache": "none", "prefix": "prefix", "dual": "dual"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class FastDLLM(Settings):
     """Of Fast-dLLM's `generate`: by factor, else by threshold, else by quota; 0 stands for none."""
 
     steps: Positive
+    cache: Annotated[str, one_of(*CACHES_OF_CASES)]
     threshold: Amount = 0.0
     factor: Amount = 0.0
 
@@ -39,16 +43,21 @@ class LLaDA(Settings):
 
 
 def fast_dllm(trace: Trace, case: FastDLLM) -> np.ndarray:
-    """Each block until it has no masks; the edge case of the factor rule is as the code has it."""
+    """Each block until it has no masks; the edge case of the factor rule is as the code has it.
+
+    With a cache NVlabs' code, which has no factor, runs a block's second forward whether a mask is left or
+    not.
+    """
     starts = range(trace.prompt, len(trace.canvas.tokens), case.block_length)
     rule: Rule = Quota(1.0, max(case.steps // len(starts), 1))
     if case.factor or case.threshold:
         rule = FactorRule(case.factor, accepts_last=True) if case.factor else Threshold(case.threshold)
+    forwards = Forwards(trace, rule, case.block_length, CACHES[CACHES_OF_CASES[case.cache]])
+    least = 2 if case.cache != "nocache" and not case.factor else 1
     for start in starts:
         step = 0
-        while trace.masks(start, start + case.block_length):
-            seen = trace.seen(trace.prompt, len(trace.canvas.tokens), rule.figures, step)
-            _decide(trace, rule, seen, rule.read(seen, None)[0], start, case.block_length)
+        while trace.masks(start, start + case.block_length) or step < least:
+            forwards.step(start, step)
             step += 1
     return trace.canvas.tokens[trace.prompt :]
 
@@ -63,62 +72,87 @@ def llada(trace: Trace, case: LLaDA) -> np.ndarray:
     rule: Rule = Quota(1.0, steps)
     if case.temperature:
         rule = Sampled(rule, Sampling(case.temperature, plain_confidence=True))
+    if "rand" in trace.stored:
+        rule = RandomOrder(rule)
+    forwards = Forwards(trace, rule, case.block_length, FullAttention(cfg_scale=case.cfg_scale))
     for start in starts:
         for step in range(steps):
-            forward = len(trace.forwards)
-            seen = trace.seen(trace.prompt, len(trace.canvas.tokens), Figures.logits, step)
-            if case.cfg_scale:
-                seen = _guided(trace, seen, case.cfg_scale)
-            if case.temperature:
-                uniform = trace.stored.needed("gumbel_uniform")
-                seen = replace(seen, draws=Recorded(seed=0, uniform_mV=uniform[forward], first=trace.prompt))
-            read, _ = rule.read(seen, None)
-            if "rand" in trace.stored:
-                read = replace(read, probability_m=trace.stored["rand"][forward].double().numpy())
-            _decide(trace, rule, seen, read, start, case.block_length)
+            forwards.step(start, step)
     return trace.canvas.tokens[trace.prompt :]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded(Draws):
-    """The numbers that a sampler drew in one forward."""
+    """The numbers that a sampler drew in one forward, from position `first` on."""
 
-    uniform_mV: Tensor
+    trace: Trace = field(repr=False)
+    forward: int
     first: int
 
+    def _stored(self, name: str, position: int) -> Tensor:
+        return self.trace.stored.needed(name)[self.forward][position - self.first].double()
+
     def uniform(self, position: int, step: int, count: int) -> np.ndarray:
-        return self.uniform_mV[position - self.first, :count].double().numpy()
+        return self._stored("gumbel_uniform", position)[:count].numpy()
+
+    def order(self, position: int, step: int) -> float:
+        return float(self._stored("rand", position))
 
 
-def _guided(trace: Trace, seen: Seen, scale: float) -> Seen:
-    """Classifier-free guidance: without + (scale + 1) (with - without), where `without` is without prompt."""
-    assert seen.logits_mV is not None
-    tokens = trace.canvas.tokens.copy()
-    tokens[: trace.prompt] = trace.canvas.mask_token_id
-    canvas = replace(trace.canvas, tokens=tokens)
-    without_mV = look(trace.golden.stage, canvas, trace.prompt, len(tokens), Figures.logits)["logits_mV"]
-    logits_mV = without_mV + (scale + 1) * (seen.logits_mV - without_mV)
-    choice_m, probability_m = proposed(logits_mV, seen.mask_token_id)
-    return replace(seen, logits_mV=logits_mV, choice_m=choice_m, probability_m=probability_m)
+class Forwards:
+    """What the decoder for such models says of a trace's canvas, forward by forward."""
 
+    def __init__(self, trace: Trace, rule: Rule, block_length: int, full: FullAttention) -> None:
+        self.trace, self.rule, self.block_length = trace, rule, block_length
+        self.decoder = FullDecoder(
+            trace.golden.stage,
+            rule,
+            block_size=block_length,
+            mask_token_id=trace.canvas.mask_token_id,
+            context=len(trace.canvas.tokens),
+            batch=1,
+            full=full,
+        )
+        prompt, new_tokens = np.split(trace.canvas.tokens, [trace.prompt])
+        self.running = self.decoder.check(0, prompt, Limits(len(new_tokens)))
+        self.decoder.take_room(self.running)
+        trace.canvas = replace(trace.canvas, tokens=self.running.tokens)
 
-def _decide(trace: Trace, rule: Rule, seen: Seen, read: Seen, start: int, length: int) -> None:
-    """Let the rule decide on one block of what a forward said."""
-    block = slice(start - seen.first, start - seen.first + length)
-    arrays = ("tokens_m", "is_prompt_m", "is_masked_m", "choice_m", "probability_m")
-    part = replace(read, **{name: getattr(read, name)[block] for name in arrays})
-    tokens_m = seen.tokens_m.copy()
-    tokens_m[block] = rule.decide(part, None).tokens_m
-    trace.record(DENOISE, 0, read, Change(tokens_m, is_done=False), seen.is_masked_m)
+    def step(self, start: int, step: int) -> None:
+        """One forward of the block that begins at `start`, and what the rule makes of it."""
+        trace, stop = self.trace, start + self.block_length
+        tokens, mask = trace.canvas.tokens, trace.canvas.mask_token_id
+        fed = self.decoder.full.read(step, start, stop, len(tokens))
+        first = max(fed.start, trace.prompt)
+        output = self.decoder.look(self.running, fed, np.arange(first, fed.stop))
+        tokens_m = tokens[first : fed.stop].copy()
+        seen = Seen(
+            tokens_m,
+            np.zeros(len(tokens_m), bool),
+            tokens_m == mask,
+            **figures_of(self.rule.figures, output, mask),
+            step=step,
+            first=first,
+            mask_token_id=mask,
+            draws=Recorded(seed=0, trace=trace, forward=len(trace.forwards), first=trace.prompt),
+            must_fill=True,
+        )
+        read, _ = self.rule.read(seen, None)
+        block = slice(start - first, stop - first)
+        arrays = ("tokens_m", "is_prompt_m", "is_masked_m", "choice_m", "probability_m")
+        part = replace(read, **{name: getattr(read, name)[block] for name in arrays})
+        changed_m = tokens_m.copy()
+        changed_m[block] = self.rule.decide(part, None).tokens_m
+        trace.record(DENOISE, fed.start, read, Change(changed_m, is_done=False), seen.is_masked_m)
 
 
 def _other_cache(case: dict[str, Any]) -> str | None:
     cache = case.get("cache")
-    return None if cache == "nocache" else f"cache {cache}"
+    return None if cache in CACHES_OF_CASES else f"cache {cache}"
 
 
 GROUPS = {
     "fastdllm": Group(FastDLLM, fast_dllm, sees_all=True, unserved=_other_cache),
     "llada_generate": Group(LLaDA, llada, sees_all=True),
 }
-"""Of cases that are served: a cache that is no longer true is not."""
+"""Of cases that are served."""

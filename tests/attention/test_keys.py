@@ -1,12 +1,15 @@
 """Rows against kept keys are the same rows of a full forward; values may be narrower or wider than keys."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, select_backend
+from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, select_backend, varlen
 from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
+from tests.attention.dense_varlen import dense_varlen
 
 L = 24
 EXECUTORS = ("reference", "portable")
@@ -58,6 +61,38 @@ def test_rows_with_kept_keys_equal_those_of_each_sequence_alone(
         assert torch.equal(keys.of(key, value, 2, None)[0][0], 2 * keys.of(key, value, 1, None)[0][0])
     # What was written stays: the rows of a next forward find it.
     assert torch.equal(pool.of_layer(1, key, value)[0][torch.from_numpy(asked[0][1])[-1]], rows[0][1][-1, 0])
+
+
+SLICES = {
+    "all": [slice(0, 24)],
+    "a few within": [slice(8, 16)],
+    "several": [slice(8, 16), slice(0, 8), slice(3, 19), slice(16, 20)],
+    "long ones": [slice(100, 132), slice(0, 70), slice(60, 64)],
+}
+
+
+@pytest.mark.parametrize("backend", [*EXECUTORS, partial(varlen.varlen_attention, kernel=dense_varlen)])
+@pytest.mark.parametrize("rows", list(SLICES))
+def test_rows_of_full_attention_see_every_key_of_their_sequence_and_of_no_other(rows, backend) -> None:
+    pool, of_rows, expected, asked, at = KeyPool(500), [], [], [], 0
+    places = np.random.default_rng(3).permutation(500) if len(SLICES[rows]) > 1 else np.arange(7, 500)
+    for part in SLICES[rows]:
+        length = part.stop + 11
+        mask = BlockDiffusionMask([torch.tensor([0, length])], length, clean_copy=False)
+        query, key, value = tensors(mask, value_dim=8)
+        expected.append(block_diffusion_attention(query, key, value, mask, "reference")[part])
+        own = places[at : at + length]
+        for pooled, seen in zip(pool.of_layer(1, key, value), (key, value), strict=True):
+            pooled[torch.from_numpy(own)] = seen[:, 0]
+            pooled[torch.from_numpy(own[part])] = 100.0  # of another forward: the rows bring their own
+        of_rows.append([tensor[part] for tensor in (query, key, value)])
+        asked.append((part, own))
+        at += length
+    keys = PooledKeys(pool, asked, 200)
+    assert keys.positions.tolist() == [at for part in SLICES[rows] for at in range(part.start, part.stop)]
+    query, key, value = (torch.cat(tensors) for tensors in zip(*of_rows, strict=True))
+    found = block_diffusion_attention(query, *keys.of(key, value, 1, None), keys.rectangle, backend)
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("value_dim", [3, 8, 12])

@@ -13,16 +13,17 @@ FEW = ["--prompt-tokens", "20", "--new-tokens", "12", "--batch", "2", "--block-s
 SMALL = ["model=tiny", "data.sequence_length=64"]
 
 
-def measured(json_file: Path, change: int) -> int:
+def measured(json_file: Path, change: int, *options: str) -> int:
     """The exit code of the verb, where the loop without a cache says another last token by `change`."""
 
     def changed(*arguments):
-        result = recomputed(*arguments)
-        result.tokens[11] += change
-        return result
+        tokens = uncached(*arguments)
+        tokens[11] += change
+        return tokens
 
-    recomputed, decode.recomputed = decode.recomputed, changed
-    return cli.main(["bench", "decode", "--rules", "threshold,lopa", *FEW, "--json", str(json_file), *SMALL])
+    uncached, decode.uncached = decode.uncached, changed
+    rules = ["--rules", "threshold,lopa"] if not options else ["--rules", "threshold,factor"]
+    return cli.main(["bench", "decode", *rules, *FEW, *options, "--json", str(json_file), *SMALL])
 
 
 @pytest.mark.parametrize("change", [0, 1])
@@ -37,6 +38,16 @@ def test_equal_tokens_come_first(tmp_path, change):
         assert one["speedup"] == pytest.approx(one["tokens_per_sec"] / one["uncached_tokens_per_sec"])
         assert one["batch_speedup"] == pytest.approx(one["batch_tokens_per_sec"] / one["tokens_per_sec"])
         assert one["batch"] == 2 and one["share_of_bound"] > 0
+
+
+@pytest.mark.parametrize(("options", "code"), [([], 1), (["--cache", "dual"], 0)], ids=["exact", "dual"])
+def test_tokens_of_a_cache_that_is_an_approximation_may_differ(tmp_path, options, code):
+    file = tmp_path / "decode.json"
+    assert run_ranks(measured, file, 1, "--full-attention", *options) == [code]
+    record = json.loads(file.read_text())
+    assert record["is_exact"] is bool(code)
+    agreement = record["rules"][0]["agreement"]
+    assert agreement == pytest.approx(11 / 12) if code else 0 <= agreement < 1
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ def test_the_options_are_the_settings_of_all_rules():
         (["--prompt", "a", "--rule", "factor", "--threshold", "0.5"], "threshold"),
         (["--prompt", "a", "--batch", "0"], "--batch 0: give at least 1."),
         (["--prompt", "a", "--block-size", "0"], "--block-size 0: give at least 1."),
+        (["--prompt", "a", "--cache", "dual"], "--cache: blocks of this model see no later one"),
+        (["--prompt", "a", "--rule", "entropy", "--random-order", "true"], "Rule entropy goes by entropies"),
         (["--prompt", "a", "--max-cached-tokens", "8"], "takes 32 cached tokens"),
         (["--prompt", "a", "--cuda-graphs"], "CUDA graphs (--cuda-graphs) need a CUDA device, this is a CPU"),
         (["--prompt", "a", "layout.pp=2"], "Decoding serves tp, ep and dp, not pp: set layout.pp=1."),
@@ -159,6 +161,59 @@ def test_an_autoregressive_checkpoint_is_refused_and_another_block_size_is_a_war
             block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **change)), None)
     assert block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **change)), 8) == 8
     assert "that of autoregressive models: what follows means little" in capsys.readouterr().err
+
+
+def full_checkpoint(block_size=4):
+    """A checkpoint of the old run, as if its last stage had blocks of its whole sequences of 4 tokens."""
+    from dataclasses import replace
+
+    from llada_megatron.record.manifest import find
+
+    checkpoint = find(str(OLD / "run"))
+    config = checkpoint.manifest.config
+    changed = {**config, "data": {**config["data"], "sequence_length": 4}}
+    return replace(checkpoint, manifest=replace(checkpoint.manifest, config=changed, block_size=block_size))
+
+
+def full_arguments(*given):
+    import argparse
+
+    from llada_megatron.commands import full_attention
+
+    parser = argparse.ArgumentParser()
+    full_attention.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_what_the_last_stage_or_an_option_says_is_decoded_with_full_attention(capsys):
+    from llada_megatron.commands.full_attention import is_full, settings_for
+    from llada_megatron.commands.generate import block_size_for
+    from llada_megatron.config.errors import BadInput
+
+    assert is_full(full_checkpoint()) and not is_full(full_checkpoint(2)) and not is_full(full_checkpoint(0))
+    every = full_arguments("--cache", "dual", "--cache-warmup", "2", "--cfg-scale", "1")
+    expected = {"cache": "dual", "warmup": "2", "cfg_scale": "1"}
+    assert settings_for(every, full_checkpoint()) == expected
+    assert settings_for(full_arguments(), full_checkpoint()) == {}
+    assert settings_for(full_arguments(), full_checkpoint(2)) is None
+    for checkpoint in (full_checkpoint(2), None):
+        with pytest.raises(BadInput, match="--cache, --cache-warmup, --cfg-scale: blocks of this model see"):
+            settings_for(every, checkpoint)
+    assert capsys.readouterr().err == ""
+    assert settings_for(full_arguments("--full-attention"), full_checkpoint(0)) == {}
+    assert capsys.readouterr().err == ""
+    assert settings_for(full_arguments("--full-attention"), full_checkpoint(2)) == {}
+    assert "the model was trained with blocks of 2 last, which see no later one" in capsys.readouterr().err
+    assert block_size_for(full_checkpoint(), None, is_full=True) == 4  # no part of a context is larger
+    assert block_size_for(full_checkpoint(0), None, is_full=True) == 4
+    assert block_size_for(full_checkpoint(), 2, is_full=True) == 2 and capsys.readouterr().err == ""
+
+
+def test_full_attention_is_asked_for_with_its_cache(run, capsys):
+    arguments = ["generate", run, "--prompt", "a", "--max-new-tokens", "6", "--full-attention"]
+    assert cli.main([*arguments, "--cache", "dual", "--cfg-scale", "0.5"]) == 0
+    said = capsys.readouterr()
+    assert "1 prompt, " in said.err and said.out.strip()
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,17 @@ def test_texts_are_those_of_each_decoding_and_what_is_written_is_not_asked_again
     assert again[GENERATE, "quota,threshold=0.05", "t", 0]["tokens"] != [1]
     whole = answered(model, job, list(found.values()))
     assert whole == found
+
+
+def test_texts_of_full_attention_are_filled_in_its_blocks_and_with_its_cache(model):
+    prompt, options = prompt_of(9), {"rules": ["quota"], "settings": {"threshold": ["0.05"]}}
+    text = Generation(GENERATE, "t", 0, "", prompt.tolist(), new_tokens=7)
+    expected = np.append(prompt, np.full(7, MASK))
+    rule = rule_of("quota", {"threshold": 0.05})
+    _, forwards = reference_loop(model, Canvas(expected, 4, MASK, full_from=9), rule)
+    job = job_of(CONTEXT, generations=[text], filled_block=4, full={}, **options)
+    (answer,) = answered(model, job).values()
+    assert answer["tokens"] == expected[9:].tolist() and answer["forwards"]["denoise"] == forwards
+    (other,) = answered(model, replace(job, full={"cfg_scale": "2"})).values()
+    assert other["tokens"] != answer["tokens"]
+    assert replace(job, full={"cache": "dual"}).identity != job.identity

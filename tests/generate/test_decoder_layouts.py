@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.generate import Decoder, Limits, Result
+from llada_megatron.generate import Limits, Result
+from llada_megatron.generate.full import FullAttention, kind_of
 from llada_megatron.generate.methods import method_of
 from llada_megatron.parallel import groups
 from tests.distributed import run_ranks
@@ -19,13 +20,15 @@ FIRST_IS_LONGEST = (60, 1, 3)
 """Of two replicas one has nothing to do for a long time."""
 
 
-def decoded(lengths: tuple[int, ...], rule: str, overrides: list[str]) -> Any:
+def decoded(
+    lengths: tuple[int, ...], rule: str, overrides: list[str], full: FullAttention | None = None
+) -> Any:
     """Of each prompt its tokens and forwards, as this rank knows them; and the forwards of this replica."""
     config = settings(*overrides)
     torch.set_num_threads(1)
     groups.initialize(config.layout)
     method = method_of(rule, {"threshold": "0.05"})
-    decoder = Decoder(
+    decoder = kind_of(full)(
         tiny(config),
         method.rule,
         buffer=method.buffer,
@@ -72,6 +75,18 @@ def test_drawn_tokens_and_edits_are_those_of_one_process():
             layout = ["layout.processes=2", "layout.global_batch=4", *overrides]
             for results, _ in run_ranks(decoded, LENGTHS, rule, layout, processes=2):
                 assert results == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["layout.tp=2"], ["layout.ep=2"]], ids=["dp2", "tp2", "ep2"])
+@pytest.mark.parametrize("lengths", [LENGTHS, FIRST_IS_LONGEST], ids=["even", "uneven"])
+def test_full_attention_decodes_the_tokens_of_one_process(lengths, overrides):
+    full = FullAttention(before=3, after=2, cfg_scale=0.5)
+    ((alone, _),) = run_ranks(decoded, lengths, "threshold", ["layout.global_batch=4"], full)
+    layout = ["layout.processes=2", "layout.global_batch=4", *overrides]
+    found = run_ranks(decoded, lengths, "threshold", layout, full, processes=2)
+    assert all(results == alone for results, _ in found)
+    assert len({forwards for _, forwards in found}) == 1  # equally often, whoever has work
 
 
 @pytest.mark.parametrize("axis", ["pp", "cp"])

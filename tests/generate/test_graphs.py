@@ -19,6 +19,7 @@ from llada_megatron.attention.keys import KeyPool, PooledKeys
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.generate import Decoder, Limits
+from llada_megatron.generate.full import CACHES, FullDecoder
 from llada_megatron.generate.graphs import Graphs, missing_requirement, room_for
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.model.experts import keep_on_device
@@ -99,6 +100,20 @@ def test_tokens_of_replayed_forwards_are_those_of_the_model_itself(name, batch):
     # read in part are one tensor more: a graph of their own.
     assert ours.graphs.captured <= batch * (2 if name == "soft" else 1)
     assert plain.counts.forwards > ours.graphs.replayed > 2 * ours.graphs.captured
+
+
+def test_full_attention_and_its_stale_keys_are_those_of_the_model_itself():
+    model, limits = built(), Limits(new_tokens=13)
+    prompts = [prompt_of(length) for length in LENGTHS]
+    options: dict[str, Any] = {"rule": rule_of("threshold", {"threshold": 0.05}), "block_size": 4}
+    options |= {"mask_token_id": MASK, "context": CONTEXT, "batch": 2, "full": CACHES["dual"]}
+    expected = FullDecoder(model, **options).results(prompts, limits)
+    keep_on_device(model)
+    ours = FullDecoder(model, **options)
+    ours.graphs = Graphs(model, capture=taped)
+    for result, other in zip(ours.results(prompts, limits), expected, strict=True):
+        np.testing.assert_array_equal(result.tokens, other.tokens)
+    assert ours.graphs.replayed == ours.counts.forwards > ours.graphs.captured
 
 
 def test_a_graph_serves_other_places_positions_and_lengths():

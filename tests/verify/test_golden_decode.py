@@ -18,14 +18,14 @@ from llada_megatron.verify.golden_set import Stored, load
 
 DECODE = Path(__file__).parents[1] / "golden_decode"
 CASES = json.loads((DECODE / "cases.json").read_text())["cases"]
-UNSERVED = {"fastdllm_dual_b16_t70"}
 LOPA = "lopa_pipelined_b16_k0"
-HF, EDIT, DINFER, SGLANG, FULL = (
+HF, EDIT, DINFER, SGLANG, FULL, DUAL = (
     "hf_steps3_b8_t95",
     "edit_b8_t95_e50_post0",
     "dinfer_thr_b8_t50_p19",
     "sgl_low_b8_t50_p24",
     "fastdllm_factor_nocache_b16_f2",
+    "fastdllm_dual_b16_t70",
 )
 
 
@@ -52,7 +52,7 @@ def checked(golden, name, *, case=lambda case: None, tensors=lambda tensors: Non
     return check_case(replace(golden, stored=Stored(stored, set())), name, described)
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - UNSERVED))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_the_public_sampler_is_replayed_forward_by_forward(golden, name):
     result = checked(golden, name)
     assert isinstance(result, CaseResult) and result.passed, result
@@ -60,7 +60,7 @@ def test_the_public_sampler_is_replayed_forward_by_forward(golden, name):
 
 
 def test_what_is_not_served_is_listed_and_not_counted(one_process, tmp_path):
-    names = {HF, LOPA, *UNSERVED}
+    names = {HF, LOPA}
     described = json.loads((DECODE / "cases.json").read_text())
     described["cases"] = {name: CASES[name] for name in sorted(names)}
     described["cases"][LOPA] |= {"use_full_attention": True}
@@ -71,7 +71,6 @@ def test_what_is_not_served_is_listed_and_not_counted(one_process, tmp_path):
     report = check(tmp_path, DECODE.parent / "golden")
     assert [case.name for case in report.cases] == [HF] and report.passed
     assert sorted(report.not_served) == [
-        "fastdllm_dual_b16_t70 (cache dual)",
         "lopa_pipelined_b16_k0 (use_full_attention)",
     ]
     assert not report.derived and not report.unknown
@@ -114,6 +113,8 @@ def cut(name, rows):
         (DINFER, {"case": {"kv_cache": False}}, {"forwards", "tokens"}),
         (SGLANG, {"case": {"algorithm_config": {}}}, {"forwards", "tokens"}),
         (FULL, {"case": {"factor": 1.0}}, {"forwards", "tokens"}),
+        (DUAL, {"case": {"cache": "prefix"}}, {"forwards", "tokens"}),
+        (DUAL, {"case": {"cache": "nocache"}}, {"forwards", "tokens"}),
     ],
 )
 def test_each_quantity_fails_where_it_is_another(golden, name, change, fails):
@@ -157,5 +158,10 @@ def test_a_setting_of_the_rule_that_nobody_knows_is_not_passed_over(golden):
     assert result == f"{SGLANG} (algorithm_config top_n)"
 
 
+def test_a_cache_that_nobody_knows_is_not_passed_over(golden):
+    result = checked(golden, DUAL, case=lambda case: case.update(cache="triple"))
+    assert result == f"{DUAL} (cache triple)"
+
+
 def test_every_served_group_has_a_case_here():
-    assert {CASES[name]["group"] for name in CASES.keys() - UNSERVED} == GROUPS.keys()
+    assert {CASES[name]["group"] for name in CASES} == GROUPS.keys()

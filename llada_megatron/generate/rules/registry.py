@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from llada_megatron.config.errors import BadInput
@@ -20,8 +20,8 @@ from llada_megatron.generate.rules.filling import (
 )
 from llada_megatron.generate.rules.insertion import InDel
 from llada_megatron.generate.rules.remasking import Capped, Rescaled, Unsure
-from llada_megatron.generate.rules.sampling import Sampled, Sampling
-from llada_megatron.generate.rules.seen import Rule
+from llada_megatron.generate.rules.sampling import RandomOrder, Sampled, Sampling
+from llada_megatron.generate.rules.seen import Figures, Rule
 
 RULES: dict[str, type[Rule]] = {
     "threshold": Threshold,
@@ -73,12 +73,16 @@ def rule_of(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
     rule, sampling = RULES[name](**values), Sampling(**drawing)
     check_values(rule)
     check_values(sampling)
+    if sampling.random_order and rule.figures is Figures.entropy:
+        raise BadInput(
+            f"Rule {name} goes by entropies: random_order=true needs one that goes by probabilities."
+        )
     if sampling.temperature:
-        return Sampled(rule, sampling)
-    if sampling != Sampling():
-        idle = " and ".join(key for key in drawing if key != "temperature")
+        rule = Sampled(rule, sampling)
+    elif replace(sampling, random_order=False) != Sampling():
+        idle = " and ".join(key for key in drawing if key not in ("temperature", "random_order"))
         raise BadInput(f"Nothing is drawn at temperature 0: give one above 0 with {idle}.")
-    return rule
+    return RandomOrder(rule) if sampling.random_order else rule
 
 
 def settings_in(kind: type) -> dict[str, Setting]:

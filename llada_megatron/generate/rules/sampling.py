@@ -1,4 +1,4 @@
-"""Drawn tokens in the place of the most probable ones, before any rule.
+"""What is drawn before any rule looks: tokens in the place of the most probable ones, and an order.
 
 Legend: n drawn positions of a block, V vocabulary.
 """
@@ -25,7 +25,7 @@ from llada_megatron.generate.rules.seen import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; at temperature 0 they are not."""
+    """How tokens are drawn; at temperature 0 they are not. And whether their order is."""
 
     temperature: Amount = 0.0
     top_k: Count = 0
@@ -35,6 +35,9 @@ class Sampling:
     plain_confidence: bool = False
     """A rule judges the model's own probability and entropy, as in LLaDA's `generate`; else those of what
     is drawn from, as in LLaDA2's."""
+    random_order: bool = False
+    """A rule judges a uniform number in the place of each mask's probability, as `remasking="random"` of
+    LLaDA's `generate` has it."""
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,33 @@ def _uniform(draws: Draws, positions_n: np.ndarray, step: int, count: int) -> np
     """float64 [n, count]."""
     rows = [draws.uniform(int(position), step, count) for position in positions_n]
     return np.stack(rows) if rows else np.zeros((0, count))
+
+
+@dataclass(frozen=True)
+class RandomOrder(Rule):
+    """A rule for which the probability of a masked position is a uniform number, a function of
+    (seed, prompt, position, step).
+
+    With `Quota(1.0, steps)` it is LLaDA's (arXiv 2502.09992) `remasking="random"`: so many masks are filled,
+    whichever they are.
+    """
+
+    rule: Rule
+
+    @property
+    def figures(self) -> Figures:
+        return self.rule.figures
+
+    @property
+    def edits(self) -> bool:
+        return self.rule.edits
+
+    def read(self, seen: Seen, state: Any) -> tuple[Seen, Any]:
+        seen, state = self.rule.read(seen, state)
+        probability_m = seen.probability_m.copy()
+        for place in np.flatnonzero(seen.is_masked_m):
+            probability_m[place] = seen.draws.order(seen.first + int(place), seen.step)
+        return replace(seen, probability_m=probability_m), state
+
+    def decide(self, seen: Seen, state: Any) -> Change:
+        return self.rule.decide(seen, state)

@@ -61,6 +61,10 @@ class Draws:
         """A number in [0, 1) that no token is drawn with."""
         return float(generator(self.seed, Purpose.REMASKING, self.prompt, position, step).random())
 
+    def order(self, position: int, step: int) -> float:
+        """One more of the same position and forward, which no `uniform` shares."""
+        return generator(self.seed, Purpose.DECODING_ORDER, self.prompt, position, step).random()
+
 
 @dataclass(frozen=True)
 class Seen:
