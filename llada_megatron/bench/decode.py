@@ -72,7 +72,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
 
     Without a checkpoint the weights are a run's first. Raises BadInput for prompts that do not fit.
     """
-    rules = {name: rule_of(name) for name in setting.rules}
+    rules = {name: rule_of(name, of_checkpoint=config.levenshtein.orders) for name in setting.rules}
     length = config.data.sequence_length
     if setting.prompt_tokens + setting.new_tokens > length:
         raise BadInput(

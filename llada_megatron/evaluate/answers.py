@@ -302,7 +302,8 @@ class Answering:
     def _rule(self, decoding: Decoding, asked: Generation) -> Rule:
         settings = {**asked.sampling, **decoding.settings}
         is_drawn = float(settings.get("temperature", 0)) > 0
-        return rule_of(decoding.rule, settings if is_drawn else decoding.settings)
+        chosen = settings if is_drawn else decoding.settings
+        return rule_of(decoding.rule, chosen, self.config.levenshtein.orders)
 
     def _limits(self, asked: Generation) -> Limits:
         return Limits(asked.new_tokens, self.job.end_tokens, asked.strings, self.job.max_forwards)

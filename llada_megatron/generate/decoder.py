@@ -151,6 +151,11 @@ class Decoder:
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
         number, prompt = _numbered(number, prompt)
+        if len(prompt.draft) and not self.rule.edits:
+            raise BadInput(
+                f"Prompt {number} has a draft, which this rule would leave as it is: give one that edits,"
+                " joint or indel."
+            )
         running = Running(
             number,
             prompt,

@@ -62,6 +62,13 @@ class Running:
         self.tokens = np.full(length, mask_token_id, np.int64)
         self.tokens[: len(given)] = given
         self.is_given = self.tokens != mask_token_id
+        draft = np.asarray(prompt.draft, np.int64)
+        if len(draft) > self.wanted - len(given):
+            raise BadInput(
+                f"Prompt {number} has a draft of {len(draft)} tokens, and {self.wanted - len(given)} new ones"
+                " are wanted: ask for more, or shorten it."
+            )
+        self.tokens[len(given) : len(given) + len(draft)] = draft
         self.decided_at = np.zeros(length, np.int64)
         self.is_edited = np.zeros(length, bool)
         self.forwards: Counter[str] = Counter()
