@@ -185,7 +185,7 @@ FAULTS = [
     (["--tasks", "writes", "--rule", "factor", "--threshold", "0.5"], "threshold is no setting of factor"),
     (
         [
-            *"--tasks writes --rule indel --limit 1".split(),
+            *["--tasks", "writes", "--rule", "indel", "--limit", "1"],
             "levenshtein.delete_token_id=258",
             "levenshtein.split_token_id=257",
         ],
