@@ -1,7 +1,7 @@
 """Levenshtein labels: what to do at each position of a draft so that it becomes its target; numpy alone.
 
-Draft and target of a block have the same number m of tokens. Their longest common subsequence (LLaDA2.2)
-gives pairs of equal tokens; between two neighbouring pairs lie p tokens of the draft and q of the target:
+Draft and target of a block have the same number m of tokens. Their longest common subsequence (LLaDA2.2),
+of several one with the fewest orders, gives pairs of equal tokens; between two neighbouring pairs lie p tokens of the draft and q of the target:
 
     KEEP        a paired token, with p >= q before it           label: the token
     SPLIT       a paired token, with p < q before it            label: the split token
