@@ -1,7 +1,8 @@
 """Levenshtein labels: what to do at each position of a draft so that it becomes its target; numpy alone.
 
 Draft and target of a block have the same number m of tokens. Their longest common subsequence (LLaDA2.2),
-of several one with the fewest orders, gives pairs of equal tokens; between two neighbouring pairs lie p tokens of the draft and q of the target:
+of several one with the fewest orders, gives pairs of equal tokens; between two neighbouring pairs lie p
+tokens of the draft and q of the target:
 
     KEEP        a paired token, with p >= q before it           label: the token
     SPLIT       a paired token, with p < q before it            label: the split token
@@ -48,7 +49,7 @@ def paired_with(draft_Km: np.ndarray, target_Km: np.ndarray) -> np.ndarray:
     """For each token of the draft the place of its equal in the target, int64 [K, m], -1 for none.
 
     Of the longest common subsequences one that leaves the fewest tokens to delete and to make room for, so
-    that a mask is filled where it stands though its neighbours are alike; of several the first from the front.
+    that a mask is filled where it stands though its neighbours are alike; of several the first one.
     """
     K, m = draft_Km.shape
     equal_Kmm = draft_Km[:, :, None] == target_Km[:, None, :]
