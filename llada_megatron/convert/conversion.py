@@ -139,9 +139,8 @@ def mcore_to_hf(
     types = _types(entries, shards, dtype)
     written, notes = _written_type(types)
     positions = manifest.config_of_weights.get("data", {}).get("sequence_length")
-    described = config_json.describe(
-        plain, architecture, came_as, written, positions, manifest.block_size, _orders(manifest)
-    )
+    of_run = positions, manifest.block_size, _orders(manifest)
+    described = config_json.describe(plain, architecture, came_as, written, *of_run)
     notes += config_json.changes(_optional_json(folder, "config.json"), described, positions)
     if model.lora.rank:
         notes.append(f"adapters of rank {model.lora.rank} were added to their weights")
