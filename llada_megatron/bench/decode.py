@@ -82,7 +82,8 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
 
     Without a checkpoint the weights are a run's first. Raises BadInput for prompts that do not fit.
     """
-    methods = {name: method_of(name) for name in setting.rules}
+    orders = config.levenshtein.orders
+    methods = {name: method_of(name, of_checkpoint=orders) for name in setting.rules}
     is_exact = setting.full is None or full_attention_of(setting.full).is_exact
     length = config.data.sequence_length
     if setting.prompt_tokens + setting.new_tokens > length:

@@ -34,6 +34,8 @@ RULE_SETTINGS = (
 """Of all rules and methods (generate/methods.py), whose module takes torch along."""
 NO_TOKENIZER = "no tokenizer.json came with the checkpoint: set data.tokenizer, or give `tokens`"
 READS = "a line is an object with `prompt` (text), `messages` (a chat) or `tokens` (ids)"
+DRAFT = "draft"
+"""Of a line: text or ids to mend, where a rule that edits begins instead of with masks."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +123,8 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, d
     records = [{"prompt": text} for text in args.prompt] if args.prompt else _records(args.input)
     tokenizer = encoder.tokenizer if encoder else _tokenizer(job["tokenizer"])
     prompts = [_tokens(number, each, tokenizer, encoder, config) for number, each in enumerate(records)]
+    drafts = [_draft(number, each, tokenizer, config) for number, each in enumerate(records)]
+    job |= {"drafts": drafts} if any(drafts) else {}
     return config, job | {"records": records, "prompts": prompts, "output": args.output, "batch": args.batch}
 
 
@@ -311,18 +315,36 @@ def _tokens(
 
     try:
         if "tokens" in record:
-            ids, limit = record["tokens"], config.model.vocab_size
-            if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < limit for each in ids):
-                raise BadInput(f"`tokens` is no list of ids below {limit}")
-            return ids
+            return _ids(record, "tokens", config)
         if "messages" in record and encoder is None:
             raise BadInput("it is a chat: give --chat")
         if encoder is not None:
             return encoder.prompt(messages_to_answer(record))
-        if tokenizer is None:
-            raise BadInput(NO_TOKENIZER)
-        if not isinstance(record["prompt"], str):
-            raise BadInput("`prompt` is not text")
-        return tokenizer.encode(record["prompt"])
+        return _encoded(record, "prompt", tokenizer)
     except BadInput as fault:
         raise BadInput(f"Prompt {number}: {str(fault).removesuffix('.')}.") from None
+
+
+def _draft(number: int, record: dict[str, Any], tokenizer: Tokenizer | None, config: Config) -> list[int]:
+    """A draft's ids, none where there is none; BadInput, with its number, for what is no draft."""
+    try:
+        if isinstance(record.get(DRAFT), list):
+            return _ids(record, DRAFT, config)
+        return _encoded(record, DRAFT, tokenizer) if DRAFT in record else []
+    except BadInput as fault:
+        raise BadInput(f"Prompt {number}: {str(fault).removesuffix('.')}.") from None
+
+
+def _ids(record: dict[str, Any], key: str, config: Config) -> list[int]:
+    ids, limit = record[key], config.model.vocab_size
+    if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < limit for each in ids):
+        raise BadInput(f"`{key}` is no list of ids below {limit}")
+    return ids
+
+
+def _encoded(record: dict[str, Any], key: str, tokenizer: Tokenizer | None) -> list[int]:
+    if tokenizer is None:
+        raise BadInput(NO_TOKENIZER)
+    if not isinstance(record[key], str):
+        raise BadInput(f"`{key}` is not text")
+    return tokenizer.encode(record[key])

@@ -24,3 +24,10 @@ class LevenshteinConfig:
     """Share of the target's visible tokens that a draft has a wrong one for."""
     visible_weight: Amount = 1.0
     """Of a position that holds a token in the draft, beside the weight of a masked one."""
+
+    @property
+    def orders(self) -> dict[str, int]:
+        """Both rows by the names that rule `indel` has for them; empty for a model without."""
+        if not self.delete_token_id and not self.split_token_id:
+            return {}
+        return {"delete_id": self.delete_token_id, "split_id": self.split_token_id}

@@ -17,6 +17,8 @@ from llada_megatron.convert.rope_json import is_number
 
 QUANTIZATION = "quantization_config"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ORDERS = ("delete_token_id", "split_token_id")
+"""Keys of ours, for rows that text never holds (docs/levenshtein.md); both, or the model has none."""
 LONGEST = rope_json.LONGEST
 FULL_ATTENTION = "full_attention"
 _TYPES = get_type_hints(ModelConfig)
@@ -54,6 +56,17 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
     except BadInput as error:
         raise BadInput(f"{where} describes a model that cannot be built: {error}") from None
     return model
+
+
+def orders_of(described: dict[str, Any], vocab_size: int, where: str) -> dict[str, int]:
+    """The ids of ORDERS that a config.json says, or none; raises BadInput for one that is no row."""
+    if all(described.get(key) is None for key in ORDERS):
+        return {}
+    found = {key: _typed(described.get(key), int, key, where) for key in ORDERS}
+    if max(found.values()) >= vocab_size:
+        said = " and ".join(f"{key}={value}" for key, value in found.items())
+        raise BadInput(f"{where} sets {said}: both must be below vocab_size={vocab_size}.")
+    return found
 
 
 def unread(described: dict[str, Any], where: str) -> list[str]:
@@ -96,18 +109,20 @@ def describe(
     dtype: str,
     positions: int | None,
     block_size: int = 0,
+    orders: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """config.json of a model under an architecture that can express it, else BadInput.
 
     `carried` is the config.json that the model came with, empty where there was none: under the same
     architecture only what differs is changed. `positions` is the longest sequence where it does not say;
     `block_size` that of the last stage, which a model with block routing must be decoded with; 0: unknown.
+    `orders` are the ids of ORDERS where the run says them.
     """
     family = family_of(architecture, "--architecture")
     _require_expressible(model, architecture, family)
     same = architecture_of(carried) == architecture
     values = {row.theirs: getattr(model, row.ours) for row in family.rows}
-    values |= family.keys(model, carried if same else {})
+    values |= family.keys(model, carried if same else {}) | (orders or {})
     if model.expert_capacity and block_size:
         values[BLOCK_SIZE] = block_size
     values |= dict.fromkeys(

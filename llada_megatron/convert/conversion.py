@@ -70,6 +70,7 @@ def hf_to_mcore(
     token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
     where = f"{source}/config.json"
     model = config_json.model_config(described, token_id, where)
+    orders = config_json.orders_of(described, model.vocab_size, where)
     architecture = config_json.architecture_of(described)
     family = family_of(architecture, source)
     layout = family.layout_of(files.tensors)
@@ -100,7 +101,8 @@ def hf_to_mcore(
                 "tensors_sha256": tensors_digest(certificate.hugging_face),
             }
             blocks = (described.get(BLOCK_SIZE) or 0) if model.expert_capacity else 0
-            manifest = Manifest(config={"model": asdict(model)}, block_size=blocks, lineage=lineage)
+            config = {"model": asdict(model)} | ({"levenshtein": orders} if orders else {})
+            manifest = Manifest(config=config, block_size=blocks, lineage=lineage)
             publish.finish(aside, target, manifest)
     return certificate
 
@@ -137,7 +139,8 @@ def mcore_to_hf(
     types = _types(entries, shards, dtype)
     written, notes = _written_type(types)
     positions = manifest.config_of_weights.get("data", {}).get("sequence_length")
-    described = config_json.describe(plain, architecture, came_as, written, positions, manifest.block_size)
+    of_run = positions, manifest.block_size, _orders(manifest)
+    described = config_json.describe(plain, architecture, came_as, written, *of_run)
     notes += config_json.changes(_optional_json(folder, "config.json"), described, positions)
     if model.lora.rank:
         notes.append(f"adapters of rank {model.lora.rank} were added to their weights")
@@ -334,6 +337,13 @@ def _check_logits(
         certificate.logits = {"compared": False, "reason": "the numbers were rounded to another type"}
         return
     certificate.compare_logits(compare_logits(family.reference(files, described), checkpoint, model))
+
+
+def _orders(manifest: Manifest) -> dict[str, int]:
+    """The rows that are orders, of a model that has some."""
+    said = manifest.config.get("levenshtein") or {}
+    found = {key: said.get(key, 0) for key in config_json.ORDERS}
+    return found if any(found.values()) else {}
 
 
 def _optional_json(folder: Path | None, name: str) -> dict[str, Any]:

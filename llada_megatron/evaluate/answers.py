@@ -309,7 +309,8 @@ class Answering:
     def _method(self, decoding: Decoding, asked: Generation) -> Method:
         settings = {**asked.sampling, **decoding.settings}
         is_drawn = float(settings.get("temperature", 0)) > 0
-        return method_of(decoding.rule, settings if is_drawn else decoding.settings)
+        chosen = settings if is_drawn else decoding.settings
+        return method_of(decoding.rule, chosen, self.config.levenshtein.orders)
 
     def _limits(self, asked: Generation) -> Limits:
         return Limits(asked.new_tokens, self.job.end_tokens, asked.strings, self.job.max_forwards)

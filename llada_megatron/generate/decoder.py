@@ -186,9 +186,19 @@ class Decoder:
         found = [event for event in self.run(prompts, limits) if isinstance(event, Result)]
         return sorted(found, key=lambda result: result.prompt)
 
+    def asked(self, number: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
+        """`numbered`; BadInput for a draft under a rule that would leave it as it is."""
+        number, prompt = numbered(number, prompt)
+        if len(prompt.draft) and not self.rule.edits:
+            raise BadInput(
+                f"Prompt {number} has a draft, which this rule would leave as it is: give one that edits,"
+                " joint or indel."
+            )
+        return number, prompt
+
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
-        number, prompt = numbered(number, prompt)
+        number, prompt = self.asked(number, prompt)
         running = Running(
             number,
             prompt,

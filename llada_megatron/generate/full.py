@@ -23,7 +23,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import Amount, Count, check_values
 from llada_megatron.generate.branches import Block
 from llada_megatron.generate.buffer import ONE_BLOCK
-from llada_megatron.generate.decoder import Decoder, numbered
+from llada_megatron.generate.decoder import Decoder
 from llada_megatron.generate.feed import Part
 from llada_megatron.generate.prompt import BlockChanged, Ids, Limits, Prompt, Result
 from llada_megatron.generate.rules import Figures
@@ -187,7 +187,7 @@ class FullDecoder(Decoder):
 
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Filling:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
-        number, prompt = numbered(number, prompt)
+        number, prompt = self.asked(number, prompt)
         running = Filling(
             number,
             prompt,

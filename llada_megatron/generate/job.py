@@ -53,11 +53,20 @@ class Job:
     records: Sequence[Mapping[str, Any]] = ()
     """What was asked for each prompt, which comes back with its result."""
     prompts: Sequence[Sequence[int]] = ()
+    drafts: Sequence[Sequence[int]] = ()
+    """What stands behind each prompt at first, for a rule that edits; without any there are masks."""
 
     @property
     def limits(self) -> Limits:
         """Where each prompt ends."""
         return Limits(self.new_tokens, self.end_tokens, self.strings, self.max_forwards)
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """The prompts with their drafts."""
+        drafts = self.drafts or [()] * len(self.prompts)
+        pairs = enumerate(zip(self.prompts, drafts, strict=True))
+        return [Prompt(tokens, number=number, draft=draft) for number, (tokens, draft) in pairs]
 
     @property
     def identity(self) -> str:
@@ -80,14 +89,10 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
     groups.initialize(config.layout, threads=0)
     try:
         decoder = decoder_of(config, job)
-        for number, tokens in enumerate(job.prompts):
-            decoder.check(number, tokens, job.limits)
+        for number, prompt in enumerate(job.asked):
+            decoder.check(number, prompt, job.limits)
         lines = ranks.from_first_rank(Lines, job)
-        waiting = [
-            Prompt(tokens, number=number)
-            for number, tokens in enumerate(job.prompts)
-            if number not in lines.done
-        ]
+        waiting = [prompt for prompt in job.asked if prompt.number not in lines.done]
         return _decode(decoder, job, waiting, lines)
     finally:
         groups.destroy()
@@ -95,7 +100,8 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
 
 def decoder_of(config: Config, job: Job) -> Decoder:
     """The decoder that a job asks for, in the process groups of config.layout."""
-    method = method_of(job.rule, job.settings)  # before the weights, which take longer
+    # Before the weights, which take longer.
+    method = method_of(job.rule, job.settings, config.levenshtein.orders)
     full = None if job.full is None else full_attention_of(job.full)
     (model,) = load_model(config, job.checkpoint)
     return kind_of(full)(

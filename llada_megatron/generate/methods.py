@@ -55,9 +55,14 @@ def settings_of(name: str) -> dict[str, Setting]:
     return known | {key: replace(known[key], default=default) for key, default in defaults.items()}
 
 
-def method_of(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+def method_of(
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    of_checkpoint: Mapping[str, Any] | None = None,
+) -> Method:
     """The method of a name with these settings, which may be text, the others being its defaults.
 
+    of_checkpoint: as `rule_of` takes them.
     Raises BadInput for a method or a setting that is none, and for a value out of its range.
     """
     known = settings_of(name)
@@ -71,7 +76,9 @@ def method_of(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         if key in values:
             value = converted(f"{key} of rule {name}", values.pop(key), known[key].kind)
             fields[kind][field] = value
-    found = Method(rule_of(rule, values), Buffer(**fields[Buffer]), Lookahead(**fields[Lookahead]))
+    found = Method(
+        rule_of(rule, values, of_checkpoint), Buffer(**fields[Buffer]), Lookahead(**fields[Lookahead])
+    )
     check_values(found.buffer)
     check_values(found.lookahead)
     return found

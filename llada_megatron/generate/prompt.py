@@ -21,6 +21,8 @@ class Prompt:
     """Mask tokens among them are filled; else they are refused."""
     number: int | None = None
     """Names it in results and decides its draws; None: its place among the prompts, from 0."""
+    draft: Ids = ()
+    """Stands behind the prompt at first, where masks would, for a rule that edits to mend."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,13 @@ class Running:
         tokens = np.full(length, mask_token_id, np.int64)
         tokens[: len(given)] = given
         self.is_given = tokens != mask_token_id
+        draft = np.asarray(prompt.draft, np.int64)
+        if len(draft) > self.wanted - len(given):
+            raise BadInput(
+                f"Prompt {number} has a draft of {len(draft)} tokens, and {self.wanted - len(given)} new ones"
+                " are wanted: ask for more, or shorten it."
+            )
+        tokens[len(given) : len(given) + len(draft)] = draft
         self.anchor = Branch(tokens, [])
         """The sequence as it has been decided so far."""
         self.lookahead: list[Branch] = []

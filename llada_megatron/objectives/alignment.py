@@ -1,7 +1,8 @@
 """Levenshtein labels: what to do at each position of a draft so that it becomes its target; numpy alone.
 
-Draft and target of a block have the same number m of tokens. Their longest common subsequence (LLaDA2.2)
-gives pairs of equal tokens; between two neighbouring pairs lie p tokens of the draft and q of the target:
+Draft and target of a block have the same number m of tokens. Their longest common subsequence (LLaDA2.2),
+of several one with the fewest orders, gives pairs of equal tokens; between two neighbouring pairs lie p
+tokens of the draft and q of the target:
 
     KEEP        a paired token, with p >= q before it           label: the token
     SPLIT       a paired token, with p < q before it            label: the split token
@@ -47,25 +48,32 @@ def edit_labels(draft_Km: np.ndarray, target_Km: np.ndarray, delete_id: int, spl
 def paired_with(draft_Km: np.ndarray, target_Km: np.ndarray) -> np.ndarray:
     """For each token of the draft the place of its equal in the target, int64 [K, m], -1 for none.
 
-    Of the longest common subsequences the one that pairs from the front as soon as it can.
+    Of the longest common subsequences one that leaves the fewest tokens to delete and to make room for, so
+    that a mask is filled where it stands though its neighbours are alike; of several the first one.
     """
     K, m = draft_Km.shape
     equal_Kmm = draft_Km[:, :, None] == target_Km[:, None, :]
-    common = np.zeros((K, m + 1, m + 1), dtype=np.int16)  # of what is left from (i, j) on
+    of_pair = 2 * m + 1  # more than all that is deleted and missing
+    place = np.arange(m + 1, dtype=np.int32)
+    worth = np.zeros((K, m + 1, m + 1), dtype=np.int32)  # of what is left from (i, j) on
+    worth[:, m] = place - m
     for row in range(m - 1, -1, -1):
-        below = np.maximum(common[:, row + 1, :-1], common[:, row + 1, 1:] + equal_Kmm[:, row])
-        # common[i, j] = max over j' >= j of below[j']: a pair of i, or none, with the rest behind it
-        common[:, row, :-1] = np.maximum.accumulate(below[:, ::-1], axis=1)[:, ::-1]
+        below = worth[:, row + 1] - 1
+        below[:, :-1] = np.maximum(below[:, :-1], worth[:, row + 1, 1:] + of_pair * equal_Kmm[:, row])
+        # worth[i, j] = max over j' >= j of below[j'] - (j' - j): so many are missing before what follows
+        worth[:, row] = np.maximum.accumulate((below - place)[:, ::-1], axis=1)[:, ::-1] + place
     pair_Km = np.full((K, m), -1, dtype=np.int64)
     block, i, j = np.arange(K), np.zeros(K, dtype=np.int64), np.zeros(K, dtype=np.int64)
     for _ in range(2 * m):
         inside = (i < m) & (j < m)
         at = block, np.minimum(i, m - 1), np.minimum(j, m - 1)
-        is_pair = inside & equal_Kmm[at]
+        here, both = worth[at], worth[at[0], at[1] + 1, at[2] + 1]
+        is_pair = inside & equal_Kmm[at] & (here == both + of_pair)
         pair_Km[block[is_pair], i[is_pair]] = j[is_pair]
-        skips_draft = common[at[0], at[1] + 1, at[2]] >= common[at[0], at[1], at[2] + 1]
-        i += inside & (is_pair | skips_draft)
-        j += inside & (is_pair | ~skips_draft)
+        passes_both = is_pair | (here == both)
+        skips_draft = ~passes_both & (here == worth[at[0], at[1] + 1, at[2]] - 1)
+        i += inside & (passes_both | skips_draft)
+        j += inside & ~skips_draft
     return pair_Km
 
 

@@ -183,6 +183,14 @@ FAULTS = [
     (["--tasks", "write"], "There is no task write: did you mean writes"),
     (["--tasks", "writes", "--rule", "best"], "There is no rule 'best': give threshold, "),
     (["--tasks", "writes", "--rule", "factor", "--threshold", "0.5"], "threshold is no setting of factor"),
+    (
+        [
+            *["--tasks", "writes", "--rule", "indel", "--limit", "1"],
+            "levenshtein.delete_token_id=258",
+            "levenshtein.split_token_id=257",
+        ],
+        "Rule indel has delete_id 258 and split_id 257 beside the mask token 257",
+    ),
     (["--tasks", "writes", "--draws", "3"], "--draws 3: give 1 or an even number"),
     (["--tasks", "writes", "--limit", "0"], "--limit 0: give a number of questions"),
     (["--tasks", "writes", "--max-new-tokens", "32"], "the model's context is 32: give fewer"),

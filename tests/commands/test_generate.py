@@ -84,6 +84,24 @@ def test_texts_are_printed_and_a_chat_is_rendered(run, capsys):
     assert cli.main(["generate", run, "--chat", "--prompt", "One", "--max-new-tokens", "5"]) == 0
 
 
+def test_a_draft_is_mended_by_a_rule_that_edits(run, tmp_path):
+    asked = [{"prompt": "One", "draft": "ab"}, {"prompt": "One", "draft": [97, 98]}, {"prompt": "One"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    leaves = ["--rule", "joint", "--edit-threshold", "1"]
+    lines = generated(run, str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", *leaves)
+    assert [line["tokens"][:2] == [97, 98] for line in lines] == [True, True, False]
+    assert lines[0]["draft"] == "ab" and lines[0]["tokens"] == lines[1]["tokens"]
+
+
+def test_orders_are_those_of_the_checkpoint_where_none_are_given(run, capsys):
+    """Its mask, 257, is given a second meaning here, which the rule refuses."""
+    command = ["generate", run, "--prompt", "a", "--max-new-tokens", "4", "--rule", "indel"]
+    said = ["levenshtein.delete_token_id=258", "levenshtein.split_token_id=257"]
+    assert cli.main([*command, *said]) == 2
+    assert "Rule indel has delete_id 258 and split_id 257 beside the mask" in capsys.readouterr().err
+    assert cli.main([*command, "--split-id", "259", *said]) == 0
+
+
 def test_the_options_are_the_settings_of_all_rules():
     from llada_megatron.generate.methods import METHODS, settings_of
     from llada_megatron.generate.rules import RULES
@@ -127,6 +145,9 @@ def test_what_does_not_fit_is_one_sentence(run, capsys, arguments, said):
         ('{"tokens": [1, 257]}', "Prompt 0 holds the mask token, 257, at position 1: remove it."),
         ('{"tokens": [260]}', "Prompt 0: `tokens` is no list of ids below 260."),
         ('{"prompt": 3}', "Prompt 0: `prompt` is not text."),
+        ('{"prompt": "a", "draft": 3}', "Prompt 0: `draft` is not text."),
+        ('{"prompt": "a", "draft": [260]}', "Prompt 0: `draft` is no list of ids below 260."),
+        ('{"prompt": "a", "draft": "b"}', "Prompt 0 has a draft, which this rule would leave as it is"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "Prompt 0: it is a chat: give --chat."),
         ("", "holds no prompts"),
     ],

@@ -1,12 +1,15 @@
 """An export describes the tensors that it holds, and says what it lacks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llada_megatron.commands.generate import configuration
+from llada_megatron.record.manifest import find
 from tests.convert import checkpoints
 from tests.convert.test_round_trip import certificate, to_hf, to_mcore
 
@@ -75,6 +78,37 @@ def test_ids_that_end_and_pad_a_text_stay(tmp_path: Path) -> None:
     described = exported(tmp_path, "--architecture", "LLaDA2MoeModelLM")
     assert (described["eos_token_id"], described["pad_token_id"]) == (3, 5)
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == generation
+
+
+def test_rows_that_are_orders_travel_in_config_json(tmp_path: Path) -> None:
+    orders = {"delete_token_id": 5, "split_token_id": 6}
+    source = configured(checkpoints.write(tmp_path / "source", "llama"), **orders)
+    before = json.loads((source / "config.json").read_text())
+    assert exported(tmp_path) == before
+    found = find(str(tmp_path / "ours"))
+    assert found.manifest.config["levenshtein"] == orders
+    as_used = configuration(found, ["data.sequence_length=32"])
+    assert as_used.levenshtein.orders == {"delete_id": 5, "split_id": 6}
+    trained = orders | {"split_token_id": 7}  # as a run says it
+    replace(found.manifest, config=found.manifest.config | {"levenshtein": trained}).write(found.path)
+    assert to_hf(tmp_path / "ours", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == before | trained | {"mask_token_id": again["mask_token_id"]}
+
+
+@pytest.mark.parametrize(
+    ("orders", "said"),
+    [
+        ({"delete_token_id": 5}, "sets split_token_id=null: it must be a whole number"),
+        ({"delete_token_id": 5, "split_token_id": 10**6}, "both must be below vocab_size="),
+    ],
+)
+def test_orders_that_are_no_rows_are_refused(
+    orders: dict, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configured(checkpoints.write(tmp_path / "source", "llama"), **orders)
+    assert to_mcore(tmp_path / "source", tmp_path / "ours") == 2
+    assert said in capsys.readouterr().err
 
 
 def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

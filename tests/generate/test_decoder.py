@@ -171,6 +171,16 @@ def test_holes_are_filled_and_what_was_given_stays(model):
     np.testing.assert_array_equal(untouched.tokens, expected)
 
 
+def test_a_draft_stands_where_masks_would_and_a_rule_that_edits_mends_it(model):
+    limits, draft = Limits(new_tokens=14), prompt_of(9, seed=1)
+    leaves = decoder(model, rule=rule_of("joint", {"edit_threshold": 1.0}))
+    (left,) = leaves.results([Prompt(prompt_of(6), draft=draft)], limits)
+    np.testing.assert_array_equal(left.tokens[:9], draft)
+    assert len(left.tokens) == left.generated == 14 and (left.decided_at[:9] == 0).all()
+    (mended,) = decoder(model, rule=rule_of("joint")).results([Prompt(prompt_of(6), draft=draft)], limits)
+    assert mended.is_edited[:9].any() and (mended.decided_at[mended.is_edited] > 0).all()
+
+
 def test_changes_of_blocks_add_up_to_the_result(model):
     prompt = prompt_of(6)
     text, decided_at, events = np.full(32, -1), np.zeros(32, np.int64), 0
@@ -345,3 +355,7 @@ def test_what_cannot_be_decoded_is_refused_in_a_sentence(model):
     ):
         with pytest.raises(BadInput, match=sentence):
             decoder(model, **options).results([prompt], Limits(new_tokens=new))
+    with pytest.raises(BadInput, match="Prompt 0 has a draft, which this rule would leave as it is: give"):
+        decoder(model).results([Prompt([1], draft=[2])])
+    with pytest.raises(BadInput, match="a draft of 3 tokens, and 2 new ones are wanted: ask for more"):
+        decoder(model, rule=rule_of("joint")).results([Prompt([1], draft=[2, 3, 4])], Limits(2))

@@ -194,6 +194,13 @@ def indel(text, logits, state=None, **settings):
     return rule_of("indel", ORDERS | settings).step(seen_logits(text, logits), state)
 
 
+def test_what_a_checkpoint_says_is_a_default_of_the_rules_that_have_it():
+    rule = rule_of("indel", {"split_id": 9}, of_checkpoint={"delete_id": 8, "split_id": 7})
+    assert (rule.delete_id, rule.split_id) == (8, 9)
+    assert rule_of("joint", of_checkpoint={"delete_id": 8}) == rule_of("joint")
+    assert (rule_of("indel").delete_id, rule_of("indel").split_id) == (156930, 156931)
+
+
 def test_deletion_and_splitting_move_what_follows():
     change = indel("3|____", logits_of([3], [SPLIT, 5], [DELETE, 6], [7], [8]))
     assert text_of(change) == "3__78"  # the split's mask, the mask that stood there, one deleted

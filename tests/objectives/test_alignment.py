@@ -22,6 +22,8 @@ CASES = [
     ("a_d_", "abcd", "ab+-"),
     ("____", "abcd", "abcd"),
     ("bcda", "abcd", "+cd-"),
+    ("_ab", "aab", "aab"),  # not: the second a is the first one, so that the mask is surplus
+    ("ab_d_d_", "abddddd", "abddddd"),
     ("wxyz", "abcd", "abcd"),
 ]
 
@@ -69,6 +71,13 @@ def test_what_is_kept_is_a_longest_common_subsequence_and_orders_are_obeyed_as_t
     labels = labels_of(draft, target)
     assert obeyed(draft, labels) == as_the_rule(draft, labels)
     assert obeyed_together(np.array([draft]), np.array([labels])).tolist() == [obeyed(draft, labels)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=12))
+def test_masks_alone_are_filled_where_they_stand(text) -> None:
+    target = [token for token, _ in text]
+    draft = [MASK if is_masked else token for token, is_masked in text]
+    assert labels_of(draft, target) == target
 
 
 def as_the_rule(draft: list[int], labels: list[int]) -> list[int]:

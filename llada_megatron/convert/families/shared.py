@@ -35,6 +35,8 @@ IDLE = frozenset(
         "eos_token_id",
         "pad_token_id",
         "mask_token_id",
+        "delete_token_id",
+        "split_token_id",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",

@@ -57,15 +57,19 @@ def settings_of(name: str) -> dict[str, Setting]:
     return settings_in(RULES[name]) | settings_in(Sampling)
 
 
-def rule_of(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
+def rule_of(
+    name: str, settings: Mapping[str, Any] | None = None, of_checkpoint: Mapping[str, Any] | None = None
+) -> Rule:
     """The rule of a name with these settings, the others being its defaults.
 
+    of_checkpoint: what a model says itself, for a rule that has such a setting, where none is given.
     Values may be text. Raises BadInput for a rule or a setting that is none, and for a value out of its
     range.
     """
     known = settings_of(name)
     values = {}
-    for key, value in (settings or {}).items():
+    said = {key: value for key, value in (of_checkpoint or {}).items() if key in known}
+    for key, value in {**said, **(settings or {})}.items():
         if key not in known:
             raise BadInput(f"Rule {name} has no setting {key}: give {', '.join(known)}.")
         values[key] = converted(f"{key} of rule {name}", value, known[key].kind)
