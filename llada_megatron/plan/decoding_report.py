@@ -16,9 +16,9 @@ from llada_megatron.plan.report import achieved_shares, table_of
 from llada_megatron.plan.topology import gpus
 
 NOT_MODELLED = (
-    "starting kernels, of which a forward of few rows is mostly made where no CUDA graph starts them; what the"
-    " host does between two forwards; reading prompts, and rows of a block that was just done; adapters; what"
-    " a forward holds beside weights and cache"
+    "starting kernels, of which a forward of few rows is mostly made where no CUDA graph starts them; what"
+    " the host does between two forwards; reading prompts, and rows of a block that was just done; adapters;"
+    " what a forward holds beside weights and cache"
 )
 
 

@@ -142,12 +142,11 @@ def plan_decoding(
     for tp, bp in product(tps or WAYS, bps or divisors):
         try:
             layouts.append(decoding_layout(planner.config, workload, tp, bp))
-        except BadInput as refusal:
-            refused[tp, bp] = refusal
+        except BadInput as error:
+            refused[tp, bp] = error
+    out = set(tps) - {layout.tp for layout in layouts}, set(bps) - {layout.bp for layout in layouts}
     for (tp, bp), refusal in refused.items():
-        tp_is_left, bp_is_left = (each in {getattr(layout, axis) for layout in layouts}
-                                  for axis, each in (("tp", tp), ("bp", bp)))  # fmt: skip
-        if not layouts or (tp in tps and not tp_is_left) or (bp in bps and not bp_is_left):
+        if not layouts or tp in out[0] or bp in out[1]:
             raise refusal
     return [forward_of(planner, layout, workload, batch) for layout in layouts for batch in batches]
 
@@ -183,7 +182,7 @@ def forward_of(planner: Planner, layout: LayoutConfig, workload: Workload, batch
     config, model, memory = planner.config, planner.model, planner.rates.memory
     branches = (workload.branches + 1) // layout.bp
     rows = batch * branches * workload.buffer * workload.block_size
-    shape = _shape(planner, layout, rows, workload.context)
+    shape = forward_shape(planner, layout, workload, rows)
     active = Active(workload.block_size, batch * branches, workload.context)
     work = planner.formulas.decoding_work(model, shape, layout, active, planner.rates)
     seconds: dict[str, float] = defaultdict(float, compute=0.0, memory=0.0)
@@ -221,7 +220,7 @@ def forward_of(planner: Planner, layout: LayoutConfig, workload: Workload, batch
     )
 
 
-def _shape(planner: Planner, layout: LayoutConfig, rows: int, context: int) -> Shape:
+def forward_shape(planner: Planner, layout: LayoutConfig, workload: Workload, rows: int) -> Shape:
     """Sizes of the forward; the decoder adds rows of nobody where tp does not divide them."""
     rows = math.ceil(rows / layout.tp) * layout.tp
     tokens = rows // layout.tp
@@ -238,8 +237,9 @@ def _shape(planner: Planner, layout: LayoutConfig, rows: int, context: int) -> S
         halo=0,
         rotary_rows=rows,
         sums=0,
-        pairs=rows * context,
+        pairs=rows * workload.context,
         row_bytes=READOUT,
+        blocks=math.ceil(rows / workload.block_size),
     )
 
 

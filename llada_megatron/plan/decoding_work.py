@@ -70,12 +70,12 @@ def touched_here(model: ModelConfig, shape: Shape, layout: LayoutConfig, block_s
 
     With pools (model.expert_capacity) the rows of a block choose among as many experts, and blocks differ.
     """
-    rows, experts = shape.tokens * layout.ep * layout.etp, model.experts
+    rows: float = shape.tokens * layout.ep * layout.etp
     per_row: float = model.experts_per_token
     if model.expert_capacity:
         in_block = min(rows, block_size)
-        per_row, rows = expected_touched(model.expert_capacity, per_row, in_block), rows // in_block
-    return expected_touched(experts, per_row, rows) / layout.ep
+        per_row, rows = expected_touched(model.expert_capacity, per_row, in_block), rows / in_block
+    return expected_touched(model.experts, per_row, rows) / layout.ep
 
 
 def decoding_work(
