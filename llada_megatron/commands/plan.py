@@ -55,13 +55,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --exact: build the model of every place in the grid and count its parameters",
     )
+    _add_decoding(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="hydra overrides, experiment=NAME first"
     )
 
 
+DECODING = ("batch", "context", "branches", "buffer", "tokens_per_forward", "tp", "bp")
+"""Options that belong to --decode."""
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--decode",
+        action="store_true",
+        help="how long a forward of decoding takes, by tensor and branch parallelism and batch",
+    )
+    group.add_argument("--batch", metavar="N,N", help="sequences of a replica; default 1,8,32")
+    group.add_argument(
+        "--context", type=int, metavar="N", help="tokens of a sequence; default data.sequence_length"
+    )
+    group.add_argument(
+        "--branches", type=int, metavar="K", help="lookahead branches beside the anchor; default 0"
+    )
+    group.add_argument("--buffer", type=int, metavar="N", help="active blocks of a sequence; default 1")
+    group.add_argument(
+        "--tokens-per-forward",
+        type=float,
+        metavar="X",
+        help="that a sequence gains by a forward, as `llada bench decode` measures them; default 1",
+    )
+    group.add_argument("--tp", metavar="N,N", help="layout.tp; default those of 1, 2, 4, 8 that are legal")
+    group.add_argument("--bp", metavar="N,N", help="layout.bp; default the divisors of branches + 1")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Plan (0 when it fits, 1 when not) or search (1 when nothing fits); BadInput for bad input."""
+    """Plan or plan decoding (0 when it, or some of it, fits, 1 when not) or search (1 when nothing fits).
+
+    Raises BadInput for bad input.
+    """
+    if args.decode and (args.search or args.exact or args.plot or args.document_tokens):
+        raise BadInput(
+            "--decode plans forwards of decoding: leave out --search, --exact, --plot and --document-tokens."
+        )
+    if not args.decode and any(getattr(args, name) is not None for name in DECODING):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in DECODING)
+        raise BadInput(f"{options} belong to --decode: add it.")
     if args.search and args.plot:
         raise BadInput("--plot draws one layout: leave out --search.")
     if args.top is not None and (not args.search or args.top < 1):
@@ -82,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.exact:
         return _exact(args, config)
+    if args.decode:
+        return _decode(args, config)
     return _search(args, config) if args.search else _plan(args, config)
 
 
@@ -152,6 +194,46 @@ def _exact(args: argparse.Namespace, config: compose.Config) -> int:
         draw_exact(planner, found, args.plot)
     exact_report.print_exact(planner, stage, micro_batches, found)
     return 0 if max(one.report["peak"] for one in found) <= planner.usable_bytes else 1
+
+
+def _decode(args: argparse.Namespace, config: compose.Config) -> int:
+    from llada_megatron.plan import decoding_report
+    from llada_megatron.plan.decoding_speed import BATCHES, Workload, check_workload, plan_decoding
+
+    if config.layout.bp > 1:
+        raise BadInput(f"--decode compares layouts: give --bp {config.layout.bp} in the place of layout.bp.")
+    stage = rules.check(config).stages[-1]
+    workload = Workload(
+        block_size=stage.block_size,
+        context=stage.sequence_length if args.context is None else args.context,
+        branches=args.branches or 0,
+        buffer=1 if args.buffer is None else args.buffer,
+        tokens_per_forward=1.0 if args.tokens_per_forward is None else args.tokens_per_forward,
+    )
+    batches = _whole_numbers("--batch", args.batch) or BATCHES
+    check_workload(stage, workload)
+    planner = _planner(args, config)
+    forwards = plan_decoding(
+        planner,
+        workload,
+        batches=batches,
+        tps=_whole_numbers("--tp", args.tp),
+        bps=_whole_numbers("--bp", args.bp),
+    )
+    write_json(args.json, decoding_report.figures(planner, workload, forwards))
+    decoding_report.print_decoding(planner, workload, forwards)
+    return 0 if any(each.fits for each in forwards) else 1
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int]:
+    """From `N,N`, each at least 1; none where the option is not given."""
+    words = [] if text is None else text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise BadInput(
+            f"{option} {text}: give whole numbers of at least 1 with commas between them, such as"
+            f" {option} 1,2."
+        )
+    return [int(word) for word in words]
 
 
 def _summary(result: Any) -> dict[str, Any]:

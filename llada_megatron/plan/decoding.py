@@ -30,6 +30,18 @@ def decoding_of(stages: list[Stage], cached: int, *, context: int, batch: int = 
     stage = stages[-1]
     if stage.geometry.causal:
         return None
-    pages = batch * (context // stage.block_size)
-    size = cached * (pages * stage.block_size + 1)
+    size = cache_bytes(cached, stage.block_size, context=context, batch=batch)
     return Decoding(cached, stage.block_size, batch, context, size)
+
+
+def cache_bytes(
+    cached: int, block_size: int, *, context: int, batch: int, buffer: int = 1, branches: int = 1
+) -> int:
+    """Of keys and values on a rank, at `cached` bytes a token, and of one place that belongs to no sequence.
+
+    Each of `batch` sequences has the whole blocks of its context, and `buffer` active blocks for each of its
+    `branches` on the rank but one.
+    """
+    whole = context // block_size
+    pages = batch * (whole + (branches - 1) * min(buffer, whole))
+    return cached * (pages * block_size + 1)

@@ -9,7 +9,7 @@ from rich.text import Text
 from llada_megatron.config.layout import data_parallel_size
 from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.quantities import GB, amount, duration, quantity
-from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
+from llada_megatron.config.schema import ClusterConfig, Config, LayoutConfig, ModelConfig, Recompute
 from llada_megatron.plan.checkpoints import HASH_GB_PER_SEC, INDEX_SEC
 from llada_megatron.plan.estimate import Plan, StageTime
 from llada_megatron.plan.memory import NOT_MODELLED
@@ -178,14 +178,6 @@ def _traffic(console: Console, stage: StageTime) -> None:
 
 def _assumptions(console: Console, plan: Plan, config: Config) -> None:
     cluster = config.cluster
-    shares = {
-        "matrix products": cluster.gemm_efficiency,
-        "experts' products": cluster.grouped_gemm_efficiency,
-        "attention": cluster.attention_efficiency,
-        "memory": cluster.memory_efficiency,
-        "links": cluster.link_efficiency,
-    }
-    achieved = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
     derived = config.model.layer_spec == "local"
     experts = _experts(plan) if config.model.has_experts else ""
     documents = (
@@ -195,8 +187,8 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
         f" {plan.documents.sigma:g})"
     )
     console.print(
-        f"\nAssumed: shares of the peak as in cluster={cluster.name} ({achieved}); {experts}{documents};"
-        " transients are upper bounds; what layers keep is derived from"
+        f"\nAssumed: shares of the peak as in cluster={cluster.name} ({achieved_shares(cluster)});"
+        f" {experts}{documents}; transients are upper bounds; what layers keep is derived from"
         f" megatron-core's local spec{'' if derived else ', for TransformerEngine an estimate'}."
     )
     if plan.checkpoints.load_seconds is not None:
@@ -206,6 +198,18 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
             f" the index takes {INDEX_SEC:g} s; a load in the layout that saved."
         )
     console.print(f"Not modelled: {NOT_MODELLED}; evaluation. See docs/planning.md.")
+
+
+def achieved_shares(cluster: ClusterConfig) -> str:
+    """What kernels and links are taken to reach of their peaks."""
+    shares = {
+        "matrix products": cluster.gemm_efficiency,
+        "experts' products": cluster.grouped_gemm_efficiency,
+        "attention": cluster.attention_efficiency,
+        "memory": cluster.memory_efficiency,
+        "links": cluster.link_efficiency,
+    }
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
 
 
 def _experts(plan: Plan) -> str:

@@ -4,6 +4,7 @@ Ranks fill nodes in order, so a group of ranks that are `stride` apart has min(s
 stride)) of them on rank 0's node. Groups are those of config/layout.py's two grids:
 
     tp  stride 1        cp  tp        dp  tp (with cp inside: gradients are reduced over both)    pp  last
+    bp  tp: neighbours in dp, of decoding
     etp stride 1        ep  etp       expert dp  etp ep
 """
 
@@ -64,6 +65,7 @@ def groups(layout: LayoutConfig, cluster: ClusterConfig) -> dict[str, Group]:
     sizes_and_strides = {
         "tp": (layout.tp, 1),
         "cp": (layout.cp, layout.tp),
+        "bp": (layout.bp, layout.tp),
         "etp": (layout.etp, 1),
         "ep": (layout.ep, layout.etp),
         "ep*etp": (layout.ep * layout.etp, 1),

@@ -37,6 +37,20 @@ def test_a_search_prints_overrides_that_plan_accepts(capsys, tmp_path: Path) -> 
     assert search["candidates"][0]["layout"]["processes"] == 64
 
 
+def test_decoding_says_what_fits_what_is_best_and_what_is_assumed(capsys, tmp_path: Path) -> None:
+    asked = ["--decode", "--branches", "3", "--tokens-per-forward", "3", "--batch", "1,8"]
+    assert cli.main([*FLASH, *asked, "--json", str(tmp_path / "decode.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("llada2_flash_cpt decodes: 18 of 18 layouts and batches fit on h100_512")
+    assert "fastest for a sequence" in printed and "Assumed" in printed and "Not modelled" in printed
+    forwards = json.loads((tmp_path / "decode.json").read_text())["forwards"]
+    assert [(one["tp"], one["bp"], one["batch"]) for one in forwards[:4]] == [
+        (1, 1, 1), (1, 1, 8), (1, 2, 1), (1, 2, 8)
+    ]  # fmt: skip
+    assert cli.main([*FLASH, *asked, "layout.ep=2"]) == 1
+    assert "no room" in capsys.readouterr().out
+
+
 def test_the_picture_is_a_png(capsys, tmp_path: Path) -> None:
     assert cli.main([*FLASH, "--plot", str(tmp_path / "new" / "plan.png")]) == 0
     assert (tmp_path / "new" / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -80,6 +94,19 @@ def test_the_dry_run_begins_with_its_verdict_and_finds_what_was_computed(capsys,
         (["--document-tokens", "many"], "Document lengths 'many': give MEDIAN,SIGMA"),
         (["--exact", "--stage", "warm"], "--stage warm is not in schedule.stages: choose from warmup_1,"),
         (["--exact", "--expert-imbalance", "1.3"], "--exact runs balanced experts"),
+        (["--decode", "--search"], "--decode plans forwards of decoding: leave out --search"),
+        (["--batch", "1"], "--tp, --bp belong to --decode: add it"),
+        (["--decode", "--batch", "1,0"], "--batch 1,0: give whole numbers of at least 1"),
+        (["--decode", "--bp", "2"], "--bp 2 does not divide branches + 1 = 1, the anchor among them: give"),
+        (["--decode", "--bp", "2,3", "--branches", "3"], "--bp 3 does not divide branches + 1 = 4"),
+        (
+            ["--decode", "--tp", "3"],
+            "layout.tp=3 does not divide model.heads=32: use a layout.tp of 1, 2, 4.",
+        ),
+        (["--decode", "--tp", "16"], "--tp 16 is out of range: tensor parallelism stays on a node"),
+        (["--decode", "--context", "8"], "--buffer 1 of blocks of 32 does not fit into --context 8"),
+        (["--decode", "--branches", "33"], "--branches 33 is out of range: a block has 32 tokens"),
+        (["--decode", "--tokens-per-forward", "nan"], "--tokens-per-forward nan is out of range"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -94,7 +121,7 @@ def test_bad_input_is_one_sentence_and_exits_2(capsys, arguments: list[str], wor
     assert words in error and error.count("\n") == 1 and error.rstrip().endswith(".")
 
 
-@pytest.mark.parametrize("mode", [[], ["--search", "--top", "1"]])
+@pytest.mark.parametrize("mode", [[], ["--search", "--top", "1"], ["--decode"]])
 def test_planning_imports_no_torch(mode: list[str]) -> None:
     code = (
         "import sys\n"

@@ -1,5 +1,6 @@
 """What a plan says of decoding's memory is what a decoder's tensors take."""
 
+import itertools
 import json
 
 import pytest
@@ -9,9 +10,13 @@ from llada_megatron.config import rules
 from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schema import LayoutConfig, PrecisionConfig
 from llada_megatron.generate import Decoder, Limits
+from llada_megatron.generate.branches import Lookahead
+from llada_megatron.generate.buffer import Buffer
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.parallel import groups
 from llada_megatron.plan.decoding import decoding_of
+from llada_megatron.plan.decoding_speed import Workload, decoding_layout, forward_of
+from llada_megatron.plan.planner import Planner
 from tests.generate.models import MASK, prompt_of, settings, tiny
 
 
@@ -31,6 +36,32 @@ def test_a_decoder_takes_the_bytes_that_the_plan_says(dtype):
     finally:
         groups.destroy()
     assert decoder.cache_bytes == said.bytes > 0
+
+
+def test_branches_take_the_rows_and_the_bytes_that_the_plan_of_a_forward_says():
+    config = settings("cluster=h100_8")
+    workload = Workload(block_size=8, context=64, branches=3, buffer=2)
+    layout = decoding_layout(config, workload, tp=1, bp=1)
+    said = forward_of(Planner(config), layout, workload, batch=2)
+    groups.initialize(LayoutConfig())
+    try:
+        decoder = Decoder(
+            tiny(config),
+            rule_of("threshold"),
+            workload.block_size,
+            MASK,
+            context=workload.context,
+            batch=2,
+            buffer=Buffer(workload.buffer, add_at=0.0),
+            lookahead=Lookahead(workload.branches),
+        )
+        rows = [0]
+        for _ in decoder.run([prompt_of(16), prompt_of(16, seed=1)], Limits(new_tokens=16)):
+            rows.append(decoder.counts.rows)
+    finally:
+        groups.destroy()
+    assert decoder.cache_bytes == said.cache_bytes > 0
+    assert said.rows in [after - before for before, after in itertools.pairwise(rows)]
 
 
 def test_tensor_parallelism_splits_it_and_nothing_else_does():

@@ -35,6 +35,9 @@ def test_groups_are_those_of_the_process_grids(tp, cp, pp, etp, ep, dp) -> None:
         if name == "embedding":  # the first and the last of pp
             assert group.ranks == min(2, pp)
             continue
+        if name == "bp":  # of decoding alone
+            assert group.ranks == 1
+            continue
         differing, grid = AXES[name]
         fixed = [axis for axis in grid if axis not in differing]
         ranks = [
@@ -44,6 +47,11 @@ def test_groups_are_those_of_the_process_grids(tp, cp, pp, etp, ep, dp) -> None:
         ]
         per_node = Counter(rank // NODE.gpus_per_node for rank in ranks)
         assert (group.ranks, group.on_node) == (len(ranks), per_node[0])
+
+
+def test_branches_are_dealt_over_neighbours_in_dp() -> None:
+    links = groups(LayoutConfig(processes=32, tp=4, bp=4), NODE)
+    assert (links["bp"].ranks, links["bp"].on_node) == (4, 2) and links["dp"].ranks == 8
 
 
 def group(ranks: int, on_node: int) -> Group:

@@ -11,6 +11,7 @@ from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
+from llada_megatron.plan.decoding_work import Active, Work
 from llada_megatron.plan.memory import Units
 from llada_megatron.plan.shapes import Shape
 from llada_megatron.plan.timing import Rates, Seconds
@@ -52,6 +53,18 @@ class PlanFormulas(Protocol):
         passes_before: int = 0,
     ) -> Iterator[tuple[int, Message]]:
         """Every message of a step on a pipeline rank that holds these stages, and how often it is sent."""
+        ...
+
+    def decoding_work(
+        self, model: ModelConfig, shape: Shape, layout: LayoutConfig, active: Active, at: Rates
+    ) -> dict[str, Work]:
+        """Operations of one forward of decoding on one rank, by name."""
+        ...
+
+    def decoding_messages(
+        self, model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int
+    ) -> Iterator[tuple[int, Message]]:
+        """Messages of such a forward through the model, and how often it sends them."""
         ...
 
 
