@@ -244,7 +244,7 @@ def forward_shape(planner: Planner, layout: LayoutConfig, workload: Workload, ro
 
 
 def _of_decoder(layout: LayoutConfig, rows: int) -> list[tuple[int, Message]]:
-    """What replicas tell each other (generate/decoder.py): whether anybody runs, with the dispatcher allgather
+    """What replicas tell each other (generate/decoder.py): whether anybody runs, with dispatcher allgather
     the most rows of any, and the figures of branches.
     """
     messages = []
