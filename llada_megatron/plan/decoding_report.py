@@ -50,7 +50,8 @@ def print_decoding(planner: Planner, workload: Workload, forwards: Sequence[Forw
         f"  sequences  {workload.context:,} tokens, {so_many(workload.buffer, 'active block')} of"
         f" {workload.block_size}, {branches}"
     )
-    console.print(f"  gain       {workload.tokens_per_forward:g} tokens per sequence and forward, assumed")
+    gain = f"{workload.tokens_per_forward:g} token{'s' * (workload.tokens_per_forward != 1)}"
+    console.print(f"  gain       {gain} per sequence and forward, assumed")
     if planner.model.has_experts:
         console.print(f"  experts    layout.ep={layout.ep}, layout.etp={layout.etp}")
     _table(console, forwards)

@@ -19,7 +19,7 @@ from llada_megatron.config.layout_rules import check_layout
 from llada_megatron.config.objectives import RowBytes
 from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schedule import Stage
-from llada_megatron.config.schema import Config, LayoutConfig, Recompute
+from llada_megatron.config.schema import Config, Dispatcher, LayoutConfig, Recompute
 from llada_megatron.plan.decoding import cache_bytes
 from llada_megatron.plan.decoding_work import Active, Work
 from llada_megatron.plan.memory import static_bytes
@@ -244,10 +244,13 @@ def forward_shape(planner: Planner, layout: LayoutConfig, workload: Workload, ro
 
 
 def _of_decoder(layout: LayoutConfig, rows: int) -> list[tuple[int, Message]]:
-    """What replicas tell each other (generate/decoder.py): whether anybody runs, and figures of branches."""
+    """What replicas tell each other (generate/decoder.py): whether anybody runs, with dispatcher allgather
+    the most rows of any, and the figures of branches.
+    """
     messages = []
     if data_parallel_size(layout) > 1:
-        messages.append((1, Message("dp", "all_reduce", 16, 1, 0)))
+        sizes = (16, 8) if layout.dispatcher is Dispatcher.allgather else (16,)
+        messages += [(1, Message("dp", "all_reduce", size, 1, 0)) for size in sizes]
     if layout.bp > 1:
         messages.append((1, Message("bp", "all_gather", 8.0 * FIGURES * rows * layout.bp, 1, 0)))
     return messages
