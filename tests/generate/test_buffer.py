@@ -21,6 +21,7 @@ from tests.distributed import run_ranks
 from tests.generate.models import CONTEXT, MASK, prompt_of, settings, tiny, uncached
 
 LENGTHS = (17, 2, 40, 9)
+RULE = rule_of("threshold", {"threshold": 0.05})
 WAYS = {
     "two": Buffer(2, 0.1, 0.5),
     "all": Buffer(0, 0.3, 0.95),
@@ -89,6 +90,8 @@ def test_blocks_that_have_to_fill_take_as_many_forwards_as_one_of_them(model):
     for blocks, forwards in ((1, 20), (2, 12), (5, 8)):  # each joins one forward after the one before
         result = expected(model, prompt_of(4), Method(one_by_one, Buffer(blocks, 0.0, 0.0)))
         assert result.forwards["denoise"] == forwards
+    waits = expected(model, prompt_of(4), Method(one_by_one, Buffer(2, 0.0, 1.0)))
+    assert waits.forwards["denoise"] == 20  # nobody has to fill before the block in front is done
 
 
 def test_a_block_joins_and_has_to_fill_from_its_share_on():
@@ -129,6 +132,21 @@ def test_no_block_begins_behind_an_end_and_the_text_ends_there(model):
         if isinstance(event, BlockChanged) and limits.end_tokens[0] in event.tokens[~event.is_masked]
     ]
     assert stops and len(set(stops[1:])) <= 1  # in the forward after, none more
+
+
+def begun(new_tokens=19, **limits):
+    limits = Limits(new_tokens=new_tokens, **limits)
+    return Running(0, Prompt(prompt_of(4)), limits, block_size=4, mask_token_id=MASK, context=CONTEXT)
+
+
+def test_a_block_joins_unless_an_end_stands_in_those_before_it():
+    running = begun(end_tokens=[7])
+    running.tokens[5] = 7
+    running.advance(Buffer(0, 0.0, 0.0))
+    assert len(running.anchor.blocks) == 1
+    running.tokens[5] = 8
+    running.advance(Buffer(0, 0.0, 0.0))
+    assert len(running.anchor.blocks) == 2
 
 
 LOOKAHEAD = {
@@ -174,6 +192,26 @@ def test_the_branch_that_is_surest_of_its_masks_wins():
     )
     assert first.tokens.tolist() == [MASK, MASK, 8, MASK] and first.confidence == 0.5
     assert second.tokens.tolist() == [MASK, MASK, MASK, 9] and anchor.tokens.tolist() == [MASK] * 4
+
+
+def test_the_branch_that_won_is_an_anchor_like_any_other():
+    running = begun()
+    running.lookahead = [running.anchor.with_token(5, 9, 0.3)]
+    sure, unsure = np.array([[1.0, 0.9]] * 3), np.array([[1.0, 0.1]] * 4)
+    method = Method(rule_of("threshold", {"threshold": 1.0}), lookahead=Lookahead(1, memory=0.5))
+    changed, kept = running.step(method, [sure, unsure], seed=0)
+    assert changed.tokens.tolist() == [1, 9, MASK, MASK] and kept == 4
+    assert running.anchor.confidence == 1.0 and running.decided_at[4:8].tolist() == [1, 1, 0, 0]
+    (ahead,) = running.lookahead
+    assert ahead.tokens[4:8].tolist() == [1, 9, 1, MASK] and ahead.confidence == 0.9
+
+
+def test_branches_take_room_of_their_own(model):
+    method = Method(RULE, lookahead=Lookahead(3))
+    limits = Limits(new_tokens=15)
+    decoder(model, method, max_cached_tokens=36).check(0, prompt_of(9), limits)
+    with pytest.raises(BadInput, match="takes 36 cached tokens"):
+        decoder(model, method, max_cached_tokens=32).check(0, prompt_of(9), limits)
 
 
 def test_a_method_is_its_rule_with_other_defaults():
