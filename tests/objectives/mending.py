@@ -1,7 +1,8 @@
 """Words spelt backwards, right and with planted faults: what docs/results/levenshtein.md measures with.
 
-    python -m tests.objectives.mending write FOLDER             text, chats, drafts and a task
-    python -m tests.objectives.mending score RESULT.jsonl ...   `llada generate --input FOLDER/drafts.jsonl`
+    python -m tests.objectives.mending write FOLDER             text, chats, questions, drafts and a task
+    python -m tests.objectives.mending score RESULT.jsonl ...   `llada generate --input FOLDER/drafts.jsonl`, or
+                                                                questions.jsonl
 
 Nothing but the standard library is asked for, so that it can be written anywhere: words are random letters.
 """
@@ -32,7 +33,9 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
 
 def write(folder: Path) -> None:
-    """text.jsonl and chats.jsonl to learn from; drafts.jsonl and tasks/backward.yaml of words not in them."""
+    """text.jsonl and chats.jsonl to learn from; of words not in them questions.jsonl, which tasks/backward.yaml
+    asks too, and drafts.jsonl.
+    """
     random = Random(0)
     words: dict[str, None] = {}
     while len(words) < LEARNT + ASKED:
@@ -40,7 +43,8 @@ def write(folder: Path) -> None:
     learnt, asked = [*words][:LEARNT], [*words][LEARNT:]
     _lines(folder / "text.jsonl", [{"text": f"{question(word)}\n{word[::-1]}"} for word in learnt])
     _lines(folder / "chats.jsonl", [{"messages": [user(word), answer(word)]} for word in learnt])
-    _lines(folder / "questions.jsonl", [{"question": question(w), "answer": w[::-1]} for w in asked])
+    questions = [{"question": question(w), "messages": [user(w)], "answer": w[::-1]} for w in asked]
+    _lines(folder / "questions.jsonl", questions)
     drafts = [
         {"messages": [user(word)], "draft": spoiled(word[::-1], fault, random), "answer": word[::-1]}
         | {"fault": fault}
@@ -90,8 +94,16 @@ def distance(one: str, other: str) -> int:
 
 
 def score(path: Path) -> str:
-    """For each fault the percent of drafts that are the answer and the mean distance, before and after."""
+    """For each fault the percent of drafts that are the answer and the mean distance, before and after; without
+    drafts the percent of answers that are right, with its standard error, and tokens per forward.
+    """
     results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not any("draft" in each for each in results):
+        share = sum(each["text"].strip() == each["answer"] for each in results) / len(results)
+        error = (share * (1 - share) / len(results)) ** 0.5
+        tokens = sum(len(each["tokens"]) for each in results)
+        per_forward = tokens / sum(each["forwards"]["denoise"] for each in results)
+        return f"{path}: right {100 * share:.1f} ± {100 * error:.1f} %   {per_forward:.2f} tokens a forward"
     said = []
     for fault in FAULTS:
         its = [each for each in results if each["fault"] == fault]

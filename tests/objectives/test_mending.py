@@ -41,3 +41,11 @@ def test_what_is_asked_is_not_learnt_and_scores_are_of_each_fault(tmp_path, monk
     *_, inserted, _, mixed = mending.score(results).splitlines()
     assert "right   0.0 -> 100.0 %   distance 1.00 -> 0.00   2.00 forwards" in inserted
     assert "->  75.0 %" in mixed and "-> 0.25 " in mixed
+    questions = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert (
+        {each["messages"][0]["content"] for each in questions} == asked == {q["question"] for q in questions}
+    )
+    said = [q | {"text": q["answer"], "tokens": [1, 2, 3], "forwards": {"denoise": 2}} for q in questions]
+    said[0]["text"] = ""
+    results.write_text("".join(json.dumps(each) + "\n" for each in said))
+    assert "right 75.0 ± 21.7 %   1.50 tokens a forward" in mending.score(results)
