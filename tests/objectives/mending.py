@@ -1,8 +1,8 @@
 """Words spelt backwards, right and with planted faults: what docs/results/levenshtein.md measures with.
 
     python -m tests.objectives.mending write FOLDER             text, chats, questions, drafts and a task
-    python -m tests.objectives.mending score RESULT.jsonl ...   `llada generate --input FOLDER/drafts.jsonl`, or
-                                                                questions.jsonl
+    python -m tests.objectives.mending score RESULT.jsonl ...   of drafts.jsonl or questions.jsonl, by
+                                                                `llada generate --input`
 
 Nothing but the standard library is asked for, so that it can be written anywhere: words are random letters.
 """
@@ -33,8 +33,8 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
 
 def write(folder: Path) -> None:
-    """text.jsonl and chats.jsonl to learn from; of words not in them questions.jsonl, which tasks/backward.yaml
-    asks too, and drafts.jsonl.
+    """text.jsonl and chats.jsonl to learn from; of other words drafts.jsonl, and questions.jsonl, which
+    tasks/backward.yaml asks too.
     """
     random = Random(0)
     words: dict[str, None] = {}
@@ -94,8 +94,9 @@ def distance(one: str, other: str) -> int:
 
 
 def score(path: Path) -> str:
-    """For each fault the percent of drafts that are the answer and the mean distance, before and after; without
-    drafts the percent of answers that are right, with its standard error, and tokens per forward.
+    """For each fault the percent of drafts that are the answer and the mean distance, before and after.
+
+    Without drafts the percent of answers that are right, with its standard error, and tokens per forward.
     """
     results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not any("draft" in each for each in results):
