@@ -30,6 +30,11 @@ WAYS = {
 }
 
 
+def few(names, *quick):
+    """Parameters of which these are for the quick tests."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(scope="module")
 def model():
     groups.initialize(LayoutConfig())
@@ -63,7 +68,7 @@ def assert_as_without_a_cache(model, method, **options):
     return ours
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", few(WAYS, "two", "early"))
 def test_with_any_buffer_the_cache_is_as_one_computed_anew(model, name):
     method = Method(rule_of("threshold", {"threshold": 0.05}), WAYS[name])
     assert_as_without_a_cache(model, method)
@@ -71,7 +76,7 @@ def test_with_any_buffer_the_cache_is_as_one_computed_anew(model, name):
     assert ours.counts.put_back  # whose pages were taken meanwhile
 
 
-@pytest.mark.parametrize("name", sorted({*RULES} - {"threshold"}))
+@pytest.mark.parametrize("name", few(sorted({*RULES} - {"threshold"}), "factor"))
 def test_every_rule_serves_a_buffer(model, name):
     assert_as_without_a_cache(model, Method(rule_of(name), Buffer(3, 0.2, 0.6)), seed=3)
 
@@ -157,7 +162,7 @@ LOOKAHEAD = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKAHEAD)
+@pytest.mark.parametrize("name", few(LOOKAHEAD, "three"))
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_branches_in_one_forward_are_as_many_forwards_of_one(model, name, blocks):
     method = Method(rule_of("threshold", {"threshold": 0.05}), Buffer(blocks, 0.2, 0.6), LOOKAHEAD[name])
@@ -167,7 +172,7 @@ def test_branches_in_one_forward_are_as_many_forwards_of_one(model, name, blocks
         assert ours.counts.put_back
 
 
-@pytest.mark.parametrize("rule", sorted(name for name in RULES if not rule_of(name).edits))
+@pytest.mark.parametrize("rule", few(sorted(n for n in RULES if not rule_of(n).edits), "credit"))
 def test_every_rule_that_fills_serves_branches(model, rule):
     assert_as_without_a_cache(model, Method(rule_of(rule), lookahead=Lookahead(2)), seed=1)
 
@@ -258,7 +263,7 @@ def decoded(overrides: list[str]) -> list[list[int]]:
     groups.initialize(config.layout)
     method = Method(rule_of("threshold", {"threshold": 0.05}), Buffer(2, 0.2, 0.6), Lookahead(3))
     results = decoder(tiny(config), method, max_cached_tokens=400).results(
-        [prompt_of(length) for length in LENGTHS], Limits(new_tokens=19)
+        [prompt_of(length) for length in LENGTHS[:2]], Limits(new_tokens=14)
     )
     return [result.tokens.tolist() for result in results]
 

@@ -58,7 +58,13 @@ def decoded(
     ],
     ids=lambda value: "-".join(value) or "dp2" if isinstance(value, list) else f"{value}",
 )
-@pytest.mark.parametrize("lengths", [LENGTHS, FIRST_IS_LONGEST], ids=["even", "uneven"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param(LENGTHS, id="even"),
+        pytest.param(FIRST_IS_LONGEST, id="uneven", marks=pytest.mark.slow),
+    ],
+)
 def test_a_layout_decodes_the_tokens_of_one_process(processes, overrides, lengths):
     layout = [f"layout.processes={processes}", "layout.global_batch=4", *overrides]
     ((alone, _),) = run_ranks(decoded, lengths, "threshold", ["layout.global_batch=4"])
@@ -79,7 +85,13 @@ def test_drawn_tokens_and_edits_are_those_of_one_process():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["layout.tp=2"], ["layout.ep=2"]], ids=["dp2", "tp2", "ep2"])
-@pytest.mark.parametrize("lengths", [LENGTHS, FIRST_IS_LONGEST], ids=["even", "uneven"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param(LENGTHS, id="even"),
+        pytest.param(FIRST_IS_LONGEST, id="uneven", marks=pytest.mark.slow),
+    ],
+)
 def test_full_attention_decodes_the_tokens_of_one_process(lengths, overrides):
     full = FullAttention(before=3, after=2, cfg_scale=0.5)
     ((alone, _),) = run_ranks(decoded, lengths, "threshold", ["layout.global_batch=4"], full)
