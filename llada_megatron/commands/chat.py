@@ -66,7 +66,7 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, d
     from llada_megatron.config.layout import data_parallel_size
 
     config, job, _ = generate.decoding(args, checkpoint, as_chat=True)
-    if (replicas := data_parallel_size(config.layout)) > 1:
+    if (replicas := data_parallel_size(config.layout) // config.layout.bp) > 1:
         raise BadInput(
             f"A chat is one conversation, and {config.layout.processes} processes with"
             f" layout.tp={config.layout.tp} are {replicas} replicas of the model: set"

@@ -146,10 +146,10 @@ class Decoder:
 
     def _beside(self, longest: int) -> int:
         """Tokens at most of the active blocks of further branches on a rank, in a sequence of `longest`."""
-        return self.pages_beside * min(self.buffer.blocks * self.block_size or longest, longest)
+        return self.branches_beside * min(self.buffer.blocks * self.block_size or longest, longest)
 
     @property
-    def pages_beside(self) -> int:
+    def branches_beside(self) -> int:
         """Branches of a sequence on a rank beside the first one."""
         return (self.lookahead.branches + 1) // self._bp - 1
 
@@ -186,20 +186,17 @@ class Decoder:
         found = [event for event in self.run(prompts, limits) if isinstance(event, Result)]
         return sorted(found, key=lambda result: result.prompt)
 
-    def asked(self, number: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
-        """`numbered`; BadInput for a draft under a rule that would leave it as it is."""
+    def begun[Kind: Running](
+        self, kind: type[Kind], number: int, prompt: Prompt | Ids, limits: Limits
+    ) -> Kind:
+        """The prompt before its first forward; BadInput for a draft that the rule would leave as it is."""
         number, prompt = numbered(number, prompt)
         if len(prompt.draft) and not self.rule.edits:
             raise BadInput(
                 f"Prompt {number} has a draft, which this rule would leave as it is: give one that edits,"
                 " joint or indel."
             )
-        return number, prompt
-
-    def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
-        """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
-        number, prompt = self.asked(number, prompt)
-        running = Running(
+        return kind(
             number,
             prompt,
             limits,
@@ -207,11 +204,15 @@ class Decoder:
             mask_token_id=self.mask_token_id,
             context=self.context,
         )
+
+    def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
+        """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
+        running = self.begun(Running, number, prompt, limits)
         largest = running.largest * self.block_size
         largest += self._beside(largest)
         if largest > self.pages.count * self.block_size:
             raise BadInput(
-                f"Prompt {number} takes {largest} cached tokens with what is"
+                f"Prompt {running.number} takes {largest} cached tokens with what is"
                 f" generated, and max_cached_tokens is {self.max_cached_tokens}: raise it, or ask for fewer"
                 " new tokens."
             )
@@ -268,11 +269,12 @@ class Decoder:
             sum(len(feed.rows[which]) for feed in feeds for which in self.dealt(len(feed.rows), rank))
             for rank in range(self._bp)
         ]
-        padded = torch.zeros(max([*counts, 1]), output.shape[1], dtype=torch.float64, device=device.device())
-        padded[: len(output)] = torch.from_numpy(output)
+        rows = torch.from_numpy(output).to(device.device())
+        padded = rows.new_zeros(max([*counts, 1]), rows.shape[1])
+        padded[: len(rows)] = rows
         of_ranks = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(of_ranks, padded, group=self._bp_group)
-        return [rows[:count].cpu().numpy() for rows, count in zip(of_ranks, counts, strict=True)]
+        return [of_rank[:count].cpu().numpy() for of_rank, count in zip(of_ranks, counts, strict=True)]
 
     def dealt(self, branches: int, rank: int) -> list[int]:
         """Which of so many branches a rank reads; the first one where none is left for it, since every rank
@@ -430,7 +432,7 @@ class _Batch:
         missing = [(running.pages, self._missing(running, stop))]
         if stop > running.first:
             active = -(-stop // self.decoder.block_size) - running.first // self.decoder.block_size
-            beside = min(self.decoder.pages_beside, len(running.lookahead))
+            beside = min(self.decoder.branches_beside, len(running.lookahead))
             running.pages_beside += [[] for _ in range(beside - len(running.pages_beside))]
             missing += [(pages, active - len(pages)) for pages in running.pages_beside]
         for pages, count in missing:

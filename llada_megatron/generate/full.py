@@ -187,19 +187,12 @@ class FullDecoder(Decoder):
 
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Filling:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
-        number, prompt = self.asked(number, prompt)
-        running = Filling(
-            number,
-            prompt,
-            limits,
-            block_size=self.block_size,
-            mask_token_id=self.mask_token_id,
-            context=self.context,
-        )
+        running = self.begun(Filling, number, prompt, limits)
         if (pages := self.full.copies * running.largest) > self.pages.count:
             raise BadInput(
-                f"Prompt {number} takes {pages * self.block_size} cached tokens with what is generated, and"
-                f" max_cached_tokens is {self.max_cached_tokens}: raise it, or ask for fewer new tokens."
+                f"Prompt {running.number} takes {pages * self.block_size} cached tokens with what is"
+                f" generated, and max_cached_tokens is {self.max_cached_tokens}: raise it, or ask for fewer"
+                " new tokens."
             )
         return running
 

@@ -11,7 +11,8 @@ from llada_megatron.data.chat import ChatEncoder
 from llada_megatron.data.chat_template import load_template
 from llada_megatron.data.tokenizer import load_tokenizer
 from llada_megatron.generate import Decoder, Limits
-from llada_megatron.generate.buffer import Buffer
+from llada_megatron.generate.branches import ANCHOR_ALONE, Lookahead
+from llada_megatron.generate.buffer import ONE_BLOCK, Buffer
 from llada_megatron.generate.conversation import STOPPED, Answer, Conversation, Draft, follow
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.parallel import groups, ranks
@@ -37,7 +38,8 @@ def conversation(model, **options) -> Conversation:
         MASK,
         context=CONTEXT,
         batch=1,
-        buffer=options.pop("buffer", Buffer()),
+        buffer=options.pop("buffer", ONE_BLOCK),
+        lookahead=options.pop("lookahead", ANCHOR_ALONE),
         text=options.pop("text", text),
     )
     return Conversation(decoder, encoder, Limits(**({"new_tokens": 8} | options)))
@@ -169,11 +171,18 @@ def test_several_ranks_follow_the_first_one_and_stop_with_it():
     assert first == alone and second is None
 
 
-def talked(tp: int) -> list[str] | None:
-    config = settings(f"layout.tp={tp}", f"layout.processes={tp}")
+@pytest.mark.slow
+def test_ranks_that_share_branches_hold_one_conversation():
+    (alone,) = run_ranks(talked, 1, "tp", Lookahead(3), processes=1)
+    first, second = run_ranks(talked, 2, "bp", Lookahead(3), processes=2)
+    assert first == alone and second is None
+
+
+def talked(ways: int, axis: str = "tp", lookahead: Lookahead = ANCHOR_ALONE) -> list[str] | None:
+    config = settings(f"layout.{axis}={ways}", f"layout.processes={ways}", "layout.global_batch=2")
     groups.initialize(config.layout)
     try:
-        chat = conversation(tiny(config), new_tokens=24)
+        chat = conversation(tiny(config), new_tokens=24, lookahead=lookahead)
         if ranks.rank():
             follow(chat.decoder, chat.limits)
             return None
