@@ -79,6 +79,13 @@ class Dispatcher(StrEnum):
 
     alltoall = "alltoall"
     allgather = "allgather"
+    deepep = "deepep"
+    hybridep = "hybridep"
+
+    @property
+    def is_flex(self) -> bool:
+        """Whether it is a backend of megatron-core's `flex` dispatcher."""
+        return self in (Dispatcher.deepep, Dispatcher.hybridep)
 
 
 class RecomputeModule(StrEnum):
@@ -93,6 +100,34 @@ class RecomputeModule(StrEnum):
     shared_experts = "shared_experts"
     layernorm = "layernorm"
     moe_act = "moe_act"
+
+
+class OffloadModule(StrEnum):
+    """A part of a layer whose input may wait in host memory, by megatron-core's names.
+
+    Of transformer_config.py:1853 in megatron-core 0.19.2; fused_group_mlp there needs an option that is not
+    offered.
+    """
+
+    attn_norm = "attn_norm"
+    qkv_linear = "qkv_linear"
+    core_attn = "core_attn"
+    attn_proj = "attn_proj"
+    mlp_norm = "mlp_norm"
+    expert_fc1 = "expert_fc1"
+    moe_act = "moe_act"
+
+
+class CudaGraphPart(StrEnum):
+    """A part of a layer that may be captured as a CUDA graph, by megatron-core's names.
+
+    Of CudaGraphModule in transformer/enums.py of megatron-core 0.19.2; attention is not among them, since
+    its mask differs from batch to batch, nor experts, whose rows do.
+    """
+
+    mlp = "mlp"
+    moe_router = "moe_router"
+    moe_preprocess = "moe_preprocess"
 
 
 class AttentionBackend(StrEnum):
@@ -143,10 +178,20 @@ class DecayStyle(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Of weights and activations."""
+    """Of a kind of tensors."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Fp8(StrEnum):
+    """TransformerEngine's recipes of FP8: what shares a scale, and when it is found."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+    delayed = "delayed"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
 
 
 class Wandb(StrEnum):

@@ -20,9 +20,11 @@ from llada_megatron.config.choices import (
     Denominator,
     Dispatcher,
     Dtype,
+    Fp8,
     LayerSpec,
     LearningRateAtStart,
     MomentsAtStart,
+    OffloadModule,
     PreferenceForm,
     RatePer,
     Recompute,
@@ -172,6 +174,9 @@ class ModelConfig:
     """cudnn_flex needs sm_90, sm_100 or sm_103, cudnn_graph sm_90 or sm_100, varlen decodes alone; one that
     cannot serve stops a run."""
     layer_spec: LayerSpec = LayerSpec.auto
+    fusions: bool = True
+    """Of transformer_engine's layers: fused router, permutation, rotary and sum of weight gradients; the
+    local layers have none of them."""
     head_chunk_tokens: Size = 1024
     """Supervised positions per call of the output head; bounds the memory of the logits."""
 
@@ -343,11 +348,22 @@ class LayoutConfig:
     The last stage also computes the output head: with a large vocabulary it should hold fewer layers.
     """
     dispatcher: Dispatcher = Dispatcher.alltoall
-    """`alltoall` sends a token to the processes of its experts; `allgather` sends all to all."""
+    """`alltoall` sends a token to the processes of its experts; `allgather` sends all to all; `deepep` and
+    `hybridep`, on CUDA with their packages, send it once to each node."""
+    overlap_experts: bool = False
+    """Send one micro-batch's tokens to experts and back while another one computes."""
+    delay_weight_gradients: bool = False
+    """Compute weight gradients while tokens travel, after the inputs' gradients; needs overlap_experts."""
+    overlap_shared_experts: bool = False
+    """Compute the shared expert while tokens travel to the others and back."""
+    overlap_tensor_parallel: bool = False
+    """Let messages of tensor parallelism run inside the products that need them (TransformerEngine)."""
     recompute: Recompute = Recompute.none
     """`selective` recomputes recompute_modules in backward, `full` whole layers: less memory, more time."""
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: [RecomputeModule.core_attn])
     """Of `selective`; mlp is that of dense layers; layernorm and moe_act need transformer_engine's layers."""
+    offload_modules: list[OffloadModule] = field(default_factory=list)
+    """Keep the inputs of these parts of a layer in host memory between forward and backward; empty: none."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while backward still computes others."""
     overlap_param_gather: bool = False
@@ -374,9 +390,15 @@ class OptimizerConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Numbers of the weights and activations; the optimizer keeps fp32 masters and moments."""
+    """Numbers of weights, activations, gradients and moments; the optimizer keeps fp32 masters."""
 
     dtype: Dtype = Dtype.fp32
+    fp8: Fp8 = Fp8.none
+    """Compute the layers' products in FP8, by this recipe of TransformerEngine."""
+    gradients: Dtype = Dtype.fp32
+    """In which they are summed over micro-batches and reduced over data parallelism."""
+    moments: Dtype = Dtype.fp32
+    """In which the optimizer keeps Adam's moments."""
     deterministic: bool = False
     """Ask for deterministic kernels and one order of adding on CUDA, which cost time; for an experiment that
     compares runs bit for bit. CPU runs are deterministic anyway."""

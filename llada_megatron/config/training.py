@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from llada_megatron.config.choices import BadSamples
+from llada_megatron.config.choices import BadSamples, CudaGraphPart
 from llada_megatron.config.ranges import Amount, Count, Decay, Range, Seconds, Text, span
 
 
@@ -66,6 +66,8 @@ class TrainingConfig:
     """On CUDA, keep the stack of every allocation for the snapshot of a step that runs out of memory."""
     collect_garbage_every_steps: Count = 50
     """Python's garbage is collected after every Nth step, on all processes at once; 0: when Python likes."""
+    cuda_graphs: list[CudaGraphPart] = field(default_factory=list)
+    """Capture these parts of a layer as CUDA graphs, which a host starts at once; empty: none."""
     preflight: bool = False
     """Check every node before the model is built: clock, disk, products, messages (guard/preflight.py)."""
     straggler_every_steps: Count = 0
