@@ -164,7 +164,7 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
     dense_left, moe_left = (activations.kept(model, parts, shape, layout, b=b) for parts in (dense, moe))
     embedding = activations.embedding_bytes(shape, layout)
     head = activations.head_bytes(model, shape, layout, b=b)
-    beside, held = activations.stage_bytes(model, shape, layout)
+    beside = activations.stage_bytes(model, shape, layout)
     return Units(
         dense=Unit(
             parts=dense_left,
@@ -195,7 +195,6 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         stage=Unit(
             parts={"stage": beside},
             kept=beside,
-            held=held,
             forward=transient.during_forward(model, shape, layout),
         ),
         gathering=activations.gather_buffer(model, shape, layout, b=b),
