@@ -23,6 +23,7 @@ from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan.activations import recomputed_modules
 from llada_megatron.plan.checkpoints import Checkpoints, checkpoints_of
 from llada_megatron.plan.decoding import Decoding, decoding_of
+from llada_megatron.plan.layer_time import EXCHANGE
 from llada_megatron.plan.planner import Placement, Planner, Step
 from llada_megatron.plan.topology import gpus
 
@@ -301,6 +302,12 @@ def _breakdown(
     parts["pp"] += kind.ends * planner.neighbour_seconds(placement, blocks)
     micro_batches = micro_batches_per_step(layout, stage)
     seconds = {name: micro_batches * part for name, part in parts.items() if part}
+    spared = step.paired
+    for name in (*EXCHANGE, "launches"):
+        hidden = min(spared, seconds.get(name, 0.0))
+        spared -= hidden
+        if hidden:
+            seconds[name] -= hidden
     if step.before:
         seconds["before"] = step.before
     return seconds | {"gradients": step.gradients, "optimizer": step.optimizer, "bubble": step.bubble}
@@ -326,11 +333,12 @@ def _traffic(
             stages,
             micro_batches,
             b=planner.b,
+            gradient_bytes=planner.kept.gradient,
             passes_before=passes_before(planner.config, layout, stage),
         )
         for calls, message in sent:
             payload[message.group] += calls * message.payload
-            seconds[message.group] += calls * links[message.group].seconds(message.operation, message.payload)
+            seconds[message.group] += calls * message.seconds(links)
         for name, total in payload.items():
             if total and links[name].ranks > 1 and (name not in found or seconds[name] > found[name].seconds):
                 group = links[name]

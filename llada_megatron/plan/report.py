@@ -136,6 +136,8 @@ KINDS = {
     "optimizer": "optimizer",
     "bubble": "pipeline bubble",
     "before": "passes before",
+    "launches": "starts of kernels",
+    "host": "host memory",
 }
 
 
