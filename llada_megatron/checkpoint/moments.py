@@ -39,7 +39,7 @@ class Held:
 
     part: Part
     values: Tensor
-    """Memory of the optimizer, fp32, of shape `part.size`."""
+    """Memory of the optimizer, of shape `part.size`: fp32, of moments precision.moments."""
     is_saved: bool
     """Whether this rank saves it; other ranks that hold the same parameter have it as well."""
 

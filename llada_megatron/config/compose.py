@@ -158,7 +158,10 @@ def elsewhere(saved: dict[str, object], overrides: Sequence[str]) -> Config:
     names = ("global_batch", "micro_batch")
     layout: dict[str, object] = {name: trained[name] for name in names if name in trained}
     layout["processes"] = 0
-    return resolve({**saved, "layout": layout}, overrides)
+    precision = saved.get("precision", {})
+    if isinstance(precision, dict):
+        precision = {**precision, "fp8": "none"}  # whose products need rows in multiples
+    return resolve({**saved, "layout": layout, "precision": precision}, overrides)
 
 
 def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:

@@ -8,6 +8,7 @@ from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Batches, Schedule, Stage, block_size_of
 from llada_megatron.config.schema import BlockGrid, Config, DiffusionConfig, RatePer
+from llada_megatron.config.speed_rules import check_switches
 from llada_megatron.config.stage_settings import at_stage, diffusion_of
 
 
@@ -28,6 +29,7 @@ def check(config: Config) -> Schedule:
     _check_objective(config)
     schedule = schedule_of(config)
     check_batches(config.layout, schedule)
+    check_switches(config, schedule)
     require(
         config.optimizer.warmup_tokens < schedule.total_tokens,
         f"optimizer.warmup_tokens={config.optimizer.warmup_tokens} is not less than the schedule's"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import AbstractSchedulePlan
 
 from llada_megatron.model import pools
 from llada_megatron.model.core_attention import KeysParams
@@ -43,30 +44,54 @@ class BlockDiffusionGPT(GPTModel):
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
         """Hidden states [S, B, H] of this stage; on the last one what `inputs.readout` says."""
+        return super().forward(**self._given(inputs))
+
+    def build_schedule_plan(self, inputs: ModelInputs) -> AbstractSchedulePlan:  # type: ignore[override]
+        """The same forward in parts, between which megatron-core runs those of another one's backward.
+
+        For layout.overlap_experts. Several may be in flight: all that a micro-batch brings is in its plan.
+        """
+        return super().build_schedule_plan(**self._given(inputs))
+
+    def _given(self, inputs: ModelInputs) -> dict[str, Any]:
+        """GPTModel's arguments."""
         S = inputs.tokens.shape[1]
-        self.rotary_pos_emb.positions = inputs.positions
-        embedded = None
-        if self.pre_process:
-            embedded = self.embedding(input_ids=inputs.tokens, position_ids=None)  # [S/tp, B, H]
-            if inputs.soft is not None:
-                embedded = self._softened(embedded, inputs.soft)
-            if inputs.noise is not None:
-                embedded = embedded + self._noise(inputs.noise, S, embedded)
-            if not embedded.requires_grad and torch.is_grad_enabled():
-                # A frozen table: what backward computes again would get no gradient for its own weights.
-                embedded.requires_grad_()
-        return super().forward(
-            input_ids=inputs.tokens,
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=embedded,
-            packed_seq_params=KeysParams(
+        return {
+            "input_ids": inputs.tokens,
+            "position_ids": inputs.positions,
+            "attention_mask": None,
+            "decoder_input": self._embedded(inputs) if self.pre_process else None,
+            "packed_seq_params": KeysParams(
                 qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, keys=inputs.keys
             ),
-            padding_mask=self._marks(inputs),
-            output_processor=head_output,
-            output_processor_context=(inputs, self.head_chunk_tokens),
-        )
+            "padding_mask": self._marks(inputs),
+            "output_processor": head_output,
+            "output_processor_context": (inputs, self.head_chunk_tokens),
+        }
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        decoder_input: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Any, ...]:
+        """What layers get, both in a forward and in a schedule plan: the embeddings and the marks as they are
+        given, and the angles of the explicit positions."""
+        return decoder_input, self.rotary_pos_emb(position_ids), None, None, None, padding_mask
+
+    def _embedded(self, inputs: ModelInputs) -> torch.Tensor:
+        """[S/tp, B, H], with noise and soft tokens."""
+        embedded = self.embedding(input_ids=inputs.tokens, position_ids=None)
+        if inputs.soft is not None:
+            embedded = self._softened(embedded, inputs.soft)
+        if inputs.noise is not None:
+            embedded = embedded + self._noise(inputs.noise, inputs.tokens.shape[1], embedded)
+        if not embedded.requires_grad and torch.is_grad_enabled():
+            # A frozen table: what backward computes again would get no gradient for its own weights.
+            embedded.requires_grad_()
+        return embedded
 
     def _marks(self, inputs: ModelInputs) -> torch.Tensor | None:
         """What routers know of rows: bool [B, S/tp], True for those that the balance of experts leaves out,

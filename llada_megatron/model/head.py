@@ -15,6 +15,22 @@ from torch.utils.checkpoint import checkpoint
 from llada_megatron.model.inputs import ModelInputs
 
 
+class _IntoMainGradient(torch.autograd.Function):
+    """The weight for one chunk of several: its gradient is added where DDP adds up those of micro-batches.
+
+    In autograd's own sum, which has the weight's dtype, chunks would be rounded to bf16 again and again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        ctx.main_grad = weight.main_grad  # type: ignore[attr-defined]
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        ctx.main_grad.add_(gradient)
+
+
 def reduce_input_gradient_once(output_layer: torch.nn.Module) -> None:
     """Stop the head from gathering and reducing by itself: `head_output` does both, once for all chunks."""
     output_layer.sequence_parallel = False  # type: ignore[assignment]
@@ -37,7 +53,8 @@ def head_output(
     and [S, B, H] otherwise. Each tensor-parallel rank holds V/tp columns, so the gradient of its input is
     a partial sum: gathering (or copying) adds the parts up exactly once in backward. Chunks of
     `head_chunk_tokens` are recomputed in backward unless one chunk is all, so that logits of more than
-    one chunk never exist.
+    one chunk never exist. The weight's gradient is summed over chunks in the dtype of `main_grad`, where DDP
+    keeps one; the first chunk's goes the ordinary way, so that DDP learns when it is ready.
     """
     inputs, chunk_tokens = context
     readout, labels = inputs.readout, inputs.labels
@@ -50,13 +67,23 @@ def head_output(
     chosen_NH = hidden_states.flatten(0, 1).index_select(0, inputs.outputs)
     group = parallel_state.get_tensor_model_parallel_group()
 
-    def read(chunk_nH: torch.Tensor, labels_n: torch.Tensor | None) -> torch.Tensor:
-        logits_n1V = output_layer(chunk_nH[:, None], weight=output_weight)[0]  # V/tp columns
+    weight_VH: Any = output_layer.weight if output_weight is None else output_weight
+
+    def read(chunk_nH: torch.Tensor, labels_n: torch.Tensor | None, weight_VH: torch.Tensor) -> torch.Tensor:
+        logits_n1V = output_layer(chunk_nH[:, None], weight=weight_VH)[0]  # V/tp columns
         return readout(logits_n1V[:, 0], labels_n, group)
 
     if chosen_NH.shape[0] <= chunk_tokens:
-        return read(chosen_NH, labels)
+        return read(chosen_NH, labels, weight_VH)
     chunks = chosen_NH.split(chunk_tokens)
     labels_of_chunks = [None] * len(chunks) if labels is None else labels.split(chunk_tokens)
-    pairs = zip(chunks, labels_of_chunks, strict=True)
-    return torch.cat([checkpoint(read, *pair, use_reentrant=False) for pair in pairs])
+    weights = [weight_VH, *(_summed_apart(weight_VH) for _ in chunks[1:])]
+    given = zip(chunks, labels_of_chunks, weights, strict=True)
+    return torch.cat([checkpoint(read, *each, use_reentrant=False) for each in given])
+
+
+def _summed_apart(weight: torch.Tensor) -> torch.Tensor:
+    """The weight, whose gradient goes into `main_grad` where autograd would sum in fewer digits."""
+    main_grad = getattr(weight, "main_grad", None)
+    gains = main_grad is not None and main_grad.dtype.itemsize > weight.dtype.itemsize
+    return _IntoMainGradient.apply(weight) if gains and torch.is_grad_enabled() else weight

@@ -14,7 +14,6 @@ where turns_i = original_positions f_i / 2 pi. Frequencies are fp32, as in the p
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from megatron.core.transformer.attention import Attention
@@ -74,15 +73,11 @@ class ExplicitRotary(torch.nn.Module):
         # No buffer: Float16Module would round it to bf16, and angles at position 4000 by half a radian.
         self.inv_freq: Tensor | None = None
         """fp32 [C/2], as `set_frequencies` says."""
-        self.positions: Tensor | None = None
 
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        return 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Angles fp32 [S, B or 1, 1, channels] of the current positions."""
-        assert self.positions is not None and self.inv_freq is not None
-        angles = self.positions.T.to(self.inv_freq.device).float()[..., None] * self.inv_freq
+    def forward(self, positions: Tensor) -> Tensor:
+        """Angles fp32 [S, B or 1, 1, channels] of positions int64 [B or 1, S]."""
+        assert self.inv_freq is not None
+        angles = positions.T.to(self.inv_freq.device).float()[..., None] * self.inv_freq
         return torch.cat([angles, angles], dim=-1)[:, :, None]
 
 

@@ -30,10 +30,15 @@ def forward_step(
     ratios: Sequence[float] | None,
     batches: Iterator[MicroBatch],
     model: torch.nn.Module,
-) -> tuple[torch.Tensor, Any]:
-    """megatron-core's forward-step contract: the model's output and what turns it into a loss."""
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Any]:
+    """megatron-core's forward-step contract: the model's output and what turns it into a loss.
+
+    return_schedule_plan: in the output's place the plan of a forward, as layout.overlap_experts asks for it.
+    """
     batch = next(batches)
-    return model(batch.inputs), partial(reduced, objective, ratios, batch)
+    run = model.build_schedule_plan if return_schedule_plan else model
+    return run(batch.inputs), partial(reduced, objective, ratios, batch)
 
 
 def reduced(

@@ -120,12 +120,12 @@ def held_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
     return 5 * shape.tokens * model.experts + (8 * shape.sent if recomputed else 0)
 
 
-def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> tuple[int, int]:
-    """What each (virtual) stage keeps of a micro-batch beside its layers, and holds of the last one only.
+def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
+    """What each (virtual) stage keeps of a micro-batch beside its layers.
 
-    Kept: 8K order of the exchanged keys, 8 per noisy row sent; with full recompute 4r rotary_rows angles,
+    8K order of the exchanged keys, 8 per noisy row sent; with full recompute 4r rotary_rows angles,
     which every layer takes; where a layer with experts that choose from pools runs again, the marks of its
-    rows, t (1 + w) (model/pools.py). Held: 8 rotary_rows positions.
+    rows, t (1 + w) (model/pools.py).
     """
     angles = 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
     kept_here = 8 * (shape.keys + shape.halo) if layout.cp > 1 else 0
@@ -133,7 +133,7 @@ def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> tuple
         kept_here += angles
     if model.expert_capacity and "moe" in recomputed_modules(layout):
         kept_here += shape.tokens * (1 + shape.block_bits)
-    return kept_here, 8 * shape.rotary_rows
+    return kept_here
 
 
 def embedding_bytes(shape: Shape, layout: LayoutConfig) -> int:

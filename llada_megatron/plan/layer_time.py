@@ -153,13 +153,15 @@ def layer(work: Work, units: Units, *, moe: bool) -> Block:
         side = {"experts": "experts", "shared_experts": "shared"}.get(part, "attention")
         kept = unit.parts.get(part, 0)
         work.passes(block, side, kept, unit.whole[part] - kept)
-    if work.at.spreads:
-        for side, there, back in unfused_bytes(work.model, work.shape, work.layout, moe=moe, b=work.at.b):
+    rotary_alone = work.at.fused and work.layout.cp > 1 and work.shape.samples > 1
+    if work.at.spreads or rotary_alone:
+        given = work.model, work.shape, work.layout
+        for side, there, back in unfused_bytes(*given, moe=moe, rotary_alone=rotary_alone, b=work.at.b):
             block.forward.add(side, "memory", there / work.at.memory)
             if not work.forward_only:
                 block.backward.add(side, "memory", back / work.at.memory)
-    given = work.model, work.shape, work.layout
-    work.messages(block, traffic.layer_messages(*given, moe=moe, b=work.at.b))
+    messages = traffic.layer_messages(work.model, work.shape, work.layout, moe=moe, b=work.at.b)
+    work.messages(block, messages)
     _hide(work, block, unit, moe=moe)
     return block
 

@@ -198,7 +198,7 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
     dense, moe = (_layer(model, shape, layout, moe=moe, b=b) for moe in (False, True))
     embedding = activations.embedding_bytes(shape, layout)
     head = activations.head_bytes(model, shape, layout, b=b)
-    beside, held = activations.stage_bytes(model, shape, layout)
+    beside = activations.stage_bytes(model, shape, layout)
     return Units(
         dense=dense,
         moe=moe,
@@ -216,7 +216,7 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         stage=Unit(
             parts={"stage": beside},
             kept=beside,
-            held=held + 2 * max(dense.host, moe.host),
+            held=2 * max(dense.host, moe.host),
             forward=transient.during_forward(model, shape, layout),
         ),
         gathering=activations.gather_buffer(model, shape, layout, b=b),

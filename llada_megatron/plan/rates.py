@@ -32,7 +32,7 @@ class Rates:
     fp8: Fp8 = Fp8.none
     fp8_speedup: float = 1.0
     fused: bool = False
-    """Whether weight gradients are added inside their product."""
+    """Whether weight gradients are added inside their product, and the layer's kernels are fused."""
     spreads: bool = False
     """Whether a GPU runs what fusions would join as kernels of their own (`unfused_bytes`)."""
     graphs: frozenset[CudaGraphPart] = frozenset()

@@ -54,6 +54,8 @@ class Shape:
     """n of a pass before the step's own."""
     sums_before: tuple[int, ...] = ()
     """`row_bytes.sums` of such a pass."""
+    samples: int = 1
+    """Sequences of the micro-batch."""
     experts_on_node: int = 0
     """Ranks of an expert-parallel group (with etp) on one node; 0: all."""
 
@@ -104,6 +106,7 @@ def shape_of(
         blocks=stage.micro_batch << block_bits,
         supervised_before=math.ceil(read_before_per_sequence(config, stage) * stage.micro_batch / cp),
         sums_before=stage.geometry.read_before.sums,
+        samples=stage.micro_batch,
         experts_on_node=min(layout.ep * layout.etp, config.cluster.gpus_per_node or layout.processes),
     )
 

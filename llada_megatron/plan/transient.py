@@ -120,15 +120,17 @@ def head_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: 
     """A single chunk: weight gradient b VH/tp, and b n(V/tp + H) of logits' and rows', where 4nV/tp are gone;
     before that, a readout may copy the logits.
 
-    Several chunks: b nH of rows' gradients, and the larger of two weight gradients with b cV/tp of logits'
-    (the one that adds up and the next), and one with the logits in fp32 as well, and their copies.
+    Several chunks: b nH of rows' gradients, and the larger of a weight gradient with b cV/tp of logits', and
+    the logits in fp32 as well, and their copies. In fp32 the chunks' weight gradients add up in one more; in
+    bf16 they do so in the micro-batches' sum (model/head.py).
     """
     n, vocabulary, row = shape.supervised, model.vocab_size // layout.tp, shape.row_bytes
     weight, rows = b * vocabulary * model.hidden_size, b * n * model.hidden_size
     if n <= model.head_chunk_tokens:
         return max(weight + rows + (b - 4) * n * vocabulary, 4 * row.backward_copies * n * vocabulary)
     chunk, wide = model.head_chunk_tokens, 4 + b + 4 * row.forward_copies
-    return rows + max(2 * weight + b * chunk * vocabulary, weight + wide * chunk * vocabulary)
+    added_up = weight if b == 4 else 0
+    return rows + added_up + max(weight + b * chunk * vocabulary, wide * chunk * vocabulary)
 
 
 def embedding_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:

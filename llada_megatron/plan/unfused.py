@@ -20,17 +20,18 @@ ADDED_PASSES = 2
 
 
 def unfused_bytes(
-    model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int
+    model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, rotary_alone: bool, b: int
 ) -> Iterator[tuple[str, float, float]]:
     """(side of the layer, bytes in forward, bytes in backward) of one layer.
 
-    Forward adds the experts' outputs to tokens, backward the gradients of the copies: unpermutation and the
+    rotary_alone: the other fusions are on, but samples of a micro-batch have positions of their own, which
+    TransformerEngine's rotary does not take (model/speed.py). Forward adds the experts' outputs to tokens, backward the gradients of the copies: unpermutation and the
     gradient of permutation are sums in memory there.
     """
     rotated = (model.heads + model.kv_heads) // layout.tp * int(model.head_dim * model.rotary_fraction)
     rotary = ROTARY_PASSES * b * shape.rows * rotated
     yield "attention", rotary, rotary
-    if moe:
+    if moe and not rotary_alone:
         router = ROUTER_PASSES * 4 * shape.tokens * model.experts
         yield "attention", router, router
         copies = ADDED_PASSES * b * shape.sent * model.hidden_size

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +38,27 @@ class FusedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        exp_avg_dtype: torch.dtype = torch.float32,
+        exp_avg_sq_dtype: torch.dtype = torch.float32,
         **unused: Any,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("FusedAdamW decouples weight decay: keep adam_w_mode=True.")
+        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
         super().__init__(
             params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
         )
+
+    def initialize_state(self, param: Any, store_param_remainders: bool = False) -> None:
+        """Moments of zero, in their dtypes; there are no masters here of which remainders could be stored."""
+        for name, dtype in self.dtypes.items():
+            self.state[param][name] = torch.zeros_like(param, dtype=dtype)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does, but that moments keep their dtypes, where it gives them the fp32 masters'."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state |= {name: state[name].to(dtype) for name, dtype in self.dtypes.items() if name in state}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -56,25 +72,37 @@ class FusedAdamW(torch.optim.Optimizer):
                 continue
             for param in params:
                 if "exp_avg" not in self.state[param]:
-                    self.state[param]["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
-                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
-            steps = torch.full((len(params),), float(done), device=params[0].device)  # where the kernel reads
-            adamw(
-                params,
-                [param.grad for param in params],
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
-                [],
-                list(steps.unbind()),
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+                    self.initialize_state(param)
+            if set(self.dtypes.values()) == {torch.float32}:
+                self._update(group, params, done)
+                continue
+            for param in params:  # one by one: the kernel wants fp32, of which no more is there at a time
+                self._update(group, [param], done)
+
+    def _update(self, group: dict[str, Any], params: list[Any], done: int) -> None:
+        """Step number done + 1 of parameters, with moments in fp32 for as long as it takes."""
+        kept = [[self.state[param][name] for param in params] for name in self.dtypes]
+        wide = [[moment.float() for moment in moments] for moments in kept]  # itself where it is fp32
+        steps = torch.full((len(params),), float(done), device=params[0].device)  # where the kernel reads
+        adamw(
+            params,
+            [param.grad for param in params],
+            *wide,
+            [],
+            list(steps.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for moments, computed in zip(kept, wide, strict=True):
+            for moment, value in zip(moments, computed, strict=True):
+                if moment is not value:
+                    moment.copy_(value)
 
 
 def install() -> None:
@@ -91,6 +119,23 @@ def install() -> None:
     optimizer.Adam = distributed.Adam = FusedAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+
+
+@contextmanager
+def moments_in(dtype: torch.dtype) -> Iterator[None]:
+    """Have optimizers that megatron-core makes meanwhile keep their moments in a dtype, ours or TE's.
+
+    Its own switch for it, use_precision_aware_optimizer, also hands the masters to TransformerEngine, refuses
+    every other optimizer, and gives a checkpoint copies of the state to load into.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    made = optimizer.Adam
+    if dtype is not torch.float32:
+        optimizer.Adam = partial(made, exp_avg_dtype=dtype, exp_avg_sq_dtype=dtype)
+    try:
+        yield
+    finally:
+        optimizer.Adam = made
 
 
 def in_use() -> str:

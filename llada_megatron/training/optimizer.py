@@ -14,6 +14,7 @@ from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
+from llada_megatron.config.choices import Dtype
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import Config, LearningRateAtStart
 from llada_megatron.config.schema import OptimizerConfig as OptimizerSettings
@@ -26,14 +27,15 @@ BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000
 
 
 def wrap(config: Config, stages: list[torch.nn.Module]) -> list[DistributedDataParallel]:
-    """Each virtual stage with its gradient buffers, reduced in fp32."""
+    """Each virtual stage with its gradient buffers, summed and reduced in precision.gradients."""
     layout = config.layout
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.precision.gradients is Dtype.fp32,
         use_distributed_optimizer=True,
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
         align_param_gather=layout.overlap_param_gather and layout.vpp > 1,
+        delay_wgrad_compute=layout.delay_weight_gradients,
         average_in_collective=False,
         check_for_nan_in_grad=False,  # the step checks the norm once and skips
     )
@@ -47,12 +49,25 @@ def wrap(config: Config, stages: list[torch.nn.Module]) -> list[DistributedDataP
         )
         for index, stage in enumerate(stages)
     ]
+    if config.model.fusions:
+        _sum_inside_products(model)
     schedule = get_model_config(model[0])  # where megatron-core's schedules look
     if ddp.overlap_grad_reduce:  # gradients leave with the last micro-batch of a step, not with each
         schedule.no_sync_func = _for_each([chunk.no_sync for chunk in model])
     if ddp.align_param_gather:
         schedule.param_sync_func = _for_each([chunk.start_param_sync for chunk in model])
     return model
+
+
+def _sum_inside_products(model: list[DistributedDataParallel]) -> None:
+    """Let TransformerEngine's products add weight gradients to the micro-batches' sum themselves.
+
+    TransformerConfig.gradient_accumulation_fusion would ask it of megatron-core's own layers too (the head),
+    which needs Apex (tensor_parallel/layers.py:1070). It needs that sum, so it comes after the wrapping.
+    """
+    for module in (part for chunk in model for part in chunk.modules()):
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _parameter_layout(
@@ -86,29 +101,35 @@ def _for_each(functions: list[Callable[..., Any]]) -> Any:
 
 def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW with fp32 masters, sharded over data parallel; no weight decay on norms."""
-    settings = config.optimizer
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.precision.dtype == "bf16",
-            params_dtype=device.DTYPES[config.precision.dtype],
-            use_distributed_optimizer=True,
-            overlap_param_gather=config.layout.overlap_param_gather,
-        ),
-        list(model),
-        use_gloo_process_groups=False,
-    )
+    settings, moments = config.optimizer, device.DTYPES[config.precision.moments]
+    with adamw.moments_in(moments):
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.eps,
+                clip_grad=settings.clip_grad,
+                bf16=config.precision.dtype == "bf16",
+                params_dtype=device.DTYPES[config.precision.dtype],
+                use_distributed_optimizer=True,
+                overlap_param_gather=config.layout.overlap_param_gather,
+            ),
+            list(model),
+            use_gloo_process_groups=False,
+        )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.init_state_fn is not None and part.optimizer is not None:
-            # Adam makes its moments in its first step; a checkpoint before that (all skipped) needs them.
+        if part.init_state_fn is None or part.optimizer is None:
+            continue
+        # Adam makes its moments in its first step; a checkpoint before that (all skipped) needs them.
+        if moments is torch.float32:
             part.init_state_fn(part.optimizer, part.config)
+            continue
+        for param in (each for group in part.optimizer.param_groups for each in group["params"]):
+            part.optimizer.initialize_state(param, False)
     get_model_config(model[0]).grad_scale_func = optimizer.scale_loss
     return optimizer
 

@@ -250,3 +250,53 @@ def test_confidence_has_the_cross_entropy_of_training_to_the_bit(ranks):
 def test_ids_that_float32_has_not_are_exact(ranks):
     if len(ranks) == 1:
         assert ranks[0]["large id"] == [[2**24 + 1, 1.0]]
+
+
+def weight_gradients(dtype_name):
+    """Relative errors of the head's weight gradient by number of chunks, and whether `main_grad` was used."""
+    import torch
+
+    from llada_megatron.config.compose import compose
+    from llada_megatron.model import readout
+    from llada_megatron.model.head import head_output
+    from llada_megatron.model.inputs import ModelInputs
+    from llada_megatron.model.provider import build_stage
+    from llada_megatron.parallel import groups
+
+    config = compose(["experiment=parity", f"precision={dtype_name}"])
+    groups.initialize(config.layout)
+    stage = build_stage(config)
+    head = stage.output_layer.to(stage.config.params_dtype)
+    V, H, N = *head.weight.shape, 1024
+    generator = torch.Generator().manual_seed(0)
+    hidden_NH = torch.randn(N, 1, H, generator=generator).to(head.weight.dtype)
+    labels_N, slope_N = torch.randint(V, (N,), generator=generator), torch.rand(N, generator=generator)
+    whole_VH = head.weight.detach().double().requires_grad_()
+    logits_NV = hidden_NH[:, 0].double() @ whole_VH.T
+    torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none").backward(slope_N.double())
+    found = {}
+    for chunks in (1, 4, 64):
+        head.weight.grad = None
+        head.weight.main_grad = torch.zeros(V, H)
+        inputs = ModelInputs(None, None, None, torch.arange(N), labels_N, readout.CROSS_ENTROPY)
+        head_output(
+            hidden_states=hidden_NH,
+            output_layer=head,
+            output_weight=None,
+            context=(inputs, N // chunks),
+            config=stage.config,
+        ).backward(slope_N)
+        ours = head.weight.main_grad + head.weight.grad  # as DDP does when autograd is done
+        found[chunks] = relative(ours, whole_VH.grad), bool(head.weight.main_grad.any())
+    groups.destroy()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_weight_gradient_of_many_chunks_is_as_exact_as_that_of_one(dtype):
+    found = run_ranks(weight_gradients, dtype, processes=1)[0]
+    one, four, many = (error for error, _ in found.values())
+    assert max(four, many) < 1.1 * one or many < 1e-6
+    # In fp32 autograd sums the chunks as ever; one chunk needs no sum.
+    assert [apart for _, apart in found.values()] == [False, *[dtype == "bf16"] * 2]

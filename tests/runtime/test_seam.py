@@ -50,7 +50,7 @@ def pipeline_settings(vpp):
     from llada_megatron.model.families.gpt import transformer_config
 
     config = compose(["experiment=parity", "layout.processes=2", "layout.pp=2", f"layout.vpp={vpp}"])
-    made = transformer_config(config.model, config.layout, config.precision, layer_spec="local")
+    made = transformer_config(config, layer_spec="local")
     return made.deallocate_pipeline_outputs, made.batch_p2p_comm
 
 

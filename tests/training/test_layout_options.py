@@ -198,7 +198,7 @@ def megatron_core_refuses(config: Config) -> Exception | None:
 
     layer_spec = "transformer_engine" if config.model.layer_spec == "transformer_engine" else "local"
     try:
-        transformer_config(config.model, config.layout, config.precision, layer_spec=layer_spec)
+        transformer_config(config, layer_spec=layer_spec)
     except (AssertionError, ValueError) as error:
         return error
     return None

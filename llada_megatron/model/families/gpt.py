@@ -9,7 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.layout import pipeline_stages
-from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, PrecisionConfig, Recompute
+from llada_megatron.config.schema import Config, LayoutConfig, Recompute
+from llada_megatron.model import speed
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import initialize_weights
 from llada_megatron.model.rotary import ExplicitRotary, set_frequencies
@@ -18,15 +19,14 @@ from llada_megatron.model.specs import block_spec, resolve_layer_spec
 from llada_megatron.runtime import device
 
 
-def transformer_config(
-    model: ModelConfig, layout: LayoutConfig, precision: PrecisionConfig, *, layer_spec: str
-) -> TransformerConfig:
-    """megatron-core's configuration of an architecture under a layout.
+def transformer_config(config: Config, *, layer_spec: str) -> TransformerConfig:
+    """megatron-core's configuration of a run's architecture under its layout.
 
     Two choices are no settings, because the other one computes wrong results without an error: pipeline
     outputs are kept on gloo, and p2p is never batched (runtime/mcore_cpu.py).
     """
-    dtype = device.DTYPES[precision.dtype]
+    model, layout = config.model, config.layout
+    dtype = device.DTYPES[config.precision.dtype]
     moe = model.has_experts
     fused = layer_spec == "transformer_engine"
     grouped = moe and model.expert_groups > 1 and not model.expert_capacity
@@ -60,9 +60,7 @@ def transformer_config(
         moe_router_topk_scaling_factor=model.routed_scaling_factor,
         moe_ffn_hidden_size=model.expert_hidden_size if moe else None,
         moe_shared_expert_intermediate_size=(model.shared_expert_hidden_size or None) if moe else None,
-        moe_token_dispatcher_type=layout.dispatcher.value,
         moe_grouped_gemm=moe and fused,
-        moe_permute_fusion=False,
         moe_expert_capacity_factor=UNCAPPED * model.experts if moe and model.router.rows_cap else None,
         # layout
         tensor_model_parallel_size=layout.tp,
@@ -87,13 +85,13 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=False,
         calculate_per_token_loss=True,  # the loss is a sum over the batch divided by a global count
-        # fusions: what the local spec and a CPU cannot serve is off
+        # fusions that a CPU cannot serve, or that pay nothing
         persist_layer_norm=False,
         bias_activation_fusion=True,  # SwiGLU keeps its input alone for backward, and runs anywhere
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # of TransformerEngine's layers, in training/optimizer.py
+        **speed.options(config, layer_spec=layer_spec),
     )
 
 
@@ -116,9 +114,10 @@ def build_stage(
 
     `attention` takes the place of the executor that model.attention_backend names.
     """
-    model, layout = config.model, config.layout
+    model = config.model
     layer_spec = resolve_layer_spec(model)
-    transformer = transformer_config(model, layout, config.precision, layer_spec=layer_spec)
+    speed.refuse_here(config)
+    transformer = transformer_config(config, layer_spec=layer_spec)
     stage = BlockDiffusionGPT(
         transformer,
         block_spec(
