@@ -55,7 +55,7 @@ class Shape:
     sums_before: tuple[int, ...] = ()
     """`row_bytes.sums` of such a pass."""
     samples: int = 1
-    """Sequences of the micro-batch."""
+    """The most sequences of a micro-batch in any stage of the schedule."""
     experts_on_node: int = 0
     """Ranks of an expert-parallel group (with etp) on one node; 0: all."""
 
@@ -106,7 +106,7 @@ def shape_of(
         blocks=stage.micro_batch << block_bits,
         supervised_before=math.ceil(read_before_per_sequence(config, stage) * stage.micro_batch / cp),
         sums_before=stage.geometry.read_before.sums,
-        samples=stage.micro_batch,
+        samples=max(each.micro_batch or layout.micro_batch for each in config.schedule.stages),
         experts_on_node=min(layout.ep * layout.etp, config.cluster.gpus_per_node or layout.processes),
     )
 

@@ -25,8 +25,8 @@ def unfused_bytes(
     """(side of the layer, bytes in forward, bytes in backward) of one layer.
 
     rotary_alone: the other fusions are on, but samples of a micro-batch have positions of their own, which
-    TransformerEngine's rotary does not take (model/speed.py). Forward adds the experts' outputs to tokens, backward the gradients of the copies: unpermutation and the
-    gradient of permutation are sums in memory there.
+    TransformerEngine's rotary does not take (model/speed.py). Forward adds the experts' outputs to tokens,
+    backward the gradients of the copies: unpermutation and the gradient of permutation are sums there.
     """
     rotated = (model.heads + model.kv_heads) // layout.tp * int(model.head_dim * model.rotary_fraction)
     rotary = ROTARY_PASSES * b * shape.rows * rotated
