@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterator
+from functools import cache
 from typing import get_type_hints
 
 from llada_megatron.config.errors import BadInput
@@ -107,7 +108,7 @@ def covers(names: Collection[str], setting: str) -> bool:
 
 def check_names(allowed: list[str]) -> None:
     """Raise BadInput where run.allow_change names what is no setting, or one that must stay."""
-    known = set(_settings(Config))
+    known = _known()
     for name in allowed:
         meant = sorted(setting for setting in known if covers([name], setting))
         if never := [setting for setting in meant if setting in NEVER]:
@@ -121,6 +122,11 @@ def check_names(allowed: list[str]) -> None:
             near = near or difflib.get_close_matches(name, offered, NAMES_SHOWN)
             choice = f"name one exactly, such as {', '.join(near[:NAMES_SHOWN])}" if near else "drop it"
             raise BadInput(f"run.allow_change holds {name}, which is no setting: {choice}.")
+
+
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(_settings(Config))
 
 
 def _settings(group: type, prefix: str = "") -> Iterator[str]:

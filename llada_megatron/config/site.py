@@ -57,6 +57,13 @@ class ClusterConfig:
     """Share of memory_gb_per_sec that operations without matrix products reach."""
     link_efficiency: Share = 0.0
     """Share of node_gb_per_sec and network_gb_per_sec that collectives reach."""
+    exchange_overlap: Share = 1.0
+    """Share of the experts' exchange that computation hides where a layout lets both run at once: kernels
+    that send take multiprocessors from it."""
+    fp8_speedup: Annotated[float, Range(at_least=1, at_most=2)] = 1.0
+    """How many times faster than in precision.dtype products run in FP8, twice the peak at best."""
+    launch_us: Amount = 0.0
+    """Of the host for every kernel that it starts, autograd included; 0: unknown, and not counted."""
     message_overlap: Share = 1.0
     """Share of the messages beside computation that it hides; 0 where the processor itself sends them."""
     price_per_gpu_hour: Amount = 0.0

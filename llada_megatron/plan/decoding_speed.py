@@ -22,7 +22,7 @@ from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, Dispatcher, LayoutConfig, Recompute
 from llada_megatron.plan.decoding import cache_bytes
 from llada_megatron.plan.decoding_work import Active, Work
-from llada_megatron.plan.memory import static_bytes
+from llada_megatron.plan.memory import Kept, static_bytes
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.shapes import Shape
 from llada_megatron.plan.topology import gpus, groups
@@ -191,7 +191,7 @@ def forward_of(planner: Planner, layout: LayoutConfig, workload: Workload, batch
     links = groups(layout, planner.cluster)
     messages = [*planner.formulas.decoding_messages(model, shape, layout, b=planner.b)]
     for times, message in [*messages, *_of_decoder(layout, rows)]:
-        if took := times * links[message.group].seconds(message.operation, message.payload):
+        if took := times * message.seconds(links):
             seconds[message.group] += took
     formulas = formulas_of(model)
     held = formulas.parameters(
@@ -204,7 +204,7 @@ def forward_of(planner: Planner, layout: LayoutConfig, workload: Workload, batch
         processes=layout.processes,
         jobs=gpus(planner.cluster) // layout.processes,
         rows=rows,
-        weight_bytes=static_bytes(held, layout, b=planner.b)["weights"],
+        weight_bytes=static_bytes(held, layout, Kept(planner.b))["weights"],
         cache_bytes=cache_bytes(
             cached_token_bytes(model, config.precision, layout),
             workload.block_size,

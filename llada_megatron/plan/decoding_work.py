@@ -17,9 +17,10 @@ from llada_megatron.config.families.gpt import (
 )
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import traffic
+from llada_megatron.plan.layer_time import KEPT_FORWARD
 from llada_megatron.plan.memory import units
+from llada_megatron.plan.rates import Rates
 from llada_megatron.plan.shapes import Shape
-from llada_megatron.plan.timing import FORWARD_PASSES, Rates
 
 GATHERED_PASSES = 3
 """Keys and values of several sequences are read, written side by side, and read by attention."""
@@ -108,7 +109,7 @@ def decoding_work(
         "shared experts": products(S, weights["shared_experts"]),
         "head": products(n, head, times=-(-n // model.head_chunk_tokens)),
         "logits": Work(0.0, at.gemm, (2 * b + 4 * LOGITS_PASSES) * n * model.vocab_size / tp),
-        "hidden states": Work(0.0, at.gemm, FORWARD_PASSES * states),
+        "hidden states": Work(0.0, at.gemm, KEPT_FORWARD * states),
     }
     if moe:
         one = moe * expert_weights(model) / layout.etp

@@ -23,7 +23,10 @@ from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan.activations import recomputed_modules
 from llada_megatron.plan.checkpoints import Checkpoints, checkpoints_of
 from llada_megatron.plan.decoding import Decoding, decoding_of
+from llada_megatron.plan.layer_time import EXCHANGE
+from llada_megatron.plan.levers import Effect, effects
 from llada_megatron.plan.planner import Placement, Planner, Step
+from llada_megatron.plan.timing import paired_share
 from llada_megatron.plan.topology import gpus
 
 
@@ -78,6 +81,8 @@ class StageTime:
     """Forward passes over the batch before a step's own."""
     fewest_passes_before: int
     """The same with one micro-batch per rank."""
+    paired_share: float
+    """Of the slowest rank's micro-batches, whose forward runs beside another one's backward."""
     step_seconds: float
     seconds: dict[str, float]
     """Of a step, by kind, on the slowest pipeline rank; `bubble` is its waiting, `before` comes first."""
@@ -112,6 +117,8 @@ class Plan:
     decoding: Decoding | None
     """None where the last stage of the schedule trains no model that fills masks."""
     checkpoints: Checkpoints
+    effects: list[Effect]
+    """Of each switch, turned alone, in the longest stage of the schedule."""
 
     @property
     def fullest(self) -> RankMemory:
@@ -144,6 +151,8 @@ class Plan:
 def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
     """Everything about one layout, which rules.check must have accepted."""
     placement, cluster = planner.place(layout), planner.cluster
+    stages = [_stage_time(planner, layout, placement, stage) for stage in schedule.stages]
+    longest = max(stages, key=lambda stage: stage.hours)
     return Plan(
         name=planner.config.run.name,
         cluster=cluster.name,
@@ -155,7 +164,7 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
         largest_imbalance=largest_imbalance(planner, layout, schedule),
         documents=planner.documents,
         ranks=[_rank_memory(planner, layout, placement, schedule, rank) for rank in range(layout.pp)],
-        stages=[_stage_time(planner, layout, placement, stage) for stage in schedule.stages],
+        stages=stages,
         price_per_gpu_hour=cluster.price_per_gpu_hour,
         decoding=decoding_of(
             schedule.stages,
@@ -163,6 +172,7 @@ def plan(planner: Planner, layout: LayoutConfig, schedule: Schedule) -> Plan:
             context=schedule.stages[-1].sequence_length,
         ),
         checkpoints=checkpoints_of(planner.config, layout, placement.held, b=planner.b),
+        effects=effects(planner, schedule, schedule.stages[stages.index(longest)]),
     )
 
 
@@ -238,6 +248,7 @@ def _stage_time(planner: Planner, layout: LayoutConfig, placement: Placement, st
         micro_batches=micro_batches_per_step(layout, stage),
         passes_before=passes_before(config, layout, stage),
         fewest_passes_before=stage.geometry.passes_before(config, 1),
+        paired_share=paired_share(layout, step.slowest.last, micro_batches_per_step(layout, stage)),
         step_seconds=step.total,
         seconds=_breakdown(planner, layout, placement, stage, step),
         model_flops_per_token=needed,
@@ -301,6 +312,12 @@ def _breakdown(
     parts["pp"] += kind.ends * planner.neighbour_seconds(placement, blocks)
     micro_batches = micro_batches_per_step(layout, stage)
     seconds = {name: micro_batches * part for name, part in parts.items() if part}
+    spared = step.paired
+    for name in (*EXCHANGE, "launches"):
+        hidden = min(spared, seconds.get(name, 0.0))
+        spared -= hidden
+        if hidden:
+            seconds[name] -= hidden
     if step.before:
         seconds["before"] = step.before
     return seconds | {"gradients": step.gradients, "optimizer": step.optimizer, "bubble": step.bubble}
@@ -326,11 +343,12 @@ def _traffic(
             stages,
             micro_batches,
             b=planner.b,
+            gradient_bytes=planner.kept.gradient,
             passes_before=passes_before(planner.config, layout, stage),
         )
         for calls, message in sent:
             payload[message.group] += calls * message.payload
-            seconds[message.group] += calls * links[message.group].seconds(message.operation, message.payload)
+            seconds[message.group] += calls * message.seconds(links)
         for name, total in payload.items():
             if total and links[name].ranks > 1 and (name not in found or seconds[name] > found[name].seconds):
                 group = links[name]

@@ -153,6 +153,7 @@ def compare(
         stages,
         real,
         b=planner.b,
+        gradient_bytes=planner.kept.gradient,
         passes_before=passes_before(planner.config, real),
     )
     messages: Traffic = Counter()

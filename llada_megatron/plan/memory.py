@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from llada_megatron.config.contents import BUFFER_MULTIPLE, Contents, Parameters
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import activations, transient
+from llada_megatron.plan.offload import offloaded
 from llada_megatron.plan.shapes import Shape
 
 Static = dict[str, int]
@@ -25,23 +26,38 @@ NOT_MODELLED = (
 )
 
 
-def static_bytes(held: Parameters, layout: LayoutConfig, *, b: int, averages: bool = False) -> Static:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes per number of what a process holds between steps."""
+
+    b: int
+    """Of a weight."""
+    gradient: int = 4
+    moment: int = 4
+    averages: bool = False
+    """Whether it keeps an fp32 average of each weight (training.ema_decay)."""
+    fp8: bool = False
+
+
+def static_bytes(held: Parameters, layout: LayoutConfig, at: Kept, *, tables: int = 0) -> Static:
     """What a process holds between steps.
 
     weights    b per element of the buffers, where each has a gradient, and of what adapters stand beside;
-               8 per element of expert_bias: fp32 bias and fp32 counts
-    gradients  4 per element of the buffers: fp32
-    optimizer  two fp32 moments per element that this process updates; for bf16 weights also an fp32 master.
+               8 per element of expert_bias: fp32 bias and fp32 counts; with FP8 a copy by rows and one by
+               columns of what products of layers read, all but `tables` (elements of embedding and head)
+    gradients  4 per element of the buffers, 2 in bf16
+    optimizer  two moments per element that this process updates; for bf16 weights also an fp32 master.
                fp32 weights need none: megatron-core's optimizer then updates a view of them. Buffers are
                shared out over dp*cp, those of experts over expert dp; padding in a share has no state.
-               With `averages` (training.ema_decay) another fp32 number.
+               With averages another fp32 number.
     """
-    per_element = (8 if b == 4 else 12) + (4 if averages else 0)
+    per_element = 2 * at.moment + (0 if at.b == 4 else 4) + (4 if at.averages else 0)
     dense, expert = padded_buffers(held, layout)
     mine = dense // (data_parallel_size(layout) * layout.cp) + expert // expert_data_parallel_size(layout)
+    copies = 2 * (held.sharded + held.expert - tables) if at.fp8 else 0
     return {
-        "weights": b * (dense + expert + held.frozen) + 8 * held.bias,
-        "gradients": 4 * (dense + expert),
+        "weights": at.b * (dense + expert + held.frozen) + 8 * held.bias + copies,
+        "gradients": at.gradient * (dense + expert),
         "optimizer": per_element * mine,
     }
 
@@ -62,19 +78,22 @@ def padded_buffers(held: Parameters, layout: LayoutConfig) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def in_flight(pp: int, rank: int, vpp: int, micro_batches: int) -> tuple[tuple[int, ...], ...]:
+def in_flight(
+    pp: int, rank: int, vpp: int, micro_batches: int, overlapped: bool = False
+) -> tuple[tuple[int, ...], ...]:
     """Micro-batches of each virtual stage that wait for their backward, at the moments that can be the peak.
 
     Without interleaving a rank runs pp - rank - 1 forwards ahead, then one forward and one backward by turns:
     min(pp - rank, m). Interleaved (megatron-core's schedules.py, get_pp_rank_microbatches) it runs
     2(pp - rank - 1) + (vpp - 1) pp ahead; forwards take the virtual stages by turns, pp micro-batches of
     each, and backwards take them in reverse. The counts repeat every pp*vpp forwards; of each period the
-    largest ones are returned.
+    largest ones are returned. With `overlapped` experts one more runs ahead, beside whose next one the oldest
+    runs its backward (an upper bound: it lets go while the other grows).
     """
     if vpp == 1:
-        return ((min(pp - rank, micro_batches),),)
+        return ((min(pp - rank + overlapped, micro_batches),),)
     total = micro_batches * vpp
-    ahead = min(2 * (pp - rank - 1) + (vpp - 1) * pp, total)
+    ahead = forwards_ahead(pp, rank, vpp, micro_batches, overlapped)
     live = [0] * vpp
     for index in range(ahead):
         live[index // pp % vpp] += 1
@@ -91,6 +110,12 @@ def in_flight(pp: int, rank: int, vpp: int, micro_batches: int) -> tuple[tuple[i
     return tuple(sorted(largest))
 
 
+def forwards_ahead(pp: int, rank: int, vpp: int, micro_batches: int, overlapped: bool) -> int:
+    """Forwards of virtual stages that a rank runs before its first backward."""
+    ahead = 2 * (pp - rank - 1) + (vpp - 1) * pp if vpp > 1 else pp - rank - 1
+    return min(ahead + overlapped, micro_batches * vpp)
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """A layer of one kind, the embedding, the head, or what every stage has: bytes per micro-batch."""
@@ -98,13 +123,20 @@ class Unit:
     parts: activations.Parts
     """What is kept, by part of the model."""
     kept: int
-    dropped: int = 0
-    """What recompute brings back in backward."""
+    whole: activations.Parts = field(default_factory=dict)
+    """What would be kept without recompute and offloading, by part."""
+    host: int = 0
+    """What lies in host memory (layout.offload_modules)."""
     held: int = 0
     """Of the last micro-batch alone, until the next comes."""
     forward: int = 0
     """Beyond what is kept, at the largest moment of its forward; see transient.py."""
     backward: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """What recompute brings back in backward."""
+        return sum(self.whole.values()) - self.kept - self.host if self.whole else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,28 +191,17 @@ class Units:
 
 
 def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> Units:
-    """Bytes of each building block under a layout."""
-    dense, moe = (activations.layer_parts(model, shape, layout, moe=moe, b=b) for moe in (False, True))
-    dense_left, moe_left = (activations.kept(model, parts, shape, layout, b=b) for parts in (dense, moe))
+    """Bytes of each building block under a layout.
+
+    Of what goes to the host two layers' are on the device: one leaves, one comes back.
+    """
+    dense, moe = (_layer(model, shape, layout, moe=moe, b=b) for moe in (False, True))
     embedding = activations.embedding_bytes(shape, layout)
     head = activations.head_bytes(model, shape, layout, b=b)
     beside = activations.stage_bytes(model, shape, layout)
     return Units(
-        dense=Unit(
-            parts=dense_left,
-            kept=(keeps := sum(dense_left.values())),
-            dropped=sum(dense.values()) - keeps,
-            forward=transient.dense_forward(model, shape, b=b),
-            backward=transient.dense_backward(model, shape, layout, dense, dense_left, b=b),
-        ),
-        moe=Unit(
-            parts=moe_left,
-            kept=(keeps := sum(moe_left.values())),
-            dropped=sum(moe.values()) - keeps,
-            held=activations.held_bytes(model, shape, layout),
-            forward=transient.experts_forward(model, shape, layout, b=b),
-            backward=transient.experts_backward(model, shape, layout, moe, moe_left, b=b),
-        ),
+        dense=dense,
+        moe=moe,
         embedding=Unit(
             parts={"embedding": embedding},
             kept=embedding,
@@ -195,11 +216,33 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         stage=Unit(
             parts={"stage": beside},
             kept=beside,
+            held=2 * max(dense.host, moe.host),
             forward=transient.during_forward(model, shape, layout),
         ),
         gathering=activations.gather_buffer(model, shape, layout, b=b),
         hidden=b * shape.tokens * model.hidden_size,
         statistics=transient.table_statistics(model, layout, b=b),
+    )
+
+
+def _layer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int) -> Unit:
+    whole = activations.layer_parts(model, shape, layout, moe=moe, b=b)
+    left = activations.kept(model, whole, shape, layout, b=b)
+    host = offloaded(model, left, shape, layout, b=b)
+    here = {part: size - host.get(part, 0) for part, size in left.items()}
+    given = model, shape, layout, whole, left
+    return Unit(
+        parts=here,
+        kept=sum(here.values()),
+        whole=whole,
+        host=sum(host.values()),
+        held=activations.held_bytes(model, shape, layout) if moe else 0,
+        forward=(
+            transient.experts_forward(model, shape, layout, b=b)
+            if moe
+            else transient.dense_forward(model, shape, b=b)
+        ),
+        backward=(transient.experts_backward if moe else transient.dense_backward)(*given, b=b),
     )
 
 
@@ -209,7 +252,8 @@ def peak_activations(
     """Bytes kept and held at a pipeline rank's peak, and micro-batches in flight per virtual stage."""
     sizes = [blocks.kept(stage) for stage in stages]
     held = blocks.gathering + sum(blocks.held(stage) for stage in stages)
-    moments = in_flight(layout.pp, rank, layout.vpp, min(micro_batches, 4 * layout.pp * layout.vpp))
+    enough = min(micro_batches, 4 * layout.pp * layout.vpp)
+    moments = in_flight(layout.pp, rank, layout.vpp, enough, layout.overlap_experts)
     return max(
         (held + sum(count * size for count, size in zip(counts, sizes, strict=True)), counts)
         for counts in moments

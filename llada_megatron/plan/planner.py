@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llada_megatron.config.choices import Fp8
 from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
@@ -15,6 +16,7 @@ from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan import memory, timing, traffic, transient
 from llada_megatron.plan.families import plan_formulas_of
+from llada_megatron.plan.rates import rates
 from llada_megatron.plan.shapes import BYTES, Shape, shape_of
 from llada_megatron.plan.topology import Group, check_cluster, groups
 
@@ -32,6 +34,8 @@ class Blocks:
     """Seconds of a dense layer, a MoE layer, the embedding and the head."""
     before: tuple[float, float, float, float]
     """The same of a pass without gradients; zeros where the objective asks for none."""
+    paired: float
+    """What a MoE layer spares where a forward and a backward run together (layout.overlap_experts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class Kind:
 
     rank: int
     """The first of them, which has the most micro-batches in flight."""
+    last: int
+    """The last of them, which waits most and runs the fewest micro-batches ahead."""
     alike: int
     counts: tuple[int, int, int, int]
     """Dense layers, MoE layers, embeddings and heads."""
@@ -73,7 +79,9 @@ class Step:
     before: float
     """Forward passes over the batch before the step's own, with their bubble."""
     work: float
-    """All micro-batches on the slowest pipeline rank."""
+    """All micro-batches on the slowest pipeline rank, less `paired`."""
+    paired: float
+    """What it spares where two micro-batches run together."""
     bubble: float
     gradients: float
     optimizer: float
@@ -108,7 +116,14 @@ class Planner:
         self.formulas = plan_formulas_of(config.model)
         self.expert_imbalance, self.documents = expert_imbalance, documents
         self.b = BYTES[config.precision.dtype]
-        self.rates = timing.rates(config)
+        self.rates = rates(config)
+        self.kept = memory.Kept(
+            self.b,
+            self.rates.gradient_bytes,
+            self.rates.moment_bytes,
+            averages=config.training.ema_decay > 0,
+            fp8=config.precision.fp8 is not Fp8.none,
+        )
         self.memory_bytes = int(self.cluster.memory_gb * GB)
         self.usable_bytes = int(self.memory_bytes * (1 - self.cluster.memory_margin))
         self._sizes: dict[tuple[object, ...], tuple[Shape, memory.Units]] = {}
@@ -126,11 +141,15 @@ class Planner:
         alike: dict[tuple[Contents, ...], list[int]] = {}
         for rank, stages in enumerate(contents):
             alike.setdefault(tuple(stages), []).append(rank)
-        averages = self.config.training.ema_decay > 0
+        table = self.model.vocab_size // layout.tp * self.model.hidden_size
+        tables = [sum(stage.first + stage.last for stage in stages) * table for stages in contents]
         return Placement(
             contents=contents,
             held=held,
-            static=[memory.static_bytes(one, layout, b=self.b, averages=averages) for one in held],
+            static=[
+                memory.static_bytes(one, layout, self.kept, tables=size)
+                for one, size in zip(held, tables, strict=True)
+            ],
             links=links,
             kinds=[
                 self._kind(layout, stages, ranks, held[ranks[0]], links) for stages, ranks in alike.items()
@@ -148,10 +167,16 @@ class Planner:
     ) -> Kind:
         ends = (ranks[0] > 0) + (ranks[0] < layout.pp - 1)
         messages = traffic.step_messages(
-            held, self.model, layout, b=self.b, holds_table=stages[0].first or stages[-1].last
+            held,
+            self.model,
+            layout,
+            b=self.b,
+            holds_table=stages[0].first or stages[-1].last,
+            gradient_bytes=self.kept.gradient,
         )
         return Kind(
             rank=ranks[0],
+            last=ranks[-1],
             alike=len(ranks),
             counts=timing.counts(stages),
             ends=ends * (1.0 if layout.vpp == 1 else 1 - self.rates.overlap),
@@ -184,13 +209,15 @@ class Planner:
             if stage.geometry.passes_before(self.config, micro_batches_per_step(layout, stage)):
                 once = self.formulas.seconds_of(self.model, shape.before, *given, forward_only=True)
                 before = once.totals
-            self._blocks[key] = Blocks(shape, seconds, seconds.totals, before)
+            self._blocks[key] = Blocks(shape, seconds, seconds.totals, before, seconds.moe.paired)
         return self._blocks[key]
 
     def _key(self, layout: LayoutConfig, stage: Stage) -> tuple[object, ...]:
         return (
             *(layout.tp, layout.cp, layout.ep, layout.etp, layout.recompute, *layout.recompute_modules),
-            *(layout.dispatcher, stage.index, stage.micro_batch),
+            *(layout.dispatcher, layout.overlap_experts, layout.delay_weight_gradients),
+            *(layout.overlap_shared_experts, layout.overlap_tensor_parallel, *layout.offload_modules),
+            *(stage.index, stage.micro_batch),
             stage.geometry.passes_before(self.config, micro_batches_per_step(layout, stage)),
         )
 
@@ -228,7 +255,9 @@ class Planner:
                 gradients, timing.gradient_seconds(kind.message_seconds, layout, seconds, self.rates.overlap)
             )
         slowest = placement.kinds[per_kind.index(max(per_kind))]
-        return Step(before, work, bubble, gradients, placement.optimizer, slowest)
+        together = timing.paired_share(layout, slowest.last, micro_batches) * micro_batches
+        paired = together * slowest.counts[1] * blocks.paired
+        return Step(before, work - paired, paired, bubble, gradients, placement.optimizer, slowest)
 
     def neighbour_seconds(self, placement: Placement, blocks: Blocks) -> float:
         """Of one micro-batch: hidden states to or from a neighbouring stage, and their gradients."""

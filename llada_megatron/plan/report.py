@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -10,6 +11,7 @@ from llada_megatron.config.layout import data_parallel_size
 from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.quantities import GB, amount, duration, quantity
 from llada_megatron.config.schema import ClusterConfig, Config, LayoutConfig, ModelConfig, Recompute
+from llada_megatron.plan.assumptions import of_switches
 from llada_megatron.plan.checkpoints import HASH_GB_PER_SEC, INDEX_SEC
 from llada_megatron.plan.estimate import Plan, StageTime
 from llada_megatron.plan.memory import NOT_MODELLED
@@ -29,7 +31,8 @@ def print_plan(plan: Plan, config: Config) -> None:
     _schedule(console, plan)
     _step(console, longest)
     _traffic(console, longest)
-    _assumptions(console, plan, config)
+    _effects(console, plan, longest)
+    print_assumptions(console, plan, config)
 
 
 def _verdict(console: Console, plan: Plan, model: ModelConfig, every_steps: int) -> None:
@@ -136,6 +139,8 @@ KINDS = {
     "optimizer": "optimizer",
     "bubble": "pipeline bubble",
     "before": "passes before",
+    "launches": "starts of kernels",
+    "host": "host memory",
 }
 
 
@@ -176,7 +181,42 @@ def _traffic(console: Console, stage: StageTime) -> None:
     console.print(table)
 
 
-def _assumptions(console: Console, plan: Plan, config: Config) -> None:
+EFFECTS = 6
+"""Lines that the table of each kind has at most."""
+WORTH = 1e-3
+"""Less of a step is not shown."""
+
+
+def _effects(console: Console, plan: Plan, stage: StageTime) -> None:
+    """Switches that would help, turned on alone, and what those that are on are worth."""
+    for is_on, title in (
+        (True, "What would raise MFU most, each alone"),
+        (False, "What is on already, each off alone"),
+    ):
+        gained = [
+            (each, (stage.step_seconds - each.step_seconds) * (1 if is_on else -1))
+            for each in plan.effects
+            if each.is_on == is_on
+        ]
+        shown = sorted(
+            ((each, gain) for each, gain in gained if gain > WORTH * stage.step_seconds),
+            key=lambda pair: -pair[1],
+        )[:EFFECTS]
+        if not shown:
+            continue
+        headers = ("set", "s/step", "MFU", "peak GB")
+        table = table_of(f"{title} ({stage.name}: {stage.mfu:.1%})", headers, left=headers[:1])
+        for each, _ in shown:
+            table.add_row(
+                " ".join(each.overrides),
+                f"{each.step_seconds:.2f}",
+                f"{each.mfu:.1%}",
+                Text(f"{each.peak_bytes / GB:.1f}", style="" if each.fits else "bold red"),
+            )
+        console.print(table)
+
+
+def print_assumptions(console: Console, plan: Plan, config: Config) -> None:
     cluster = config.cluster
     derived = config.model.layer_spec == "local"
     experts = _experts(plan) if config.model.has_experts else ""
@@ -186,17 +226,23 @@ def _assumptions(console: Console, plan: Plan, config: Config) -> None:
         else f"documents have log-normal lengths (median {plan.documents.median_tokens:g} tokens, sigma"
         f" {plan.documents.sigma:g})"
     )
-    console.print(
-        f"\nAssumed: shares of the peak as in cluster={cluster.name} ({achieved_shares(cluster)});"
-        f" {experts}{documents}; transients are upper bounds; what layers keep is derived from"
-        f" megatron-core's local spec{'' if derived else ', for TransformerEngine an estimate'}."
-    )
+    longest = max(plan.stages, key=lambda stage: stage.hours)
+    assumed = [
+        f"shares of the peak as in cluster={cluster.name} ({achieved_shares(cluster)})",
+        *of_switches(config, longest),
+        f"{experts}{documents}",
+        "transients are upper bounds; what layers keep is derived from megatron-core's local spec"
+        + ("" if derived else ", for TransformerEngine an estimate"),
+    ]
     if plan.checkpoints.load_seconds is not None:
-        console.print(
-            f"Of checkpoints: each device copies {cluster.host_gb_per_sec:g} GB/s, a node's storage moves"
-            f" {cluster.storage_gb_per_sec:g} GB/s while all ask, a thread hashes {HASH_GB_PER_SEC:g} GB/s,"
-            f" the index takes {INDEX_SEC:g} s; a load in the layout that saved."
+        assumed.append(
+            f"of checkpoints: each device copies {cluster.host_gb_per_sec:g} GB/s, a node's storage moves"
+            f" {cluster.storage_gb_per_sec:g} GB/s while all ask, a thread hashes {HASH_GB_PER_SEC:g} GB/s, the"
+            f" index takes {INDEX_SEC:g} s; a load in the layout that saved"
         )
+    console.print("\nAssumed")
+    for line in assumed:
+        console.print(Padding(f"- {line}", (0, 0, 0, 2)))
     console.print(f"Not modelled: {NOT_MODELLED}; evaluation. See docs/planning.md.")
 
 
@@ -274,7 +320,9 @@ def table_of(title: str, headers: tuple[str, ...], *, left: tuple[str, ...] = ()
     """An empty table; headers in `left` are aligned there."""
     table = Table(title=f"\n{title}", title_justify="left", title_style="", box=None, pad_edge=False)
     for header in headers:
-        table.add_column(header, justify="left" if header in left else "right", no_wrap=header != "layout")
+        table.add_column(
+            header, justify="left" if header in left else "right", no_wrap=header not in ("layout", "set")
+        )
     return table
 
 

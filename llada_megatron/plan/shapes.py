@@ -54,6 +54,10 @@ class Shape:
     """n of a pass before the step's own."""
     sums_before: tuple[int, ...] = ()
     """`row_bytes.sums` of such a pass."""
+    samples: int = 1
+    """The most sequences of a micro-batch in any stage of the schedule."""
+    experts_on_node: int = 0
+    """Ranks of an expert-parallel group (with etp) on one node; 0: all."""
 
     @property
     def before(self) -> Shape:
@@ -102,6 +106,8 @@ def shape_of(
         blocks=stage.micro_batch << block_bits,
         supervised_before=math.ceil(read_before_per_sequence(config, stage) * stage.micro_batch / cp),
         sums_before=stage.geometry.read_before.sums,
+        samples=max(each.micro_batch or layout.micro_batch for each in config.schedule.stages),
+        experts_on_node=min(layout.ep * layout.etp, config.cluster.gpus_per_node or layout.processes),
     )
 
 

@@ -31,13 +31,14 @@ class Group:
     node_latency: float
     network_latency: float
 
-    def seconds(self, operation: str, payload: float) -> float:
+    def seconds(self, operation: str, payload: float, network: float = 0.0) -> float:
         """Time of one message.
 
         all_gather and reduce_scatter go round a ring: payload (R-1)/R bytes leave each rank, where payload is
         the gathered tensor; between nodes every rank on a node has its own network link, so a ring with
         several ranks there uses several. all_reduce is both. all_to_all sends payload/R to every rank, inside
-        the node and outside at the same time. send goes to one neighbour.
+        the node and outside at the same time. exchange likewise, `payload` inside and `network` outside. send
+        goes to one neighbour.
         """
         if self.ranks == 1:
             return 0.0
@@ -47,6 +48,9 @@ class Group:
         if operation == "send":
             rate = self.network_rate if self.on_node == 1 else self.node_rate
             return payload / rate + (self.network_latency if self.on_node == 1 else self.node_latency)
+        if operation == "exchange":
+            latency = self.network_latency if across else self.node_latency
+            return max(payload / self.node_rate, network / self.network_rate if across else 0.0) + latency
         if operation == "all_to_all":
             inside = payload * (self.on_node - 1) / self.ranks / self.node_rate
             if not across:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig
 from llada_megatron.plan.activations import gathered_tokens, recomputed_modules
+from llada_megatron.plan.dispatch import flex_bytes
 from llada_megatron.plan.memory import padded_buffers
 from llada_megatron.plan.shapes import Shape
+from llada_megatron.plan.topology import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,12 @@ class Message:
     hidden: int = 0
     """Of the backward calls those that run beside matrix products."""
     module: str = ""
+    network: float = 0.0
+    """Bytes through the network, where `operation` is `exchange`; the payload then stays inside nodes."""
+
+    def seconds(self, links: dict[str, Group]) -> float:
+        """Of one call, as if nothing hid it."""
+        return links[self.group].seconds(self.operation, self.payload, self.network)
 
     def calls(self, recomputed: frozenset[str]) -> int:
         return self.forward * (2 if self.module in recomputed else 1) + self.backward
@@ -49,7 +57,8 @@ def layer_messages(
     ep*etp  each process's count of tokens for every expert, int64
     ep   copies of tokens [t k, H] out and back, both ways again in backward, and fp32 probabilities once
          each way; the busiest process's share. `allgather` sends every token [t ep etp, H] and its
-         probabilities and map to all instead, and sums what comes back in fp32.
+         probabilities and map to all instead, and sums what comes back in fp32. `deepep` and `hybridep`
+         send a token once to each node and rank, with its experts and probabilities (dispatch.py).
     etp  received copies [N, H] and their fp32 probabilities gathered, outputs scattered in fp32 (the
          dispatcher casts them to the probabilities' type); the reverse in backward
     """
@@ -67,6 +76,8 @@ def layer_messages(
         messages.append(Message("tp*cp", "all_reduce", best, 1, 0, module="moe"))
     if layout.dispatcher is Dispatcher.allgather:
         return messages + _to_all(model, shape, layout, b)
+    if layout.dispatcher.is_flex:
+        return messages + _flex(model, shape, layout, b)
     if layout.ep * layout.etp > 1:
         counts = 8 * model.experts * layout.ep * layout.etp
         messages.append(Message("ep*etp", "all_gather", counts, 1, 0, module="moe"))
@@ -122,9 +133,15 @@ def boundary_message(model: ModelConfig, shape: Shape, *, b: int) -> Message:
 
 
 def step_messages(
-    held: Parameters, model: ModelConfig, layout: LayoutConfig, *, b: int, holds_table: bool
+    held: Parameters,
+    model: ModelConfig,
+    layout: LayoutConfig,
+    *,
+    b: int,
+    holds_table: bool,
+    gradient_bytes: int = 4,
 ) -> list[Message]:
-    """Once per step: fp32 gradients scattered to the processes that update them, new weights gathered.
+    """Once per step: gradients scattered to the processes that update them, new weights gathered.
 
     Experts with buffers of their own have an optimizer of their own, and without layout.overlap_param_gather
     each of the two gathers the weights of both (distrib_optimizer.py, step_with_ready_grads).
@@ -137,13 +154,15 @@ def step_messages(
     messages = []
     for group, elements in (("dp", dense), ("expert dp", expert)):
         if elements:
-            messages.append(Message(group, "reduce_scatter", 4 * elements, 0, 1, module="gradients"))
+            scattered = gradient_bytes * elements
+            messages.append(Message(group, "reduce_scatter", scattered, 0, 1, module="gradients"))
             messages.append(Message(group, "all_gather", b * elements, gathers, 0, module="weights"))
     if layout.tp > 1:
-        messages.append(Message("tp", "all_reduce", 4 * held.replicated, 0, 1, module="gradients"))
+        summed = gradient_bytes * held.replicated
+        messages.append(Message("tp", "all_reduce", summed, 0, 1, module="gradients"))
     if model.tied_head and layout.pp > 1 and holds_table:
         table = model.vocab_size // layout.tp * model.hidden_size
-        messages.append(Message("embedding", "all_reduce", 4 * table, 0, 1))
+        messages.append(Message("embedding", "all_reduce", gradient_bytes * table, 0, 1))
     if held.bias:
         messages.append(Message("tp*dp", "all_reduce", 4 * held.bias, 0, 1))
     return messages
@@ -158,6 +177,7 @@ def of_rank(
     micro_batches: int,
     *,
     b: int,
+    gradient_bytes: int = 4,
     passes_before: int = 0,
 ) -> Iterator[tuple[int, Message]]:
     """Every message of a step on a pipeline rank that holds these stages, and how often it is sent.
@@ -182,7 +202,8 @@ def of_rank(
                 yield number * micro_batches * passes_before * message.forward, message
         yield micro_batches * ((not stage.first) + (1 + passes_before) * (not stage.last)), boundary
     holds_table = stages[0].first or stages[-1].last
-    for message in step_messages(held, model, layout, b=b, holds_table=holds_table):
+    once = step_messages(held, model, layout, b=b, holds_table=holds_table, gradient_bytes=gradient_bytes)
+    for message in once:
         yield message.calls(again), message
 
 
@@ -201,6 +222,14 @@ def _to_all(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -> l
         Message("ep*etp", "all_gather", 5 * scores, 1, 0, module="moe"),
         Message("ep*etp", "reduce_scatter", 4 * scores, 0, 1, module="moe"),
     ]
+
+
+def _flex(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -> list[Message]:
+    """To experts and back, both ways again in backward; the two groups of ep and etp are one."""
+    if layout.ep * layout.etp == 1:
+        return []
+    inside, outside = flex_bytes(model, shape, layout, b=b)
+    return [Message("ep*etp", "exchange", inside, 2, 2, module="moe", network=outside)]
 
 
 def _tensor_parallel(module: str, shape: Shape, layout: LayoutConfig, hidden: int, b: int) -> list[Message]:

@@ -13,8 +13,9 @@ from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan.decoding_work import Active, Work
 from llada_megatron.plan.memory import Units
+from llada_megatron.plan.rates import Rates
 from llada_megatron.plan.shapes import Shape
-from llada_megatron.plan.timing import Rates, Seconds
+from llada_megatron.plan.timing import Seconds
 from llada_megatron.plan.topology import Group
 from llada_megatron.plan.traffic import Message
 
@@ -50,6 +51,7 @@ class PlanFormulas(Protocol):
         micro_batches: int,
         *,
         b: int,
+        gradient_bytes: int = 4,
         passes_before: int = 0,
     ) -> Iterator[tuple[int, Message]]:
         """Every message of a step on a pipeline rank that holds these stages, and how often it is sent."""
