@@ -4,10 +4,12 @@
 
 DFACTORY is a checkout of inclusionAI/dFactory, RUN a run of `experiment=bench` in one stage of blocks, HF its
 newest checkpoint by `llada convert mcore-to-hf`, DIR a folder that holds transformers 4.57. Each side is a
-process of its own that waits while the other computes. The public side runs its model in training mode, its
-mask function (with the packed documents' borders, which it has no name for), its loss, torch's clipping and
-fused AdamW; its mask is ready before the clock starts. VeOmni, which its model file imports names from, has
-parts for GPUs alone: what of it a CPU never calls is a stand-in here.
+process of its own that waits while the others compute; seconds are processor time, so that other programs
+cost little.
+
+The public side runs its model in training mode, its mask function (with the packed documents' borders, which it
+has no name for), its loss, torch's clipping and fused AdamW; its mask is ready before the clock starts. VeOmni,
+which its model file imports names from, has parts for GPUs alone: what of it a CPU never calls is a stand-in here.
 """
 
 import argparse
@@ -45,7 +47,7 @@ def peak_mib() -> float:
 
 
 def ours(pipe: Connection, args: argparse.Namespace, recompute: bool) -> None:
-    """Answers a step's number with (seconds, loss, peak MiB over the imports); first of all sends batches."""
+    """Sends all batches, then answers a step's number with (seconds, loss, peak MiB over the imports)."""
     from llada_megatron.bench.step import _trainer
     from llada_megatron.checkpoint import store
     from llada_megatron.config.compose import compose
@@ -59,18 +61,23 @@ def ours(pipe: Connection, args: argparse.Namespace, recompute: bool) -> None:
     store.load(find(args.run).path, trainer.model, None)
     trainer.optimizer.reload_model_params()
     stage = trainer.schedule.stages[0]
-    for step in range(args.rounds + 1):
-        (batch,) = micro_batches(trainer, trainer.objectives[stage.objective], stage, step, 0.0)
-        inputs = batch.inputs
-        B, S = inputs.tokens.shape
-        labels = np.full((S, B), -100)
-        labels.reshape(-1)[inputs.outputs.numpy()] = inputs.labels.numpy()
-        documents = [inputs.keys.mask.document_ids(b).numpy() for b in range(B)]
-        pipe.send((inputs.tokens.numpy(), labels.T[:, : S // 2].copy(), np.stack(documents)))
+    objective = trainer.objectives[stage.objective]
+    steps = range(args.rounds + 1)
+    pipe.send([for_public_code(*micro_batches(trainer, objective, stage, step, 0.0)) for step in steps])
     while (step := pipe.recv()) is not None:
-        began = time.perf_counter()
+        began = time.process_time()
         loss = train_step(trainer, step).loss
-        pipe.send((time.perf_counter() - began, loss, peak_mib() - imported))
+        pipe.send((time.process_time() - began, loss, peak_mib() - imported))
+
+
+def for_public_code(batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [B, 2L], labels [B, L] with -100 where there is no loss, and the tokens' documents [B, L]."""
+    inputs = batch.inputs
+    B, S = inputs.tokens.shape
+    labels_SB = np.full((S, B), -100)
+    labels_SB.reshape(-1)[inputs.outputs.numpy()] = inputs.labels.numpy()
+    documents = [inputs.keys.mask.document_ids(sample).numpy() for sample in range(B)]
+    return inputs.tokens.numpy(), labels_SB.T[:, : S // 2].copy(), np.stack(documents)
 
 
 def stand_in_for_veomni() -> None:
@@ -127,7 +134,7 @@ def theirs(pipe: Connection, args: argparse.Namespace, attention: str, checkpoin
         seen = seen & (document[:, :, None] == document[:, None, :])
         mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, None]
         positions = torch.arange(L).repeat(2).expand(len(tokens), -1)
-        began = time.perf_counter()
+        began = time.process_time()
         output = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False)
         logits = output.logits[:, :L].contiguous()
         loss = torch.nn.functional.cross_entropy(
@@ -138,7 +145,7 @@ def theirs(pipe: Connection, args: argparse.Namespace, attention: str, checkpoin
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        pipe.send((time.perf_counter() - began, loss.item(), peak_mib() - imported))
+        pipe.send((time.process_time() - began, loss.item(), peak_mib() - imported))
         del output, logits, loss
 
 
@@ -150,23 +157,19 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True)
     parser.add_argument("--data", default="runs/data/python")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     spawn = get_context("spawn")
     sides = {"here": (ours, (False,)), "here, layout.recompute=full": (ours, (True,))}
     sides |= {f"public, {name}": (theirs, variant) for name, variant in VARIANTS.items()}
-    pipes = {}
+    pipes: dict[str, Connection] = {}
+    batches: list[Any] = []
     for name, (side, how) in sides.items():
         pipes[name], other = spawn.Pipe()
         spawn.Process(target=side, args=(other, args, *how), daemon=True).start()
-        if name == "here":
-            batches = [pipes[name].recv() for _ in range(args.rounds + 1)]
-        else:  # one after the other is built
-            [
-                pipes[name].recv()
-                for _ in range(args.rounds + 1 if name in ("here, layout.recompute=full",) else 1)
-            ]
+        first = pipes[name].recv()  # one after the other is built
+        batches = first if name == "here" else batches
     found: dict[str, list[Any]] = {name: [] for name in sides}
     for step, batch in enumerate(batches):  # the first step warms up; its losses are of the same weights
         for name, pipe in pipes.items():

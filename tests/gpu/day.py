@@ -36,7 +36,7 @@ GRACE_SEC = 15.0
 """What an ended step gets to leave in order."""
 LOG_LINES = 40
 TESTS = "tests/gpu/"
-FEW_MASKS = "packed and (32-8-2 or MDLM or AR or 0.5 or 2-1024 or bitwise) or lines or memory or stream"
+FEW_MASKS = "test_kernels or packed and (32-8-2 or MDLM or AR or 0.5 or 2-1024 or bitwise)"
 OTHER_TESTS = ("start", "surviving", "decoding", "layouts", "attention")
 SMALL = ["experiment=bench", "precision=bf16", "data.path=[{out}/python]"]
 MOE_1B = [  # layers as wide as LLaDA2.0-mini's, fewer of them, with fewer experts and words
@@ -105,9 +105,9 @@ STEPS = (
     ),
     Step(
         "attention",
-        "each executor against float64 under one packed mask of each kind",
+        "each executor against float64 under a packed mask of each kind; strides, memory, streams, compiling",
         75,
-        tests(f"{TESTS}test_attention.py", "-k", FEW_MASKS),
+        tests(f"{TESTS}test_attention.py", f"{TESTS}test_kernels.py", "-k", FEW_MASKS),
         figures.tests,
     ),
     Step(
@@ -186,9 +186,18 @@ def run(step: Step, folder: Path, command: list[str], limit_sec: float) -> Resul
     """Run a step in a session of its own, for no longer than its limit."""
     result = Result(step.name, step.shows, shlex.join(command), limit_sec, "failed", "")
     folder.mkdir(parents=True, exist_ok=True)
+    # What cudnn_flex compiled for one step serves the next ones.
+    kernels = {"FLEX_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
+    kernels["FLEX_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(folder.parent / "kernels")
     began = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **kernels},
+        )
         try:
             result.exit_code = process.wait(limit_sec)
         except subprocess.TimeoutExpired:
