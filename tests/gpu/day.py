@@ -95,11 +95,11 @@ STEPS = (
         figures.machine,
         passes=(0, 1),
     ),
-    Step("text", "documents for what trains below", 20, llada("data", "python-text", "--output", "{out}")),
+    Step("text", "documents for what trains below", 15, llada("data", "python-text", "--output", "{out}")),
     Step(
         "trains",
         "20 steps have the CPU's losses, also with TransformerEngine's layers; golden numbers hold",
-        90,
+        150,
         tests(f"{TESTS}test_cuda.py", "-k", "not benchmark"),
         figures.tests,
     ),
@@ -113,7 +113,7 @@ STEPS = (
     Step(
         "resume",
         "a run that is killed and resumed ends with the bits of one that is not",
-        90,
+        100,
         llada(
             *("verify", "resume", "experiment=parity", "precision.deterministic=true"),
             *("--json", "{own}/resume.json"),
@@ -123,7 +123,7 @@ STEPS = (
     Step(
         "attention speed",
         "executors beside dense attention and TransformerEngine",
-        45,
+        40,
         llada("bench", "attention", "--suite", "gpu", "--out", "{own}"),
         figures.attention,
     ),
@@ -137,14 +137,14 @@ STEPS = (
     Step(
         "step of small",
         "the preset `small`, L = 1024: bound by launches rather than by arithmetic",
-        45,
+        35,
         measured(*SMALL),
         figures.measured,
     ),
     Step(
         "decoding",
         "tokens a second of the 1B MoE with a cache and without",
-        45,
+        40,
         decodes(),
         figures.decoding,
         passes=(0, 1),  # in bf16 a tie may fall otherwise with a cache
@@ -152,7 +152,7 @@ STEPS = (
     Step(
         "decoding, graphs",
         "the same with CUDA graphs",
-        45,
+        35,
         decodes("--cuda-graphs"),
         figures.decoding,
         passes=(0, 1),
