@@ -168,6 +168,7 @@ def main() -> None:
     for name, (side, how) in sides.items():
         pipes[name], other = spawn.Pipe()
         spawn.Process(target=side, args=(other, args, *how), daemon=True).start()
+        other.close()  # or the end of a side would be waited for
         first = pipes[name].recv()  # one after the other is built
         batches = first if name == "here" else batches
     found: dict[str, list[Any]] = {name: [] for name in sides}
