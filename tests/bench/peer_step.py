@@ -7,9 +7,10 @@ newest checkpoint by `llada convert mcore-to-hf`, DIR a folder that holds transf
 process of its own that waits while the others compute; seconds are processor time, so that other programs
 cost little.
 
-The public side runs its model in training mode, its mask function (with the packed documents' borders, which it
-has no name for), its loss, torch's clipping and fused AdamW; its mask is ready before the clock starts. VeOmni,
-which its model file imports names from, has parts for GPUs alone: what of it a CPU never calls is a stand-in here.
+The public side runs its model in training mode, its mask function (with the packed documents' borders, which
+it has no name for), its loss, torch's clipping and fused AdamW; its mask is ready before the clock starts.
+VeOmni, which its model file imports names from, has parts for GPUs alone: what of it a CPU never calls is a
+stand-in here.
 """
 
 import argparse
