@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 TILE = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALLEST_HEAD_DIM = 16
+GRAPHS = 64
+"""Of a process at most: one for each number of endpoints and of samples, for most shapes, with a gradient and
+without. torch's own limit is 8, past which it would compute every score; past this one it raises."""
+
 
 _block_masks: WeakKeyDictionary[Rectangle, dict[torch.device, "BlockMask"]] = WeakKeyDictionary()
 
@@ -61,7 +65,7 @@ def _kernel(device_type: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     if device_type == "cuda":
-        return torch.compile(flex_attention)
+        return torch.compile(flex_attention, fullgraph=True, recompile_limit=GRAPHS)
     # Uncompiled, it still traces itself; megatron-core's CPU seam turns tracing off for the process. Imported
     # here, since the import is what reads the seam's setting.
     from torch._dynamo import config as tracing

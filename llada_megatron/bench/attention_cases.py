@@ -80,5 +80,10 @@ SUITES: dict[str, list[Case]] = {
         Case(2048, 32, "128 tokens", SMALL),
         Case(16384, 32, "1024 tokens", SMALL),
     ],
+    "gpu": [
+        *(Case(4096, 32, documents, FLASH) for documents in ("one", "packed")),
+        Case(4096, 4096, "packed", FLASH),
+        Case(4096, 32, "packed", MINI),
+    ],
     "h100": _h100(),
 }

@@ -2,63 +2,66 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+from tests.gpu.parity import STEPS, STORED, corpus, llada, losses
+
+gpu = pytest.mark.gpu
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LOSS_TOLERANCE = 1e-4
 """Relative, fp32 against fp32: other kernels, other orders of summation."""
-
-
-def llada(*arguments: str, cuda: bool = True) -> None:
-    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
-    if not cuda:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    subprocess.run([sys.executable, "-m", "llada_megatron", *arguments], env=environment, check=True)
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+BF16_TOLERANCE = 0.02
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("text")
-    llada("data", "python-text", "--output", str(directory), cuda=False)
-    return directory / "python"
+def numbers(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("text"))
 
 
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads(STORED.read_text())
+
+
+@pytest.mark.slow
+def test_the_stored_losses_are_those_of_a_cpu(numbers, stored, tmp_path):
+    found = losses(numbers, tmp_path / "run", "model.layer_spec=local", cuda=False)
+    assert len(stored) == STEPS and found == pytest.approx(stored, rel=LOSS_TOLERANCE / 10)
+
+
+@gpu
+@pytest.mark.parametrize("layer_spec", ["local", "transformer_engine"])
+def test_losses_of_20_steps_equal_those_of_a_cpu(numbers, stored, tmp_path, layer_spec):
+    if layer_spec == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    found = losses(numbers, tmp_path / "run", f"model.layer_spec={layer_spec}")
+    assert found == pytest.approx(stored, rel=LOSS_TOLERANCE)
+
+
+@gpu
+def test_losses_in_bf16_follow_those_of_a_cpu(numbers, stored, tmp_path):
+    found = losses(numbers, tmp_path / "run", "precision=bf16")
+    assert found == pytest.approx(stored, rel=BF16_TOLERANCE)
+
+
+@gpu
 def test_golden_outputs_of_the_public_code_hold():
     llada("verify", "golden", str(GOLDEN))
 
 
-def test_losses_equal_those_of_the_cpu(corpus, tmp_path):
-    common = ["train", "experiment=parity", f"data.path=[{corpus}]", "model.layer_spec=local"]
-    llada(*common, f"run.dir={tmp_path}/cuda")
-    llada(*common, f"run.dir={tmp_path}/cpu", cuda=False)
-    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=LOSS_TOLERANCE)
-
-
-def test_transformer_engine_trains_in_bf16_from_a_checkpoint_written_on_a_cpu(corpus, tmp_path):
+def test_transformer_engine_trains_in_bf16_from_a_checkpoint_written_on_a_cpu(numbers, tmp_path):
     pytest.importorskip("transformer_engine.pytorch")
-    common = ["train", "experiment=parity", f"data.path=[{corpus}]"]
-    llada(*common, f"run.dir={tmp_path}/cpu", cuda=False)
-    llada(
-        *common,
-        "precision=bf16",
-        "model.layer_spec=transformer_engine",
-        f"checkpoint.init_from={tmp_path}/cpu",
-        f"run.dir={tmp_path}/te",
-    )
-    assert losses(tmp_path / "te")[0] < losses(tmp_path / "cpu")[0]
+    few = "training.steps=4"
+    before = losses(numbers, tmp_path / "cpu", few, cuda=False)
+    engine = ["precision=bf16", "model.layer_spec=transformer_engine"]
+    after = losses(numbers, tmp_path / "te", few, *engine, f"checkpoint.init_from={tmp_path}/cpu")
+    assert after[0] < before[0]
 
 
+@gpu
 def test_the_attention_benchmark_finds_every_executor_right_and_transformer_engine_among_the_baselines(
     tmp_path,
 ):
@@ -70,6 +73,7 @@ def test_the_attention_benchmark_finds_every_executor_right_and_transformer_engi
         assert of_baseline and all(result["seconds"] and result["peak_bytes"] for result in of_baseline)
 
 
+@gpu
 def test_a_save_copies_into_pinned_memory_that_the_next_one_uses_again():
     import torch
 
