@@ -94,7 +94,9 @@ class PooledKeys:
         positions: int64 [S], of each row in its sequence.
     """
 
-    def __init__(self, pool: KeyPool, parts: Sequence[PoolPart | tuple[int | slice, np.ndarray]], block_size: int) -> None:
+    def __init__(
+        self, pool: KeyPool, parts: Sequence[PoolPart | tuple[int | slice, np.ndarray]], block_size: int
+    ) -> None:
         laid = [_laid(PoolPart(*part)) for part in parts]
         begins = np.cumsum([0, *(len(each.places) for each in laid)])
         rows = np.concatenate([begin + each.rows for begin, each in zip(begins, laid, strict=False)])

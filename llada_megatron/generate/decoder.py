@@ -110,8 +110,8 @@ class Decoder:
         self.method = Method(self.rule, self.buffer, self.lookahead)
         self._bp_group, self.branch_rank, self._bp = groups.branch_parallel()
         self._check_branches()
-        whole = self.context // self.block_size * self.block_size
-        self.max_cached_tokens = self.max_cached_tokens or self.batch * (whole + self._beside(whole))
+        most = self.longest + self._beside(self.longest)
+        self.max_cached_tokens = self.max_cached_tokens or self.batch * most
         self.pages = Pages(self.max_cached_tokens // self.block_size)
         self._unused_place = self.pages.count * self.block_size
         self._pool = KeyPool(self._unused_place + 1)
@@ -152,6 +152,11 @@ class Decoder:
     def branches_beside(self) -> int:
         """Branches of a sequence on a rank beside the first one, or the shadow of a rule that verifies."""
         return (self.lookahead.branches + 1) // self._bp - 1 or int(self.rule.verifies)
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest sequence: whole blocks."""
+        return self.context // self.block_size * self.block_size
 
     @property
     def seen_block(self) -> int:

@@ -194,6 +194,11 @@ class FullDecoder(Decoder):
         super().__post_init__()
 
     @property
+    def longest(self) -> int:
+        """Positions of the longest sequence, whose last block may be short."""
+        return self.context
+
+    @property
     def seen_block(self) -> int:
         """No sequence is longer, so a row sees all of its own."""
         return self.context

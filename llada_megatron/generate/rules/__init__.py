@@ -4,7 +4,15 @@
 """
 
 from llada_megatron.generate.rules.registry import RULES, rule_of, settings_of
-from llada_megatron.generate.rules.seen import Change, Draws, Figures, Rule, Seen, figures_of, label_probability
+from llada_megatron.generate.rules.seen import (
+    Change,
+    Draws,
+    Figures,
+    Rule,
+    Seen,
+    figures_of,
+    label_probability,
+)
 
 __all__ = [
     "RULES",
