@@ -279,6 +279,8 @@ class Rectangle:
             clean copy.
         few_rows: a document's rows are few beside its keys, as in decoding: an executor may rather compute
             a hidden pair than make another call.
+        window: without a clean copy, what the rows see in the place of what the mask says, as indices of
+            keys. Its start and its stop rise with the rows, as those of a mask do.
 
     Compared and hashed by identity, so that an executor can keep what it derives from one.
     """
@@ -287,6 +289,7 @@ class Rectangle:
     tokens: PerToken
     noisy_keys: PerToken
     few_rows: bool = False
+    window: KeySpans | None = None
 
     @property
     def batch(self) -> int:
@@ -317,7 +320,7 @@ class Rectangle:
     @cached_property
     def past_and_block(self) -> KeySpans:
         """What the clean rows see, and the only rows of a causal mask. As indices of keys."""
-        return self._clean_spans(self.mask.document_start, self.mask.block_stop)
+        return self.window or self._clean_spans(self.mask.document_start, self.mask.block_stop)
 
     @cached_property
     def document(self) -> KeySpans:
@@ -326,6 +329,10 @@ class Rectangle:
 
     def dense(self, sample: int = 0) -> Tensor:
         """Return bool [Q, K], True where a query sees a key: the rows and columns of `mask.dense`."""
+        if self.window is not None:
+            start, stop = (edges[sample, :, None] for edges in (self.window.start, self.window.stop))
+            key = np.arange(self.keys)
+            return torch.from_numpy((key >= start) & (key < stop))
         rows = [self.tokens[sample]]
         columns = [np.arange(self.mask.length)]
         if self.mask.clean_copy:
@@ -341,6 +348,8 @@ class Rectangle:
 
     def visible_pairs(self) -> int:
         """Return the number of visible query-key pairs of the micro-batch."""
+        if self.window is not None:
+            return int((self.window.stop - self.window.start).sum())
         return int(self._of_tokens(self.mask.pairs_per_token).sum())
 
     def _of_tokens(self, per_token: PerToken) -> PerToken:

@@ -223,6 +223,9 @@ class _Layout:
         chunks = _runs(self.chunk, self.document.start) if rectangle.few_rows else _runs(self.chunk)
         # What the rows see of the clean keys, and its part in their chunk.
         clean_rows = Spans(self.document.start, self.block.stop) + self.first_clean_key
+        if (window := rectangle.window) is not None:
+            edges = (edge[: self.samples] + self.first_token for edge in (window.start, window.stop))
+            clean_rows = Spans(*(edge.ravel() for edge in edges))
         in_chunk = np.maximum(self.document.start, self.chunk_start[self.chunk]) + self.first_clean_key
         own_chunk = Spans(in_chunk[chunks.start], clean_rows.stop[chunks.stop - 1])
         if not self.mask.clean_copy:

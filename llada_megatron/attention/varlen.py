@@ -5,8 +5,9 @@ rows of a block are an entry of `torch.nn.attention.varlen`, which sees all its 
 Nothing is compiled, and nothing is planned but the ends of the entries.
 
 Two entries of a call share no keys: the first call has the first block of rows of each sequence, the next
-one the second. That is one call for active blocks, two where a block has just been done, and one for each
-block of a prompt that is read. Keys that no entry sees belong to one without rows.
+one the second. That is one call for active blocks, two where a block has just been done, one for each block
+of a prompt that is read, and one for each row of a shadow (keys.py). Keys that no entry sees belong to one
+without rows.
 
 Legend: Q queries, K keys, B batch, H heads, Hkv key and value heads, D head dim, T rows of a call, E entries.
 """
@@ -136,7 +137,7 @@ def _calls_of(rectangle: Rectangle, device: torch.device) -> list[Call]:
     first_row = np.flatnonzero(np.diff(stop, prepend=-1))  # of each entry
     rows = np.diff(first_row, append=len(stop))
     start, stop = start[first_row], stop[first_row]
-    first_entry = np.flatnonzero(np.diff(start, prepend=-1))  # of each sequence
+    first_entry = np.flatnonzero(start >= np.append(0, stop[:-1]))  # of each sequence
     entries = np.diff(first_entry, append=len(start))
     number = np.arange(len(start)) - np.repeat(first_entry, entries)
     calls = number.max() + 1

@@ -96,7 +96,7 @@ def _on_text(args: argparse.Namespace, overrides: list[str]) -> Config:
     start = f"checkpoint.init_from={directory}"
     chats = _compose(args, args.experiment, [*overrides, processes, start, *args.overrides])
     _say("1/4  text and conversations: of this Python, and of the package chatterbot-corpus")
-    files = conversations.yaml_files()
+    files = conversations.yaml_files("make sft-small")
     _prepare_text()
     _prepare_chats(files, Path(chats.data.path[0]))
     _say("2/4  a small model learns the text: next tokens, then blocks of 32")

@@ -28,6 +28,7 @@ RULE_SETTINGS = (
     "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
     "credit_beta", "credit_gamma", "kl_threshold", "kl_history", "edit_threshold", "max_post_edits",
     "at_least", "penalty_lambda", "delete_id", "split_id", "confident_at", "from_left", "eta",
+    "verify_threshold", "draft_share", "draft_least", "draft_most",
     "temperature", "top_k", "top_p", "plain_confidence", "random_order", "buffer", "add_at", "force_at",
     "branches", "branch_entropy", "branch_lowest", "branch_memory",
 )  # fmt: skip

@@ -26,11 +26,11 @@ Conversation = tuple[str, ...]
 """What is said in turn."""
 
 
-def yaml_files() -> list[Path]:
-    """The English files of the installed package; BadInput where it is absent."""
+def yaml_files(command: str) -> list[Path]:
+    """The English files of the package; BadInput, with the command that installs it, where it is absent."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise BadInput("The package chatterbot-corpus is not installed: run `make sft-small`.")
+        raise BadInput(f"The package chatterbot-corpus is not installed: run `{command}`.")
     return sorted(Path(spec.origin).parent.glob("data/english/*.yml"))
 
 

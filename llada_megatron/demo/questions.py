@@ -57,7 +57,7 @@ def write(folder: Path, *, divisor: int = 1) -> dict[str, int]:
     The order of lines is mixed, and the same each time. divisor: of the items that are drawn.
     """
     random = Random(0)
-    talk = conversations.distinct(conversations.yaml_files())
+    talk = conversations.distinct(conversations.yaml_files("make demo-chat"))
     chats = [conversations.as_messages(turns) for turns in talk]
     texts = [{"text": "\n".join(turns)} for turns in talk]
     tries = []

@@ -93,7 +93,7 @@ class Conversation:
         """
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         tokens = self.encoder.prompt(asked)
-        context = self.decoder.context // self.decoder.block_size * self.decoder.block_size
+        context = self.decoder.longest
         if len(tokens) >= context:
             raise BadInput(
                 f"The conversation has {len(tokens)} tokens with this message, and the model's context of"

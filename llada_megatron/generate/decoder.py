@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model
 
-from llada_megatron.attention.keys import KeyPool, PooledKeys
+from llada_megatron.attention.keys import KeyPool, PooledKeys, PoolPart
 from llada_megatron.config.errors import BadInput
 from llada_megatron.generate.branches import ANCHOR_ALONE, Lookahead
 from llada_megatron.generate.buffer import ONE_BLOCK, Buffer
@@ -110,8 +110,8 @@ class Decoder:
         self.method = Method(self.rule, self.buffer, self.lookahead)
         self._bp_group, self.branch_rank, self._bp = groups.branch_parallel()
         self._check_branches()
-        whole = self.context // self.block_size * self.block_size
-        self.max_cached_tokens = self.max_cached_tokens or self.batch * (whole + self._beside(whole))
+        most = self.longest + self._beside(self.longest)
+        self.max_cached_tokens = self.max_cached_tokens or self.batch * most
         self.pages = Pages(self.max_cached_tokens // self.block_size)
         self._unused_place = self.pages.count * self.block_size
         self._pool = KeyPool(self._unused_place + 1)
@@ -150,8 +150,13 @@ class Decoder:
 
     @property
     def branches_beside(self) -> int:
-        """Branches of a sequence on a rank beside the first one."""
-        return (self.lookahead.branches + 1) // self._bp - 1
+        """Branches of a sequence on a rank beside the first one, or the shadow of a rule that verifies."""
+        return (self.lookahead.branches + 1) // self._bp - 1 or int(self.rule.verifies)
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest sequence: whole blocks."""
+        return self.context // self.block_size * self.block_size
 
     @property
     def seen_block(self) -> int:
@@ -294,16 +299,20 @@ class Decoder:
         read, S = [*read], sum(len(part.tokens) for part in read)
         if unused := self._rows_beside(S):
             nothing, at = np.zeros(unused, np.int64), np.full(unused, self._unused_place)
-            read.append(Part(0, at, nothing, np.ones(unused, np.float32), nothing[:0]))
+            none = nothing[:0]
+            read.append(Part(PoolPart(0, at), nothing, np.ones(unused, np.float32), none, none))
         begins = np.cumsum([0, *(len(part.tokens) for part in read)])
         chosen = [begin + part.rows for begin, part in zip(begins, read, strict=False)]
-        outputs = np.concatenate([*chosen, [0][: not any(map(len, chosen))]]).astype(np.int64)
-        keys, positions = self._keys_of([(part.kept, part.places) for part in read])
+        stand_in = [0][: not any(map(len, chosen))]
+        outputs = np.concatenate([*chosen, stand_in]).astype(np.int64)
+        labels = np.concatenate([*(part.labels for part in read), stand_in]).astype(np.int64)
+        keys, positions = self._keys_of([part.keys for part in read])
         inputs = ModelInputs(
             tokens=torch.from_numpy(np.concatenate([part.tokens for part in read]))[None].to(device.device()),
             positions=positions,
             keys=keys,
             outputs=torch.from_numpy(outputs).to(device.device()),
+            labels=torch.from_numpy(labels).to(device.device()) if readout.needs_labels else None,
             readout=readout,
             soft=SoftTokens.of(
                 np.concatenate([part.weights for part in read]), self.mask_token_id, device.device()
@@ -332,9 +341,9 @@ class Decoder:
             rows = int(most)
         return rows - S
 
-    def _keys_of(self, parts: list[tuple[int | slice, np.ndarray]]) -> tuple[PooledKeys, torch.Tensor]:
+    def _keys_of(self, parts: list[PoolPart]) -> tuple[PooledKeys, torch.Tensor]:
         """The keys and the positions of the rows, [1, S]: the last forward's, as long as no block is done."""
-        asked = [(rows, places.tobytes()) for rows, places in parts]
+        asked = [(rows, *(b"" if at is None else at.tobytes() for at in places)) for rows, *places in parts]
         if self._keys is None or self._keys[0] != asked:
             keys = PooledKeys(self._pool, parts, self.seen_block).to(device.device())
             self._keys = asked, keys, torch.from_numpy(keys.positions)[None].to(device.device())
@@ -421,8 +430,10 @@ class _Batch:
             is_read = running.kept + ahead == running.first
             stop = running.stop if is_read else running.kept + ahead
             if stop > running.kept and running in self.running and self._make_room(running, stop):
-                rows = [running.rows_read(each, decoder.rule) for each in running.branches if is_read]
-                feeds.append(Feed(running, stop, rows, decoder.dealt(len(rows), decoder.branch_rank)))
+                rows = running.read_rows(decoder.rule) if is_read else []
+                here = decoder.dealt(len(rows), decoder.branch_rank)
+                shadows = [block for block, _ in running.shadows(decoder.rule)]
+                feeds.append(Feed(running, stop, rows, here, shadows))
         return feeds
 
     def _make_room(self, running: Running, stop: int) -> bool:
@@ -432,7 +443,8 @@ class _Batch:
         missing = [(running.pages, self._missing(running, stop))]
         if stop > running.first:
             active = -(-stop // self.decoder.block_size) - running.first // self.decoder.block_size
-            beside = min(self.decoder.branches_beside, len(running.lookahead))
+            versions = len(running.lookahead) or len(running.shadows(self.decoder.rule))
+            beside = min(self.decoder.branches_beside, versions)
             running.pages_beside += [[] for _ in range(beside - len(running.pages_beside))]
             missing += [(pages, active - len(pages)) for pages in running.pages_beside]
         for pages, count in missing:

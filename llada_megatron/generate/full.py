@@ -19,14 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from llada_megatron.attention.keys import PoolPart
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import Amount, Count, check_values
 from llada_megatron.generate.branches import Block
 from llada_megatron.generate.buffer import ONE_BLOCK
 from llada_megatron.generate.decoder import Decoder
-from llada_megatron.generate.feed import Part
+from llada_megatron.generate.feed import Part, shadow_of
 from llada_megatron.generate.prompt import BlockChanged, Ids, Limits, Prompt, Result
-from llada_megatron.generate.rules import Figures
+from llada_megatron.generate.rules import Figures, label_probability
 from llada_megatron.generate.rules.registry import converted, settings_in
 from llada_megatron.generate.rules.seen import entropy, log_probability, proposed
 from llada_megatron.generate.running import Running
@@ -128,6 +129,12 @@ class Filling(Running):
         pages = np.array(self.pages[copy * self.largest :][: self.largest], np.int64)[:, None]
         return (pages * self.block_size + np.arange(self.block_size)).reshape(-1)[: len(self.tokens)]
 
+    def shadow_places(self, copy: int, copies: int) -> np.ndarray:
+        """int64 [block]: where the keys of the shadow of a copy's active block are kept."""
+        (block,) = self.anchor.blocks
+        page = self.pages[copies * self.largest + copy]
+        return page * self.block_size + np.arange(block.stop - block.start)
+
     def read(self, full: FullAttention) -> slice:
         """Rows that the next forward reads."""
         (block,) = self.anchor.blocks
@@ -145,18 +152,23 @@ class Feed:
     running: Filling
     read: slice
     rows: list[np.ndarray]
-    """The positions that the rule reads, of the only branch."""
+    """The positions that the rule reads, of the only branch, and of the shadow of its block if it has one."""
 
-    def part(self, copy: int) -> Part:
+    def parts(self, copy: int, copies: int) -> Iterator[Part]:
         """Of a copy of the sequence."""
         running, read = self.running, self.read
-        return Part(
-            read,
-            running.places_of(copy),
+        places, (rows, *shadowed) = running.places_of(copy), self.rows
+        yield Part(
+            PoolPart(read, places),
             running.tokens_of(copy)[read],
             running.weights[read],
-            self.rows[0] - read.start,
+            rows - read.start,
+            running.tokens[rows],
         )
+        for rows in shadowed:
+            (block,) = running.anchor.blocks
+            own = slice(block.start, block.stop)
+            yield shadow_of(running, own, PoolPart(own, places, running.shadow_places(copy, copies)), rows)
 
 
 @dataclass
@@ -177,8 +189,14 @@ class FullDecoder(Decoder):
                 " trained in blocks, and here every position sees every other: leave them out."
             )
         whole = -(-self.context // max(self.block_size, 1)) * self.block_size
+        whole += self.block_size * self.rule.verifies
         self.max_cached_tokens = self.max_cached_tokens or self.batch * self.full.copies * whole
         super().__post_init__()
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest sequence, whose last block may be short."""
+        return self.context
 
     @property
     def seen_block(self) -> int:
@@ -188,7 +206,7 @@ class FullDecoder(Decoder):
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Filling:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
         running = self.begun(Filling, number, prompt, limits)
-        if (pages := self.full.copies * running.largest) > self.pages.count:
+        if (pages := self.pages_of(running)) > self.pages.count:
             raise BadInput(
                 f"Prompt {running.number} takes {pages * self.block_size} cached tokens with what is"
                 f" generated, and max_cached_tokens is {self.max_cached_tokens}: raise it, or ask for fewer"
@@ -196,9 +214,13 @@ class FullDecoder(Decoder):
             )
         return running
 
+    def pages_of(self, running: Filling) -> int:
+        """What a sequence takes: each copy, and the shadow of its active block."""
+        return self.full.copies * (running.largest + self.rule.verifies)
+
     def take_room(self, running: Filling) -> bool:
         """Give a sequence the places of its keys; False where there are too few as long as others run."""
-        wanted = self.full.copies * running.largest
+        wanted = self.pages_of(running)
         if wanted > self.pages.available:
             return False
         running.pages = [page for _ in range(wanted) if (page := self.pages.take()) is not None]
@@ -215,22 +237,26 @@ class FullDecoder(Decoder):
         """The head's figures for the rows that the rule reads, [N, C]; guided ones, where that is wanted."""
         figures = self.rule.figures
         readout = LOGITS if self.full.cfg_scale else figures.readout(self.mask_token_id)
-        read = [feed.part(copy) for copy in range(self.full.copies) for feed in feeds]
+        copies = self.full.copies
+        read = [part for copy in range(copies) for feed in feeds for part in feed.parts(copy, copies)]
         output = self._call(read, readout)
         if not self.full.cfg_scale or len(output) < 2:
             return output
         with_NV, without_NV = np.split(output, 2)
-        return guided(with_NV, without_NV, self.full.cfg_scale, figures, self.mask_token_id)
+        logits_NV = without_NV + (self.full.cfg_scale + 1) * (with_NV - without_NV)
+        labels_N = np.concatenate([part.labels for part in read[: len(read) // 2]])
+        return figures_from(logits_NV, labels_N, figures, self.mask_token_id)
 
 
-def guided(
-    with_NV: np.ndarray, without_NV: np.ndarray, scale: float, figures: Figures, mask_token_id: int
+def figures_from(
+    logits_NV: np.ndarray, labels_N: np.ndarray, figures: Figures, mask_token_id: int
 ) -> np.ndarray:
-    """What a rule needs, [N, C], of the logits with the prompt and without it."""
-    logits_NV = without_NV + (scale + 1) * (with_NV - without_NV)
+    """What the head would say with such logits, [N, C]."""
     if figures is Figures.logits:
         return logits_NV
     columns = [*proposed(logits_NV, mask_token_id)]
+    if figures is Figures.label:
+        columns.append(label_probability(Figures.logits, logits_NV, labels_N))
     if figures is Figures.entropy:
         columns.append(entropy(log_probability(logits_NV)))
     return np.stack(columns, axis=-1).astype(np.float64)
@@ -268,10 +294,10 @@ class _Batch:
     def feeds(self) -> list[Feed]:
         """What the next forward reads of each sequence."""
         rule, full = self.decoder.rule, self.decoder.full
-        return [Feed(each, each.read(full), [each.rows_read(each.anchor, rule)]) for each in self.running]
+        return [Feed(each, each.read(full), each.read_rows(rule)) for each in self.running]
 
     def read(self, feed: Feed, outputs: list[np.ndarray]) -> tuple[BlockChanged, Result | None]:
-        """Take in what a forward said of a sequence's active block, of its only branch, [n, C]."""
+        """Take in what a forward said of a sequence's active block, and of its shadow, [n, C] each."""
         running, decoder = feed.running, self.decoder
         changed, _ = running.step(decoder.method, outputs, decoder.seed)
         result = running.ended(changed, decoder.rule, decoder.text)

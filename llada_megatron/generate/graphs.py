@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -112,7 +111,7 @@ class Graphs:
         assert isinstance(keys, PooledKeys)
         first, *others = varlen.calls_of(keys.rectangle, inputs.tokens.device)
         S = inputs.tokens.shape[1]
-        if others or self.most_rows < S:
+        if others or self.most_rows < S or inputs.labels is not None:
             return self.model(inputs)
         room, sequences = room_for(keys.rectangle.keys), len(first.row_edges)
         form = S, room, sequences, first.longest, inputs.readout.name, inputs.soft is not None
@@ -182,7 +181,7 @@ class SteadyKeys:
 
     def fill(self, keys: PooledKeys) -> None:
         """Be those of another batch with as many rows, whose keys fit the room."""
-        places = np.concatenate([places for _, places in keys.parts])
+        places = keys.places
         self._row_places.copy_(torch.from_numpy(places[keys.rectangle.tokens[0]]))
         self._key_places[: len(places)] = torch.from_numpy(places).to(self._key_places.device)
         (call,) = varlen.calls_of(keys.rectangle, self._key_places.device)

@@ -21,11 +21,12 @@ from megatron.core import parallel_state
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.attention.keys import KeyPool, Keys, PooledKeys, PoolPart
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.generate.methods import Method
 from llada_megatron.generate.prompt import Result
-from llada_megatron.generate.rules import Change, Draws, Figures, Rule, Seen, figures_of
+from llada_megatron.generate.rules import Change, Draws, Figures, Rule, Seen, figures_of, label_probability
 from llada_megatron.generate.running import Running
 from llada_megatron.model.inputs import ModelInputs, SoftTokens
 from llada_megatron.runtime import device
@@ -102,7 +103,22 @@ def look(
     return figures_of(figures, output, canvas.mask_token_id)
 
 
-@torch.no_grad()
+def shadow(model: Any, canvas: Canvas, block: slice, rows: np.ndarray, figures: Figures) -> np.ndarray:
+    """One forward of what a block sees and of its shadow (attention/keys.py): what the head says of the
+    shadow's rows at n positions of the block, float64 [n, C].
+
+    Serves a canvas of one document.
+    """
+    assert canvas.cu_seqlens is None
+    reach, m = canvas.reach(block.stop), block.stop - block.start
+    places = np.arange(reach + m)
+    parts = [PoolPart(0, places[:reach]), PoolPart(block, places[:reach], places[reach:])]
+    keys = PooledKeys(KeyPool(reach + m), parts, canvas.block_size if canvas.full_from is None else reach)
+    tokens = np.append(canvas.tokens[:reach], np.full(m, canvas.mask_token_id))
+    chosen = reach + rows - block.start
+    return _said(model, tokens, keys, keys.positions, chosen, canvas.tokens[rows], figures, tokens[-1], None)
+
+
 def read(
     model: Any,
     tokens: np.ndarray,
@@ -117,15 +133,33 @@ def read(
     weights: float [S], how much of its embedding is a token's (`Change.weight_m`); None: all.
     The model is called in the mode it is in: call `eval()` first. Raises BadInput under pipeline parallelism.
     """
+    soft = None if weights is None else SoftTokens.of(weights, mask_token_id, device.device())
+    about = ContextShard(mask), np.arange(len(tokens)), rows, tokens[rows]
+    return _said(model, tokens, *about, figures, mask_token_id, soft)
+
+
+@torch.no_grad()
+def _said(
+    model: Any,
+    tokens: np.ndarray,
+    keys: Keys,
+    positions: np.ndarray,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    figures: Figures,
+    mask_token_id: int,
+    soft: SoftTokens | None,
+) -> np.ndarray:
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         raise BadInput("Decoding serves one pipeline stage: set layout.pp=1.")
     inputs = ModelInputs(
         tokens=torch.from_numpy(tokens)[None].to(device.device()),
-        positions=torch.arange(len(tokens), device=device.device())[None],
-        keys=ContextShard(mask),
+        positions=torch.from_numpy(positions)[None].to(device.device()),
+        keys=keys.to(device.device()),
         outputs=torch.from_numpy(rows).to(device.device()),
+        labels=torch.from_numpy(labels).to(device.device()),
         readout=figures.readout(mask_token_id),
-        soft=None if weights is None else SoftTokens.of(weights, mask_token_id, device.device()),
+        soft=soft,
     )
     return model(inputs).double().cpu().numpy()
 
@@ -141,11 +175,18 @@ def block_forwards(
     state = weight_m = None
     for step in itertools.count() if not is_given_m.all() else ():
         tokens_m = canvas.tokens[start:end].copy()
+        is_masked_m = (tokens_m == canvas.mask_token_id) & ~is_given_m
+        verified_m = np.ones(len(tokens_m)) if rule.verifies else None
+        if verified_m is not None and not (is_given_m | is_masked_m).all():
+            rows = start + np.flatnonzero(~is_given_m & ~is_masked_m)
+            output = shadow(model, canvas, slice(start, end), rows, rule.figures)
+            verified_m[rows - start] = label_probability(rule.figures, output, canvas.tokens[rows])
         seen = Seen(
             tokens_m,
             is_given_m,
-            (tokens_m == canvas.mask_token_id) & ~is_given_m,
+            is_masked_m,
             **look(model, canvas, start, end, rule.figures, weight_m),
+            verified_m=verified_m,
             step=step,
             first=start,
             mask_token_id=canvas.mask_token_id,
@@ -170,6 +211,9 @@ def recomputed(model: Any, running: Running, method: Method, seed: int = 0) -> R
             seen = branch.tokens[: branch.stop], canvas.mask(branch.stop)
             weights = running.weights[: branch.stop]
             outputs.append(read(model, *seen, rows, figures, running.mask_token_id, weights))
+        for block, rows in running.shadows(method.rule):
+            canvas = Canvas(running.tokens, running.block_size, running.mask_token_id)
+            outputs.append(shadow(model, canvas, slice(block.start, block.stop), rows, figures))
         changed, _ = running.step(method, outputs, seed)
         result = running.ended(changed, method.rule, None)
         running.advance(method.buffer)

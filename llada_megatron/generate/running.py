@@ -22,7 +22,7 @@ from llada_megatron.generate.branches import Block, Branch, Lookahead
 from llada_megatron.generate.buffer import Buffer
 from llada_megatron.generate.methods import Method
 from llada_megatron.generate.prompt import BlockChanged, Limits, Prompt, Result, Stop
-from llada_megatron.generate.rules import Draws, Rule, Seen, figures_of
+from llada_megatron.generate.rules import Draws, Rule, Seen, figures_of, label_probability
 
 Text = Callable[[list[int]], str]
 
@@ -152,20 +152,39 @@ class Running:
         ]
         return np.concatenate([*rows, np.zeros(0, np.int64)])
 
+    def shadows(self, rule: Rule) -> list[tuple[Block, np.ndarray]]:
+        """The active blocks that a forward shadows, with the positions, int64 [n], that stand to be verified.
+
+        Those of the anchor: a rule that verifies edits, and so has no other branch.
+        """
+        if not rule.verifies:
+            return []
+        stands = (self.tokens != self.mask_token_id) & ~self.is_given
+        active = [block for block in self.anchor.blocks if not block.is_done]
+        found = [(each, each.start + np.flatnonzero(stands[each.start : each.stop])) for each in active]
+        return [(block, rows) for block, rows in found if len(rows)]
+
+    def read_rows(self, rule: Rule) -> list[np.ndarray]:
+        """The positions that the next forward's head says something of: of each branch, then each shadow."""
+        branches = [self.rows_read(branch, rule) for branch in self.branches]
+        return branches + [rows for _, rows in self.shadows(rule)]
+
     def step(self, method: Method, outputs: list[np.ndarray], seed: int) -> tuple[BlockChanged, int]:
-        """Go on with the branch that wins, by what the head said of each one's `rows_read`, [n, C].
+        """Go on with the branch that wins, by what the head said of `read_rows`, [n, C] each.
 
         Returns what became of its active blocks, and the position up to which the keys that this forward
         wrote are final.
         """
         rule, lookahead = method.rule, method.lookahead
-        said = self.said(method, outputs)
+        of_branches, of_shadows = outputs[: len(self.branches)], outputs[len(self.branches) :]
+        verified = self._verified(rule, of_shadows) if rule.verifies else None
+        said = self.said(method, of_branches)
         best = int(np.argmax(self.confidences(lookahead, said))) if len(said) > 1 else 0
         before, self.anchor = self.tokens, self.branches[best]
         self.anchor.confidence = 1.0
         self.forwards["denoise"] += 1
         rows_n = self.rows_read(self.anchor, rule)
-        choice_n, is_final = self._decide(method, rows_n, said[best], seed)
+        choice_n, is_final = self._decide(method, rows_n, said[best], seed, verified)
         is_other = self.tokens != before
         self.decided_at[is_other] = self.forwards["denoise"]
         self.is_edited |= is_other & (before != self.mask_token_id)
@@ -180,7 +199,7 @@ class Running:
         )
         kept = self.first
         for each, is_read_final in zip(self.anchor.blocks, is_final, strict=True):
-            if not is_read_final or len(outputs) > 1:  # whose keys lie beside
+            if not is_read_final or len(of_branches) > 1:  # whose keys lie beside
                 break
             kept = each.stop
         self.lookahead = []
@@ -203,10 +222,22 @@ class Running:
             for of_branch, branch in zip(said, self.branches, strict=True)
         ]
 
+    def _verified(self, rule: Rule, outputs: list[np.ndarray]) -> np.ndarray:
+        """`Seen.verified_m` of the whole sequence, float64 [T]."""
+        verified = np.ones(len(self.tokens))
+        for (_, rows), output in zip(self.shadows(rule), outputs, strict=True):
+            verified[rows] = label_probability(rule.figures, output, self.tokens[rows])
+        return verified
+
     def _decide(
-        self, method: Method, rows_n: np.ndarray, said: dict[str, np.ndarray], seed: int
+        self,
+        method: Method,
+        rows_n: np.ndarray,
+        said: dict[str, np.ndarray],
+        seed: int,
+        verified: np.ndarray | None,
     ) -> tuple[np.ndarray, list[bool]]:
-        """Step each active block of the anchor.
+        """Step each active block of the anchor; verified: float64 [T] for a rule that verifies.
 
         Returns the proposed tokens, int64 [n], and of each block whether this forward read its final tokens.
         """
@@ -220,6 +251,8 @@ class Running:
             here = slice(*np.searchsorted(rows_n, [block.start, block.stop]))
             said_here = {name: each[here] for name, each in said.items()}
             seen = self._seen(block, rows_n[here], said_here, seed, must_fill[number])
+            if verified is not None:
+                seen = replace(seen, verified_m=verified[block.start : block.stop])
             read, state = rule.read(seen, block.state)
             change = rule.decide(read, state)
             tokens[block.start : block.stop] = change.tokens_m

@@ -129,20 +129,27 @@ def _choice(mask_token_id: int, logits_nV: Tensor, labels_n: Tensor | None, grou
     return choice_n.double()
 
 
-def proposal(mask_token_id: int, *, entropy: bool = False) -> Readout:
+def proposal(mask_token_id: int, *, entropy: bool = False, label: bool = False) -> Readout:
     """float64 [n, 2]: what a decoder may put in place of a mask, no gradient.
 
     The most probable token but the mask, the lowest id among equals, and its probability among all tokens.
-    With `entropy` float64 [n, 3]: and the entropy of the distribution over all tokens, in nats.
+    With `entropy` or `label` float64 [n, 3]: and the entropy of the distribution over all tokens, in nats, or
+    the probability of the row's label.
     """
-    name, columns = ("proposal and entropy", 3) if entropy else ("proposal", 2)
-    read = partial(_proposal, mask_token_id, entropy)
-    return Readout(name, columns, needs_labels=False, read=read)
+    assert not (entropy and label)
+    name = "proposal" + " and entropy" * entropy + " and label" * label
+    read = partial(_proposal, mask_token_id, entropy, label)
+    return Readout(name, 2 + (entropy or label), needs_labels=label, read=read)
 
 
 @torch.no_grad()
 def _proposal(
-    mask_token_id: int, entropy: bool, logits_nV: Tensor, labels_n: Tensor | None, group: Any
+    mask_token_id: int,
+    entropy: bool,
+    label: bool,
+    logits_nV: Tensor,
+    labels_n: Tensor | None,
+    group: Any,
 ) -> Tensor:
     logits_nV = logits_nV.float()
     largest_n, choice_n = _argmax(_hidden(logits_nV, mask_token_id, group), group)
@@ -150,13 +157,18 @@ def _proposal(
     shifted_nV.clamp_(max=60)  # the mask's own logit may be the larger one, by any amount
     exp_nV = shifted_nV.exp() if entropy else shifted_nV.exp_()
     sums = [exp_nV.sum(dim=-1)]
+    if label:
+        assert labels_n is not None
+        label_n1, is_here_n1 = _columns_here(labels_n, exp_nV, group)
+        sums.append(exp_nV.gather(1, label_n1).where(is_here_n1, 0)[:, 0])
     if entropy:
         sums.append(exp_nV.mul_(shifted_nV).sum(dim=-1))
     reduced = torch.stack(sums)
     dist.all_reduce(reduced, group=group)
     sum_n, *weighted_n = reduced.double()
     figures = [choice_n.double(), sum_n.reciprocal()]
-    return torch.stack(figures + [sum_n.log() - part_n / sum_n for part_n in weighted_n], dim=-1)
+    figures += [part_n / sum_n if label else sum_n.log() - part_n / sum_n for part_n in weighted_n]
+    return torch.stack(figures, dim=-1)
 
 
 class _Confidence(torch.autograd.Function):

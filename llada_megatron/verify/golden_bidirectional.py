@@ -1,4 +1,4 @@
-"""Golden traces of samplers for models in which every position sees every other: LLaDA's and Fast-dLLM's.
+"""Golden traces of samplers for models in which every position sees every other: LLaDA, Fast-dLLM, WINO.
 
 Forwards are those of generate/full.py, with its caches and guidance. A forward says something of all rows
 that it reads after the prompt, and the rule decides on one block of them.
@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import numpy as np
 from torch import Tensor
 
-from llada_megatron.config.ranges import Amount, Positive, one_of
+from llada_megatron.config.ranges import Amount, Positive, Share, one_of
 from llada_megatron.generate.full import CACHES, FullAttention, FullDecoder
 from llada_megatron.generate.prompt import Limits
 from llada_megatron.generate.rules import Change, Draws, Rule, Seen, figures_of
 from llada_megatron.generate.rules.filling import FactorRule, Quota, Threshold
+from llada_megatron.generate.rules.remasking import DraftVerify
 from llada_megatron.generate.rules.sampling import RandomOrder, Sampled, Sampling
-from llada_megatron.verify.golden_trace import DENOISE, Group, Settings, Trace
+from llada_megatron.verify.golden_trace import DENOISE, Group, Settings, Trace, padded, stored_table
 
 CACHES_OF_CASES = {"nocache": "none", "prefix": "prefix", "dual": "dual"}
 
@@ -146,6 +147,60 @@ class Forwards:
         trace.record(DENOISE, fed.start, read, Change(changed_m, is_done=False), seen.is_masked_m)
 
 
+@dataclass(frozen=True)
+class WINO(Settings):
+    """Of WINO's `decoding_wino`."""
+
+    threshold: Share
+    threshold_back: Share
+
+
+@dataclass
+class Verified(Trace):
+    """A trace of WINO: with the probability of each token that stands by the shadow of its block."""
+
+    verified: list[np.ndarray] = field(default_factory=list)
+    """Per forward float64 [m]; -1 where a mask stands."""
+
+    def differences(self, output: np.ndarray) -> dict[str, float]:
+        """How far it is from the stored one; `confidence` is that of what is verified, too."""
+        found = super().differences(output)
+        ours, theirs = padded(self.verified), stored_table(self.stored, "verified", None)
+        found["forwards"] += abs(len(ours) - len(theirs))
+        F, W = (min(pair) for pair in zip(ours.shape, theirs.shape, strict=True))
+        apart = np.abs(ours[:F, :W] - theirs[:F, :W]).max(initial=0.0)
+        return found | {"confidence": max(found["confidence"], float(apart))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(DraftVerify):
+    """WINO's rule, each of whose forwards becomes one of the trace."""
+
+    trace: Verified
+
+    def decide(self, seen: Seen, state: int | None) -> Change:
+        change, trace = super().decide(seen, state), self.trace
+        trace.record(DENOISE, 0, seen, change, seen.is_masked_m)
+        trace.forwards[-1][2] = len(trace.canvas.tokens)  # positions fed: all, beside the shadow
+        assert seen.verified_m is not None
+        trace.verified.append(np.where(seen.is_masked_m, -1.0, seen.verified_m))
+        return change
+
+
+def wino(trace: Verified, case: WINO) -> np.ndarray:
+    """Each block until it has no masks, as the decoder for such models has it."""
+    decoder = FullDecoder(
+        trace.golden.stage,
+        Noted(case.threshold, case.threshold_back, trace=trace),
+        block_size=case.block_length,
+        mask_token_id=trace.canvas.mask_token_id,
+        context=len(trace.canvas.tokens),
+        batch=1,
+    )
+    (result,) = decoder.results([trace.canvas.tokens[: trace.prompt]], Limits(case.gen_length))
+    return result.tokens
+
+
 def _other_cache(case: dict[str, Any]) -> str | None:
     cache = case.get("cache")
     return None if cache in CACHES_OF_CASES else f"cache {cache}"
@@ -154,5 +209,6 @@ def _other_cache(case: dict[str, Any]) -> str | None:
 GROUPS = {
     "fastdllm": Group(FastDLLM, fast_dllm, sees_all=True, unserved=_other_cache),
     "llada_generate": Group(LLaDA, llada, sees_all=True),
+    "wino": Group(WINO, wino, sees_all=True, trace=Verified),
 }
 """Of cases that are served."""

@@ -157,7 +157,7 @@ def stored_table(stored: Stored, name: str, columns: int | None) -> np.ndarray:
     """A stored tensor as a table; what has one axis is a table of one column."""
     found = stored.needed(name)
     table = found[:, None] if found.dim() == 1 else found
-    is_window = name in ("block_before", "top1", "conf")
+    is_window = name in ("block_before", "top1", "conf", "verified")
     if table.dim() != 2 or not (is_window or table.shape[1] == columns):
         raise BadInput(
             f"cases.safetensors holds {name} of shape {list(found.shape)} in a trace of decoding: {REMEDY}."

@@ -1,14 +1,16 @@
 """Rows against kept keys are the same rows of a full forward; values may be narrower or wider than keys."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, select_backend, varlen
-from llada_megatron.attention.keys import KeyPool, PooledKeys
+from llada_megatron.attention.keys import KeyPool, PooledKeys, PoolPart
 from llada_megatron.config.errors import BadInput
+from llada_megatron.model.pools import row_blocks
 from tests.attention.dense_varlen import dense_varlen
 
 L = 24
@@ -136,3 +138,34 @@ def test_an_executor_can_be_handed_in() -> None:
         return value.new_full((*query.shape[:3], value.shape[3]), 7.0)
 
     assert (block_diffusion_attention(*inputs, mask, attend) == 7).all()
+
+
+@pytest.mark.parametrize("n", [1, 4, 22])
+@pytest.mark.parametrize("backend", [*EXECUTORS, partial(varlen.varlen_attention, kernel=dense_varlen)])
+def test_a_row_of_a_shadow_sees_all_but_the_token_that_it_shadows(n: int, backend: Any) -> None:
+    """Of a sequence of n tokens before the end of a block that begins at its last but 4th; beside another."""
+    start, m = max(n - 4, 0), min(n, 4)
+    own, shadow, other = np.arange(3, 3 + n), np.arange(50, 50 + m), np.arange(60, 68)
+    parts = [PoolPart(start, own), PoolPart(0, other), PoolPart(slice(start, n), own, shadow)]
+    keys = PooledKeys(KeyPool(80), parts, 4)
+    assert keys.positions.tolist() == [*range(start, n), *range(8), *range(start, n)]
+    blocks, _ = row_blocks(keys.rectangle)
+    assert len({*blocks[0, -m:].tolist()}) == 1 and blocks[0, -1] not in blocks[0, :-m]
+    assert keys.rectangle.visible_pairs() == int(keys.rectangle.dense().sum())
+    generator = torch.Generator().manual_seed(n)
+    pooled = [torch.randn(80, 2, 8, generator=generator, dtype=torch.float64) for _ in "kv"]
+    for kept, rows in zip(keys.pool.of_layer(1, *(each[:, None] for each in pooled)), pooled, strict=True):
+        kept.copy_(rows)
+    at = np.concatenate([own[start:], other, shadow])
+    query = torch.randn(len(at), 1, 4, 8, generator=generator, dtype=torch.float64)
+    found = keys.of(*(rows[at][:, None] for rows in pooled), 1, None)
+    output = block_diffusion_attention(query, *found, keys.rectangle, backend)
+    visible = torch.zeros(len(at), 80, dtype=torch.bool)
+    visible[:m, own] = True
+    visible[m : m + 4, other[:4]] = visible[m + 4 : m + 8, other] = True
+    visible[m + 8 :, own] = visible[m + 8 :, shadow] = True
+    visible[np.arange(m + 8, 2 * m + 8), own[start:]] = False
+    key, value = (rows.repeat_interleave(2, dim=1) for rows in pooled)
+    scores = torch.einsum("qhd,khd->hqk", query[:, 0], key) * 8**-0.5
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    torch.testing.assert_close(output[:, 0], torch.einsum("hqk,khd->qhd", weights, value))

@@ -59,7 +59,10 @@ def test_each_conversation_comes_once_and_prompts_with_several_answers_come_firs
 def test_no_prompt_of_the_package_is_on_both_sides_of_the_split(tmp_path) -> None:
     output = tmp_path / "chats.jsonl"
     prompts = []
-    for line in (conversations.write_chats(conversations.yaml_files(), output), *output.open())[1:]:
+    for line in (
+        conversations.write_chats(conversations.yaml_files("make sft-small"), output),
+        *output.open(),
+    )[1:]:
         prompts.append(json.loads(line)["messages"][0]["content"].lower())
     assert len(prompts) == 898
     train, validation = shares_of(compose(["experiment=sft_small"]).data.split)

@@ -28,7 +28,7 @@ def test_what_is_asked_is_not_learnt(tmp_path, monkeypatch):
     monkeypatch.setattr(questions, "TASKS", FEW)
     talk = [("Hello.", "Hi.")]
     monkeypatch.setattr(questions.conversations, "distinct", lambda files: talk)
-    monkeypatch.setattr(questions.conversations, "yaml_files", list)
+    monkeypatch.setattr(questions.conversations, "yaml_files", lambda command: [])
     counts = questions.write(tmp_path)
     lines = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]

@@ -23,7 +23,9 @@ def config():
     groups.destroy()
 
 
-def test_each_document_is_filled_as_by_itself_and_the_models_mode_stays(config):
+@pytest.mark.parametrize("block_size", [BLOCK, L], ids=["blocks", "full"])
+def test_each_document_is_filled_as_by_itself_and_the_models_mode_stays(config, block_size):
+    """With one block of the whole sequence every position of a document sees every other."""
     (model,) = build_model(config)
     tokens = np.frombuffer(b"one document of a sequence, and more", np.uint8)[:L].astype(np.int64)
     samples = [
@@ -31,7 +33,7 @@ def test_each_document_is_filled_as_by_itself_and_the_models_mode_stays(config):
         PackedSample(tokens[::-1].copy(), np.array([0, L])),
     ]
     assert model.training
-    for sample, found in zip(samples, infilled(config, model, samples, BLOCK), strict=True):
+    for sample, found in zip(samples, infilled(config, model, samples, block_size), strict=True):
         original, masked, filled = (found[name] for name in ("original", "masked", "filled"))
         assert original == bytes(sample.tokens.tolist()).decode()
         hidden = np.array([character == MASK_CHARACTER for character in masked])
@@ -41,7 +43,7 @@ def test_each_document_is_filled_as_by_itself_and_the_models_mode_stays(config):
         expected = []
         for document in np.split(np.where(hidden, mask, sample.tokens), sample.cu_seqlens[1:-1]):
             model.eval()
-            canvas = Canvas(document, BLOCK, mask)
+            canvas = Canvas(document, block_size, mask, full_from=0 if block_size == L else None)
             expected += reference_loop(model, canvas, rule_of("threshold"))[0].tolist()
             model.train()
         shown = [

@@ -117,6 +117,7 @@ def test_a_rule_that_is_sure_of_nothing_leaves_a_block_that_need_not_fill(name):
         probability_m=np.full(m, 0.03),
         entropy_m=np.full(m, 3.5),
         logits_mV=np.zeros((m, V), np.float32),
+        verified_m=np.ones(m),
         mask_token_id=MASK,
     )
     assert rule.step(seen, None).changes(seen)

@@ -375,6 +375,64 @@ def test_remasking_leaves_the_expected_share_of_tokens_at_each_forward():
     assert abs(taken - share * m * blocks) < 5 * np.sqrt(share * m * blocks)
 
 
+def verified(text, probability, verified, filled_before, **settings):
+    rule = rule_of("wino", {"threshold": 0.5, "verify_threshold": 0.8} | settings)
+    return rule.step(seen_of(text, probability, verified_m=np.array(verified)), filled_before)
+
+
+@pytest.mark.parametrize(
+    ("text", "probability", "of_standing", "filled_before", "after"),
+    [
+        ("9|78___", [1, 0, 0, 0.6, 0.7, 0.2], [1, 0.8, 0.7, 1, 1, 1], 4, "97_34_"),  # exactly at it: kept
+        ("9|78___", [1, 0, 0, 0.6, 0.2, 0.2], [1, 0.8, 0.7, 1, 1, 1], 4, "9783__"),  # one is filled: none
+        ("9|78___", [1, 0, 0, 0.2, 0.3, 0.2], [1, 0.1, 0.1, 1, 1, 1], 4, "978_4_"),  # the best one: none
+        ("9|78___", [1, 0, 0, 0.6, 0.7, 0.2], [1, 0.3, 0.2, 1, 1, 1], 2, "97_34_"),  # the least, of 2 - 1
+        ("9|78___", [1, 0, 0, 0.6, 0.7, 0.2], [1, 0.3, 0.2, 1, 1, 1], 1, "97834_"),
+        ("9|78___", [1, 0, 0, 0.6, 0.7, 0.2], [1, 0.3, 0.2, 1, 1, 1], None, "9__34_"),  # a draft stood there
+    ],
+)
+def test_wino_masks_again_what_it_doubts_but_fewer_than_it_filled(
+    text, probability, of_standing, filled_before, after
+):
+    change = verified(text, probability, of_standing, filled_before)
+    assert text_of(change) == after and not change.is_done
+
+
+def test_wino_fills_no_more_than_its_bounds():
+    p = np.linspace(0.6, 0.9, 40)
+    for settings, masks, expected in (
+        ({}, 40, 20),
+        ({}, 20, 14),
+        ({}, 6, 5),
+        ({"draft_most": 40}, 40, 28),
+        ({"draft_share": 0.5, "draft_least": 1}, 6, 3),
+    ):
+        seen = Seen(
+            np.where(np.arange(40) < 40 - masks, 3, MASK), np.arange(40) < 40 - masks,
+            np.arange(40) >= 40 - masks, np.full(40, 2), p, verified_m=np.ones(40), mask_token_id=MASK,
+        )  # fmt: skip
+        change = rule_of("wino", settings).step(seen, None)
+        assert change.state == expected
+        assert np.flatnonzero(change.tokens_m == 2).tolist() == [*range(40 - expected, 40)]
+
+
+@pytest.mark.parametrize("draft", [0, 12, 32])
+def test_wino_that_doubts_everything_is_done_after_as_many_forwards_as_positions(draft):
+    m, state, rule = 32, None, rule_of("wino", {"threshold": 0})
+    tokens = np.where(np.arange(m) < draft, 3, MASK)
+    for step in range(m):
+        is_masked = tokens == MASK
+        seen = Seen(
+            tokens, np.zeros(m, bool), is_masked, np.full(m, 2), np.ones(m),
+            verified_m=is_masked.astype(float), mask_token_id=MASK, step=step,
+        )  # fmt: skip
+        change = rule.step(seen, state)
+        tokens, state = change.tokens_m, change.state
+        if change.is_done:
+            break
+    assert change.is_done and (step > 5 or draft == m)
+
+
 def test_no_remasking_shares_a_number_with_a_draw_of_tokens():
     draws = Draws(3, 5)
     numbers = [draws.remasking(position, step) for position in range(20) for step in range(20)]
@@ -382,7 +440,7 @@ def test_no_remasking_shares_a_number_with_a_draw_of_tokens():
     assert len(np.unique([*numbers, *np.ravel(tokens)])) == 5 * 400
 
 
-EDITING = ("joint", "indel", "soft", "remdm_cap", "remdm_rescale", "remdm_conf")
+EDITING = ("joint", "indel", "soft", "remdm_cap", "remdm_rescale", "remdm_conf", "wino")
 FILLING = [name for name in RULES if name not in EDITING]
 
 
@@ -396,11 +454,14 @@ def decoded(name, text, logits_at, settings=None, seed=0, prompt=0, most=60):
         if rule.figures is not Figures.logits:
             del figures["logits_mV"]
             figures["entropy_m"] = entropy(log_probability(logits))
+        is_masked = (tokens == MASK) & ~is_prompt
+        standing = np.exp(log_probability(logits))[np.arange(len(tokens)), tokens]
         seen = Seen(
             tokens,
             is_prompt,
-            (tokens == MASK) & ~is_prompt,
+            is_masked,
             **figures,
+            verified_m=np.where(is_prompt | is_masked, 1.0, standing),
             step=step,
             first=32,
             mask_token_id=MASK,
@@ -445,6 +506,8 @@ def test_every_rule_keeps_what_is_given_and_ends_with_tokens_alone(name, text, s
 @pytest.mark.parametrize("name", RULES)
 def test_what_may_change_tokens_says_so(name):
     assert rule_of(name).edits is (name in EDITING)
+    for settings in ({}, {"temperature": 1.0}, {"random_order": True} if name != "entropy" else {}):
+        assert rule_of(name, settings).verifies is (name == "wino")
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -4,6 +4,25 @@
 """
 
 from llada_megatron.generate.rules.registry import RULES, rule_of, settings_of
-from llada_megatron.generate.rules.seen import Change, Draws, Figures, Rule, Seen, figures_of
+from llada_megatron.generate.rules.seen import (
+    Change,
+    Draws,
+    Figures,
+    Rule,
+    Seen,
+    figures_of,
+    label_probability,
+)
 
-__all__ = ["RULES", "Change", "Draws", "Figures", "Rule", "Seen", "figures_of", "rule_of", "settings_of"]
+__all__ = [
+    "RULES",
+    "Change",
+    "Draws",
+    "Figures",
+    "Rule",
+    "Seen",
+    "figures_of",
+    "label_probability",
+    "rule_of",
+    "settings_of",
+]

@@ -19,7 +19,7 @@ from llada_megatron.generate.rules.filling import (
     Threshold,
 )
 from llada_megatron.generate.rules.insertion import InDel
-from llada_megatron.generate.rules.remasking import Capped, Rescaled, Unsure
+from llada_megatron.generate.rules.remasking import Capped, DraftVerify, Rescaled, Unsure
 from llada_megatron.generate.rules.sampling import RandomOrder, Sampled, Sampling
 from llada_megatron.generate.rules.seen import Figures, Rule
 
@@ -37,6 +37,7 @@ RULES: dict[str, type[Rule]] = {
     "remdm_cap": Capped,
     "remdm_rescale": Rescaled,
     "remdm_conf": Unsure,
+    "wino": DraftVerify,
 }
 """Frozen dataclasses of their settings; a setting that several have is of one kind and meaning."""
 

@@ -1,6 +1,6 @@
-"""Rules that take decided tokens back: ReMDM (arXiv 2503.00307), on a linear grid of times.
+"""Rules that take decided tokens back: ReMDM (arXiv 2503.00307), on a linear grid of times, and WINO.
 
-Legend: m positions of the block.
+Legend: m positions of the block, k of them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llada_megatron.config.ranges import Count, Share
-from llada_megatron.generate.rules.seen import Change, Rule, Seen
+from llada_megatron.config.ranges import Count, Positive, Share
+from llada_megatron.generate.rules.seen import Change, Figures, Rule, Seen, above, most_probable
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,51 @@ class Unsure(Remasking):
     def sigma(self, sigma_max: float, decided_p_m: np.ndarray) -> np.ndarray:
         weight_m = np.exp(-decided_p_m)
         return sigma_max * weight_m / max(weight_m.sum(), np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True)
+class DraftVerify(Rule):
+    """Fills all masks with p > threshold, or the most probable one, and masks what it then doubts again.
+
+    WINO (arXiv 2507.18578), with the bounds of its public code. A token that stood before the forward is
+    masked again where its probability, read by a row that does not see it, is below `verify_threshold`: none
+    in a forward that fills a single mask, else fewer than the forward before filled. So after k forwards a
+    block has k masks fewer than positions at least, and it is done in as many forwards as it has positions.
+    What its last forward fills stays.
+    """
+
+    threshold: Share = 0.6
+    verify_threshold: Share = 0.9
+    draft_share: Share = 0.7
+    """A forward fills no more than this share of the masks, or `draft_least` where those are more."""
+    draft_least: Positive = 5
+    draft_most: Positive = 20
+    """A forward fills no more."""
+
+    @property
+    def figures(self) -> Figures:
+        return Figures.label
+
+    @property
+    def edits(self) -> bool:
+        return True
+
+    @property
+    def verifies(self) -> bool:
+        return True
+
+    def decide(self, seen: Seen, state: int | None) -> Change:
+        """state: how many masks the last forward filled."""
+        assert seen.verified_m is not None
+        masks = int(seen.is_masked_m.sum())
+        bound = min(max(int(masks * self.draft_share), self.draft_least), self.draft_most)
+        filled_k = most_probable(seen, above(seen, self.threshold, 1))[:bound]
+        tokens_m = seen.tokens_m.copy()
+        tokens_m[filled_k] = seen.choice_m[filled_k]
+        doubted_k = np.flatnonzero(seen.verified_m < self.verify_threshold)
+        allowed = len(tokens_m) if state is None else max(state - 1, 0)
+        if len(filled_k) > 1:
+            order_k = doubted_k[np.argsort(seen.verified_m[doubted_k], kind="stable")]
+            tokens_m[order_k[:allowed]] = seen.mask_token_id
+        is_done = not ((tokens_m == seen.mask_token_id) & ~seen.is_prompt_m).any()
+        return Change(tokens_m, is_done, len(filled_k))

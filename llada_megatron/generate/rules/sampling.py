@@ -59,6 +59,10 @@ class Sampled(Rule):
     def edits(self) -> bool:
         return self.rule.edits
 
+    @property
+    def verifies(self) -> bool:
+        return self.rule.verifies
+
     def read(self, seen: Seen, state: Any) -> tuple[Seen, Any]:
         seen, state = self.rule.read(seen, state)
         assert seen.logits_mV is not None
@@ -120,6 +124,10 @@ class RandomOrder(Rule):
     @property
     def edits(self) -> bool:
         return self.rule.edits
+
+    @property
+    def verifies(self) -> bool:
+        return self.rule.verifies
 
     def read(self, seen: Seen, state: Any) -> tuple[Seen, Any]:
         seen, state = self.rule.read(seen, state)

@@ -35,14 +35,16 @@ class Figures(StrEnum):
     """The proposed token and its probability."""
     entropy = "entropy"
     """Those, and the entropy of the distribution in nats."""
+    label = "label"
+    """Those of `top_one`, and the probability of a token that is named: the one that a row shadows."""
     logits = "logits"
-    """All logits of each row; the token and its probability are computed from them on the host."""
+    """All logits of each row; what the others have is computed from them on the host."""
 
     def readout(self, mask_token_id: int) -> Readout:
-        """The readout whose output `figures_of` takes."""
+        """The readout whose output `figures_of` and `label_probability` take."""
         if self is Figures.logits:
             return LOGITS
-        return proposal(mask_token_id, entropy=self is Figures.entropy)
+        return proposal(mask_token_id, entropy=self is Figures.entropy, label=self is Figures.label)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ class Seen:
     """float64, nats: where `rule.figures` is `entropy`."""
     logits_mV: np.ndarray | None = None
     """float32: where `rule.figures` is `logits`."""
+    verified_m: np.ndarray | None = None
+    """float64, where `rule.verifies`: the probability of the token that stands there by a row that does not
+    see it (a shadow, attention/keys.py); 1 where it is a mask or given."""
     step: int = 0
     """Forwards that this block has had before."""
     first: int = 0
@@ -140,6 +145,11 @@ class Rule:
         """Whether it may change tokens that are neither masked nor given."""
         return False
 
+    @property
+    def verifies(self) -> bool:
+        """Whether it needs `Seen.verified_m`, for which a forward reads each such token's place once more."""
+        return False
+
     def read(self, seen: Seen, state: Any) -> tuple[Seen, Any]:
         """What it decides on: figures in the place of the model's, and the state that goes with them."""
         return seen, state
@@ -159,9 +169,17 @@ def figures_of(figures: Figures, output_mC: np.ndarray, mask_token_id: int) -> d
         logits_mV = output_mC.astype(np.float32)
         choice_m, probability_m = proposed(logits_mV, mask_token_id)
         return {"choice_m": choice_m, "probability_m": probability_m, "logits_mV": logits_mV}
-    columns = output_mC.astype(np.float64).T
-    found = dict(zip(("choice_m", "probability_m", "entropy_m"), columns, strict=False))
-    return found | {"choice_m": found["choice_m"].astype(np.int64)}
+    choice_m, *columns = output_mC.astype(np.float64).T
+    names = ("probability_m", "entropy_m") if figures is Figures.entropy else ("probability_m",)
+    return {"choice_m": choice_m.astype(np.int64)} | dict(zip(names, columns, strict=False))
+
+
+def label_probability(figures: Figures, output_nC: np.ndarray, labels_n: np.ndarray) -> np.ndarray:
+    """float64 [n]: of the named token, int64 [n], from the output of the readout of `label` or `logits`."""
+    if figures is Figures.logits:
+        return np.exp(log_probability(output_nC.astype(np.float32))[np.arange(len(labels_n)), labels_n])
+    assert figures is Figures.label
+    return output_nC[:, -1].astype(np.float64)
 
 
 def proposed(logits_mV: np.ndarray, *hidden: int) -> tuple[np.ndarray, np.ndarray]:
