@@ -31,16 +31,20 @@ LOG2_STARTS = {2: 7}
 DEFAULT_LOG2_STARTS = 10
 DESCENTS = 8
 OPTIONS = {"maxiter": 5000, "maxfun": 20_000, "ftol": 1e-14, "gtol": 1e-8, "maxcor": 20}
+NEAR = 1e-3
+"""A number of the vector so close to a limit ended there."""
 MAX_DRAWS = 50
 """So many draws of the points for one in which every variable takes the values that a law needs."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law. n points, V numbers of a vector, B draws."""
+    """A fitted law. n points, V numbers of a vector, B draws of the points."""
 
     centred: Centred
     vector: Array
+    limits_V2: Array
+    """What the vector was kept within."""
     residuals_n: Array
     """log loss - log L of the points."""
     draws_BV: Array
@@ -66,6 +70,11 @@ class Fit:
         """The middle 90% of each parameter."""
         drawn = [self.centred.values(vector) for vector in self.draws_BV]
         return {name: middle([one[name] for one in drawn]) for name in self.law.parameters}
+
+    def at_limit(self) -> set[str]:
+        """Parameters that ended at a limit of what is tried."""
+        near_V = np.abs(self.vector[:, None] - self.limits_V2).min(axis=1) < NEAR
+        return {name for name, near in zip(self.law.parameters, near_V, strict=True) if near}
 
     def loss(self, columns: Columns) -> Array:
         """What the law says at these points, [n]."""
@@ -127,7 +136,8 @@ def fit(law: Law, columns: Columns, losses_n: Array, *, draws: int, seed: int = 
     count = len(losses_n)
     scale = np.sqrt(count / (count - len(best)))  # a law with many parameters comes closer than runs do
     scatter_B = scale * generator.choice(residuals_n, draws)
-    return Fit(centred, best, residuals_n, np.array(drawn), scatter_B)
+    limits_V2 = np.array(law.bounds(losses_n))
+    return Fit(centred, best, limits_V2, residuals_n, np.array(drawn), scatter_B)
 
 
 def _draw(law: Law, columns: Columns, generator: np.random.Generator) -> Array:

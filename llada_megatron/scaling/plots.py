@@ -120,7 +120,8 @@ def _over_sizes(axes: Axes, found: Findings) -> None:
     axes.axvspan(min(sizes), max(sizes), color=LIGHT, alpha=0.25, linewidth=0)
     axes.text(min(sizes), 0.01, " sizes of the runs", transform=axes.get_xaxis_transform(), color=GREY)
     colours = _colours([one.flops for one in found.optima])
-    top = []
+    among_runs_n = (min(sizes) <= sizes_n) & (sizes_n <= max(sizes))
+    shown = []  # losses: far out a curve leaves the picture
     for one in found.optima:
         columns = {"N": sizes_n, "D": one.flops / cost_n}
         colour = colours[one.flops]
@@ -128,16 +129,15 @@ def _over_sizes(axes: Axes, found: Findings) -> None:
         low, high = np.clip(one.size_interval, sizes_n[0], sizes_n[-1])
         axes.plot([low, high], [one.loss] * 2, "|-", color=colour, linewidth=1.2, markersize=9)
         axes.plot(one.size, one.loss, "D", color=colour, markeredgecolor="black", markersize=8, zorder=4)
-        top.append(one.loss)
-    losses = [point.loss for point in found.points]
-    span = max([*losses, *top]) - min([*losses, *top])
-    axes.set_ylim(min([*losses, *top]) - 0.15 * span, max([*losses, *top]) + 0.1 * span)
+        shown += [one.loss, *found.fit.loss(columns)[among_runs_n]]
+    span = max(shown) - min(shown)
+    axes.set_ylim(min(shown) - 0.2 * span, max(shown) + 0.3 * span)
     axes.set_xscale("log")
     axes.set_xlim(sizes_n[0], sizes_n[-1])
     _ticks(axes, sizes_n[0], sizes_n[-1])
     axes.set_xlabel(f"N, {found.counted}")
     axes.set_ylabel("loss by the law")
-    axes.legend(fontsize=10, title="budget, of the largest run's", title_fontsize=10, loc="upper right")
+    axes.legend(fontsize=10, title="a budget (of the largest run's)", title_fontsize=10, loc="upper right")
 
 
 def _off(axes: Axes, found: Findings) -> None:
@@ -172,7 +172,7 @@ def _over_ratios(axes: Axes, found: Findings) -> None:
         at = {name: np.full(STEPS, value) for name, value in line.items()} | {"R": ratios_n}
         _curve(axes, found.fit, ratios_n, at, colour, f"P = {share:g}")
     axes.set_xlabel("R, tokens per concept")
-    axes.set_ylabel(f"loss by the law at N = {short_count(size)}, D = {short_count(tokens)}")
+    axes.set_ylabel(f"loss by the law\nat N = {short_count(size)}, D = {short_count(tokens)}")
     axes.legend(fontsize=10)
 
 

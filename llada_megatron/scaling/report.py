@@ -13,7 +13,6 @@ from rich.text import Text
 from llada_megatron.config.quantities import short_count
 from llada_megatron.scaling.budget import Optimum, TokenFlops
 from llada_megatron.scaling.fit import LEVEL, Fit
-from llada_megatron.scaling.laws import EXPONENT
 from llada_megatron.scaling.points import Point, columns_of
 
 UNSURE = 10.0
@@ -64,17 +63,22 @@ def predictions(fit: Fit, points: Sequence[Point]) -> list[Prediction]:
 
 
 def doubts(fit: Fit) -> list[str]:
-    """Which parameters the points do not determine, in sentences."""
-    values, intervals = fit.values(), fit.intervals()
-    found = []
+    """Which of E and the exponents the points do not determine, in sentences."""
+    intervals, found = fit.intervals(), []
+    at_limit = fit.at_limit()
     for name in (fit.law.amplitudes[0], *fit.law.exponents):
         low, high = intervals[name]
-        at_limit = name in fit.law.exponents and not EXPONENT[0] * 1.01 < values[name] < EXPONENT[1] * 0.99
-        if at_limit or low <= 0 or high / low > UNSURE:
-            found.append(
-                f"{name} is not determined by these points: {_number(low)} to {_number(high)} fits as well."
-                " Add runs, further apart in size and tokens; what the law says beyond them rests on little."
-            )
+        if name in at_limit:
+            why = f"it ended at {_number(fit.values()[name])}, a limit of what is tried"
+        elif low <= 0 or high / low > UNSURE:
+            why = f"{_number(low)} to {_number(high)} fits as well"
+        else:
+            continue
+        found.append(f"{name} is not determined by these points: {why}.")
+    if found:
+        found.append(
+            "Add runs further apart in size and tokens: what such a law says beyond its points rests on little."
+        )
     return found
 
 
@@ -174,7 +178,7 @@ def _variable(name: str, value: float) -> str:
 
 
 def _budgets(found: Findings) -> Table:
-    headers = ("FLOPs", "runs'", "N", f"{LEVEL:.0%}", "D", "D / N", "loss", f"{LEVEL:.0%} ")
+    headers = ("FLOPs", "of largest", "N", f"{LEVEL:.0%}", "D", "D / N", "loss", f"{LEVEL:.0%} ")
     table = _table("What a budget buys: the size and tokens of the lowest loss", headers)
     for best in found.optima:
         table.add_row(
