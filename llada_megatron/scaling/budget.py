@@ -31,11 +31,10 @@ class TokenFlops:
     @classmethod
     def of(cls, points: Sequence[Point]) -> TokenFlops:
         """Fitted to runs; 6 N where points come from a file."""
-        known = [point for point in points if point.flops_per_token]
-        if len({point.variables["N"] for point in known}) < 2:
+        known = {point.variables["N"]: point.flops_per_token for point in points if point.flops_per_token}
+        if len(known) < 2:
             return cls(FLOPS_PER_PARAMETER, 1.0)
-        sizes = np.log([point.variables["N"] for point in known])
-        m, log_k = np.polyfit(sizes, np.log([point.flops_per_token for point in known]), 1)
+        m, log_k = np.polyfit(np.log(list(known)), np.log(list(known.values())), 1)
         return cls(float(np.exp(log_k)), float(m))
 
     def __call__(self, size: float) -> float:
@@ -64,12 +63,9 @@ def optima(found: Fit, points: Sequence[Point], budgets: Sequence[float], cost: 
     result = []
     for budget in budgets:
         drawn = [_best(found.centred.values(vector), budget, cost) for vector in found.draws_BV]
-        sizes, tokens, losses = zip(*drawn, strict=True)
+        sizes, tokens, losses = (middle(list(each)) for each in zip(*drawn, strict=True))
         size, token, loss = _best(found.values(), budget, cost)
-        times = budget / largest
-        result.append(
-            Optimum(budget, times, size, middle(sizes), token, middle(tokens), loss, middle(losses))
-        )
+        result.append(Optimum(budget, budget / largest, size, sizes, token, tokens, loss, losses))
     return result
 
 

@@ -78,7 +78,7 @@ class Law:
 
     def shape_bounds(self) -> list[tuple[float, float]]:
         """Limits of the numbers behind the amplitudes."""
-        limits = {}
+        limits: dict[str, tuple[float, float]] = {}
         for term in self.terms:
             kinds = (EXPONENT, OFFSET, FACTOR_EXPONENT)
             names = (term.exponent, term.offset, term.factor_exponent)

@@ -151,14 +151,13 @@ def _loss_of(run: Path, record: Record, loss: str) -> tuple[float, float | None]
     there = [*(["ar"] if record.get("ar") else []), *(f"bound:{size}" for size in sorted(bounds, key=int))]
     kind, _, text = loss.partition(":")
     if kind == "ar" and not text:
-        found = record.get("ar")
-        value = found and found.get("nll")
+        found, name = record.get("ar") or {}, "nll"
     elif kind == "bound" and text:
-        size = block_size_of(text, int(record.get("sequence_length") or record["block_size"]), "--loss bound")
-        found = bounds.get(str(size))
-        value = found and found.get("mean")
+        length = int(record.get("sequence_length") or record["block_size"])
+        found, name = bounds.get(str(block_size_of(text, length, "--loss bound"))) or {}, "mean"
     else:
         raise BadInput(f"--loss {loss} is unknown: give ar, or bound and a block size, as bound:32.")
+    value = found.get(name)
     if not isinstance(value, int | float) or value <= 0:
         raise BadInput(
             f"{run} has no loss {loss} at its end, but {', '.join(there) or 'none'}: choose --loss among"

@@ -76,9 +76,7 @@ def doubts(fit: Fit) -> list[str]:
             continue
         found.append(f"{name} is not determined by these points: {why}.")
     if found:
-        found.append(
-            "Add runs further apart in size and tokens: what such a law says beyond its points rests on little."
-        )
+        found.append("Add runs further apart in size and tokens: such a law says little beyond its points.")
     return found
 
 
