@@ -36,6 +36,7 @@ VERBS = {
     "convert": ("llada_megatron.commands.convert", "Hugging Face checkpoints in and out, with a certificate"),
     "plan": ("llada_megatron.commands.plan", "memory, time and traffic of a layout; the best layouts"),
     "plan calibrate": ("llada_megatron.commands.plan_calibrate", "fit a cluster's description to benchmarks"),
+    "fit": ("llada_megatron.commands.fit", "a scaling law of runs, and the sizes that a budget buys"),
     "submit": ("llada_megatron.commands.submit", "a run becomes a Slurm job that survives limits and faults"),
     "status": ("llada_megatron.commands.status", "where runs are, and why they stopped"),
     "logs": ("llada_megatron.commands.logs", "one rank's log, or all of them, errors first"),

@@ -48,6 +48,7 @@ ROOMS_IMPORT: dict[str, set[str]] = {
     },
 }
 ROOMS_IMPORT["training"] = {*ROOMS_IMPORT} - {"jobs", "plan", "convert", "generate", "harness", "tasks"}
+ROOMS_IMPORT["scaling"] = {"config", "record"}
 ROOMS_IMPORT["dryrun"] = {
     "config",
     "runtime",
@@ -68,14 +69,14 @@ ROOMS_IMPORT["verify"] = {
 ROOMS_IMPORT["demo"] = {"config", "record", "parallel", "convert", "evaluate", "tasks"}
 ROOMS_IMPORT["cli"] = {"config"}  # verbs by name, when they are called
 ROOMS_IMPORT["commands"] = {
-    "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "objectives", "checkpoint",
-    "convert", "generate", "tasks", "harness", "evaluate", "training", "dryrun", "bench", "verify", "demo",
-    "cli",
+    "config", "record", "runtime", "parallel", "data", "jobs", "plan", "observe", "scaling", "objectives",
+    "checkpoint", "convert", "generate", "tasks", "harness", "evaluate", "training", "dryrun", "bench",
+    "verify", "demo", "cli",
 }  # fmt: skip
 ROOMS_IMPORT["__main__"] = {"cli", "config", "runtime"}
 ROOMS_IMPORT["__init__"] = set()
 
-TORCH_FREE = {"config", "record", "jobs", "plan", "harness", "tasks"}
+TORCH_FREE = {"config", "record", "jobs", "plan", "scaling", "harness", "tasks"}
 HEAVY = {"torch", "megatron"}
 STANDARD_LIBRARY_ALONE = {"record", "jobs"}
 OPTIONAL_ON_GPU = {"transformer_engine", "transformer_engine_torch", "cudnn"}
