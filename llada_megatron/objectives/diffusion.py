@@ -77,10 +77,12 @@ class Diffusion(Objective):
         """That of the samples' mask tokens, bool [L] each; the clean half gets none."""
         if sigma <= 0:
             return None
+        rows = [torch.from_numpy(np.flatnonzero(each)) for each in masked]
         return EmbeddingNoise(
             sigma=sigma,
             seeds=[torch_seed(self.config.run.seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
-            rows=[torch.from_numpy(np.flatnonzero(each)) for each in masked],
+            drawn=[len(each) for each in rows],
+            rows=rows,
         )
 
     def corrupted(
