@@ -12,15 +12,19 @@ that each rank sends, padded to the largest count; Hkv key and value heads, D ke
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from copy import copy
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llada_megatron.attention.intervals import endpoints, keep_endpoints
 from llada_megatron.attention.mask import BlockDiffusionMask, Rectangle
 from llada_megatron.parallel.context import deal_tokens
+from llada_megatron.runtime.device import sent
 
 
 class ContextShard:
@@ -32,7 +36,6 @@ class ContextShard:
 
     def __init__(self, mask: BlockDiffusionMask, rank: int = 0, ranks: int = 1) -> None:
         self.mask, self.rank, self.ranks = mask, rank, ranks
-        self.device = torch.device("cpu")
 
     @cached_property
     def owner(self) -> np.ndarray:
@@ -79,8 +82,8 @@ class ContextShard:
     @cached_property
     def halo_rows(self) -> Tensor:
         """Noisy rows, flattened as row * B + sample, that this rank sends; int64 [T]."""
-        sent = self._halo_of_rank[self.rank]
-        return torch.from_numpy(np.pad(sent, (0, self._halo_size - len(sent)))).to(self.device)
+        rows = self._halo_of_rank[self.rank]
+        return torch.from_numpy(np.pad(rows, (0, self._halo_size - len(rows))))
 
     @cached_property
     def key_order(self) -> Tensor:
@@ -94,12 +97,38 @@ class ContextShard:
             # Nobody looks at padding: any key will do.
             padded = np.minimum(self._noisy_keys, self.mask.length - 1)
             keys = np.concatenate([np.take_along_axis(noisy_BL, padded, axis=1), keys], axis=1)
-        return torch.from_numpy(keys.T.reshape(-1)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(keys.T).reshape(-1))
+
+    def prepare(self) -> None:
+        """Make on the host what a device will read, so that `map` can take it there."""
+        if self.ranks > 1:
+            _ = self.halo_rows, self.key_order
+        _ = self.endpoints
+
+    @cached_property
+    def endpoints(self) -> Tensor:
+        """Those of the rectangle (attention/intervals.py), int32 [B, F, Q]."""
+        return torch.from_numpy(endpoints(self.rectangle))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ContextShard:
+        """The same shard with function(tensor) in the place of each tensor that it has made so far.
+
+        Both have one rectangle, whose executor finds the endpoints where they then lie.
+        """
+        _ = self.rectangle
+        mapped = copy(self)
+        made = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
+        vars(mapped).update({name: function(each) for name, each in made.items()})
+        if "endpoints" in made:
+            keep_endpoints(self.rectangle, mapped.endpoints)
+        return mapped
 
     def to(self, device: torch.device) -> ContextShard:
-        """The same shard with its index tensors on `device`."""
-        self.device = device
-        return self
+        """The same shard with its tensors on `device`, which on a CPU are made when they are needed."""
+        if device.type == "cpu":
+            return self
+        self.prepare()
+        return self.map(partial(sent, device=device))
 
     def of(self, key: Tensor, value: Tensor, layer: int, group: Any) -> tuple[Tensor, Tensor]:
         """Keys [K, B, Hkv, D] and values [K, B, Hkv, Dv] from this rank's [S/R, B, Hkv, *].
@@ -173,7 +202,7 @@ class ContextShard:
     def _halo_slot(self) -> np.ndarray:
         """Place of each token's noisy key among those that its owner sends, int64 [B, L]."""
         slot = np.zeros_like(self.owner)
-        for rank, sent in enumerate(self._halo_of_rank):
+        for rank, travelling in enumerate(self._halo_of_rank):
             mine = self.spans_ranks & (self.owner == rank)
-            slot[mine] = np.searchsorted(sent, self._flat_row[mine])
+            slot[mine] = np.searchsorted(travelling, self._flat_row[mine])
         return slot

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from llada_megatron.attention.intervals import endpoints
+from llada_megatron.attention.intervals import endpoints_on
 from llada_megatron.attention.mask import Rectangle
 from llada_megatron.runtime import device as device_of
 
@@ -97,14 +97,15 @@ def _plan_of(rectangle: Rectangle, query: Tensor, key: Tensor, value: Tensor) ->
     """The package's plan for the rectangle: which tiles each query tile visits. All in [B, S, H, D]."""
     from cudnn.flex_attention import create_mask_plan
 
-    needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    name = query.device, query.dtype, query.size(2), key.size(2), query.size(3), needs_backward
+    name = query.device, query.dtype, query.size(2), key.size(2), query.size(3)
     plans = _plans.setdefault(rectangle, {})
     if name not in plans:
-        ends = torch.tensor(endpoints(rectangle), device=query.device)  # [B, F, Q]
+        ends = endpoints_on(rectangle, query.device)  # [B, F, Q]
         # One mask for all heads, [1, F, B Q]; a sample's endpoints count its own keys from 0.
         mask_func = ends.transpose(0, 1).flatten(1)[None].contiguous()
-        plans[name] = create_mask_plan(mask_func, query, key, value, build_backward=needs_backward)
+        # Recompute runs a layer without gradients first, and a plan reads a header back from the device: what
+        # is no decoding gets one plan that serves both directions.
+        plans[name] = create_mask_plan(mask_func, query, key, value, build_backward=not rectangle.few_rows)
     return plans[name]
 
 

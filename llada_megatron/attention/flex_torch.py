@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada_megatron.attention.intervals import endpoints, mask_mod, tile_occupancy
+from llada_megatron.attention.intervals import endpoints, endpoints_on, mask_mod, tile_occupancy
 from llada_megatron.attention.mask import Rectangle
+from llada_megatron.runtime.device import sent
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -94,7 +95,7 @@ def _block_mask(rectangle: Rectangle, device: torch.device) -> "BlockMask":
         whole_count,
         whole_tiles,
         BLOCK_SIZE=TILE,
-        mask_mod=mask_mod(torch.tensor(ends, device=device)),
+        mask_mod=mask_mod(endpoints_on(rectangle, device)),
         seq_lengths=(rectangle.queries, rectangle.keys),
     )
 
@@ -103,4 +104,5 @@ def _listed(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Per row of tiles, bool [B, q, k]: how many are set, int32 [B, 1, q], and their columns first."""
     columns = np.argsort(~tiles, axis=2, kind="stable").astype(np.int32)
     count = tiles.sum(axis=2, dtype=np.int32)
-    return torch.tensor(count, device=device)[:, None], torch.tensor(columns, device=device)[:, None]
+    count_BQ, columns_BQK = (sent(torch.from_numpy(each), device) for each in (count, columns))
+    return count_BQ[:, None], columns_BQK[:, None]

@@ -4,15 +4,20 @@ Legend: Q queries, K keys, B batch, F endpoints (odd), T tokens of a tile, L dat
 """
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from llada_megatron.attention.mask import Rectangle
+from llada_megatron.runtime.device import sent
 
 Endpoints = npt.NDArray[np.int32]  # [B, F, Q]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (sample, head, query, key) -> visible
+
+_kept: WeakKeyDictionary[Rectangle, Tensor] = WeakKeyDictionary()
 
 
 def endpoints(rectangle: Rectangle) -> Endpoints:
@@ -23,16 +28,32 @@ def endpoints(rectangle: Rectangle) -> Endpoints:
     """
     if rectangle.mask.clean_copy:
         own, past, clean = rectangle.own_block, rectangle.past, rectangle.past_and_block
-        zero = np.zeros_like(own.start)
-        noisy_rows = [zero, own.start, own.stop, past.start, past.stop]
-        clean_rows = [zero, clean.start, clean.stop, clean.stop, clean.stop]
-        rows = np.concatenate([np.stack(noisy_rows, axis=1), np.stack(clean_rows, axis=1)], axis=2)
+        halves = [
+            [own.start, own.stop, past.start, past.stop],
+            [clean.start, clean.stop, clean.stop, clean.stop],
+        ]
     else:
         seen = rectangle.past_and_block if rectangle.mask.causal else rectangle.document
-        starts_late = seen.start.any()
-        columns = [np.zeros_like(seen.start), seen.start, seen.stop] if starts_late else [seen.stop]
-        rows = np.stack(columns, axis=1)
-    return rows.astype(np.int32)
+        halves = [[seen.start, seen.stop] if seen.start.any() else [seen.stop]]
+    F = len(halves[0]) | 1
+    ends = np.zeros((rectangle.batch, F, rectangle.queries), dtype=np.int32)
+    for half, rows in zip(halves, np.split(ends, len(halves), axis=2), strict=True):
+        for place, edges in enumerate(half, F - len(half)):
+            rows[:, place] = edges
+    return ends
+
+
+def keep_endpoints(rectangle: Rectangle, endpoints_BFQ: Tensor) -> None:
+    """Have `endpoints_on` find them where they lie, as long as the rectangle lives."""
+    _kept[rectangle] = endpoints_BFQ
+
+
+def endpoints_on(rectangle: Rectangle, device: torch.device) -> Tensor:
+    """`endpoints` on a device: what came with the batch, or a copy, for which the host does not wait."""
+    kept = _kept.get(rectangle)
+    if kept is not None and kept.device == device:
+        return kept
+    return sent(torch.from_numpy(endpoints(rectangle)), device)
 
 
 def tile_occupancy(

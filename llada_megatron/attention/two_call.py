@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llada_megatron.attention.mask import Rectangle
+from llada_megatron.runtime.device import sent
 
 HIDDEN_SCORE = -1e9
 """Finite: a row of a document's first block sees no clean key, and -inf would give NaN."""
@@ -123,7 +124,7 @@ def plan_of(rectangle: Rectangle, device: torch.device) -> Plan:
     else:
         seen = [rectangle.past_and_block if mask.causal else rectangle.document]
     start, stop = (
-        torch.from_numpy(np.concatenate(edges, axis=1) - noisy_keys).to(device, torch.int32)
+        sent(torch.from_numpy((np.concatenate(edges, axis=1) - noisy_keys).astype(np.int32)), device)
         for edges in ([spans.start for spans in seen], [spans.stop for spans in seen])
     )
     return Plan(
@@ -143,10 +144,10 @@ def _own_blocks(rectangle: Rectangle, device: torch.device) -> OwnBlocks:
     sample = np.repeat(np.nonzero(begins)[0], lengths)
     empty_blocks = -len(lengths) % max(1, PADDING_TOKENS // mask.block_size)
     row_edges, key_edges = (
-        torch.from_numpy(np.pad(edges, (0, empty_blocks), mode="edge")).to(device, torch.int32)
+        sent(torch.from_numpy(np.pad(edges, (0, empty_blocks), mode="edge").astype(np.int32)), device)
         for edges in (row_edges, key_edges)
     )
-    keys = torch.from_numpy(key * rectangle.batch + sample).to(device)
+    keys = sent(torch.from_numpy(key * rectangle.batch + sample), device)
     return OwnBlocks(mask.block_size, mask.group_tokens, row_edges, key_edges, keys, mask.has_groups)
 
 

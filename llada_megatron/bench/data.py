@@ -1,9 +1,9 @@
-"""Seconds until a run has its data, and milliseconds per sequence read, beside how it was done before.
+"""Seconds until a run has its data, and milliseconds per sequence read and built, beside other ways.
 
 Start: shards of holes with real indices and what `llada data prepare` says of them. `before` is what every
 rank did at every start (an index read through, 66 MiB of the .bin and all of the .idx hashed), measured on a
 few shards and multiplied. Reading: a file of random ids, cold after the kernel was told to forget it, with
-megatron-core's mapped reader as `before`.
+megatron-core's mapped reader as `before`. Building: bench/building.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from llada_megatron.bench.building import building
 from llada_megatron.config.errors import RunFailed
 from llada_megatron.config.schema import DataConfig
 from llada_megatron.data.corpus import read_index
@@ -38,6 +39,8 @@ DOCUMENT_TOKENS, LENGTH = 665, 4096
 START_LENGTH = 2**18
 """Of the start: indices of trillions of tokens at 4096 take more memory than a small machine has."""
 SAMPLES = 40
+BUILT = (4096, 32768)
+"""Lengths of sequences of which micro-batches are built."""
 
 
 def run(shards: int, shard_gb: float, documents: int, directory: Path | None, json_file: Path | None) -> int:
@@ -45,6 +48,7 @@ def run(shards: int, shard_gb: float, documents: int, directory: Path | None, js
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         found = {"start": start(Path(folder), shards, round(shard_gb * 1e9), documents)}
         found["reading"] = reading(Path(folder))
+    found["building"] = {name: value for length in BUILT for name, value in building(length).items()}
     for part, figures in found.items():
         print(part)
         for name, value in figures.items():

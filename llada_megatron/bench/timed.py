@@ -39,7 +39,7 @@ class Timed(Objective):
         self.config, self.geometry, self.readout = timed.config, timed.geometry, timed.readout
         self.draft_readout, self.counts_known = timed.draft_readout, timed.counts_known
         self.draft_turns = timed.draft_turns
-        self.noise_sigma, self.shown = timed.noise_sigma, timed.shown  # type: ignore[method-assign]
+        self.noise_over_rms, self.shown = timed.noise_over_rms, timed.shown  # type: ignore[method-assign]
         self.draft_batch = timed.draft_batch  # type: ignore[method-assign]
 
     def batch(self, *args: Any, **kwargs: Any) -> MicroBatch:

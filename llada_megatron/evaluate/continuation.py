@@ -218,7 +218,7 @@ class Scorer:
         copies = inputs.tokens.shape[1] // T
         positions = np.concatenate([np.arange(length) for length in lengths])
         inputs.positions = torch.from_numpy(np.tile(positions, copies))[None]
-        inputs.keys.to(device.device())
+        inputs.keys = inputs.keys.to(device.device())
         return inputs, weights, owner
 
     def _masks(self, sample: PackedSample, units: list[_Unit]) -> tuple[np.ndarray, np.ndarray]:

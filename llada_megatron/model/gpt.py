@@ -16,6 +16,7 @@ from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs, SoftTokens
 from llada_megatron.model.normal import noise_rows
 from llada_megatron.model.readout import fused
 from llada_megatron.model.rotary import ExplicitRotary
+from llada_megatron.runtime.device import sent
 
 
 class BlockDiffusionGPT(GPTModel):
@@ -113,7 +114,7 @@ class BlockDiffusionGPT(GPTModel):
         if not self.routes_blocks:
             return uncounted
         blocks, bits = pools.row_blocks(inputs.keys.rectangle)
-        here = self._rows_here(torch.from_numpy(blocks), dim=1).to(inputs.tokens.device, non_blocking=True)
+        here = sent(self._rows_here(torch.from_numpy(blocks), dim=1), inputs.tokens.device)
         return pools.marks(here, bits, uncounted)
 
     def _rows_here(self, rows: torch.Tensor, dim: int) -> torch.Tensor:
@@ -145,10 +146,11 @@ class BlockDiffusionGPT(GPTModel):
         """
         H = embedded.shape[-1]
         noise_SBH = embedded.new_zeros(S, embedded.shape[1], H)
-        for b, (seed, rows) in enumerate(zip(noise.seeds, noise.rows, strict=True)):
-            eps = noise_rows(seed, len(rows), H, embedded.device)
-            here = rows >= 0
-            noise_SBH[rows[here], b] = (noise.sigma * eps[here]).to(embedded.dtype)
+        for b, (seed, drawn, rows) in enumerate(zip(noise.seeds, noise.drawn, noise.rows, strict=True)):
+            eps = noise_rows(seed, drawn, H, embedded.device)
+            if noise.places is not None:
+                eps = eps.index_select(0, noise.places[b])
+            noise_SBH[:, b].index_copy_(0, rows, (noise.sigma * eps).to(embedded.dtype))
         return self._rows_here(noise_SBH, dim=0)
 
 

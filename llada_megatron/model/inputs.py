@@ -19,9 +19,12 @@ class EmbeddingNoise:
     sigma: float
     seeds: list[int]
     """One per sample of the micro-batch."""
+    drawn: list[int]
+    """Per sample the masked tokens of the whole sequence: the rows of noise that every rank draws."""
     rows: list[torch.Tensor]
-    """Per sample int64 [masked tokens of the whole sequence]: the row of this rank whose embedding gets the
-    noise of that token, or -1 where another context-parallel rank holds it."""
+    """Per sample int64 [n]: the rows of this rank whose embeddings get noise."""
+    places: list[torch.Tensor] | None = None
+    """Per sample int64 [n]: which of the drawn rows those get; None for all of them, in order."""
 
 
 @dataclass
@@ -68,7 +71,11 @@ class ModelInputs:
         """The inputs with function(tensor) in the place of every tensor that the device reads."""
         noise = self.noise
         if noise is not None:
-            noise = replace(noise, rows=[function(rows) for rows in noise.rows])
+            noise = replace(
+                noise,
+                rows=[function(rows) for rows in noise.rows],
+                places=None if noise.places is None else [function(places) for places in noise.places],
+            )
         soft = self.soft
         if soft is not None:
             soft = replace(soft, weights=function(soft.weights))

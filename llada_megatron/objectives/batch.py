@@ -15,6 +15,10 @@ from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.schema import BlockGrid, ModelConfig
 from llada_megatron.data.packed import BadSample, PackedSample, PackedSequences
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
+from llada_megatron.runtime import device as device_of
+
+ALIGNMENT = 256
+"""Tensors that share a piece of memory begin at multiples of so many bytes: kernels load several elements."""
 
 
 @dataclass
@@ -32,20 +36,54 @@ class MicroBatch:
     """Of `rows` those that are places in this micro-batch, so that a sample's depend on its neighbours."""
     places: torch.Tensor | None = None
     """int64 [N]: which outputs of the whole micro-batch are here; None for all of them."""
+    memory: torch.Tensor | None = None
+    """uint8: where every tensor lies that the device reads, once they are `packed`."""
+
+    def packed(self) -> MicroBatch:
+        """The micro-batch with all that a device reads in one piece of pinned memory, keys' tables too."""
+        self._shard.prepare()
+        sizes: list[int] = []
+
+        def measured(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
+            return tensor
+
+        self.map(measured)
+        memory = device_of.empty_pinned(sum(sizes))
+        parts = iter(memory.split(sizes))
+
+        def laid(tensor: torch.Tensor) -> torch.Tensor:
+            return _as(next(parts)[: tensor.nbytes], tensor).copy_(tensor)
+
+        return replace(self.map(laid), memory=memory)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The micro-batch with every tensor that the model or the loss reads on `device`."""
+        """The micro-batch with all that model and loss read on `device`; on a CPU itself.
+
+        It is one copy, for which the host does not wait.
+        """
         if device.type == "cpu":
             return self
-        moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
-        moved.inputs.keys.to(device)
-        return moved
+        if self.memory is None:
+            return self.packed().to(device)
+        memory = self.memory.to(device, non_blocking=True)
+
+        def there(tensor: torch.Tensor) -> torch.Tensor:
+            start = tensor.storage_offset() * tensor.itemsize
+            return _as(memory[start : start + tensor.nbytes], tensor)
+
+        return replace(self.map(there), memory=memory)
+
+    @property
+    def _shard(self) -> ContextShard:
+        assert isinstance(self.inputs.keys, ContextShard)
+        return self.inputs.keys
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         """The micro-batch with function(tensor) in the place of every tensor that the device reads."""
         return replace(
             self,
-            inputs=self.inputs.map(function),
+            inputs=replace(self.inputs.map(function), keys=self._shard.map(function)),
             rows={name: function(tensor) for name, tensor in self.rows.items()},
             whole={name: function(tensor) for name, tensor in self.whole.items()},
         )
@@ -59,6 +97,11 @@ class MicroBatch:
         if self.inputs.labels is not None:
             parts.append(self.inputs.labels[own])
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+def _as(bytes_n: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Memory, uint8, read as a tensor of that dtype and shape."""
+    return bytes_n.view(like.dtype).view(like.shape)
 
 
 Samples = PackedSequences | Mapping[int, PackedSample]
@@ -132,11 +175,6 @@ def context_part(batch: MicroBatch) -> MicroBatch:
     here = torch.from_numpy(np.flatnonzero(shard.owner[b, token] == shard.rank))
     row = half * n + shard.row_of_token[b, token]
     rows = torch.from_numpy(shard.rows)
-    noise = inputs.noise
-    if noise is not None:
-        owned = np.where(shard.owner == shard.rank, shard.row_of_token, -1)
-        local = [torch.from_numpy(owned[b, masked.numpy()]) for b, masked in enumerate(noise.rows)]
-        noise = EmbeddingNoise(noise.sigma, noise.seeds, local)
     part = replace(
         inputs,
         tokens=inputs.tokens[sample, rows],
@@ -145,7 +183,7 @@ def context_part(batch: MicroBatch) -> MicroBatch:
         outputs=torch.from_numpy(row * B + b)[here],
         labels=None if inputs.labels is None else inputs.labels[here],
         readout=inputs.readout,
-        noise=noise,
+        noise=None if inputs.noise is None else _noise_part(inputs.noise, shard),
     )
     return replace(
         batch,
@@ -154,3 +192,13 @@ def context_part(batch: MicroBatch) -> MicroBatch:
         counts=batch.counts if shard.rank == 0 else (0,) * len(batch.counts),
         places=here,
     )
+
+
+def _noise_part(noise: EmbeddingNoise, shard: ContextShard) -> EmbeddingNoise:
+    """Of a whole micro-batch's noise what falls on the rows of a rank."""
+    rows, places = [], []
+    for b, tokens in enumerate(each.numpy() for each in noise.rows):  # of a whole batch rows are tokens
+        here = np.flatnonzero(shard.owner[b, tokens] == shard.rank)
+        rows.append(torch.from_numpy(shard.row_of_token[b, tokens[here]]))
+        places.append(torch.from_numpy(here))
+    return replace(noise, rows=rows, places=places)

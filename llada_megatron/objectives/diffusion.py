@@ -77,10 +77,12 @@ class Diffusion(Objective):
         """That of the samples' mask tokens, bool [L] each; the clean half gets none."""
         if sigma <= 0:
             return None
+        rows = [torch.from_numpy(np.flatnonzero(each)) for each in masked]
         return EmbeddingNoise(
             sigma=sigma,
             seeds=[torch_seed(self.config.run.seed, Purpose.EMBEDDING_NOISE, index) for index in indices],
-            rows=[torch.from_numpy(np.flatnonzero(each)) for each in masked],
+            drawn=[len(each) for each in rows],
+            rows=rows,
         )
 
     def corrupted(
@@ -127,12 +129,12 @@ class Diffusion(Objective):
             {name: (batch.rows[name], output) for name in BINNED},
         )
 
-    def noise_sigma(self, step: int, embedding_rms: float) -> float:
+    def noise_over_rms(self, step: int) -> float:
         """Fades over the run's diffusion stages, which may be several."""
         noise = self.config.diffusion.embedding_noise
         before = self.schedule.tokens_before(self.schedule.first_diffusion_step())
         tokens = self.schedule.tokens_before(step) - before
-        return embedding_rms * embedding_noise_sigma(noise.sigma_over_rms, noise.fade_tokens, tokens)
+        return embedding_noise_sigma(noise.sigma_over_rms, noise.fade_tokens, tokens)
 
     def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:
         """A block has no more places than tokens."""

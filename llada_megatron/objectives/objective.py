@@ -95,8 +95,8 @@ class Objective:
         """
         raise NotImplementedError
 
-    def noise_sigma(self, step: int, embedding_rms: float) -> float:
-        """Standard deviation of the noise on the embeddings of masked tokens at a step."""
+    def noise_over_rms(self, step: int) -> float:
+        """Standard deviation of the noise on masked tokens' embeddings at a step, over their entries' RMS."""
         return 0.0
 
     def shown(self, stage: Stage, means: dict[str, list[float | None]]) -> dict[str, Any]:

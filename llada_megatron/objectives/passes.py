@@ -50,20 +50,33 @@ def reduced(
     out.
     """
     loss = objective.loss(batch, output)
-    if ratios is None:
-        ratios = ratios_of(_over_ranks([float(count) for count in loss.counts]))
+    of_terms: Sequence[float] | torch.Tensor | None = ratios
+    counts = [_on_device(count, loss.sums[0]) for count in loss.counts]
     total = loss.sums[0]
-    for part, ratio in zip(loss.sums[1:], ratios[1:], strict=True):
+    if of_terms is None:
+        of_terms = _ratios_on_device(counts, total.dtype)
+    for part, ratio in zip(loss.sums[1:], of_terms[1:], strict=True):
         total = total + part * ratio
-    count = torch.as_tensor(loss.counts[0], dtype=torch.int, device=total.device)
-    return total, count, _record(objective, loss, total)
+    return total, counts[0].int(), _record(objective, loss, counts)
 
 
-def _record(objective: Objective, loss: Loss, like: torch.Tensor) -> torch.Tensor:
+def _on_device(count: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The count, fp64 scalar; a number of the host is written by the device, without a copy to wait for."""
+    if isinstance(count, torch.Tensor):
+        return count.double()
+    return like.new_full((), count, dtype=torch.float64)
+
+
+def _ratios_on_device(counts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """`ratios_of` of every rank's counts, of which the host need not know: [K]."""
+    total = torch.stack(list(counts))
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return torch.where(total > 0, total[0] / total, 0.0).to(dtype)
+
+
+def _record(objective: Objective, loss: Loss, counts: Sequence[torch.Tensor]) -> torch.Tensor:
     """sums[k], counts[k], then for each figure the sums and the counts of its bins."""
-    head = [part.detach().double() for part in loss.sums]
-    head += [torch.as_tensor(count, device=like.device).double() for count in loss.counts]
-    parts = [torch.stack(head)]
+    parts = [torch.stack([*(part.detach().double() for part in loss.sums), *counts])]
     for name, figure in objective.geometry.figures.items():
         bins, values = loss.figures[name]
         values = values.detach().double()
@@ -180,7 +193,7 @@ def on_every_rank(
     sizes = [N for N, _ in places]
     gathered = torch.zeros(sum(sizes), columns, dtype=torch.float64, device=device.device())
     for whole, output, (_, here) in zip(gathered.split(sizes), outputs, places, strict=False):
-        rows = slice(None) if here is None else here.to(output.device)
+        rows = slice(None) if here is None else device.sent(here, output.device)
         whole[rows] = output.detach().double().reshape(-1, columns)
     dist.all_reduce(gathered, group=parallel_state.get_context_parallel_group())
     dist.all_reduce(gathered, group=parallel_state.get_pipeline_model_parallel_group())

@@ -69,6 +69,16 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if on_cuda() else tensor
 
 
+def empty_pinned(size: int) -> torch.Tensor:
+    """uint8 [size] of such memory, without values."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda())
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor of this host on a device, which copies it while the host goes on."""
+    return pinned(tensor).to(device, non_blocking=True)
+
+
 def use_threads(count: int) -> None:
     """Let one operation of this process use so many CPU threads."""
     torch.set_num_threads(count)

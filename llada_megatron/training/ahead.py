@@ -42,4 +42,5 @@ class Ahead:
         return batch
 
     def _build(self) -> MicroBatch:
-        return next(self._batches).map(device.pinned)
+        batch = next(self._batches)
+        return batch.packed() if device.on_cuda() else batch

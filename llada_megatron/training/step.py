@@ -35,7 +35,7 @@ from llada_megatron.runtime import device
 from llada_megatron.training.ahead import Ahead, builder
 from llada_megatron.training.balance import ExpertBalance
 from llada_megatron.training.cuda_graphs import Graphs
-from llada_megatron.training.embedding import embedding_statistics
+from llada_megatron.training.embedding import embedding_rms, mask_row_norm
 from llada_megatron.training.expert_rows import ExpertRows
 from llada_megatron.training.frozen import freeze
 from llada_megatron.training.optimizer import LearningRate, build_optimizer, reset_moments, wrap
@@ -139,8 +139,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     open_stage(trainer, step)
     _announce(trainer, step)
     lr = trainer.learning_rate.apply(step)
-    embedding = embedding_statistics(trainer.model[0], trainer.config.model.mask_token_id)
-    sigma = objective.noise_sigma(step, embedding.rms)
+    sigma = _noise_sigma(trainer, objective, step)
 
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
@@ -168,6 +167,7 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     grad_norm = float(trainer.optimizer.get_grad_norm())
     trainer.watch.norms(trainer.optimizer)
     all_left_out = trainer.config.training.bad_samples is BadSamples.skip and not any(counts)
+    row_norm = mask_row_norm(trainer.model[0], trainer.config.model.mask_token_id)
     skipped = all_left_out or not (math.isfinite(loss) and math.isfinite(grad_norm))
     spike = "" if skipped else trainer.spikes.found(trainer.config.training, loss, grad_norm)
     skipped = skipped or bool(spike)
@@ -181,11 +181,17 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
         skipped=skipped,
         spike=spike,
         **trainer.rows.figures(trainer.balance.load_max_over_mean(), sizes)._asdict(),
-        mask_row_norm=embedding.mask_row_norm,
+        mask_row_norm=row_norm,
         embedding_noise_sigma=sigma,
         figures=objective.shown(stage, means),
         watched=trainer.watch.figures(),
     )
+
+
+def _noise_sigma(trainer: Trainer, objective: Objective, step: int) -> float:
+    """Standard deviation of the noise on masked tokens' embeddings; where there is none nothing is read."""
+    over_rms = objective.noise_over_rms(step)
+    return over_rms * embedding_rms(trainer.model[0]) if over_rms else 0.0
 
 
 def _update(trainer: Trainer) -> None:

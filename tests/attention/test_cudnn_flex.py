@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from llada_megatron.attention import BlockDiffusionMask, block_diffusion_attention, cudnn_flex
+from llada_megatron.attention import BlockDiffusionMask, Rectangle, block_diffusion_attention, cudnn_flex
 from tests.attention.test_intervals import rectangles
 
 
@@ -117,13 +117,21 @@ def test_layers_share_a_plan_and_other_documents_get_their_own(package):
     assert len(cudnn_flex._plans) <= held_before
 
 
-def test_recomputation_gets_a_plan_with_a_backward_after_one_without(package):
+def test_one_plan_serves_a_forward_without_gradients_and_its_recomputation(package):
     rectangle = small_rectangle()
     qkv = draw_qkv(rectangle)
     with torch.no_grad():
         cudnn_flex.cudnn_flex_attention(*qkv, rectangle, 1.0)
     cudnn_flex.cudnn_flex_attention(*qkv, rectangle, 1.0).sum().backward()
-    assert [plan.build_backward for plan in package.plans] == [False, True]
+    assert [plan.build_backward for plan in package.plans] == [True]
+
+
+def test_decoding_gets_no_tables_for_a_backward(package):
+    whole = small_rectangle()
+    few = Rectangle(whole.mask, whole.tokens, whole.noisy_keys, few_rows=True)
+    with torch.no_grad():
+        cudnn_flex.cudnn_flex_attention(*draw_qkv(few), few, 1.0)
+    assert [plan.build_backward for plan in package.plans] == [False]
 
 
 def test_the_backward_is_deterministic_when_torch_is_asked_to_be(package):

@@ -1,6 +1,8 @@
 """What the benchmark of data measures: that its readers agree and its shards are read."""
 
-from llada_megatron.bench import data
+import numpy as np
+
+from llada_megatron.bench import building, data
 
 
 def test_the_start_of_a_few_small_shards_is_measured(tmp_path):
@@ -10,3 +12,9 @@ def test_the_start_of_a_few_small_shards_is_measured(tmp_path):
 
 def test_both_readers_read_the_same_documents(tmp_path):
     assert len(data.reading(tmp_path, tokens=2**22)) == 8
+
+
+def test_what_building_costs_is_measured():
+    found = building.building(64, rounds=1, builds=1)
+    assert len(found) == 3 and all(np.isfinite(ms) for ms in found.values())
+    assert found["L=64: the builder's CPU, ms"] > 0

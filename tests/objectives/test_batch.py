@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from llada_megatron.attention.intervals import endpoints, endpoints_on
 from llada_megatron.attention.mask import block_starts
 from llada_megatron.config.choices import BadSamples
 from llada_megatron.config.compose import compose
@@ -52,6 +53,26 @@ def test_a_sample_is_corrupted_alike_in_any_micro_batch_and_order(stage):
         assert together.digest(row) == alone.digest(0)
         assert together.inputs.noise.seeds[row] == alone.inputs.noise.seeds[0]
         assert torch.equal(together.inputs.noise.rows[row], alone.inputs.noise.rows[0])
+
+
+@BOTH_STAGES
+def test_a_packed_batch_is_the_same_batch_in_one_piece_of_memory(stage):
+    plain, packed = (batch_of(range(4), stage, noise_sigma=0.5) for _ in range(2))
+    packed = packed.packed()
+    keys, found = packed.inputs.keys, tensors_of(packed)
+    memory = packed.memory.untyped_storage().data_ptr()
+    assert all(tensor.untyped_storage().data_ptr() == memory for tensor in found)
+    assert endpoints_on(keys.rectangle, torch.device("cpu")) is keys.endpoints
+    assert np.array_equal(keys.endpoints, endpoints(plain.inputs.keys.rectangle))
+    others = [tensor for tensor in found if tensor is not keys.endpoints]
+    for ours, theirs in zip(others, tensors_of(plain), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+def tensors_of(batch):
+    found = []
+    batch.map(lambda tensor: (found.append(tensor), tensor)[1])
+    return found
 
 
 def test_a_stage_may_have_mask_rates_of_its_own():
