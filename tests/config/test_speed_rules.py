@@ -52,6 +52,8 @@ CASES = [
     (["precision.fp8=blockwise", TE], "rounds products of bf16", ["precision.dtype=bf16"]),
     (["precision=bf16", "precision.fp8=delayed", TE, SELECTIVE, "layout.recompute_modules=[layernorm]"],
      "cannot compute layernorm again", ["precision.fp8=blockwise"]),
+    (["precision=bf16", "precision.fp8=blockwise", TE, "evaluation.infill_sequences=2"],
+     "cannot decode between steps", ["evaluation.infill_sequences=0"]),
     (["precision=bf16", "precision.fp8=mxfp8", TE, "model.expert_hidden_size=48"],
      "model.expert_hidden_size: 48", ["precision.fp8=blockwise"]),
     (["training.cuda_graphs=[mlp]"], "needs TransformerEngine's layers", [TE]),
