@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,6 +67,21 @@ class Copies(TorchDispatchMode):
         is_copy = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
         if is_copy and len(ends) > 1:
             self.found.append(f"{func} of {[tuple(each.shape) for each in tree_leaves(args)[:2]]}")
+        return result
+
+
+class Numbers(TorchFunctionMode):
+    """Lists the tensors that are made on the device of numbers of the host: each is a copy to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in ("tensor", "as_tensor", "new_tensor") and result.device == META:
+            self.found.append(f"{name} of {args}")
         return result
 
 
@@ -133,13 +149,13 @@ def copies_of(name: str, overrides: list[str]) -> list[str]:
             if isinstance(module, BlockDiffusionGPT):
                 module.rotary_pos_emb.inv_freq = module.rotary_pos_emb.inv_freq.to(META)
         # megatron-core makes what it receives on the current device.
-        with pytest.MonkeyPatch.context() as patch, Copies() as copies:
+        with pytest.MonkeyPatch.context() as patch, Copies() as copies, Numbers() as numbers:
             patch.setattr(torch.cuda, "current_device", lambda: META)
             output, loss_of = passes.forward_step(objective, None, iter([batch.to(META)]), stage_model)
             loss, _, _ = loss_of(output)
             loss.backward()
         groups.destroy()
-    return copies.found
+    return copies.found + numbers.found
 
 
 def of_every_case() -> dict[str, list[str]]:
