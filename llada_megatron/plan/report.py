@@ -237,8 +237,8 @@ def print_assumptions(console: Console, plan: Plan, config: Config) -> None:
     if plan.checkpoints.load_seconds is not None:
         assumed.append(
             f"of checkpoints: each device copies {cluster.host_gb_per_sec:g} GB/s, a node's storage moves"
-            f" {cluster.storage_gb_per_sec:g} GB/s while all ask, a thread hashes {HASH_GB_PER_SEC:g} GB/s, the"
-            f" index takes {INDEX_SEC:g} s; a load in the layout that saved"
+            f" {cluster.storage_gb_per_sec:g} GB/s while all ask, a thread hashes {HASH_GB_PER_SEC:g} GB/s,"
+            f" the index takes {INDEX_SEC:g} s; a load in the layout that saved"
         )
     console.print("\nAssumed")
     for line in assumed:
