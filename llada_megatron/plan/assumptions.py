@@ -42,8 +42,8 @@ def _of_products(config: Config) -> Iterator[str]:
     cluster, at = config.cluster, rates(config)
     if at.fp8 is not Fp8.none:
         yield (
-            f"products in FP8 are {at.fp8_speedup:g} times faster, quantisation passes over memory, and layers"
-            " keep as much as in bf16"
+            f"products in FP8 are {at.fp8_speedup:g} times faster, quantisation passes over memory, and"
+            " layers keep as much as in bf16"
         )
     if config.layout.offload_modules and at.host:
         yield f"each device moves {cluster.host_gb_per_sec:g} GB/s to its host and back, beside computation"

@@ -102,7 +102,7 @@ def check(config: Config) -> None:
 
 
 def dry_configuration(config: Config) -> Config:
-    """The run as the dry run has it: half of the positions masked, layers of the local spec, no `replaced`."""
+    """The run as the dry run has it: half of the positions masked, local layers, switches left out."""
     groups = replace(config.diffusion.multi_block, rates=GroupRates.independent)
     editing = replace(config.diffusion.editing, replaced=0.0)
     config = with_settings(config, {name: REPLACED[name] for name in replaced(config)})

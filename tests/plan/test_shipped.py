@@ -10,11 +10,10 @@ from llada_megatron.plan.estimate import plan
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.search import Search
 
-DEEPEP = "model.layer_spec=transformer_engine"
 SHIPPED = {
     "h100_8x_ep8": ["llada2_mini_cpt"],
     "h100_64x_ep8": ["llada2_mini_cpt"],
-    "h100_64x_ep8_deepep": ["llada2_mini_cpt", DEEPEP],
+    "h100_64x_ep8_deepep": ["llada2_mini_cpt"],
     "h100_64x_tp2_pp4_vpp8_ep8": ["llada2_flash_cpt", "precision=bf16"],
     "h100_64x_tp2_pp2_vpp8_cp2_ep16_deepep": ["llada2_flash_cpt"],
     "h100_128x_pp4_vpp8_cp2_ep8": ["llada2_flash_cpt", "precision=bf16"],
