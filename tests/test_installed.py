@@ -72,7 +72,7 @@ def test_the_commit_of_the_clone_that_it_is_installed_in_is_not_taken_for_its_ow
 def test_it_composes_plans_and_renders_a_job_from_the_package_s_own_files(llada, installed):
     assert "parity fits on local" in llada("plan", "experiment=parity")
     assert "fits" in llada("plan", "experiment=llada2_mini_cpt", "layout=h100_8x_ep8", "cluster=h100_8")
-    nodes = ("layout=h100_64x_ep8_pp2", "cluster=site_example", "cluster.nodes=8")
+    nodes = ("layout=h100_64x_ep8", "cluster=site_example", "cluster.nodes=8")
     job = llada("submit", "experiment=llada2_mini_cpt", *nodes, "--dry-run")
     assert "#SBATCH --requeue" in job and "jobs/env/nccl.sh" in job
 

@@ -163,6 +163,7 @@ def _exact(args: argparse.Namespace, config: compose.Config) -> int:
     from llada_megatron.plan.topology import check_processes
 
     exact.check(config)
+    without = exact.replaced(config)
     config = exact.dry_configuration(config)
     schedule = rules.check(config)
     planner = Planner(config, expert_imbalance=1.0)
@@ -192,7 +193,7 @@ def _exact(args: argparse.Namespace, config: compose.Config) -> int:
         from llada_megatron.plan.plots import draw_exact
 
         draw_exact(planner, found, args.plot)
-    exact_report.print_exact(planner, stage, micro_batches, found)
+    exact_report.print_exact(planner, stage, micro_batches, found, without=without)
     return 0 if max(one.report["peak"] for one in found) <= planner.usable_bytes else 1
 
 

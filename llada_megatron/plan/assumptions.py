@@ -1,4 +1,4 @@
-"""What a plan takes for granted of the switches that are on, a clause each; docs/planning.md has the sources."""
+"""What a plan takes for granted of switches that are on, a clause each; docs/planning.md has the sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _of_experts(config: Config, stage: StageTime) -> Iterator[str]:
         yield f"{text}, in bf16, with links as above"
     hidden = f"computation hides {cluster.exchange_overlap:.0%} of the exchange beside it"
     if layout.overlap_experts and ways > 1:
-        yield f"{hidden}, for the {stage.paired_share:.0%} of micro-batches that run in pairs"
+        yield f"{hidden}, of the {stage.paired_share:.0%} of micro-batches that run in pairs"
     elif layout.overlap_shared_experts and ways > 1:
         yield f"{hidden}, the shared expert's alone"
     if layout.overlap_tensor_parallel:
@@ -42,8 +42,8 @@ def _of_products(config: Config) -> Iterator[str]:
     cluster, at = config.cluster, rates(config)
     if at.fp8 is not Fp8.none:
         yield (
-            f"products in FP8 are {at.fp8_speedup:g} times faster, quantisation passes over memory, and layers"
-            " keep as much as in bf16"
+            f"products in FP8 are {at.fp8_speedup:g} times faster, quantisation passes over memory, and"
+            " layers keep as much as in bf16"
         )
     if config.layout.offload_modules and at.host:
         yield f"each device moves {cluster.host_gb_per_sec:g} GB/s to its host and back, beside computation"
@@ -53,4 +53,5 @@ def _of_products(config: Config) -> Iterator[str]:
         yield "what fusions would join passes over memory by itself"
     if at.launch:
         there, back = launches.kernels(config.model, config.layout, at, moe=config.model.has_experts)
-        yield f"the host starts a kernel in {cluster.launch_us:g} us, {there + back} for a layer and micro-batch"
+        count = f"{there + back} for a layer and micro-batch"
+        yield f"the host starts a kernel in {cluster.launch_us:g} us, {count}"

@@ -10,14 +10,16 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llada_megatron.config.choices import GroupRates, LayerSpec
+from llada_megatron.config.choices import Dispatcher, Fp8, GroupRates, LayerSpec, Recompute
 from llada_megatron.config.contents import Parameters
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout import coordinates, data_parallel_size, micro_batches_per_step, rank_at
+from llada_megatron.config.layout_rules import NEED_TRANSFORMER_ENGINE
 from llada_megatron.config.parameters import total_parameters
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan import traffic
+from llada_megatron.plan.levers import value_of, with_settings
 from llada_megatron.plan.planner import Placement, Planner
 
 GROUPS = {
@@ -69,16 +71,41 @@ class RankComparison:
         return sum(size for part, size in self.report["static"].items() if part != "other")
 
 
+REPLACED: dict[str, Any] = {
+    "layout.dispatcher": Dispatcher.alltoall,
+    "layout.overlap_experts": False,
+    "layout.delay_weight_gradients": False,
+    "layout.overlap_tensor_parallel": False,
+    "layout.offload_modules": [],
+    "precision.fp8": Fp8.none,
+    "training.cuda_graphs": [],
+}
+"""Switches of TransformerEngine, DeepEP and CUDA streams, of which a dry run has none: it runs without."""
+
+
+def replaced(config: Config) -> list[str]:
+    """The run's switches that the dry run leaves out."""
+    kept = {"layout.dispatcher": [Dispatcher.allgather]}
+    return [
+        name for name, off in REPLACED.items() if value_of(config, name) not in (off, *kept.get(name, []))
+    ]
+
+
 def check(config: Config) -> None:
     """Raise BadInput for settings that the dry run cannot follow."""
-    if config.model.layer_spec is LayerSpec.transformer_engine:
-        raise BadInput("--exact runs the local layers: set model.layer_spec=local, or auto.")
+    needs = set(config.layout.recompute_modules) & NEED_TRANSFORMER_ENGINE.keys()
+    if config.layout.recompute is Recompute.selective and needs:
+        raise BadInput(
+            f"--exact runs the local layers, which cannot compute {', '.join(sorted(needs))} again: leave"
+            " them out of layout.recompute_modules."
+        )
 
 
 def dry_configuration(config: Config) -> Config:
-    """The run as the dry run has it: half of the positions masked, layers of the local spec."""
+    """The run as the dry run has it: half of the positions masked, local layers, switches left out."""
     groups = replace(config.diffusion.multi_block, rates=GroupRates.independent)
     editing = replace(config.diffusion.editing, replaced=0.0)
+    config = with_settings(config, {name: REPLACED[name] for name in replaced(config)})
     return replace(
         config,
         diffusion=replace(

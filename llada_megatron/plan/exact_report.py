@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -48,8 +48,15 @@ def print_count(config: Config, counted: int, expected: int, ranks: int) -> None
     console.print(f"  {describe(config.layout)}, each shard counted once")
 
 
-def print_exact(planner: Planner, stage: Stage, micro_batches: int, found: list[RankComparison]) -> None:
-    """Everything about one dry run."""
+def print_exact(
+    planner: Planner,
+    stage: Stage,
+    micro_batches: int,
+    found: list[RankComparison],
+    *,
+    without: Sequence[str] = (),
+) -> None:
+    """Everything about one dry run; without: settings of the run that it left out."""
     console = Console(highlight=False)
     _verdict(console, planner, stage, found)
     _stages(console, planner, found)
@@ -58,6 +65,8 @@ def print_exact(planner: Planner, stage: Stage, micro_batches: int, found: list[
     _messages(console, fullest)
     real = micro_batches_per_step(planner.config.layout, stage)
     seconds = sum(one.report["seconds"] for one in found)
+    if without:
+        console.print(f"\nLeft out, since no dry run has it: {', '.join(without)}.")
     console.print(
         f"\nAssumed: half of the positions supervised; experts balanced; no noise on embeddings;"
         f" {micro_batches} of a step's {real} micro-batches, each sending {real / micro_batches:g} times"

@@ -1,8 +1,8 @@
 """Kernels that the host starts for a layer: a layer takes at least that long.
 
 Counted off the dry run: operations that the local layers dispatch, views and allocations left out, in models
-that differ by a layer and by experts. Fused kernels of TransformerEngine (model.fusions) take the place of those
-that they join, and its grouped product starts one per expert and product; no GPU has counted them.
+that differ by a layer and by experts. Fused kernels of TransformerEngine (model.fusions) take the place of
+those that they join, and its grouped product starts one per expert and product; no GPU has counted them.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def _effect(
     planner: Planner, schedule: Schedule, stage: Stage, settings: Settings, is_on: bool
 ) -> Iterator[Effect]:
     """None where nothing would change, or the rules of training refuse it."""
-    new = {name: value for name, value in settings.items() if _value(planner.config, name) != value}
+    new = {name: value for name, value in settings.items() if value_of(planner.config, name) != value}
     if not new:
         return
     for also in ({}, LAYERS) if is_on else ({},):
@@ -115,7 +115,8 @@ def _effect(
         return
 
 
-def _value(config: Config, name: str) -> Any:
+def value_of(config: Config, name: str) -> Any:
+    """Of a setting by its whole name."""
     group, key = name.split(".")
     return getattr(getattr(config, group), key)
 

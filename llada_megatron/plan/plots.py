@@ -35,6 +35,7 @@ TIME = {
     "gradients": VERMILION,
     "optimizer": PURPLE,
     "bubble": LIGHT,
+    "launches": GREY,
 }
 
 

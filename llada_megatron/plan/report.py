@@ -15,7 +15,7 @@ from llada_megatron.plan.assumptions import of_switches
 from llada_megatron.plan.checkpoints import HASH_GB_PER_SEC, INDEX_SEC
 from llada_megatron.plan.estimate import Plan, StageTime
 from llada_megatron.plan.memory import NOT_MODELLED
-from llada_megatron.plan.search import Result, describe
+from llada_megatron.plan.search import Result, describe, in_runs
 
 BAR = 40
 EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
@@ -88,13 +88,13 @@ def _memory(console: Console, plan: Plan) -> None:
         parts = {name: f"{size / unit:.1f}" for name, size in rank.parts.items()}
         table.add_row(
             str(rank.rank),
-            "+".join(map(str, rank.layers)),
+            in_runs(rank.layers),
             quantity(rank.parameters.trained),
             parts["weights"],
             parts["gradients"],
             parts["optimizer"],
             parts["activations"],
-            "+".join(map(str, rank.in_flight)),
+            in_runs(rank.in_flight),
             parts["transient"],
             Text(f"{rank.peak / unit:.1f}", style="" if rank.peak <= plan.usable_bytes else "bold red"),
         )
@@ -237,8 +237,8 @@ def print_assumptions(console: Console, plan: Plan, config: Config) -> None:
     if plan.checkpoints.load_seconds is not None:
         assumed.append(
             f"of checkpoints: each device copies {cluster.host_gb_per_sec:g} GB/s, a node's storage moves"
-            f" {cluster.storage_gb_per_sec:g} GB/s while all ask, a thread hashes {HASH_GB_PER_SEC:g} GB/s, the"
-            f" index takes {INDEX_SEC:g} s; a load in the layout that saved"
+            f" {cluster.storage_gb_per_sec:g} GB/s while all ask, a thread hashes {HASH_GB_PER_SEC:g} GB/s,"
+            f" the index takes {INDEX_SEC:g} s; a load in the layout that saved"
         )
     console.print("\nAssumed")
     for line in assumed:

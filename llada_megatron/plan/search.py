@@ -270,15 +270,19 @@ def balanced_stages(layers: int, pp: int, vpp: int, head_in_layers: float) -> li
     return counts
 
 
+def in_runs(numbers: Iterable[int]) -> str:
+    """Numbers in their order, equal neighbours as `TIMESxNUMBER`."""
+    runs = [(number, len(list(run))) for number, run in itertools.groupby(numbers)]
+    return " ".join(f"{times}x{number}" if times > 1 else str(number) for number, times in runs)
+
+
 def describe(layout: LayoutConfig) -> str:
     """A layout in one line, without what is 1 or off."""
     axes = [f"{axis} {getattr(layout, axis)}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")]
     words = [axis for axis in axes if not axis.endswith(" 1")] or ["data parallel alone"]
     words.append(f"micro-batch {layout.micro_batch}")
     if layout.pipeline:
-        runs = [(count, len(list(run))) for count, run in itertools.groupby(layout.pipeline)]
-        stages = [f"{times}x{count}" if times > 1 else str(count) for count, times in runs]
-        words.append(f"stages {' '.join(stages)}")
+        words.append(f"stages {in_runs(layout.pipeline)}")
     if layout.recompute is Recompute.selective:
         words.append(f"recompute {' '.join(layout.recompute_modules)}")
     elif layout.recompute is Recompute.full:

@@ -78,7 +78,10 @@ def test_the_dry_run_begins_with_its_verdict_and_finds_what_was_computed(capsys,
         (["cluster=h100_64"], "layout.processes=512, but cluster h100_64 has nodes*gpus_per_node=64 GPUs"),
         (["cluster.memory_gb=0"], "cluster.memory_gb is not known"),
         (["cluster.network_gb_per_sec=0"], "cluster.network_gb_per_sec is not known"),
-        (["precision=fp32", "cluster.peak_tflops_fp32=0"], "cluster.peak_tflops_fp32 is not known"),
+        (
+            ["layout=h100_512x_pp4_vpp8_cp2_ep8", "precision=fp32", "cluster.peak_tflops_fp32=0"],
+            "cluster.peak_tflops_fp32 is not known",
+        ),
         (["cluster.memory_margin=1"], "cluster.memory_margin=1.0 is out of range"),
         (["layout.tp=8"], "layout.tp=8 does not divide model.kv_heads=4"),
         (["layout.global_batch=1000"], "layout.global_batch=1000 is not a multiple"),
@@ -138,6 +141,6 @@ def test_planning_imports_no_torch(mode: list[str]) -> None:
 )
 def test_described_clusters_have_the_gpus_that_their_name_says(capsys, name: str) -> None:
     gpus = name.rpartition("_")[2]
-    overrides = ["layout=h100_8x_ep8", f"layout.processes={gpus}"]
+    overrides = ["layout=h100_8x_ep8", f"layout.processes={gpus}", "layout.global_batch=2048"]
     assert cli.main(["plan", "experiment=llada2_mini_cpt", f"cluster={name}", *overrides]) in (0, 1)
     assert f"on {name} ({gpus} GPUs)" in capsys.readouterr().out

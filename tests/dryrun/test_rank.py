@@ -67,6 +67,7 @@ SLOW_CASES = (
     "editing",
     "pools_tp_cp",
     "oput_tp_chunked",
+    "bf16_sums_and_moments",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -168,6 +169,13 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
         [*POOLS, "layout.recompute=full", "layout.processes=2", "layout.pp=2", "model.layers=4"],
     ),
     "pools_mdlm": (MDLM, [*POOLS, "layout.processes=2", "layout.cp=2"]),
+    "bf16_sums_and_moments": (
+        BDLM,
+        [
+            *("precision.gradients=bf16", "precision.moments=bf16"),
+            *("layout.processes=4", "layout.tp=2", "layout.ep=2"),
+        ],
+    ),
     "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
 }
 

@@ -20,9 +20,26 @@ def planned(config: Config, **options: float) -> Plan:
 
 
 def flash(**layout: object) -> Config:
-    """tp 2, pp 4, ep 16 on 512 GPUs, evenly cut, nothing overlapped, unless said otherwise."""
-    plain = {"vpp": 1, "pipeline": [], "overlap_grad_reduce": False, "overlap_param_gather": False}
-    return config_with(composed("experiment=llada2_flash_cpt", "cluster=h100_512"), **(plain | layout))
+    """tp 2, pp 4, ep 16 on 512 GPUs, evenly cut, nothing overlapped, unless said otherwise; in bf16, with one
+    sequence a micro-batch in every stage.
+    """
+    plain = {
+        "tp": 2,
+        "cp": 1,
+        "vpp": 1,
+        "ep": 16,
+        "overlap_grad_reduce": False,
+        "overlap_param_gather": False,
+    }
+    of_no_package = ("layout=h100_512x_pp4_vpp8_cp2_ep8", "precision=bf16")
+    config = composed("experiment=llada2_flash_cpt", "cluster=h100_512", *of_no_package)
+    return alike(config_with(config, **(plain | layout)))
+
+
+def alike(config: Config) -> Config:
+    """Stages without micro-batches of their own."""
+    stages = [replace(stage, micro_batch=0) for stage in config.schedule.stages]
+    return replace(config, schedule=replace(config.schedule, stages=stages))
 
 
 def on(config: Config, **cluster: object) -> Config:
@@ -236,7 +253,7 @@ def test_the_imbalance_that_memory_holds_fits_and_a_tenth_more_does_not(layout: 
 
 
 def test_a_longer_stage_of_the_run_is_planned_with_its_length_and_its_batch() -> None:
-    config = composed("experiment=llada2_flash_32k", "cluster=h100_512")
+    config = alike(composed("experiment=llada2_flash_32k", "cluster=h100_512"))
     assert config.layout.cp == 8
     result = planned(config)
     assert result.fits

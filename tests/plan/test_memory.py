@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_megatron.config.schema import LayoutConfig
-from llada_megatron.plan.memory import in_flight, padded_buffers, static_bytes
+from llada_megatron.plan.memory import Kept, in_flight, padded_buffers, static_bytes
 from tests.plan.flash import LAYOUT, held_by
 
 
 def test_static_bytes_are_those_of_the_dry_run() -> None:
-    static = static_bytes(held_by(0), LAYOUT, b=2)
+    static = static_bytes(held_by(0), LAYOUT, Kept(2))
     assert static["weights"] == 2571243520 + 8 * 7 * 256  # expert_bias and counts of 7 MoE layers
     assert static["gradients"] == 5142487040
     assert static["optimizer"] == 3 * 370477120
@@ -21,16 +21,16 @@ def test_static_bytes_are_those_of_the_dry_run() -> None:
 
 @pytest.mark.parametrize(("rank", "live"), [(0, 8825176264), (1, 7318177992), (3, 9279859272)])
 def test_static_bytes_add_up_to_what_was_alive(rank: int, live: int) -> None:
-    static = static_bytes(held_by(rank), LAYOUT, b=2)
+    static = static_bytes(held_by(rank), LAYOUT, Kept(2))
     assert sum(static.values()) == live - 8  # a scalar of that run
 
 
 def test_fp32_weights_need_no_master() -> None:
     held, layout = replace(held_by(0), bias=0, buffers=((1024, 0),)), LayoutConfig(processes=4)
-    static = static_bytes(held, layout, b=4)
+    static = static_bytes(held, layout, Kept(4))
     assert static == {"weights": 4096, "gradients": 4096, "optimizer": 8 * 256}
-    assert static_bytes(held, layout, b=2)["optimizer"] == 12 * 256
-    assert static_bytes(held, layout, b=4, averages=True)["optimizer"] == 12 * 256
+    assert static_bytes(held, layout, Kept(2))["optimizer"] == 12 * 256
+    assert static_bytes(held, layout, Kept(4, averages=True))["optimizer"] == 12 * 256
 
 
 @given(sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=3), dp=st.sampled_from([1, 3, 4, 64]))
