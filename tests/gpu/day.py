@@ -10,9 +10,11 @@ Exit codes: 0, also without a device; 1 when a step failed.
 """
 
 import argparse
+import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +28,6 @@ from typing import Any, NoReturn
 
 from llada_megatron.observe.page import to_html
 from llada_megatron.observe.parts import Facts, Fold, Heading, Paragraph, Part, Table, Verbatim, to_markdown
-from llada_megatron.record.json_files import write_json
 from llada_megatron.record.manifest import git_commit
 from tests.gpu import figures
 from tests.gpu.devices import cuda_devices, why_none
@@ -38,7 +39,7 @@ LOG_LINES = 40
 TESTS = "tests/gpu/"
 FEW_MASKS = "test_kernels or packed and (32-8-2 or MDLM or AR or 0.5 or 2-1024 or bitwise)"
 OTHER_TESTS = ("start", "surviving", "decoding", "layouts", "attention")
-SMALL = ["experiment=bench", "precision=bf16", "data.path=[{out}/python]"]
+SMALL = ["experiment=bench", "precision=bf16", 'data.path=["{out}/python"]']
 MOE_1B = [  # layers as wide as LLaDA2.0-mini's, fewer of them, with fewer experts and words
     *SMALL,
     "model=llada2_mini",
@@ -176,7 +177,7 @@ class Result:
     command: str
     budget_sec: float
     state: str
-    """passed, failed, ended (by its time), left out."""
+    """`passed`, `failed`, `ended` (by its time) or `left out`."""
     why: str
     seconds: float = 0.0
     exit_code: int | None = None
@@ -264,9 +265,17 @@ def page(record: dict[str, Any], out: Path) -> list[Part]:
     for step, each in zip(STEPS, steps, strict=False):
         own = step.folder(out)
         log = Verbatim(f"{each['command']}\n\n{tail(own / 'log.txt')}")
-        parts += [Heading(step.name), Paragraph(each["shows"]), *step.figures(own)]
+        parts += [Heading(step.name), Paragraph(each["shows"]), *figures_of(step, own)]
         parts.append(Fold("command and end of its log", [log]))
     return parts
+
+
+def figures_of(step: Step, folder: Path) -> list[Part]:
+    """What the page shows of a step's folder; a step that was ended may have left half a file."""
+    try:
+        return step.figures(folder)
+    except (ValueError, KeyError) as error:
+        return [Paragraph(f"Its files are not whole: {error!r}")]
 
 
 def shown(value: str | float) -> str:
@@ -276,6 +285,14 @@ def shown(value: str | float) -> str:
 def tail(file: Path) -> str:
     lines = file.read_text(errors="replace").splitlines() if file.exists() else ["nothing was run"]
     return "\n".join(lines[-LOG_LINES:])
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all: the machine may be taken away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    aside.write_text(text + "\n", encoding="utf-8")
+    aside.replace(path)
 
 
 def taken_away(number: int, frame: FrameType | None) -> NoReturn:
@@ -295,13 +312,15 @@ def main() -> int:
     record = {"devices": devices, "python": f"{platform.python_version()}, {sys.executable}"}
     record |= {"commit": git_commit(), "minutes": args.minutes}
     results: list[Result] = []
+    for step in STEPS:  # an earlier day's: its runs would be gone on with
+        shutil.rmtree(step.folder(out), ignore_errors=True)
     with suppress(KeyboardInterrupt):  # what is there is written
         for results in day(out, args.minutes, absent):
             record |= {"seconds": time.monotonic() - began, "steps": [asdict(each) for each in results]}
-            write_json(out / "day.json", record)
             parts = page(record, out)
-            (out / "day.md").write_text(to_markdown(parts))
-            (out / "index.html").write_text(to_html(parts))
+            write(out / "day.json", json.dumps(record, indent=1))
+            write(out / "day.md", to_markdown(parts))
+            write(out / "index.html", to_html(parts))
     print(f"{out}/index.html, day.md, day.json")
     return 1 if any(each.state == "failed" for each in results) else 0
 

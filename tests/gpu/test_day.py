@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from llada_megatron.observe.parts import Facts, to_markdown
+from llada_megatron.observe.parts import Facts, Paragraph, to_markdown
 from tests.gpu import figures
-from tests.gpu.day import STEPS, Step, run
+from tests.gpu.day import STEPS, Step, figures_of, run
 from tests.gpu.wheels import ROOT, locked, wanted
 
 PYTHON = [sys.executable, "-c"]
@@ -61,6 +61,9 @@ def test_the_page_tells_tests_that_failed_were_left_out_and_were_not_reached(tmp
     assert facts.rows == [("passed", "1"), ("failed", "1"), ("skipped", "1"), ("not reached", "1")]
     said = to_markdown(tables)
     assert "test_bad | assert 1 == 2" in said and "no_such_package" in said and "| 1 | test_last |" in said
+    (tmp_path / "tests.jsonl").write_text('{"chosen": ["test_')
+    (said,) = figures_of(Step("tests", "", 1, [], figures.tests), tmp_path)
+    assert isinstance(said, Paragraph)
 
 
 def test_wheels_hold_what_the_package_and_its_tests_import_and_no_torch():
