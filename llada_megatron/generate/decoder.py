@@ -145,11 +145,11 @@ class Decoder:
             )
 
     def _beside(self, longest: int) -> int:
-        """Tokens at most of the active blocks of further branches on a rank, in a sequence of `longest`."""
-        return self.branches_beside * min(self.buffer.blocks * self.block_size or longest, longest)
+        """Tokens at most of the active blocks of further versions on a rank, in a sequence of `longest`."""
+        return self.versions_beside * min(self.buffer.blocks * self.block_size or longest, longest)
 
     @property
-    def branches_beside(self) -> int:
+    def versions_beside(self) -> int:
         """Branches of a sequence on a rank beside the first one, or the shadow of a rule that verifies."""
         return (self.lookahead.branches + 1) // self._bp - 1 or int(self.rule.verifies)
 
@@ -437,14 +437,14 @@ class _Batch:
         return feeds
 
     def _make_room(self, running: Running, stop: int) -> bool:
-        """Pages for the tokens before `stop`, and for the active blocks of further branches; False where the
-        sequence itself had to be put back for older ones.
+        """Pages for the tokens before `stop`, and for the active blocks of further branches or of a shadow;
+        False where the sequence itself had to be put back for older ones.
         """
         missing = [(running.pages, self._missing(running, stop))]
         if stop > running.first:
             active = -(-stop // self.decoder.block_size) - running.first // self.decoder.block_size
             versions = len(running.lookahead) or len(running.shadows(self.decoder.rule))
-            beside = min(self.decoder.branches_beside, versions)
+            beside = min(self.decoder.versions_beside, versions)
             running.pages_beside += [[] for _ in range(beside - len(running.pages_beside))]
             missing += [(pages, active - len(pages)) for pages in running.pages_beside]
         for pages, count in missing:

@@ -116,7 +116,7 @@ def shadow(model: Any, canvas: Canvas, block: slice, rows: np.ndarray, figures: 
     keys = PooledKeys(KeyPool(reach + m), parts, canvas.block_size if canvas.full_from is None else reach)
     tokens = np.append(canvas.tokens[:reach], np.full(m, canvas.mask_token_id))
     chosen = reach + rows - block.start
-    return _said(model, tokens, keys, keys.positions, chosen, canvas.tokens[rows], figures, tokens[-1], None)
+    return forward(model, tokens, keys, keys.positions, chosen, canvas.tokens[rows], figures, tokens[-1])
 
 
 def read(
@@ -135,11 +135,11 @@ def read(
     """
     soft = None if weights is None else SoftTokens.of(weights, mask_token_id, device.device())
     about = ContextShard(mask), np.arange(len(tokens)), rows, tokens[rows]
-    return _said(model, tokens, *about, figures, mask_token_id, soft)
+    return forward(model, tokens, *about, figures, mask_token_id, soft)
 
 
 @torch.no_grad()
-def _said(
+def forward(
     model: Any,
     tokens: np.ndarray,
     keys: Keys,
@@ -148,8 +148,12 @@ def _said(
     labels: np.ndarray,
     figures: Figures,
     mask_token_id: int,
-    soft: SoftTokens | None,
+    soft: SoftTokens | None = None,
 ) -> np.ndarray:
+    """What the head says of n rows of those at hand, int64 [S] and their positions: float64 [n, C].
+
+    labels: int64 [n], the tokens that `Figures.label` is about.
+    """
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         raise BadInput("Decoding serves one pipeline stage: set layout.pp=1.")
     inputs = ModelInputs(

@@ -83,7 +83,7 @@ class Running:
         self.began = 0.0
         self.pages: list[int] = []
         self.pages_beside: list[list[int]] = []
-        """Where the active blocks of further branches on this rank are kept meanwhile."""
+        """Where the active blocks of further branches on this rank, or of a shadow, are kept meanwhile."""
         self.kept = 0
         self._digests: list[bytes] = []
         self._looked_at = 0

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.keys import KeyPool, PooledKeys, PoolPart
 from llada_megatron.attention.mask import PerToken
 from llada_megatron.config.ranges import Amount, Count, Positive, Share
 from llada_megatron.generate.branches import Branch, Lookahead
 from llada_megatron.generate.buffer import Buffer
 from llada_megatron.generate.methods import Method
 from llada_megatron.generate.prompt import Limits, Prompt
-from llada_megatron.generate.reference_loop import read
+from llada_megatron.generate.reference_loop import forward, read
 from llada_megatron.generate.rules import Change, Figures, Rule, Seen
 from llada_megatron.generate.rules.filling import Threshold
 from llada_megatron.generate.rules.seen import filled, log_probability
@@ -61,6 +62,8 @@ class LoPA(D2F):
     sampling_strategy: str
     branch_topp: Amount
     selection_conf_alpha: Share
+    use_full_attention: bool = False
+    """Every position sees every other, and what is kept is out of date."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +105,9 @@ class Session:
 
     def outputs(self) -> list[np.ndarray]:
         """What one forward of each branch says of its masks, [n, C]."""
-        return [self._read(branch) for branch in self.running.branches]
+        return [self._read(number, branch) for number, branch in enumerate(self.running.branches)]
 
-    def _read(self, branch: Branch) -> np.ndarray:
+    def _read(self, number: int, branch: Branch) -> np.ndarray:
         stop = branch.stop - self.pad
         mask = PromptMask(
             [torch.tensor([0, stop])],
@@ -126,6 +129,44 @@ class Session:
         self.kept = changed.first
         self.trace.canvas.tokens[:] = self.running.tokens[self.pad :]
         return result is not None
+
+
+class Stale(Session):
+    """A sequence in which every position sees every other: its keys stay as the branch that won read them.
+
+    Each branch has places of its own. Forwards write those from `kept` on alone, so that what was kept at the
+    places of any branch stays there.
+    """
+
+    def __init__(self, trace: Trace, case: LoPA, method: Method) -> None:
+        super().__init__(trace, case, method)
+        self._length = len(trace.canvas.tokens)
+        self._pool = KeyPool((case.k + 2) * self._length)
+        self._places = np.arange(self._length)
+
+    def _read(self, number: int, branch: Branch) -> np.ndarray:
+        stop, kept = branch.stop - self.pad, self.kept - self.pad
+        places = np.append(self._places[:kept], number * self._length + np.arange(kept, stop))
+        keys = PooledKeys(self._pool, [PoolPart(kept, places)], stop)
+        rows = self.running.rows_read(branch, self.method.rule)
+        return forward(
+            self.trace.golden.stage,
+            branch.tokens[self.kept : branch.stop],
+            keys,
+            keys.positions,
+            rows - self.kept,
+            branch.tokens[rows],
+            self.method.lookahead.figures(self.method.rule.figures),
+            self.trace.canvas.mask_token_id,
+        )
+
+    def step(self, outputs: list[np.ndarray]) -> bool:
+        said, before = self.running.said(self.method, outputs), self.kept
+        best = int(np.argmax(self.running.confidences(self.method.lookahead, said)))
+        is_over = super().step(outputs)
+        new = np.arange(before, self.kept) - self.pad
+        self._places[new] = best * self._length + new
+        return is_over
 
 
 @dataclass
@@ -210,7 +251,8 @@ def lopa(trace: Rounds, case: LoPA) -> np.ndarray:
     )
     rule = SureThreshold(case.skip_threshold, lookahead)
     buffer = Buffer(0, case.block_add_threshold, case.decoded_token_threshold)
-    session, is_over = Session(trace, case, Method(rule, buffer, lookahead)), False
+    kind = Stale if case.use_full_attention else Session
+    session, is_over = kind(trace, case, Method(rule, buffer, lookahead)), False
     running, pad, records = session.running, session.pad, trace.records
     for number in itertools.count():
         if is_over:
@@ -272,19 +314,14 @@ class SureThreshold(Rule):
         return filled(seen, accepted_k)
 
 
-def _with_stale_keys(case: dict[str, Any]) -> str | None:
-    return "use_full_attention" if case.get("use_full_attention") else None
-
-
 GROUPS = {
     "d2f": Group(D2F, d2f, sees_all=True, trace=Pipelined),
     "lopa": Group(
         LoPA,
         lopa,
         sees_all=True,
-        unserved=_with_stale_keys,
         trace=Rounds,
         names={"block_size": "block_length", "max_new_tokens": "gen_length"},
     ),
 }
-"""Of cases that are served: keys that are no longer true are not kept."""
+"""Of cases that are served."""

@@ -140,7 +140,7 @@ def test_an_executor_can_be_handed_in() -> None:
     assert (block_diffusion_attention(*inputs, mask, attend) == 7).all()
 
 
-@pytest.mark.parametrize("n", [1, 4, 22])
+@pytest.mark.parametrize("n", [1, 4, 20])
 @pytest.mark.parametrize("backend", [*EXECUTORS, partial(varlen.varlen_attention, kernel=dense_varlen)])
 def test_a_row_of_a_shadow_sees_all_but_the_token_that_it_shadows(n: int, backend: Any) -> None:
     """Of a sequence of n tokens before the end of a block that begins at its last but 4th; beside another."""

@@ -17,6 +17,7 @@ FIGURES = {
     "top-1": 2,
     "proposal": 2,
     "proposal and entropy": 3,
+    "proposal and label": 3,
     "logits": 0,
 }
 HIDDEN = 3
@@ -44,8 +45,10 @@ def expected_figures(name, logits_NV, labels_N):
         is_hidden_V = torch.arange(logits_NV.shape[1]) == HIDDEN
         choice_N = logits_NV.masked_fill(is_hidden_V, -1e9).argmax(dim=-1)
         probability_N = log_p_NV.gather(1, choice_N[:, None])[:, 0].exp()
-        entropy_N = -(log_p_NV.exp() * log_p_NV).sum(dim=-1)
-        return torch.stack([choice_N, probability_N, entropy_N], dim=-1)[:, : FIGURES[name]]
+        third_N = -(log_p_NV.exp() * log_p_NV).sum(dim=-1)
+        if name.endswith("label"):
+            third_N = log_p_NV.gather(1, labels_N[:, None])[:, 0].exp()
+        return torch.stack([choice_N, probability_N, third_N], dim=-1)[:, : FIGURES[name]]
     cross_entropy_N = -log_p_NV.gather(1, labels_N[:, None])[:, 0]
     if name == "cross entropy":
         return cross_entropy_N
@@ -81,6 +84,7 @@ def measured(tp):
         readout.TOP_ONE,
         readout.proposal(HIDDEN),
         readout.proposal(HIDDEN, entropy=True),
+        readout.proposal(HIDDEN, label=True),
         readout.LOGITS,
     ]
     try:

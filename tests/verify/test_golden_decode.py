@@ -18,7 +18,6 @@ from llada_megatron.verify.golden_set import Stored, load
 
 DECODE = Path(__file__).parents[1] / "golden_decode"
 CASES = json.loads((DECODE / "cases.json").read_text())["cases"]
-LOPA = "lopa_pipelined_b16_k0"
 HF, EDIT, DINFER, SGLANG, FULL, DUAL = (
     "hf_steps3_b8_t95",
     "edit_b8_t95_e50_post0",
@@ -60,19 +59,17 @@ def test_the_public_sampler_is_replayed_forward_by_forward(golden, name):
 
 
 def test_what_is_not_served_is_listed_and_not_counted(one_process, tmp_path):
-    names = {HF, LOPA}
+    names = {HF, DUAL}
     described = json.loads((DECODE / "cases.json").read_text())
     described["cases"] = {name: CASES[name] for name in sorted(names)}
-    described["cases"][LOPA] |= {"use_full_attention": True}
+    described["cases"][DUAL] |= {"cache": "other"}
     (tmp_path / "cases.json").write_text(json.dumps(described))
     tensors = load_file(DECODE / "cases.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in names}
     save_file(kept, tmp_path / "cases.safetensors")
     report = check(tmp_path, DECODE.parent / "golden")
     assert [case.name for case in report.cases] == [HF] and report.passed
-    assert sorted(report.not_served) == [
-        "lopa_pipelined_b16_k0 (use_full_attention)",
-    ]
+    assert report.not_served == ["fastdllm_dual_b16_t70 (cache other)"]
     assert not report.derived and not report.unknown
 
 
