@@ -75,15 +75,12 @@ def test_points_that_determine_no_law_are_refused(columns, draws, said):
 
 def test_an_exponent_that_the_points_do_not_determine_is_named():
     found = fit(CHINCHILLA, LADDER, scattered(1.7 + 400 / LADDER["N"] ** 0.34, by=0.004), draws=40)
-    assert [text.split()[0] for text in doubts(found)][:-1] == ["beta"]
+    assert doubts(found).keys() == {"beta"}
 
 
 def test_a_loss_without_a_floor_leaves_none_to_be_found():
     losses = 400 / LADDER["N"] ** 0.34 + 410 / LADDER["D"] ** 0.28
-    assert (
-        "E is not determined by these points: it ended at"
-        in doubts(fit(CHINCHILLA, LADDER, losses, draws=20))[0]
-    )
+    assert "it ended at" in doubts(fit(CHINCHILLA, LADDER, losses, draws=20))["E"]
 
 
 def test_a_budget_buys_what_no_other_size_betters():
