@@ -46,7 +46,7 @@ def draw(found: Findings, path: Path) -> None:
             panel(axes, found)
             axes.grid(axis="y", color="#e4e4e4")
             axes.set_axisbelow(True)
-        figure.suptitle(_title(found), x=0.01, ha="left", fontsize=12)
+        figure.suptitle(_title(found), x=0.01, ha="left", fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png")
 
@@ -57,7 +57,7 @@ def _title(found: Findings) -> str:
         f"{name} {values[name]:.2f} ({intervals[name][0]:.2f} to {intervals[name][1]:.2f})"
         for name in (found.fit.law.amplitudes[0], *found.fit.law.exponents)
     ]
-    return f"{found.fit.law.equation}\n{', '.join(shown)}; bands and brackets: {LEVEL:.0%}"
+    return f"{found.fit.law.equation}\n{', '.join(shown)}\nbands and brackets: {LEVEL:.0%}"
 
 
 def _colours(values: Sequence[float]) -> dict[float, Any]:
