@@ -15,14 +15,16 @@ LADDER = grid(N=np.geomspace(1e7, 1e9, 4), D=np.geomspace(2e8, 2e10, 4))
 LOSSES = chinchilla(**LADDER)
 
 
-@pytest.mark.parametrize("law", [CHINCHILLA, DLCM], ids=lambda law: law.name)
-def test_slopes_are_those_of_the_loss(law):
+@pytest.mark.parametrize(("law", "formula"), [(CHINCHILLA, chinchilla), (DLCM, dlcm)])
+def test_a_vector_is_its_parameters_and_slopes_are_those_of_the_loss(law, formula):
     columns = grid(
         N=np.array([1e8, 3e9]), D=np.array([2e9, 7e10]), R=np.array([2, 4]), P=np.array([0.3, 0.6])
     )
     centred = Centred.at(law, columns)
     vector = np.linspace(0.2, 0.9, len(law.parameters))
-    _, slopes = centred.log_loss(columns, vector)
+    log_loss, slopes = centred.log_loss(columns, vector)
+    plain = formula(**{name: columns[name] for name in law.variables}, of=centred.values(vector))
+    np.testing.assert_allclose(np.exp(log_loss), plain, rtol=1e-12)
     for number, slope in enumerate(slopes):
         move = 1e-6 * np.eye(len(vector))[number]
         rise = centred.log_loss(columns, vector + move)[0] - centred.log_loss(columns, vector - move)[0]
