@@ -82,17 +82,19 @@ def run(args: argparse.Namespace) -> int:
 def findings(args: argparse.Namespace) -> report.Findings:
     """The fit and all that is shown of it."""
     law, loss, counted, fitted, held_out = _points(args)
+    if law is not CHINCHILLA and args.budget:
+        raise BadInput("--budget needs a law L(N, D): what a token of DLCM costs is not worked out here yet.")
     found = fit(law, points.columns_of(law, fitted), _losses(fitted), draws=args.bootstrap)
+    predicted, doubts = report.predictions(found, held_out), report.doubts(found)
+    remarks = points.remarks_on([*fitted, *held_out]) if args.runs else []
+    remarks += [*report.misses(predicted), *doubts.values(), *([report.ADD_RUNS] if doubts else [])]
     cost, optima = None, []
-    if law is CHINCHILLA:
+    if law is CHINCHILLA and doubts.keys() & set(law.exponents):
+        remarks.append("So there is no table of what budgets buy.")
+    elif law is CHINCHILLA:
         cost = budget.TokenFlops.of(fitted)
         optima = budget.optima(found, fitted, args.budget or budget.default_budgets(fitted), cost)
-    elif args.budget:
-        raise BadInput("--budget needs a law L(N, D): what a token of DLCM costs is not worked out here yet.")
-    remarks = [*report.doubts(found), *report.budget_doubts(optima)]
-    if args.runs:
-        remarks = [*points.remarks_on([*fitted, *held_out]), *remarks]
-    predicted = report.predictions(found, held_out)
+        remarks += report.budget_doubts(optima)
     return report.Findings(found, fitted, loss, counted, predicted, optima, cost, remarks)
 
 

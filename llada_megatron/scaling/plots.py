@@ -33,23 +33,20 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(found: Findings, path: Path) -> None:
-    """Write a PNG: loss over tokens by size and over size by budget, or what R and P do to that of DLCM."""
+    """Write a PNG: loss over tokens by size and over size by budget; of DLCM what R and P do to it."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(13, 5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        if found.fit.law is CHINCHILLA:
-            _over_tokens(left, found)
-            _over_sizes(right, found)
-        else:
-            _off(left, found)
-            _over_ratios(right, found)
-        for axes in (left, right):
+        panels = [_over_tokens, _over_sizes] if found.fit.law is CHINCHILLA else [_off, _over_ratios]
+        if found.fit.law is CHINCHILLA and not found.optima:
+            panels.remove(_over_sizes)
+        figure = Figure(figsize=(2 + 5.5 * len(panels), 5), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            panel(axes, found)
             axes.grid(axis="y", color="#e4e4e4")
             axes.set_axisbelow(True)
-        figure.suptitle(_title(found), x=0.01, ha="left", fontsize=12)
+        figure.suptitle(_title(found), x=0.01, ha="left", fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png")
 
@@ -60,7 +57,7 @@ def _title(found: Findings) -> str:
         f"{name} {values[name]:.2f} ({intervals[name][0]:.2f} to {intervals[name][1]:.2f})"
         for name in (found.fit.law.amplitudes[0], *found.fit.law.exponents)
     ]
-    return f"{found.fit.law.equation}\n{', '.join(shown)}; bands and brackets: {LEVEL:.0%}"
+    return f"{found.fit.law.equation}\n{', '.join(shown)}\nbands and brackets: {LEVEL:.0%}"
 
 
 def _colours(values: Sequence[float]) -> dict[float, Any]:

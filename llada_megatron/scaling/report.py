@@ -21,6 +21,7 @@ FAR = 100.0
 """A size that spans more says nothing, and a budget so many times the largest run's is far out."""
 
 
+ADD_RUNS = "Add runs further apart in size and tokens: such a law says little beyond its points."
 MAX_SHOWN = 30
 """Points in a terminal; the JSON file has all."""
 
@@ -62,10 +63,9 @@ def predictions(fit: Fit, points: Sequence[Point]) -> list[Prediction]:
     return [Prediction(point, float(loss), interval) for point, loss, interval in each]
 
 
-def doubts(fit: Fit) -> list[str]:
-    """Which of E and the exponents the points do not determine, in sentences."""
-    intervals, found = fit.intervals(), []
-    at_limit = fit.at_limit()
+def doubts(fit: Fit) -> dict[str, str]:
+    """Which of E and the exponents the points do not determine, and a sentence for each."""
+    intervals, at_limit, found = fit.intervals(), fit.at_limit(), {}
     for name in (fit.law.amplitudes[0], *fit.law.exponents):
         low, high = intervals[name]
         if name in at_limit:
@@ -74,10 +74,17 @@ def doubts(fit: Fit) -> list[str]:
             why = f"{_number(low)} to {_number(high)} fits as well"
         else:
             continue
-        found.append(f"{name} is not determined by these points: {why}.")
-    if found:
-        found.append("Add runs further apart in size and tokens: such a law says little beyond its points.")
+        found[name] = f"{name} is not determined by these points: {why}."
     return found
+
+
+def misses(predicted: Sequence[Prediction]) -> list[str]:
+    """Which runs a law did not foresee, in sentences."""
+    return [
+        f"{one.point.name} lies outside what was predicted: the law does not hold as far as this run."
+        for one in predicted
+        if not one.inside
+    ]
 
 
 def content(found: Findings) -> dict[str, Any]:
@@ -110,13 +117,8 @@ def content(found: Findings) -> dict[str, Any]:
 
 
 def _point(point: Point) -> dict[str, Any]:
-    return {
-        "name": point.name,
-        **point.variables,
-        "loss": point.loss,
-        "se": point.error,
-        "flops": point.flops,
-    }
+    own = {"loss": point.loss, "se": point.error, "flops": point.flops}
+    return {"name": point.name, **point.variables, **own}
 
 
 def _fitted(found: Findings) -> list[float]:
@@ -136,12 +138,12 @@ def print_findings(found: Findings) -> None:
     )
     console.print(_parameters(found))
     headers = ("", *law.variables, "found", "law", "off by")
-    far = sorted(
-        zip(found.points, _fitted(found), strict=True), key=lambda one: -abs(one[1] / one[0].loss - 1)
-    )
-    shown = far[:MAX_SHOWN] if len(far) > MAX_SHOWN else zip(found.points, _fitted(found), strict=True)
-    table = _table("Fitted" if len(far) <= MAX_SHOWN else f"Fitted, the {MAX_SHOWN} furthest off", headers)
-    for point, loss in shown:
+    fitted, title = list(zip(found.points, _fitted(found), strict=True)), "Fitted"
+    if len(fitted) > MAX_SHOWN:
+        title = f"Fitted, the {MAX_SHOWN} furthest off of {len(fitted)}"
+        fitted = sorted(fitted, key=lambda one: -abs(one[1] / one[0].loss - 1))[:MAX_SHOWN]
+    table = _table(title, headers)
+    for point, loss in fitted:
         table.add_row(*_cells(point, loss))
     console.print(table)
     if found.held_out:

@@ -17,12 +17,11 @@ KNOWN_DLCM = {
 }
 
 
-def chinchilla(N, D):
-    return KNOWN["E"] + KNOWN["A"] / N ** KNOWN["alpha"] + KNOWN["B"] / D ** KNOWN["beta"]
+def chinchilla(N, D, of=KNOWN):
+    return of["E"] + of["A"] / N ** of["alpha"] + of["B"] / D ** of["beta"]
 
 
-def dlcm(N, D, R, P):
-    of = KNOWN_DLCM
+def dlcm(N, D, R, P, of=KNOWN_DLCM):
     token = of["A_tok"] / (N * (1 - P) + of["t_tok"]) ** of["d_tok"]
     concept = of["A_con"] * R ** of["g"] / (N * P + of["t_con"]) ** of["d_con"]
     return of["E"] + token + concept + of["A_data"] / (D + of["t_data"]) ** of["d_data"]

@@ -15,14 +15,16 @@ LADDER = grid(N=np.geomspace(1e7, 1e9, 4), D=np.geomspace(2e8, 2e10, 4))
 LOSSES = chinchilla(**LADDER)
 
 
-@pytest.mark.parametrize("law", [CHINCHILLA, DLCM], ids=lambda law: law.name)
-def test_slopes_are_those_of_the_loss(law):
+@pytest.mark.parametrize(("law", "formula"), [(CHINCHILLA, chinchilla), (DLCM, dlcm)])
+def test_a_vector_is_its_parameters_and_slopes_are_those_of_the_loss(law, formula):
     columns = grid(
         N=np.array([1e8, 3e9]), D=np.array([2e9, 7e10]), R=np.array([2, 4]), P=np.array([0.3, 0.6])
     )
     centred = Centred.at(law, columns)
     vector = np.linspace(0.2, 0.9, len(law.parameters))
-    _, slopes = centred.log_loss(columns, vector)
+    log_loss, slopes = centred.log_loss(columns, vector)
+    plain = formula(**{name: columns[name] for name in law.variables}, of=centred.values(vector))
+    np.testing.assert_allclose(np.exp(log_loss), plain, rtol=1e-12)
     for number, slope in enumerate(slopes):
         move = 1e-6 * np.eye(len(vector))[number]
         rise = centred.log_loss(columns, vector + move)[0] - centred.log_loss(columns, vector - move)[0]
@@ -75,15 +77,12 @@ def test_points_that_determine_no_law_are_refused(columns, draws, said):
 
 def test_an_exponent_that_the_points_do_not_determine_is_named():
     found = fit(CHINCHILLA, LADDER, scattered(1.7 + 400 / LADDER["N"] ** 0.34, by=0.004), draws=40)
-    assert [text.split()[0] for text in doubts(found)][:-1] == ["beta"]
+    assert doubts(found).keys() == {"beta"}
 
 
 def test_a_loss_without_a_floor_leaves_none_to_be_found():
     losses = 400 / LADDER["N"] ** 0.34 + 410 / LADDER["D"] ** 0.28
-    assert (
-        "E is not determined by these points: it ended at"
-        in doubts(fit(CHINCHILLA, LADDER, losses, draws=20))[0]
-    )
+    assert "it ended at" in doubts(fit(CHINCHILLA, LADDER, losses, draws=20))["E"]
 
 
 def test_a_budget_buys_what_no_other_size_betters():
