@@ -191,6 +191,11 @@ def _check_precision(config: Config, rows: Mapping[str, int]) -> None:
         f"precision.fp8=delayed cannot compute {_listed(again)} again: leave them out of"
         " layout.recompute_modules, or take another recipe.",
     )
+    require(
+        not config.evaluation.infill_sequences,
+        f"precision.fp8={precision.fp8} cannot decode between steps, a block's few rows at a time: set"
+        " evaluation.infill_sequences=0.",
+    )
     multiple = 32 if precision.fp8 is Fp8.mxfp8 else 16
     own = {f"rows of stage {name}": count // config.layout.tp for name, count in rows.items()}
     for name, size in (_widths(config) | own).items():

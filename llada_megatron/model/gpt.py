@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from llada_megatron.model.core_attention import KeysParams
 from llada_megatron.model.head import head_output, reduce_input_gradient_once
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs, SoftTokens
 from llada_megatron.model.normal import noise_rows
+from llada_megatron.model.readout import fused
 from llada_megatron.model.rotary import ExplicitRotary
 
 
@@ -24,6 +26,7 @@ class BlockDiffusionGPT(GPTModel):
         *args: Any,
         rotary: ExplicitRotary,
         head_chunk_tokens: int,
+        fuses_cross_entropy: bool,
         balance_clean_half: bool,
         routes_blocks: bool,
         **kwargs: Any,
@@ -31,6 +34,7 @@ class BlockDiffusionGPT(GPTModel):
         super().__init__(*args, **kwargs)
         self.rotary_pos_emb = rotary
         self.head_chunk_tokens = head_chunk_tokens
+        self.fuses_cross_entropy = fuses_cross_entropy
         self.balance_clean_half = balance_clean_half
         self.routes_blocks = routes_blocks
         if self.post_process:
@@ -56,6 +60,8 @@ class BlockDiffusionGPT(GPTModel):
     def _given(self, inputs: ModelInputs) -> dict[str, Any]:
         """GPTModel's arguments."""
         S = inputs.tokens.shape[1]
+        if self.fuses_cross_entropy:
+            inputs = replace(inputs, readout=fused(inputs.readout))
         return {
             "input_ids": inputs.tokens,
             "position_ids": inputs.positions,

@@ -8,6 +8,7 @@ Legend: n rows of a chunk, V vocabulary, tp tensor-parallel ranks.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +46,14 @@ def _cross_entropy(logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Te
     return vocab_parallel_cross_entropy(logits_nV.float(), labels_n, tp_group=group)
 
 
+def _fused_cross_entropy(logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Tensor:
+    assert labels_n is not None
+    if not len(labels_n):  # which its kernel refuses
+        return _cross_entropy(logits_nV, labels_n, group)
+    engine = importlib.import_module("megatron.core.extensions.transformer_engine")
+    return engine.te_parallel_cross_entropy(logits_nV[:, None], labels_n[:, None], group)[:, 0]
+
+
 def _logits(logits_nV: Tensor, labels_n: Tensor | None, group: Any) -> Tensor:
     return gather_from_tensor_model_parallel_region(logits_nV, group)
 
@@ -71,6 +80,12 @@ TOP_ONE = Readout("top-1", columns=2, needs_labels=False, read=_top_one)
 
 float64, because float32 has not every id above 2^24, and bfloat16 not even those above 256.
 """
+
+
+def fused(readout: Readout) -> Readout:
+    """CROSS_ENTROPY by TransformerEngine's kernel, which computes in fp32 without logits in fp32; others as
+    they are."""
+    return replace(readout, read=_fused_cross_entropy) if readout == CROSS_ENTROPY else readout
 
 
 def confidence(temperature: float = 1.0) -> Readout:

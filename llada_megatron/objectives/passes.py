@@ -37,7 +37,7 @@ def forward_step(
     return_schedule_plan: in the output's place the plan of a forward, as layout.overlap_experts asks for it.
     """
     batch = next(batches)
-    run = model.build_schedule_plan if return_schedule_plan else model
+    run: Any = model.build_schedule_plan if return_schedule_plan else model
     return run(batch.inputs), partial(reduced, objective, ratios, batch)
 
 

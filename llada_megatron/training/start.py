@@ -12,6 +12,7 @@ from llada_megatron.attention import select_backend
 from llada_megatron.attention.portable import portable_attention
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import AttentionBackend, Config
+from llada_megatron.model import speed
 from llada_megatron.model.specs import layer_spec_line, resolve_layer_spec
 from llada_megatron.runtime import adamw, device
 
@@ -21,9 +22,10 @@ FUSIONS = {
     "moe_router_fusion": "router",
     "bias_activation_fusion": "SwiGLU",
     "apply_rope_fusion": "rotary",
-    "gradient_accumulation_fusion": "weight gradients",
 }
 """megatron-core's switches, in words; those that begin with `moe` are of experts."""
+OUTSIDE_LAYERS = ("weight gradients", "cross entropy")
+"""What model.fusions fuses where TransformerConfig has no say."""
 
 
 def attention_line(config: Config) -> str:
@@ -58,13 +60,18 @@ def engine_lines(config: Config, built: TransformerConfig) -> list[str]:
     names = {switch: name for switch, name in FUSIONS.items() if model.has_experts or "moe" not in switch}
     fused = [name for switch, name in names.items() if getattr(built, switch)]
     plain = [name for name in names.values() if name not in fused]
+    is_fused = speed.fused(config, layer_spec=resolve_layer_spec(model))
+    (fused if is_fused else plain).extend(OUTSIDE_LAYERS)
     said = [
         f"layers    {layer_spec_line(model)}; fused: {', '.join(fused) or 'none'};"
         f" not fused: {', '.join(plain) or 'none'}"
     ]
     if model.has_experts:
-        dispatcher = built.moe_token_dispatcher_type
-        said.append(f"experts   {model.experts} over ep {config.layout.ep}, {dispatcher} dispatcher")
+        layout = config.layout
+        overlapped = ", overlapped" if layout.overlap_experts or layout.overlap_shared_experts else ""
+        said.append(
+            f"experts   {model.experts} over ep {layout.ep}, {layout.dispatcher} dispatcher{overlapped}"
+        )
     return [*said, f"optimizer {optimizer_line()}", f"attention {attention_line(config)}"]
 
 

@@ -22,6 +22,7 @@ from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config, ModelConfig, MomentsAtStart
 from llada_megatron.config.stage_settings import model_of
 from llada_megatron.data.packed import PackedSequences
+from llada_megatron.model import speed
 from llada_megatron.model.provider import build_model
 from llada_megatron.model.readout import Readout
 from llada_megatron.model.rotary import set_frequencies
@@ -33,6 +34,7 @@ from llada_megatron.parallel.dealing import Deal, data_parallel, sample_indices
 from llada_megatron.runtime import device
 from llada_megatron.training.ahead import Ahead, builder
 from llada_megatron.training.balance import ExpertBalance
+from llada_megatron.training.cuda_graphs import Graphs
 from llada_megatron.training.embedding import embedding_statistics
 from llada_megatron.training.expert_rows import ExpertRows
 from llada_megatron.training.frozen import freeze
@@ -57,6 +59,7 @@ class Trainer:
     watch: Watch
     objectives: Mapping[str, Objective]
     """By the name that stages give."""
+    graphs: Graphs
     average: WeightAverage | None = None
     spikes: Spikes = field(default_factory=Spikes)
     deal: Deal = sample_indices
@@ -84,6 +87,7 @@ def assemble(
 
     Without `initialize` weights have no values; `attention` takes the place of the configured executor.
     """
+    speed.open_buffers(config, schedule)
     stages = build_model(config, initialize=initialize, attention=attention)
     freeze(config, stages)
     model = wrap(config, stages)
@@ -96,7 +100,10 @@ def assemble(
     objectives = {name: objective_of(name, config, schedule) for name in names}
     decay = config.training.ema_decay
     average = WeightAverage(optimizer, decay) if decay else None
-    return Trainer(config, schedule, data, model, optimizer, rate, balance, rows, watch, objectives, average)
+    graphs = Graphs(config, model, optimizer)
+    return Trainer(
+        *(config, schedule, data, model, optimizer, rate, balance, rows, watch, objectives, graphs, average)
+    )
 
 
 @dataclass
@@ -138,9 +145,10 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    sizes = pass_sizes(stage)
+    trainer.graphs.begin(sizes)
     trainer.rows.begin()
     trainer.watch.begin(step)
-    sizes = pass_sizes(stage)
     build = partial(micro_batches, trainer, objective, stage, step, sigma)
     if objective.draft_readout is not None:
         build = partial(build, drafts=_drafts(trainer, objective, stage, step, sigma))

@@ -25,7 +25,7 @@ from llada_megatron.config.layout import (
     pipeline_stages,
     rank_at,
 )
-from llada_megatron.config.schema import Config, Dispatcher, LayoutConfig, Recompute
+from llada_megatron.config.schema import Config, Dispatcher, Dtype, LayoutConfig, OffloadModule, Recompute
 from tests.distributed import run_ranks
 
 # Ranks and coordinates
@@ -307,10 +307,14 @@ def configs(draw: st.DrawFn) -> Config:
         dispatcher=draw(st.sampled_from(Dispatcher)),
         overlap_grad_reduce=draw(st.sampled_from([True, True, False])),
         overlap_param_gather=draw(st.booleans()),
+        overlap_experts=draw(st.sampled_from([False, False, True])),
+        overlap_shared_experts=draw(st.sampled_from([False, False, True])),
+        offload_modules=draw(st.one_of(st.just([]), st.lists(st.sampled_from(OffloadModule), max_size=3))),
     )
     model = replace(parity().model, layers=max(layers, 2), tied_head=draw(st.booleans()))
-    length = draw(st.sampled_from([96, 128]))
-    return replace(parity(), layout=layout, model=model, data=replace(parity().data, sequence_length=length))
+    data = replace(parity().data, sequence_length=draw(st.sampled_from([96, 128])))
+    precision = replace(parity().precision, dtype=draw(st.sampled_from(Dtype)))
+    return replace(parity(), layout=layout, model=model, data=data, precision=precision)
 
 
 @settings(max_examples=300)

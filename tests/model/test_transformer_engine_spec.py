@@ -26,6 +26,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYER_SPECS = ("local", "transformer_engine")
+SWITCHES = [
+    *("precision.fp8=blockwise", "layout.offload_modules=[core_attn,attn_proj,expert_fc1,moe_act,mlp_norm]"),
+    *("layout.overlap_shared_experts=true", "training.cuda_graphs=[moe_router,moe_preprocess]"),
+]
 FROM_TRANSFORMER_ENGINE = ("transformer_engine.", "megatron.core.extensions.transformer_engine.")
 
 
@@ -43,9 +47,15 @@ class Built:
     """Names of the modules that hold parameters."""
     objects: set[str]
     """Keys of what a checkpoint holds besides tensors."""
+    fusions: tuple[bool, ...]
+    """Of permutation, router and rotary; the head's cross entropy."""
 
 
-def build(layer_spec: str) -> Built:
+def build_switched(layer_spec: str) -> Built:
+    return build(layer_spec, *SWITCHES)
+
+
+def build(layer_spec: str, *switches: str) -> Built:
     """Build `tiny` in a process that has imported neither megatron-core nor TransformerEngine."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same test on a machine with a GPU
     if layer_spec == "transformer_engine":
@@ -59,7 +69,9 @@ def build(layer_spec: str) -> Built:
     from llada_megatron.runtime import device
 
     # bf16 also shows norms that are kept in another dtype than the parameters'.
-    config = compose(["experiment=parity", "model=tiny", "precision=bf16", f"model.layer_spec={layer_spec}"])
+    config = compose(
+        ["experiment=parity", "model=tiny", "precision=bf16", f"model.layer_spec={layer_spec}", *switches]
+    )
     groups.initialize(config.layout)
     # Its modules refuse to be made without CUDA; ours are made on the CPU, which they really have.
     pretend = mock.patch.object(torch.cuda, "is_available", return_value=True)
@@ -93,15 +105,27 @@ def report(stage) -> Built:
         classes={name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in modules.items()},
         owners={name for name, m in modules.items() if next(m.parameters(recurse=False), None) is not None},
         objects={value.key for value in nested_values(sharded) if isinstance(value, ShardedObject)},
+        fusions=(
+            *(
+                stage.config.moe_permute_fusion,
+                stage.config.moe_router_fusion,
+                stage.config.apply_rope_fusion,
+            ),
+            stage.fuses_cross_entropy,
+        ),
     )
 
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Built]:
     """Each spec in an interpreter of its own: what is imported first decides what megatron-core does."""
+    return dict(zip(LAYER_SPECS, in_processes_of_their_own(build, LAYER_SPECS), strict=True))
+
+
+def in_processes_of_their_own(make, layer_specs):
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(LAYER_SPECS), context, max_tasks_per_child=1) as pool:
-        return dict(zip(LAYER_SPECS, pool.map(build, LAYER_SPECS), strict=True))
+    with ProcessPoolExecutor(len(layer_specs), context, max_tasks_per_child=1) as pool:
+        return list(pool.map(make, layer_specs))
 
 
 def test_both_layer_specs_write_the_same_keys_shapes_and_dtypes(built: dict[str, Built]) -> None:
@@ -141,3 +165,14 @@ def test_the_layers_are_transformer_engines_and_attention_and_router_ours(built:
 def test_the_local_spec_holds_nothing_of_transformer_engine(built: dict[str, Built]) -> None:
     classes = built["local"].classes.values()
     assert not [kind for kind in classes if kind.startswith(FROM_TRANSFORMER_ENGINE)]
+
+
+def test_fusions_are_on_where_the_layers_are_transformer_engines(built: dict[str, Built]) -> None:
+    assert [built[name].fusions for name in LAYER_SPECS] == [(False,) * 4, (True,) * 4]
+
+
+@pytest.mark.slow
+def test_switches_change_nothing_in_a_checkpoint(built: dict[str, Built]) -> None:
+    (switched,) = in_processes_of_their_own(build_switched, ["transformer_engine"])
+    assert switched.entries == built["local"].entries
+    assert switched.objects == set()

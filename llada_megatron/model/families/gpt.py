@@ -139,6 +139,7 @@ def build_stage(
         vp_stage=vp_stage,
         rotary=ExplicitRotary(),
         head_chunk_tokens=model.head_chunk_tokens,
+        fuses_cross_entropy=speed.fused(config, layer_spec=layer_spec),
         balance_clean_half=model.expert_balance_clean_half,
         routes_blocks=model.has_experts and model.expert_capacity > 0,
     )
