@@ -77,7 +77,8 @@ def head_output(
         return read(chosen_NH, labels, weight_VH)
     chunks = chosen_NH.split(chunk_tokens)
     labels_of_chunks = [None] * len(chunks) if labels is None else labels.split(chunk_tokens)
-    weights = [weight_VH, *(_summed_apart(weight_VH) for _ in chunks[1:])]
+    # One by one: autograd runs what was made last first, and would keep all gradients until the last chunk's.
+    weights = (_summed_apart(weight_VH) if number else weight_VH for number in range(len(chunks)))
     given = zip(chunks, labels_of_chunks, weights, strict=True)
     return torch.cat([checkpoint(read, *each, use_reentrant=False) for each in given])
 

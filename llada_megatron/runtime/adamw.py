@@ -128,7 +128,7 @@ def moments_in(dtype: torch.dtype) -> Iterator[None]:
     Its own switch for it, use_precision_aware_optimizer, also hands the masters to TransformerEngine, refuses
     every other optimizer, and gives a checkpoint copies of the state to load into.
     """
-    optimizer = importlib.import_module("megatron.core.optimizer")
+    optimizer: Any = importlib.import_module("megatron.core.optimizer")
     made = optimizer.Adam
     if dtype is not torch.float32:
         optimizer.Adam = partial(made, exp_avg_dtype=dtype, exp_avg_sq_dtype=dtype)
