@@ -63,14 +63,14 @@ def flex_torch_attention(
 
 @cache
 def _kernel(device_type: str) -> Callable[..., Tensor]:
+    # Imported here, since the import is what reads the setting of megatron-core's CPU seam.
+    from torch._dynamo import config as tracing
     from torch.nn.attention.flex_attention import flex_attention
 
     if device_type == "cuda":
-        return torch.compile(flex_attention, fullgraph=True, recompile_limit=GRAPHS)
-    # Uncompiled, it still traces itself; megatron-core's CPU seam turns tracing off for the process. Imported
-    # here, since the import is what reads the seam's setting.
-    from torch._dynamo import config as tracing
-
+        tracing.recompile_limit = max(tracing.recompile_limit, GRAPHS)  # an argument of torch 2.14's compile
+        return torch.compile(flex_attention, fullgraph=True)
+    # Uncompiled, it still traces itself; the seam turns tracing off for the process.
     return tracing.patch(disable=False)(flex_attention)  # type: ignore[no-any-return]
 
 
