@@ -116,7 +116,7 @@ def answer(config: Config, job: EvaluationJob) -> tuple[list[Answer], list[Decod
     `spent_forwards`. Raises BadInput before the first forward for whatever cannot be answered.
     """
     device.seed_everything(job.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=0)
+    groups.initialize(config.layout, threads=config.training.threads)
     try:
         decodings = decodings_of(job.rules, job.settings or {})
         full_attention_of(job.full or {})  # or what is wrong with it, before the weights

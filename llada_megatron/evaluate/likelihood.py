@@ -223,7 +223,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, *, autoregressive: boo
     as they are.
     """
     device.seed_everything(config.run.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=0)
+    groups.initialize(config.layout, threads=config.training.threads)
     try:
         evaluator = Evaluator(config, load_model(config, checkpoint))
         exact = evaluator.autoregressive() if autoregressive else None

@@ -24,7 +24,7 @@ def score_checkpoint(config: Config, checkpoint: Path, block_size: int) -> np.nd
     For every rank of config.layout, which need not be the layout that saved; the same on each.
     """
     device.seed_everything(config.run.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=0)
+    groups.initialize(config.layout, threads=config.training.threads)
     try:
         return bounds_of(config, load_model(config, checkpoint), block_size)
     finally:

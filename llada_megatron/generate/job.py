@@ -86,7 +86,7 @@ def decode(config: Config, job: Job) -> tuple[list[str], dict[str, float]]:
     For every rank of config.layout. Raises BadInput before the first forward for whatever cannot be decoded.
     """
     device.seed_everything(job.seed, config.precision.deterministic)
-    groups.initialize(config.layout, threads=0)
+    groups.initialize(config.layout, threads=config.training.threads)
     try:
         decoder = decoder_of(config, job)
         for number, prompt in enumerate(job.asked):
