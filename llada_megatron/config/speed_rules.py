@@ -23,7 +23,7 @@ from llada_megatron.config.schedule import Schedule, Stage
 from llada_megatron.config.schema import Config
 
 OF_GROUPED_EXPERTS = {OffloadModule.expert_fc1, OffloadModule.moe_act}
-"""Parts that only TransformerEngine's grouped experts have."""
+"""Parts of TransformerEngine's grouped experts."""
 
 
 def check_switches(config: Config, schedule: Schedule) -> None:
@@ -155,13 +155,13 @@ def _check_offload(config: Config) -> None:
     if not modules:
         return
     setting = "layout.offload_modules"
-    if inside := modules & OF_GROUPED_EXPERTS:
-        _needs_transformer_engine(config, f"{setting}=[{','.join(sorted(inside))}]")
-        require(
-            RecomputeModule.moe not in recomputed,
-            f"{setting} has {_listed(inside)}, which `moe` in layout.recompute_modules computes again: leave"
-            " one of them out.",
-        )
+    _needs_transformer_engine(config, setting)  # whose hooks move what is saved for backward
+    inside = modules & OF_GROUPED_EXPERTS
+    require(
+        not inside or RecomputeModule.moe not in recomputed,
+        f"{setting} has {_listed(inside)}, which `moe` in layout.recompute_modules computes again: leave one"
+        " of them out.",
+    )
     require(
         OffloadModule.attn_proj not in modules or OffloadModule.core_attn in modules,
         f"{setting} has attn_proj, whose input core_attn keeps as well: add core_attn.",

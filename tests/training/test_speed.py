@@ -63,16 +63,9 @@ def test_narrow_moments_are_saved_as_they_are_and_a_resume_goes_on_bit_for_bit(c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "switch",
-    [
-        ["layout.offload_modules=[core_attn,attn_proj,mlp_norm]"],
-        [TWO, "layout.ep=2", "layout.overlap_shared_experts=true"],
-    ],
-    ids=" ".join,
-)
-def test_what_moves_or_hides_data_computes_the_same(corpus, tmp_path, switch):
-    others = [each for each in switch if "overlap" not in each and "offload" not in each]
-    train(configure(corpus, tmp_path / "straight", BF16, *others))
-    train(configure(corpus, tmp_path / "switched", BF16, *switch))
-    assert comparable(tmp_path / "switched") == comparable(tmp_path / "straight")
+def test_a_shared_expert_beside_the_messages_trains_to_nearly_the_same_losses(corpus, tmp_path):
+    layout = [BF16, TWO, "layout.ep=2"]
+    train(configure(corpus, tmp_path / "straight", *layout))
+    train(configure(corpus, tmp_path / "switched", *layout, "layout.overlap_shared_experts=true"))
+    # Gradients of its input are added in another order.
+    assert losses(tmp_path / "switched") == pytest.approx(losses(tmp_path / "straight"), rel=RELATIVE_LOSS)
