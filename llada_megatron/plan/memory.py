@@ -29,7 +29,7 @@ def static_bytes(held: Parameters, layout: LayoutConfig, *, b: int, averages: bo
     """What a process holds between steps.
 
     weights    b per element of the buffers, where each has a gradient, and of what adapters stand beside;
-               8 per element of expert_bias: fp32 bias and fp32 counts
+               4 per element of expert_bias and per expert of a router, whose tokens it counts: fp32
     gradients  4 per element of the buffers: fp32
     optimizer  two fp32 moments per element that this process updates; for bf16 weights also an fp32 master.
                fp32 weights need none: megatron-core's optimizer then updates a view of them. Buffers are
@@ -40,7 +40,7 @@ def static_bytes(held: Parameters, layout: LayoutConfig, *, b: int, averages: bo
     dense, expert = padded_buffers(held, layout)
     mine = dense // (data_parallel_size(layout) * layout.cp) + expert // expert_data_parallel_size(layout)
     return {
-        "weights": b * (dense + expert + held.frozen) + 8 * held.bias,
+        "weights": b * (dense + expert + held.frozen) + 4 * (held.bias + held.counts),
         "gradients": 4 * (dense + expert),
         "optimizer": per_element * mine,
     }
