@@ -40,7 +40,14 @@ def _option(name: str) -> str:
 
 
 def is_full(checkpoint: Checkpoint) -> bool:
-    """Whether the stage that trained the weights last had one block of the whole sequence (`full`)."""
+    """Whether the stage that trained the weights last had one block of the whole sequence (`full`), or, where
+    none of ours did, their architecture is one of such models.
+    """
+    from llada_megatron.convert.families import FAMILIES
+
+    architecture = checkpoint.manifest.lineage.get("architecture")
+    if not checkpoint.manifest.block_size and architecture in FAMILIES:
+        return FAMILIES[architecture].blocks.get(architecture) == 0
     data = checkpoint.manifest.config_of_weights.get("data", {})
     return 0 < data.get("sequence_length", 0) <= checkpoint.manifest.block_size
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from llada_megatron.record.manifest import Checkpoint
 
 PRELOAD = "llada_megatron.generate.job"
-LLADA2_BLOCK = 32
-"""Of LLaDA2.0's last stage (arXiv 2512.15745), which its config.json does not say."""
 EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
 RULE_SETTINGS = (
     "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
@@ -248,7 +246,7 @@ def block_size_for(checkpoint: Checkpoint, asked: int | None, *, is_full: bool =
             " to fill masks: train it in a diffusion stage first."
         )
     architecture = manifest.lineage.get("architecture") if not manifest.block_size else None
-    trained = manifest.block_size or (LLADA2_BLOCK if is_diffusion(architecture) else 0)
+    trained = manifest.block_size or published_block(architecture)
     if asked is not None and asked < 1:
         raise BadInput(f"--block-size {asked}: give at least 1.")
     if is_full:
@@ -283,7 +281,14 @@ def is_diffusion(architecture: str | None) -> bool:
     """Whether Hugging Face's models of this architecture fill masks: LLaDA2's, not Ling's or Llama's."""
     from llada_megatron.convert.families import FAMILIES
 
-    return architecture in FAMILIES and FAMILIES[architecture].after_diffusion == architecture
+    return architecture in FAMILIES and architecture in FAMILIES[architecture].blocks
+
+
+def published_block(architecture: str | None) -> int:
+    """The block size of Hugging Face's models of this architecture; 0 where they have none."""
+    from llada_megatron.convert.families import FAMILIES
+
+    return FAMILIES[architecture].blocks[architecture] if architecture and is_diffusion(architecture) else 0
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -96,7 +96,12 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
 
     described: dict[str, Any] = read_json(source / "config.json", REMEDY)
     architecture = architecture_of(described)
-    family_of(architecture, source)  # or that it is not served
+    family = family_of(architecture, source)  # or that it is not served
+    if architecture in family.shifted:
+        raise BadInput(
+            f"{args.checkpoint} is of architecture {architecture}, which reads the logits before a mask:"
+            " decoding here reads those at the mask, convert it and train it in a diffusion stage first."
+        )
     fills_masks = is_diffusion(architecture)
     known = [args.mask_token_id]
     if (source / "tokenizer.json").is_file():

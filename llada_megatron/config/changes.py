@@ -80,6 +80,7 @@ NEVER = {
             "expert_hidden_size",
             "shared_expert_hidden_size",
             "expert_bias",
+            "qkv_bias",
             "qk_norm",
             "tied_head",
             "lora.rank",

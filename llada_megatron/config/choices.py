@@ -30,6 +30,13 @@ class Denominator(StrEnum):
     batch = "batch"
 
 
+class ExpertScore(StrEnum):
+    """What a router makes of its logits: scores that experts are chosen and weighted by."""
+
+    sigmoid = "sigmoid"
+    softmax = "softmax"
+
+
 class GroupRates(StrEnum):
     """How the blocks of a noise group get their mask rates (objectives/multi_block.py)."""
 

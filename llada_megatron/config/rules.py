@@ -70,6 +70,11 @@ def _check_stage(config: Config, stage: Stage) -> None:
     )
     for index, size in enumerate(config.evaluation.block_sizes):
         block_size_of(size, stage.sequence_length, f"evaluation.block_sizes[{index}]")
+    require(
+        not config.diffusion.random_length_share or stage.geometry.causal or stage.objective == "diffusion",
+        f"diffusion.random_length_share={config.diffusion.random_length_share} cuts sequences of objective"
+        f" diffusion alone, and {where} trains {stage.objective}: set it to 0.",
+    )
     if stage.objective == "multi_block":
         _check_groups(config, stage)
     if stage.objective == "editing" or config.evaluation.planted_share:

@@ -20,6 +20,7 @@ from llada_megatron.config.choices import (
     Denominator,
     Dispatcher,
     Dtype,
+    ExpertScore,
     Fp8,
     LayerSpec,
     LearningRateAtStart,
@@ -145,6 +146,10 @@ class ModelConfig:
     """Block routing (LLaDA2.2): the tokens of a block choose from a pool of so many experts, and groups are
     not used; 0: each token chooses from all (docs/experts.md)."""
     routed_scaling_factor: Factor = 1.0
+    expert_score: ExpertScore = ExpertScore.sigmoid
+    """softmax is that of Qwen3-MoE and LLaDA-MoE, without expert_bias and groups (docs/experts.md)."""
+    normalize_expert_weights: bool = True
+    """Whether the weights of a token's experts add up to routed_scaling_factor; false: softmax over all."""
     expert_bias: bool = True
     """Loss-free balancing: a bias per expert that takes part in selection only."""
     expert_bias_update_rate: Amount = 1e-3
@@ -159,6 +164,8 @@ class ModelConfig:
     block_size times noisy and once clean, and a balance over both halves may hide experts that only clean
     tokens choose. Stages without a clean half count all tokens either way.
     """
+    qkv_bias: bool = False
+    """Biases on queries, keys and values, as Qwen2 has them."""
     qk_norm: bool = True
     """RMSNorm over the head dimension of queries and keys, before rotary."""
     rotary_fraction: Annotated[float, Range(above=0, at_most=1)] = 0.5
@@ -240,6 +247,9 @@ class DiffusionConfig:
     """The rates of a sequence's documents or blocks, whichever t_per says, spread evenly over their range."""
     resample: bool = False
     """Draw a block's masks anew while the share that is masked lies outside mask_rate_min/max, as BD3-LM."""
+    random_length_share: Share = 0.0
+    """Share of the sequences of text of which only the first n tokens are learnt, n uniform on 1..L: 0.01 in
+    LLaDA's pretraining, where full attention would else know one length alone."""
     block_grid: BlockGrid = BlockGrid.sequence
     gives_mask_token: bool = True
     """False: the mask token's logit counts as minus infinity, as in BD3-LM; a model never has to give it."""

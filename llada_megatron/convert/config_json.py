@@ -10,16 +10,14 @@ from llada_megatron.config.ranges import check_values
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert import block_fp8, rope_json
 from llada_megatron.convert.families import family_of
-from llada_megatron.convert.families.bailing import BLOCK_SIZE
 from llada_megatron.convert.families.family import REQUIRED, Family, architecture_of
-from llada_megatron.convert.families.shared import ANOTHER_MODEL, IDLE, IDLE_AT
+from llada_megatron.convert.families.shared import ANOTHER_MODEL, BLOCK_SIZE, IDLE, IDLE_AT
 from llada_megatron.convert.rope_json import is_number
 
 QUANTIZATION = "quantization_config"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ORDERS = ("delete_token_id", "split_token_id")
 """Keys of ours, for rows that text never holds (docs/levenshtein.md); both, or the model has none."""
-LONGEST = rope_json.LONGEST
 FULL_ATTENTION = "full_attention"
 _TYPES = get_type_hints(ModelConfig)
 
@@ -33,7 +31,7 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
     architecture = architecture_of(described)
     family = family_of(architecture, where)
     _require_served(described, family, where)
-    values: dict[str, Any] = {"family": family.builds}
+    values: dict[str, Any] = {"family": family.builds, **family.always}
     for row in family.rows:
         value = row.read(described)
         if value is REQUIRED:
@@ -69,6 +67,12 @@ def orders_of(described: dict[str, Any], vocab_size: int, where: str) -> dict[st
     return found
 
 
+def mask_token_id(described: dict[str, Any]) -> int | None:
+    """As a config.json names it."""
+    said = described.get("mask_token_id")
+    return said if type(said) is int else None
+
+
 def unread(described: dict[str, Any], where: str) -> list[str]:
     """Keys of a config.json with a value that nothing reads, neither here nor in the public code."""
     family = family_of(architecture_of(described), where)
@@ -86,18 +90,24 @@ def unread(described: dict[str, Any], where: str) -> list[str]:
 def doubts(described: dict[str, Any]) -> list[str]:
     """What of a config.json others read otherwise, a sentence each."""
     said = []
+    architecture = architecture_of(described)
+    if architecture in family_of(architecture, "config.json").shifted:
+        said.append(
+            f"{architecture} reads the logits before a mask, which training here does not: to it this is an"
+            " autoregressive model."
+        )
     if nested := rope_json.by_layer(described):
         said.append(
             f"{nested} is taken for all layers; the public code of this architecture reads no such key."
         )
     scaling = described.get("rope_scaling") or described.get("rope_parameters") or {}
     factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    reach = described.get(LONGEST)
+    reach = described.get(rope_json.LONGEST)
     kind = scaling.get("rope_type") or scaling.get("type")
     if kind == "yarn" and factor and original and reach and reach != factor * original:
         said.append(
-            f"{LONGEST}={reach} is not yarn's factor {factor} times {original}: the factor is taken; some"
-            f" versions of transformers take {reach / original:g}."
+            f"{rope_json.LONGEST}={reach} is not yarn's factor {factor} times {original}: the factor is"
+            f" taken; some versions of transformers take {reach / original:g}."
         )
     return said
 
@@ -115,7 +125,7 @@ def describe(
 
     `carried` is the config.json that the model came with, empty where there was none: under the same
     architecture only what differs is changed. `positions` is the longest sequence where it does not say;
-    `block_size` that of the last stage, which a model with block routing must be decoded with; 0: unknown.
+    `block_size` that of the last stage, which some architectures say; 0: unknown.
     `orders` are the ids of ORDERS where the run says them.
     """
     family = family_of(architecture, "--architecture")
@@ -123,7 +133,7 @@ def describe(
     same = architecture_of(carried) == architecture
     values = {row.theirs: getattr(model, row.ours) for row in family.rows}
     values |= family.keys(model, carried if same else {}) | (orders or {})
-    if model.expert_capacity and block_size:
+    if block_size and family.says_block_size(model, architecture):
         values[BLOCK_SIZE] = block_size
     values |= dict.fromkeys(
         [key for key in ("dtype", "torch_dtype") if key in carried] or ["torch_dtype"], dtype
@@ -136,7 +146,7 @@ def describe(
         dropped |= rope_json.KEYS
         values |= rope_json.write(model, family.rotary)
         if reach := rope_json.longest(model.rotary_scaling):
-            values[LONGEST] = reach
+            values[family.longest] = reach
     if same:
         kept = {key: value for key, value in carried.items() if key not in dropped}
         said = kept | {row.theirs: row.read(carried) for row in family.rows}
@@ -145,7 +155,7 @@ def describe(
         return kept | changed | ({"mask_token_id": model.mask_token_id} if touched else {})
     dropped |= {*family.left_behind, "auto_map"}
     kept = {key: value for key, value in carried.items() if key not in dropped}
-    defaults = {"pad_token_id": None} | ({LONGEST: positions} if positions else {})
+    defaults = {"pad_token_id": None} | ({family.longest: positions} if positions else {})
     written = {"architectures": [architecture], **family.architectures[architecture]}
     fixed = family.fixed | family.also_written
     return defaults | kept | written | fixed | values | {"mask_token_id": model.mask_token_id}
@@ -163,15 +173,16 @@ def changes(carried: dict[str, Any], described: dict[str, Any], positions: int |
     rotary = sorted(key for key in rope_json.KEYS if carried.get(key) != described.get(key))
     if carried and rotary:
         said.append(f"{', '.join(rotary)} changed to what the model computes.")
-    reach, before = described.get(LONGEST), carried.get(LONGEST)
+    longest = family_of(architecture_of(described), "config.json").longest
+    reach, before = described.get(longest), carried.get(longest)
     if reach is None:
-        said.append(f"{LONGEST} is not written: neither the source nor a run says it.")
+        said.append(f"{longest} is not written: neither the source nor a run says it.")
     elif before is None:
-        said.append(f"{LONGEST}={reach} is new: the model came without one.")
+        said.append(f"{longest}={reach} is new: the model came without one.")
     elif before != reach:
-        said.append(f"{LONGEST} changed from {before} to {reach}, as far as the rotary scaling reaches.")
+        said.append(f"{longest} changed from {before} to {reach}, as far as the rotary scaling reaches.")
     elif positions and positions > reach:
-        said.append(f"{LONGEST}={reach} is the source's; the run trained sequences of {positions} tokens.")
+        said.append(f"{longest}={reach} is the source's; the run trained sequences of {positions} tokens.")
     return said
 
 
@@ -198,7 +209,7 @@ def _require_served(described: dict[str, Any], family: Family, where: str) -> No
     kinds = described.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != FULL_ATTENTION for kind in kinds)):
         raise BadInput(f"{where} sets layer_types={kinds}: only {FULL_ATTENTION} is served.")
-    for key in (*family.counts, LONGEST):
+    for key in (*family.counts, family.longest):
         if described.get(key) is not None:
             _typed(described[key], int, key, where)
     for key in TOKEN_IDS:
@@ -248,4 +259,8 @@ def _require_expressible(model: ModelConfig, architecture: str, family: Family) 
     if family.experts != model.has_experts:
         kind = "no experts" if family.experts else f"{model.experts} experts"
         raise BadInput(f"The model has {kind}: {architecture} cannot hold it, choose another --architecture.")
+    if differing := family.differing(model):
+        raise BadInput(
+            f"{architecture} cannot hold a model of {', '.join(differing)}: choose another --architecture."
+        )
     family.require(model, architecture)

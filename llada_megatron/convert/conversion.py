@@ -24,7 +24,7 @@ from llada_megatron.convert import block_fp8, config_json, tokenizer_files
 from llada_megatron.convert.adapted import MergedReader, without_adapters
 from llada_megatron.convert.certificate import Certificate, Ledger, tensors_digest
 from llada_megatron.convert.families import FAMILIES, SERVED, ExpertLayout, Family, family_of
-from llada_megatron.convert.families.bailing import BLOCK_SIZE
+from llada_megatron.convert.families.shared import BLOCK_SIZE
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.reference_files import ReferenceFiles
@@ -67,7 +67,9 @@ def hf_to_mcore(
     files.dequantised = _stated_dtype(described)
     notes = _source_notes(source, files, described)
     described = block_fp8.without_quantization(described)
-    token_id = tokenizer_files.mask_token(source, mask_token_id, mask_token)
+    token_id = tokenizer_files.mask_token(
+        source, mask_token_id, mask_token, config_json.mask_token_id(described)
+    )
     where = f"{source}/config.json"
     model = config_json.model_config(described, token_id, where)
     orders = config_json.orders_of(described, model.vocab_size, where)
@@ -100,7 +102,8 @@ def hf_to_mcore(
                 "architecture": architecture,
                 "tensors_sha256": tensors_digest(certificate.hugging_face),
             }
-            blocks = (described.get(BLOCK_SIZE) or 0) if model.expert_capacity else 0
+            says = family.says_block_size(model, architecture)
+            blocks = (described.get(BLOCK_SIZE) or 0) if says else 0
             config = {"model": asdict(model)} | ({"levenshtein": orders} if orders else {})
             manifest = Manifest(config=config, block_size=blocks, lineage=lineage)
             publish.finish(aside, target, manifest)
@@ -130,7 +133,7 @@ def mcore_to_hf(
     came_as = carried_config(checkpoint)
     plain = without_adapters(model)
     architecture = architecture or architecture_for(manifest, plain, came_as)
-    family = family_of(architecture, "--architecture")
+    family = _family_to_leave_as(architecture, layout, manifest)
     entries = list(family.table(plain, layout))
     if tokenizer is not None:
         tokenizer_files.require_tokenizer(tokenizer)
@@ -309,14 +312,35 @@ def architecture_for(manifest: Manifest, model: ModelConfig, came_as: dict[str, 
     """What the model came as, or the first family's that can hold it, by what its last stage trained."""
     came = config_json.architecture_of(came_as)
     families = (*([FAMILIES[came]] if came in FAMILIES else []), *SERVED)
-    fitting = [one for one in families if one.builds == model.family and one.experts == model.has_experts]
-    if not fitting:
+    kind = [one for one in families if one.builds == model.family and one.experts == model.has_experts]
+    if not kind:
         raise BadInput(f"No Hugging Face architecture is served that holds a model of family {model.family}.")
-    stages = {stage["name"]: stage for stage in manifest.config.get("schedule", {}).get("stages", [])}
-    objective = stages.get(manifest.stage, {}).get("objective")
-    if objective and not OBJECTIVES[objective].causal and fitting[0].after_diffusion:
+    fitting = [one for one in kind if not one.differing(model)] or kind
+    if came not in FAMILIES and _fills_masks(manifest):
+        fitting.sort(key=lambda one: one.after_diffusion is None)
+    if _fills_masks(manifest) and fitting[0].after_diffusion:
         return fitting[0].after_diffusion
     return came if came in fitting[0].architectures else next(iter(fitting[0].architectures))
+
+
+def _family_to_leave_as(architecture: str, layout: ExpertLayout, manifest: Manifest) -> Family:
+    """That of --architecture; BadInput where it has no such layout of experts, or reads other logits."""
+    family = family_of(architecture, "--architecture")
+    if layout is ExpertLayout.stacked and family.experts and family.stacked_suffix is None:
+        raise BadInput(f"{architecture} holds a matrix per expert: leave --expert-layout stacked out.")
+    if architecture in family.shifted and _fills_masks(manifest):
+        raise BadInput(
+            f"{architecture} reads the logits before a mask, and stage {manifest.stage} trained those at the"
+            f" mask: choose --architecture {family.after_diffusion}."
+        )
+    return family
+
+
+def _fills_masks(manifest: Manifest) -> bool:
+    """Whether the last stage of a run trained diffusion."""
+    stages = {stage["name"]: stage for stage in manifest.config.get("schedule", {}).get("stages", [])}
+    objective = stages.get(manifest.stage, {}).get("objective")
+    return bool(objective) and not OBJECTIVES[objective].causal
 
 
 def _check_logits(

@@ -35,13 +35,18 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 CODE_FILES = ("*.py",)
 
 
-def mask_token(directory: Path, stated_id: int | None, stated_token: str | None) -> int:
+def mask_token(
+    directory: Path, stated_id: int | None, stated_token: str | None, described_id: int | None = None
+) -> int:
     """The id of the mask token, checked against tokenizer.json where there is one.
 
-    An id that is another token's is refused unless `stated_token` says which token it is: in Ling 2.0's
-    tokenizer 156895, LLaDA2's mask, ends a chat turn. Raises BadInput when no id is known.
+    Where neither `stated_id` nor the tokenizer says it, it is `described_id`, that of config.json. An id
+    that is another token's is refused unless `stated_token` says which token it is: in Ling 2.0's tokenizer
+    156895, LLaDA2's mask, ends a chat turn. Raises BadInput when no id is known.
     """
+    said = f"--mask-token-id {stated_id}"
     if not (directory / "tokenizer.json").is_file():
+        stated_id = described_id if stated_id is None else stated_id
         if stated_id is None:
             raise BadInput(f"{directory} has no tokenizer.json to name the mask token: give --mask-token-id.")
         return stated_id
@@ -52,23 +57,25 @@ def mask_token(directory: Path, stated_id: int | None, stated_token: str | None)
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"{directory}/tokenizer.json cannot be read: {error}.") from error
     named = next((name for name in MASK_NAMES if tokenizer.token_to_id(name) is not None), None)
+    if stated_id is None and named is not None:
+        found = tokenizer.token_to_id(named)
+        assert found is not None
+        return found
     if stated_id is None:
-        if named is None:
+        if described_id is None:
             raise BadInput(f"The tokenizer of {directory} names no mask token: give --mask-token-id.")
-        stated_id = tokenizer.token_to_id(named)
-        assert stated_id is not None
-        return stated_id
+        stated_id, said = described_id, f"mask_token_id={described_id} of config.json"
     token = tokenizer.id_to_token(stated_id)
     if stated_token is not None and token != stated_token:
         raise BadInput(f"--mask-token {stated_token}: in the tokenizer, id {stated_id} is {token or 'free'}.")
     if stated_token is None and token not in (None, named):
         raise BadInput(
-            f"--mask-token-id {stated_id} is {token} in the tokenizer of {directory}: choose a free id,"
-            f" or give --mask-token '{token}' if no text contains it."
+            f"{said} is {token} in the tokenizer of {directory}: give a free id as --mask-token-id,"
+            f" or --mask-token '{token}' if no text contains it."
         )
     if stated_token is None and token is None and named is not None:
         raise BadInput(
-            f"--mask-token-id {stated_id} is free, but the tokenizer's mask is {named},"
+            f"{said} is free, but the tokenizer's mask is {named},"
             f" {tokenizer.token_to_id(named)}: give that id."
         )
     return stated_id

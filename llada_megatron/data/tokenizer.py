@@ -19,7 +19,7 @@ END_OF_DOCUMENT_NAMES = (
     "[EOS]",
     "[SEP]",
 )
-MASK_NAMES = ("<|mask|>", "<|mdm_mask|>", "[MASK]", "<mask>")
+MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "[MASK]", "<mask>")
 
 
 class Tokenizer(Protocol):

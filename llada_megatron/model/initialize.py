@@ -20,8 +20,8 @@ def initialize_weights(model: BlockDiffusionGPT, *, seed: int, std: float, layer
     """Fill every parameter of this shard in place; no rank holds a tensor that it owns only a part of.
 
     Matrices are N(0, std^2), the projections back into the residual stream N(0, std^2 / (2 layers)), norms
-    one; of an adapter lora_b is zero and lora_a N(0, 1 / (3 in)), of the variance that PEFT draws. Raises
-    RuntimeError if a parameter is left without a value.
+    one, biases zero; of an adapter lora_b is zero and lora_a N(0, 1 / (3 in)), of the variance that PEFT
+    draws. Raises RuntimeError if a parameter is left without a value.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,7 +44,7 @@ def named_parameters(stage: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
 
 
 def _fill(shard: ShardedTensor, seed: int, std: float, layers: int) -> None:
-    if shard.key.endswith(("expert_bias", ".lora_b")):
+    if shard.key.endswith(("bias", ".lora_b")):
         shard.data.zero_()
     elif shard.key.endswith(".lora_a"):
         _fill_normal(shard, seed, 1 / math.sqrt(3 * shard.global_shape[-1]))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llada_megatron.config.router import RouterConfig
 from llada_megatron.model import pools
-from llada_megatron.model.router_losses import also_learn, sequence_balance, squared_log_sums
+from llada_megatron.model.router_losses import also_learn, expert_scores, sequence_balance, squared_log_sums
 
 UNCAPPED = 2.0
 """moe_expert_capacity_factor / experts where `rows_cap` is set: it tells megatron-core's dispatcher that rows
@@ -32,6 +32,10 @@ class BalancedRouter(TopKRouter):
     def __init__(self, *args: Any, settings: RouterConfig, expert_capacity: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.frozen_expert_bias = True
+        if not self.enable_expert_bias:  # megatron-core counts for the bias alone
+            del self.local_tokens_per_expert
+            counts = self.weight.new_zeros(self.config.num_moe_experts, dtype=torch.float32)
+            self.register_buffer("local_tokens_per_expert", counts, persistent=False)
         self.settings = settings
         self.expert_capacity = expert_capacity
         self.row_weight = self.sequence_weight = 0.0
@@ -104,7 +108,8 @@ class BalancedRouter(TopKRouter):
             losses.append(settings.z_loss * self.row_weight * squared_log_sums(logits_SBE))
         if settings.sequence_balance:
             k = self.config.moe_router_topk
-            unevenness = sequence_balance(logits_SBE, ignored_SB, k, self.tp_cp_group)
+            scores_SBE = expert_scores(logits_SBE, self.score_function)
+            unevenness = sequence_balance(scores_SBE, ignored_SB, k, self.tp_cp_group)
             self.unevenness = unevenness.detach()
             losses.append(settings.sequence_balance * self.sequence_weight * unevenness)
         return also_learn(logits_SBE, torch.stack(losses).sum())
@@ -121,8 +126,7 @@ class BalancedRouter(TopKRouter):
     def _maintain_float32_expert_bias(self) -> None:
         """Also of the counts: bf16, which Float16Module turns buffers into, counts no further than 256."""
         super()._maintain_float32_expert_bias()
-        if self.local_tokens_per_expert is not None:
-            self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
+        self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Add to the counts; routing_map bool [N, E], padding_mask bool [N], True for what does not count.
@@ -130,7 +134,7 @@ class BalancedRouter(TopKRouter):
         Under recompute the layer runs twice, once without gradients: that pass and evaluation do not count.
         megatron-core's own method multiplies [N, E] by [N], which fits no shape.
         """
-        if not self.enable_expert_bias or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         with torch.no_grad():
             if padding_mask is not None:

@@ -6,9 +6,10 @@ Both are added to the training loss for each layer with experts (docs/experts.md
     sequence_balance  times  mean over sequences of sum_i f_i P_i           DeepSeek-V3, arXiv 2412.19437,
     f_i = E/(k T) sum_t [i is among the k largest s_t],   P_i = 1/T sum_t s_ti / sum_j s_tj        eq. 17-20
 
-x are logits, s their sigmoids, without the bias of selection; T rows of a sequence. megatron-core 0.19.2 has
-both (router.py: apply_z_loss, _apply_seq_aux_loss) and multiplies them by a micro-batch's rows where the
-loss is a sum over tokens: right where it counts as many tokens as there are rows, as `[x_t ; x_0]` never has.
+x are logits, s their scores (model.expert_score) without the bias of selection; T rows of a sequence.
+megatron-core 0.19.2 has both (router.py: apply_z_loss, _apply_seq_aux_loss) and multiplies them by a
+micro-batch's rows where the loss is a sum over tokens: right where it counts as many tokens as there are
+rows, as `[x_t ; x_0]` never has.
 
 Legend: S rows of a sequence on this rank, B sequences, E experts, k of a row.
 """
@@ -22,19 +23,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def expert_scores(logits: Tensor, score_function: str) -> Tensor:
+    """What experts are chosen by, but for the bias: fp32, of the shape of logits [..., E]."""
+    return logits.float().sigmoid() if score_function == "sigmoid" else logits.float().softmax(dim=-1)
+
+
 def squared_log_sums(logits_SBE: Tensor) -> Tensor:
     """The sum over rows of (log sum_i exp x_i)^2, fp32 scalar."""
     return logits_SBE.float().logsumexp(dim=-1).square().sum()
 
 
-def sequence_balance(logits_SBE: Tensor, ignored_SB: Tensor | None, k: int, group: Any) -> Tensor:
+def sequence_balance(scores_SBE: Tensor, ignored_SB: Tensor | None, k: int, group: Any) -> Tensor:
     """This rank's part of the sum over sequences of sum_i f_i P_i, fp32 scalar.
 
     f is that of whole sequences, whose rows lie on the ranks of `group`; it has no gradient. P adds up over
     them, so the parts do. ignored_SB: bool, True for rows that do not count.
     """
-    E = logits_SBE.shape[-1]
-    scores_SBE = logits_SBE.float().sigmoid()
+    E = scores_SBE.shape[-1]
     share_SBE = scores_SBE / scores_SBE.sum(dim=-1, keepdim=True)
     with torch.no_grad():
         chosen_SBE = torch.zeros_like(scores_SBE).scatter_(-1, scores_SBE.topk(k, dim=-1).indices, 1.0)

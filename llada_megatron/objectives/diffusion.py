@@ -17,9 +17,10 @@ from llada_megatron.config.stage_settings import diffusion_of
 from llada_megatron.data.packed import PackedSample, PackedSequences
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 from llada_megatron.model.readout import Readout, without_token
-from llada_megatron.objectives.batch import MicroBatch, flat_outputs, model_mask
+from llada_megatron.objectives.batch import MicroBatch, Samples, flat_outputs, model_mask
 from llada_megatron.objectives.corruption import Corruption, corrupt
 from llada_megatron.objectives.objective import Loss, Objective
+from llada_megatron.objectives.random_length import at_random_length
 from llada_megatron.objectives.weights import embedding_noise_sigma, position_weights
 from llada_megatron.parallel.random import Purpose, torch_seed
 
@@ -60,6 +61,10 @@ class Diffusion(Objective):
         batch = self.corrupted(samples, corruptions, stage.block_size)
         batch.inputs.noise = self.noise([each.masked for each in corruptions], indices, noise_sigma)
         return batch
+
+    def _read(self, data: Samples, sequence: int) -> PackedSample:
+        share = self.config.diffusion.random_length_share
+        return at_random_length(super()._read(data, sequence), self.config.run.seed, sequence, share)
 
     def corruptions(self, samples: list[PackedSample], indices: list[int], stage: Stage) -> list[Corruption]:
         """How the stage asks for each sample to be corrupted; of what is left out nothing is masked."""

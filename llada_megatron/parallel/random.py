@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     PLANTED_PLACE = 24
     PLANTED_WORD = 25
     REMASKING = 26
+    RANDOM_LENGTH = 27
 
 
 def generator(

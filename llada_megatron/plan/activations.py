@@ -13,6 +13,7 @@ that spec the figures are an estimate.
 
 from __future__ import annotations
 
+from llada_megatron.config.choices import ExpertScore
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
 from llada_megatron.plan.shapes import Shape
 
@@ -31,10 +32,9 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
                projections), or with context parallelism 2b Kg, the exchange's ordered copy
     mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion)
     experts    b NH inputs; b N Fe/etp (2 gate and up, 1 weighted product)
-    router     tE (8 + 4): sorted indices int64, sigmoid; t(20k + 4): chosen and remaining indices, their
-               scores and probabilities, their sum; 4N received probabilities (and see held_bytes).
-               With gathered tokens T (layout.dispatcher=allgather): 4tE sigmoid; t(12k + 4); 8N order of the
-               copies; 4N probabilities, chosen by 5T E/ep of scores and map
+    router     t `router_bytes`; t(8E + 8k) of sorted indices and remaining ones; 4N received probabilities
+               (and see held_bytes). With gathered tokens T (layout.dispatcher=allgather) instead of sorted
+               ones 8N order of the copies; 4N probabilities, chosen by 5T E/ep of scores and map
     """
     S, t, N, tp = shape.rows, shape.tokens, shape.routed, layout.tp
     hidden, head_dim = model.hidden_size, model.head_dim
@@ -56,10 +56,23 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
     parts["experts"] = b * N * (hidden + 3 * model.expert_hidden_size // layout.etp)
     if layout.dispatcher is Dispatcher.allgather:
         chosen_from = gathered_tokens(shape, layout) * model.experts // layout.ep
-        parts["router"] = 4 * t * model.experts + t * (12 * k + 4) + 12 * N + 5 * chosen_from
+        parts["router"] = t * router_bytes(model) + 12 * N + 5 * chosen_from
     else:
-        parts["router"] = 12 * t * model.experts + t * (20 * k + 4) + 4 * N
+        parts["router"] = t * (router_bytes(model) + 8 * model.experts + 8 * k) + 4 * N
     return parts
+
+
+def router_bytes(model: ModelConfig) -> int:
+    """Of a token's choice of experts: 4E scores, 8k indices, 4k of the chosen ones' and 4 of their sum.
+
+    A softmax over the chosen alone keeps its k results instead of scores and sum, one over all only the E.
+    Where experts are chosen by their scores themselves, without a bias, E tell which groups are closed.
+    """
+    E, k = model.experts, model.experts_per_token
+    if model.expert_score is ExpertScore.softmax:
+        return 12 * k if model.normalize_expert_weights else 4 * E + 8 * k
+    closed = E if model.expert_groups > 1 and not model.expert_bias else 0
+    return 4 * E + 12 * k + 4 + closed
 
 
 def gathered_tokens(shape: Shape, layout: LayoutConfig) -> int:

@@ -43,8 +43,9 @@ def static_bytes(held: Parameters, layout: LayoutConfig, at: Kept, *, tables: in
     """What a process holds between steps.
 
     weights    b per element of the buffers, where each has a gradient, and of what adapters stand beside;
-               8 per element of expert_bias: fp32 bias and fp32 counts; with FP8 a copy by rows and one by
-               columns of what products of layers read, all but `tables` (elements of embedding and head)
+               4 per element of expert_bias and per expert of a router, whose tokens it counts: fp32; with FP8
+               a copy by rows and one by columns of what products of layers read, all but `tables` (elements
+               of embedding and head)
     gradients  4 per element of the buffers, 2 in bf16
     optimizer  two moments per element that this process updates; for bf16 weights also an fp32 master.
                fp32 weights need none: megatron-core's optimizer then updates a view of them. Buffers are
@@ -56,7 +57,7 @@ def static_bytes(held: Parameters, layout: LayoutConfig, at: Kept, *, tables: in
     mine = dense // (data_parallel_size(layout) * layout.cp) + expert // expert_data_parallel_size(layout)
     copies = 2 * (held.sharded + held.expert - tables) if at.fp8 else 0
     return {
-        "weights": at.b * (dense + expert + held.frozen) + 8 * held.bias + copies,
+        "weights": at.b * (dense + expert + held.frozen) + 4 * (held.bias + held.counts) + copies,
         "gradients": at.gradient * (dense + expert),
         "optimizer": per_element * mine,
     }

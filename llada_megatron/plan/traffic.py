@@ -163,8 +163,8 @@ def step_messages(
     if model.tied_head and layout.pp > 1 and holds_table:
         table = model.vocab_size // layout.tp * model.hidden_size
         messages.append(Message("embedding", "all_reduce", gradient_bytes * table, 0, 1))
-    if held.bias:
-        messages.append(Message("tp*dp", "all_reduce", 4 * held.bias, 0, 1))
+    if held.counts:
+        messages.append(Message("tp*dp", "all_reduce", 4 * held.counts, 0, 1))
     return messages
 
 

@@ -10,24 +10,22 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 from llada_megatron.config.schema import ModelConfig
+from llada_megatron.model.router import BalancedRouter
 from llada_megatron.runtime import device
 
 
 class ExpertBalance:
-    """Counts tokens per expert over a global batch and updates the biases once per step.
+    """Counts tokens per expert over a global batch and updates the biases, if any, once per step.
 
-    megatron-core's own update has no zero-mean form, so the biases are frozen for it and moved here. It
-    clears the routers' counts when it finalises the gradients: `finalize` reads them just before that.
+    megatron-core's own update has no zero-mean form, so the biases are frozen for it and moved here.
     """
 
     def __init__(self, model: list[torch.nn.Module], settings: ModelConfig) -> None:
         self.routers = [
-            module
-            for stage in model
-            for module in stage.modules()
-            if getattr(module, "expert_bias", None) is not None
+            module for stage in model for module in stage.modules() if isinstance(module, BalancedRouter)
         ]
         self.rate, self.zero_mean = settings.expert_bias_update_rate, settings.expert_bias_zero_mean
+        self.has_biases = settings.expert_bias
         self.tokens_RE: torch.Tensor | None = None  # [routers of this rank, experts]
 
     def finalize(self, model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -38,6 +36,8 @@ class ExpertBalance:
                 self.tokens_RE,
                 group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
             )
+            for router in self.routers:
+                router.local_tokens_per_expert.zero_()
         finalize_model_grads(model, *args, **kwargs)
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class ExpertBalance:
 
         The bias of a frozen router is frozen with it.
         """
-        if self.tokens_RE is None:
+        if self.tokens_RE is None or not self.has_biases:
             return
         change = self.rate * torch.sign(self.tokens_RE.mean(dim=1, keepdim=True) - self.tokens_RE)
         if self.zero_mean:

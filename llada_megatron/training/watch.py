@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llada_megatron.config.schema import Config
 from llada_megatron.model.router import BalancedRouter
+from llada_megatron.model.router_losses import expert_scores
 from llada_megatron.runtime import device
 
 SUMS = ("gradient", "weight", "activation", "activations", "entropy", "z", "rows", "unevenness", "sequences")
@@ -96,7 +97,7 @@ class Watch:
         if not self._learns():
             return
         number, logits = int(router.layer_number), logits.detach()
-        share = logits.sigmoid()
+        share = expert_scores(logits, router.score_function)
         share /= share.sum(dim=-1, keepdim=True)
         self._add(number, "entropy", torch.special.entr(share).sum(dtype=torch.double))
         self._add(number, "z", logits.logsumexp(dim=-1).square().sum(dtype=torch.double))

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 
 from llada_megatron.model import pools
+from llada_megatron.model.router_losses import expert_scores
 
 
 class RoutingMargin:
     """Watches routers and keeps the smallest gap between a chosen and a rejected score.
 
-    Scores are sigmoid(logits) + expert_bias, as megatron-core compares them: first groups, by the
-    sum of their best experts, then experts of the chosen groups. With block routing first the experts of
-    each block by their best score, then those of its pool.
+    Scores are those of model.expert_score plus expert_bias, as megatron-core compares them: first groups,
+    by the sum of their best experts, then experts of the chosen groups. With block routing first the experts
+    of each block by their best score, then those of its pool.
     """
 
     def __init__(self, routers: list[Any]) -> None:
@@ -26,7 +27,9 @@ class RoutingMargin:
     def _watch(self, router: Any, arguments: tuple[Any, ...]) -> None:
         config = router.config
         logits = router.gating(arguments[0]).flatten(0, -2)
-        scores = torch.sigmoid(logits) + router.expert_bias  # [tokens, E]
+        scores = expert_scores(logits, router.score_function)  # [tokens, E]
+        if router.expert_bias is not None:
+            scores = scores + router.expert_bias
         if config.moe_router_num_groups:
             chosen = config.moe_router_group_topk
             by_group = scores.unflatten(1, (config.moe_router_num_groups, -1))

@@ -7,13 +7,59 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llada_megatron.config.compose import compose
 from llada_megatron.config.contents import Contents
-from llada_megatron.config.families.gpt import parameters, stage_contents
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families.gpt import check, parameters, stage_contents
 from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.schema import LayoutConfig
 from tests.plan.flash import held_by, model_of
 
 TOTALS = {"mini": 16_255_643_392, "flash": 102_889_705_216}
+
+
+def attention(H: int, heads: int, kv_heads: int, D: int) -> int:
+    """Of a layer: projections of Q, K and V, and back."""
+    return H * D * (2 * heads + 2 * kv_heads)
+
+
+OTHERS = {
+    "qwen3_0_6b": 28 * (attention(1024, 16, 8, 128) + 3 * 1024 * 3072 + 2 * 1024 + 2 * 128)
+    + 151936 * 1024
+    + 1024,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "dream_7b": 7_615_616_512,
+    "llada_8b": 8_015_581_184,
+    "llada_moe_7b_a1b": 16
+    * (attention(2048, 16, 16, 128) + 64 * (3 * 2048 * 1024 + 2048) + 2 * 2048 + 2 * 128)
+    + 2 * 157184 * 2048
+    + 2048,
+}
+"""Published numbers of parameters, or sums over the tensors of the public layout."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_presets_of_other_families_have_every_parameter(name: str) -> None:
+    model = compose(["experiment=parity", f"model={name}"]).model
+    check(model)
+    assert total_parameters(model) == OTHERS[name]
+
+
+WRONG = [
+    ("llada_moe_7b_a1b", dict(expert_bias=True), "softmax needs model.expert_bias=false"),
+    ("llada_moe_7b_a1b", dict(expert_groups=2), "softmax needs model.expert_groups=1, not 2"),
+    ("qwen3_30b_a3b", dict(experts_per_token=1), "set model.normalize_expert_weights=false"),
+    ("llada2_mini", dict(normalize_expert_weights=False), "needs model.expert_score=softmax, not sigmoid"),
+    ("qwen3_30b_a3b", dict(expert_capacity=16), "needs model.expert_bias=true: pools are chosen by biased"),
+]
+
+
+@pytest.mark.parametrize("name, changed, sentence", WRONG)
+def test_scores_that_cannot_be_served_are_a_sentence(name: str, changed: dict, sentence: str) -> None:
+    model = compose(["experiment=parity", f"model={name}"]).model
+    with pytest.raises(BadInput, match=sentence):
+        check(replace(model, **changed))
 
 
 @pytest.mark.parametrize("name", TOTALS)

@@ -53,6 +53,85 @@ LLAMA = {
     "vocab_size": VOCABULARY,
     "torch_dtype": "bfloat16",
 }
+QWEN = {
+    "hidden_act": "silu",
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": DENSE_WIDTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "max_window_layers": LAYERS,
+    "tie_word_embeddings": False,
+    "vocab_size": VOCABULARY,
+    "torch_dtype": "bfloat16",
+}
+QWEN2 = QWEN | {"use_mrope": False}
+QWEN3_HEAD_DIM = 32
+"""More than HIDDEN / HEADS, as in small Qwen3s."""
+QWEN3 = QWEN | {"attention_bias": False, "head_dim": QWEN3_HEAD_DIM}
+QWEN3_MOE = QWEN3 | {
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": WIDTH,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "router_aux_loss_coef": 0.001,
+}
+SDAR = {"block_size": 4, "mask_token_id": MASK, "fuse_cross_entropy": True}
+QWENS: dict[str, dict] = {
+    "qwen2": QWEN2 | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "dream": QWEN2 | {"architectures": ["DreamModel"], "model_type": "Dream", "mask_token_id": MASK},
+    "qwen3": QWEN3 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "qwen3_tied": QWEN3
+    | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
+    "sdar": QWEN3 | SDAR | {"architectures": ["SDARForCausalLM"], "model_type": "sdar"},
+    "qwen3_moe": QWEN3_MOE | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
+    "qwen3_moe_dense": QWEN3_MOE
+    | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "mlp_only_layers": [0]},
+    "sdar_moe": QWEN3_MOE
+    | SDAR
+    | {"architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "norm_topk_prob": False},
+}
+LLADA = {
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    **dict(activation_type="silu", alibi=False, alibi_bias_max=8.0, attention_dropout=0.0),
+    **dict(attention_layer_norm=False, attention_layer_norm_with_affine=True, bias_for_layer_norm=False),
+    **dict(block_group_size=1, block_type="llama", d_model=HIDDEN, embedding_dropout=0.0),
+    **dict(embedding_size=VOCABULARY, eos_token_id=3, flash_attention=False, include_bias=False),
+    **dict(include_qkv_bias=False, init_cutoff_factor=None, init_device="meta", init_fn="mitchell"),
+    **dict(init_std=0.02, input_emb_norm=False, layer_norm_type="rms", layer_norm_with_affine=True),
+    **dict(mask_token_id=MASK, max_sequence_length=64, mlp_hidden_size=DENSE_WIDTH, mlp_ratio=4),
+    **dict(multi_query_attention=None, n_heads=HEADS, n_kv_heads=HEADS, n_layers=LAYERS),
+    **dict(pad_token_id=3, precision="amp_bf16", residual_dropout=0.0, rms_norm_eps=1e-5, rope=True),
+    **dict(rope_full_precision=True, rope_theta=500000.0, scale_logits=False, use_cache=False),
+    **dict(vocab_size=VOCABULARY, weight_tying=False, torch_dtype="bfloat16"),
+}
+LLADA_MOE = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "model_type": "llada",
+    **dict(attention_bias=False, attention_dropout=0.0, dense_intermediate_size=DENSE_WIDTH),
+    **dict(expert_intermediate_size=WIDTH, hidden_act="silu", hidden_size=HIDDEN, initializer_range=0.02),
+    **dict(max_position_embeddings=64, moe_layer_freq=[1] * LAYERS, moe_router_enable_expert_bias=False),
+    **dict(moe_router_score_function="softmax", norm_topk_prob=None, num_attention_heads=HEADS),
+    **dict(num_experts=EXPERTS, num_experts_per_tok=3, num_hidden_layers=LAYERS),
+    **dict(num_key_value_heads=HEADS, partial_rotary_factor=1, qk_layernorm=True, rms_norm_eps=1e-5),
+    **dict(rope_scaling=None, rope_theta=50000, routed_scaling_factor=1, router_aux_loss_coef=0.01),
+    **dict(router_num_group=None, router_topk_group=None, shared_expert_intermediate_size=None),
+    **dict(tie_word_embeddings=False, vocab_size=VOCABULARY, torch_dtype="bfloat16", use_cache=False),
+}
+RELATIVES = QWENS | {
+    "llada": LLADA,
+    "llada_moe": LLADA_MOE,
+    "llada_moe_dense": LLADA_MOE | {"moe_layer_freq": [0] + [1] * (LAYERS - 1)},
+}
+"""Kinds of checkpoint by name, beside those of MOE and LLAMA."""
 
 
 class Weights(dict):
@@ -104,6 +183,54 @@ def moe_weights(*, stacked: bool, prediction_layer: bool) -> Weights:
     return weights
 
 
+def llada_weights() -> Weights:
+    weights = Weights()
+    weights.add("model.transformer.wte.weight", VOCABULARY, HIDDEN)
+    for layer in range(LAYERS):
+        name = f"model.transformer.blocks.{layer}"
+        for projection in ("q_proj", "k_proj", "v_proj", "attn_out"):
+            weights.add(f"{name}.{projection}.weight", HIDDEN, HIDDEN)
+        weights.add(f"{name}.ff_proj.weight", DENSE_WIDTH, HIDDEN)
+        weights.add(f"{name}.up_proj.weight", DENSE_WIDTH, HIDDEN)
+        weights.add(f"{name}.ff_out.weight", HIDDEN, DENSE_WIDTH)
+        weights.add(f"{name}.attn_norm.weight", HIDDEN)
+        weights.add(f"{name}.ff_norm.weight", HIDDEN)
+    weights.add("model.transformer.ln_f.weight", HIDDEN)
+    weights.add("model.transformer.ff_out.weight", VOCABULARY, HIDDEN)
+    return weights
+
+
+def qwen_weights(described: dict) -> Weights:
+    """Of Qwens and LLaDA-MoE."""
+    weights, D = Weights(), described.get("head_dim", HIDDEN // HEADS)
+    kv_heads, is_qwen2 = described["num_key_value_heads"], "use_mrope" in described
+    has_experts = [bool(number) for number in described.get("moe_layer_freq", [])] or [
+        "num_experts" in described and layer not in described["mlp_only_layers"] for layer in range(LAYERS)
+    ]
+    weights.add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}"
+        weights.add(f"{name}.input_layernorm.weight", HIDDEN)
+        for projection, heads in (("q", HEADS), ("k", kv_heads), ("v", kv_heads)):
+            weights.add(f"{name}.self_attn.{projection}_proj.weight", heads * D, HIDDEN)
+            if is_qwen2:
+                weights.add(f"{name}.self_attn.{projection}_proj.bias", heads * D)
+            elif projection != "v":
+                weights.add(f"{name}.self_attn.{projection}_norm.weight", D)
+        weights.add(f"{name}.self_attn.o_proj.weight", HIDDEN, HEADS * D)
+        weights.add(f"{name}.post_attention_layernorm.weight", HIDDEN)
+        if not has_experts[layer]:
+            weights.feed_forward(f"{name}.mlp", DENSE_WIDTH)
+            continue
+        weights.add(f"{name}.mlp.gate.weight", EXPERTS, HIDDEN)
+        for expert in range(EXPERTS):
+            weights.feed_forward(f"{name}.mlp.experts.{expert}", WIDTH)
+    weights.add("model.norm.weight", HIDDEN)
+    if not described["tie_word_embeddings"]:
+        weights.add("lm_head.weight", VOCABULARY, HIDDEN)
+    return weights
+
+
 def llama_weights(*, tied: bool) -> Weights:
     weights = Weights()
     weights.add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
@@ -122,8 +249,11 @@ def llama_weights(*, tied: bool) -> Weights:
 
 
 def described(kind: str) -> tuple[dict, Weights]:
-    """config.json and tensors of bailing, bailing_mtp, llada2, llada2_stacked, llada2_pools, llama or
-    llama_untied."""
+    """config.json and tensors of bailing, bailing_mtp, llada2, llada2_stacked, llada2_pools, llama,
+    llama_untied or one of RELATIVES."""
+    if kind in RELATIVES:
+        config = RELATIVES[kind]
+        return config, llada_weights() if kind == "llada" else qwen_weights(config)
     if kind.startswith("llama"):
         tied = kind == "llama"
         return LLAMA | {"tie_word_embeddings": tied}, llama_weights(tied=tied)

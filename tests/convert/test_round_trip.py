@@ -13,7 +13,9 @@ from llada_megatron.record.manifest import find
 from tests.convert import checkpoints
 from tests.convert.checkpoints import MASK
 
-KINDS = ["bailing", "llada2", "llada2_stacked", "llada2_pools", "llama", "llama_untied"]
+KINDS = ["bailing", "llada2", "llada2_stacked", "llada2_pools", "llama", "llama_untied", "sdar_moe", "llada"]
+REST = [kind for kind in checkpoints.RELATIVES if kind not in KINDS]
+BLOCKS = {"llada2_pools": 16, "sdar": 4, "sdar_moe": 4}
 
 
 def to_mcore(source: Path, target: Path, *options: str) -> int:
@@ -29,7 +31,7 @@ def certificate(folder: Path) -> dict:
     return json.loads((folder / "certificate.json").read_text())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in REST)])
 def test_there_and_back_gives_the_same_files(kind: str, tmp_path: Path) -> None:
     source = checkpoints.write(tmp_path / "source", kind)
     layout = ["--expert-layout", "stacked"] if kind == "llada2_stacked" else []
@@ -45,7 +47,7 @@ def test_there_and_back_gives_the_same_files(kind: str, tmp_path: Path) -> None:
     for held in (inward, outward):
         assert held["passed"] and held["parameters"]["written"] == held["parameters"]["architecture"]
         assert held["logits"]["max_difference"] < 1e-5 * held["logits"]["max_logit"]
-    assert find(str(tmp_path / "ours")).manifest.block_size == (16 if kind == "llada2_pools" else 0)
+    assert find(str(tmp_path / "ours")).manifest.block_size == BLOCKS.get(kind, 0)
 
 
 def test_prediction_layers_are_left_out_listed_and_gone_from_the_configuration(

@@ -33,6 +33,10 @@ def objective(name: str) -> list[str]:
 GROUPS = [*objective("multi_block"), "diffusion.complementary=false"]
 EDITING, OPUT = objective("editing"), [*objective("oput"), "diffusion.oput.turns=2"]
 POOLS = ["model.expert_capacity=4"]
+SOFTMAX = [
+    *("model.expert_score=softmax", "model.expert_bias=false", "model.shared_expert_hidden_size=0"),
+    *("model.expert_groups=1", "model.expert_groups_per_token=1", "model.dense_layers=0"),
+]
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
 LEVENSHTEIN = [
     *objective("levenshtein"),
@@ -68,6 +72,7 @@ SLOW_CASES = (
     "pools_tp_cp",
     "oput_tp_chunked",
     "bf16_sums_and_moments",
+    "softmax_qkv_bias_tp_ep",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -168,6 +173,19 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
         BDLM,
         [*POOLS, "layout.recompute=full", "layout.processes=2", "layout.pp=2", "model.layers=4"],
     ),
+    "softmax": (BDLM, SOFTMAX),
+    "softmax_over_all": (BDLM, [*SOFTMAX, "model.normalize_expert_weights=false"]),
+    "softmax_allgather": (BDLM, [*SOFTMAX, "layout.dispatcher=allgather"]),
+    "softmax_over_all_allgather": (
+        BDLM,
+        [*SOFTMAX, "model.normalize_expert_weights=false", "layout.dispatcher=allgather"],
+    ),
+    "softmax_qkv_bias_tp_ep": (
+        BDLM,
+        [*SOFTMAX, "model.qkv_bias=true", "layout.processes=4", "layout.tp=2", "layout.ep=2"],
+    ),
+    "no_expert_bias": (BDLM, ["model.expert_bias=false", "model.experts=16"]),
+    "dense_qkv_bias": (MDLM, [*DENSE, "model.qkv_bias=true", "model.qk_norm=false"]),
     "pools_mdlm": (MDLM, [*POOLS, "layout.processes=2", "layout.cp=2"]),
     "bf16_sums_and_moments": (
         BDLM,

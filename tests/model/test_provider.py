@@ -76,7 +76,13 @@ def one_document(block_size: int, **options: Any) -> BlockDiffusionMask:
 
 
 @pytest.mark.parametrize(
-    ("model", "parameters"), [("llada2_mini", 16_255_643_392), ("llada2_flash", 102_889_705_216)]
+    ("model", "parameters"),
+    [
+        ("llada2_mini", 16_255_643_392),
+        ("llada2_flash", 102_889_705_216),
+        pytest.param("qwen3_30b_a3b", 30_532_122_624, marks=pytest.mark.slow),
+        pytest.param("dream_7b", 7_615_616_512, marks=pytest.mark.slow),
+    ],
 )
 def test_parameters_and_expert_biases_add_up_to_the_published_model(
     config: Config, model: str, parameters: int

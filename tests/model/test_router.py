@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.config.choices import ExpertScore
 from llada_megatron.config.compose import compose
 from llada_megatron.config.router import RouterConfig
 from llada_megatron.config.schema import Config, Recompute
@@ -95,6 +96,28 @@ def test_recompute_counts_every_token_once(config: Config, recompute: Recompute,
     expected = counted()
     assert sum(expected[0]) == 32 * config.model.experts_per_token
     assert counted(recompute=recompute, recompute_modules=modules) == expected
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_softmax_router_weighs_as_published_and_counts_without_a_bias(
+    config: Config, normalized: bool
+) -> None:
+    model = replace(
+        config.model,
+        **dict(expert_score=ExpertScore.softmax, normalize_expert_weights=normalized, expert_bias=False),
+        **dict(expert_groups=1, expert_groups_per_token=1),
+    )
+    layer = next(m for m in build_stage(replace(config, model=model)).modules() if isinstance(m, MoELayer))
+    x, k = hidden(config), model.experts_per_token
+    weight_NE, map_NE = layer.router(x)
+    share_NE = (x.flatten(0, 1) @ layer.router.weight.T).softmax(-1)
+    best_Nk = share_NE.topk(k, dim=-1)
+    divided_by_N1 = best_Nk.values.sum(-1, keepdim=True) if normalized else 1
+    expected_Nk = model.routed_scaling_factor * best_Nk.values / divided_by_N1
+    assert map_NE.sum(dim=1).tolist() == [k] * len(map_NE)
+    torch.testing.assert_close(weight_NE.gather(1, best_Nk.indices), expected_Nk)
+    assert layer.router.expert_bias is None
+    assert layer.router.local_tokens_per_expert.tolist() == map_NE.sum(dim=0).tolist()
 
 
 def test_counts_stay_exact_in_a_bf16_model(config: Config) -> None:

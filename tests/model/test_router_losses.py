@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llada_megatron.config.choices import ExpertScore
 from llada_megatron.config.compose import compose
 from llada_megatron.config.router import RouterConfig
 from llada_megatron.config.schema import Config
@@ -17,6 +18,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 S, B = 6, 3
+SOFTMAX = dict(
+    expert_score=ExpertScore.softmax, expert_bias=False, expert_groups=1, expert_groups_per_token=1
+)
 ROW_WEIGHT, SEQUENCE_WEIGHT = 0.7, 1.9
 
 
@@ -28,7 +32,9 @@ def config() -> Iterator[Config]:
     groups.destroy()
 
 
-def by_loops(logits_SBE: Tensor, counted_SB: Tensor, k: int, losses: RouterConfig) -> Tensor:
+def by_loops(
+    logits_SBE: Tensor, counted_SB: Tensor, k: int, losses: RouterConfig, softmax: bool = False
+) -> Tensor:
     """z_loss summed over rows, sequence_balance over sequences, with the weights above; fp64."""
     _, _, E = logits_SBE.shape
     total = logits_SBE.new_zeros(())
@@ -36,7 +42,7 @@ def by_loops(logits_SBE: Tensor, counted_SB: Tensor, k: int, losses: RouterConfi
         rows = [logits_SBE[s, b] for s in range(S) if counted_SB[s, b]]
         f, P = [0.0] * E, [logits_SBE.new_zeros(())] * E
         for row in rows:
-            scores = 1 / (1 + torch.exp(-row))
+            scores = torch.exp(row) / (torch.exp(row).sum() if softmax else 1 + torch.exp(row))
             for i in range(E):
                 P[i] = P[i] + scores[i] / scores.sum() / len(rows)
             for i in sorted(range(E), key=lambda i: -float(scores[i]))[:k]:
@@ -75,6 +81,21 @@ def test_gradients_are_those_of_the_equations(config: Config, losses: str, maske
     assert plain_x.grad.abs().max() > 1e-4
     torch.testing.assert_close(x.grad.double(), plain_x.grad, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(router.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_softmax_router_is_balanced_by_its_softmaxes(config: Config) -> None:
+    model = replace(config.model, router=LOSSES["balance"], **SOFTMAX)
+    router = next(
+        m for m in build_stage(replace(config, model=model)).modules() if isinstance(m, MoELayer)
+    ).router
+    router.sequence_weight = SEQUENCE_WEIGHT
+    x = torch.randn(S, B, model.hidden_size, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    (0 * router(x)[0].sum()).backward()
+    plain_x, weight = x.detach().double().requires_grad_(), router.weight.detach().double()
+    everything = torch.ones(S, B, dtype=torch.bool)
+    by_loops(plain_x @ weight.T, everything, model.experts_per_token, model.router, softmax=True).backward()
+    assert plain_x.grad.abs().max() > 1e-4
+    torch.testing.assert_close(x.grad.double(), plain_x.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_evaluation_and_a_router_without_losses_learn_nothing(config: Config) -> None:

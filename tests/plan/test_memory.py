@@ -26,7 +26,7 @@ def test_static_bytes_add_up_to_what_was_alive(rank: int, live: int) -> None:
 
 
 def test_fp32_weights_need_no_master() -> None:
-    held, layout = replace(held_by(0), bias=0, buffers=((1024, 0),)), LayoutConfig(processes=4)
+    held, layout = replace(held_by(0), bias=0, counts=0, buffers=((1024, 0),)), LayoutConfig(processes=4)
     static = static_bytes(held, layout, Kept(4))
     assert static == {"weights": 4096, "gradients": 4096, "optimizer": 8 * 256}
     assert static_bytes(held, layout, Kept(2))["optimizer"] == 12 * 256

@@ -1,10 +1,12 @@
 """The `gpt` family: attention with grouped queries, then a dense feed-forward layer or a Mixture of Experts.
 
-Ling 2.0, LLaDA2, Llama. Parameters by what divides them: tensor parallelism, nothing, or expert parallelism.
+Ling 2.0, LLaDA, Llama, Qwen. Parameters by what divides them: tensor parallelism, nothing, or expert
+parallelism.
 Legend: H hidden_size, F ffn_hidden_size, Fe and Fs expert and shared_expert hidden sizes, nh heads, ng
 kv_heads, hd head_dim, E experts, V vocab_size.
 
     a layer's attention    H (nh + 2 ng) hd + nh hd H              / tp
+    its qkv_bias           (nh + 2 ng) hd                          / tp
     a layer's norms        2H, and 2 hd with qk_norm               replicated over tp
     a dense layer          3 H F (gate and up in one, and down)    / tp
     a MoE layer            3 H Fs of the shared expert             / tp
@@ -23,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from llada_megatron.config.choices import ExpertScore
 from llada_megatron.config.contents import Contents, Parameters, aligned, separate_experts
 from llada_megatron.config.families.gpt_adapters import active_adapters as active_adapters
 from llada_megatron.config.families.gpt_adapters import adapter_parameters
@@ -58,10 +61,33 @@ def check(model: ModelConfig) -> None:
             getattr(model, name) > 0,
             f"model.{name} is 0 but model.dense_layers < model.layers: set model.{name}.",
         )
+    _check_scores(model)
     if model.expert_capacity:
         _check_pools(model)
     else:
         _check_groups(model)
+
+
+def _check_scores(model: ModelConfig) -> None:
+    """What megatron-core can do with a score function."""
+    score = f"model.expert_score={model.expert_score}"
+    if model.expert_score is ExpertScore.sigmoid:
+        require(
+            model.normalize_expert_weights,
+            f"model.normalize_expert_weights=false needs"
+            f" model.expert_score=softmax, not {model.expert_score}.",
+        )
+        return
+    require(
+        not model.expert_bias,
+        f"{score} needs model.expert_bias=false: the bias corrects sigmoids; model.router.sequence_balance"
+        " balances experts without it.",
+    )
+    require(model.expert_groups == 1, f"{score} needs model.expert_groups=1, not {model.expert_groups}.")
+    require(
+        model.experts_per_token > 1 or not model.normalize_expert_weights,
+        f"{score} of one expert per token is always 1: set model.normalize_expert_weights=false.",
+    )
 
 
 def _check_groups(model: ModelConfig) -> None:
@@ -153,7 +179,7 @@ def parameters(
     layers, hidden = dense + moe, model.hidden_size
     vocabulary = model.vocab_size * hidden * (first + last - (model.tied_head and first and last))
     sharded = (
-        layers * attention_weights(model)
+        layers * (attention_weights(model) + qkv_biases(model))
         + dense * 3 * hidden * model.ffn_hidden_size
         + moe * 3 * hidden * model.shared_expert_hidden_size
         + vocabulary
@@ -164,6 +190,7 @@ def parameters(
         replicated=layers * norms + moe * model.experts * hidden + last * hidden,
         expert=moe * model.experts * expert_weights(model) // (ep * etp),
         bias=moe * model.experts if model.expert_bias else 0,
+        counts=moe * model.experts,
         buffers=tuple(_buffers(model, stage, tp=tp, ep=ep, etp=etp) for stage in contents),
     )
 
@@ -173,7 +200,8 @@ def _buffers(model: ModelConfig, stage: Contents, *, tp: int, ep: int, etp: int)
     hidden, head = model.hidden_size, model.head_dim
 
     qkv, output = hidden * (model.heads + 2 * model.kv_heads) * head // tp, model.heads * head * hidden // tp
-    attention = aligned(qkv, output, hidden, hidden) + (aligned(head, head) if model.qk_norm else 0)
+    attention = aligned(qkv, qkv_biases(model) // tp, output, hidden, hidden)
+    attention += aligned(head, head) if model.qk_norm else 0
     feed_forward, shared = (
         aligned(2 * hidden * width // tp, hidden * width // tp)
         for width in (model.ffn_hidden_size, model.shared_expert_hidden_size)
@@ -208,6 +236,11 @@ def attention_weights(model: ModelConfig) -> int:
     """Of one layer: queries, keys and values in one matrix, and the output projection."""
     qkv = model.hidden_size * (model.heads + 2 * model.kv_heads) * model.head_dim
     return qkv + model.heads * model.head_dim * model.hidden_size
+
+
+def qkv_biases(model: ModelConfig) -> int:
+    """Of one layer."""
+    return (model.heads + 2 * model.kv_heads) * model.head_dim if model.qkv_bias else 0
 
 
 def expert_weights(model: ModelConfig) -> int:

@@ -35,7 +35,7 @@ def adapter_parameters(
         expert += local * sum(experts)
         total, own = aligned(*(size // ways for size, ways in factors)), local * aligned(*experts)
         buffers.append((total, own) if separate_experts(ep, etp, tp) else (total + own, 0))
-    return Parameters(sharded, replicated, expert, base.bias, tuple(buffers), base.trained)
+    return Parameters(sharded, replicated, expert, base.bias, tuple(buffers), base.trained, base.counts)
 
 
 def active_adapters(model: ModelConfig) -> int:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llada_megatron.checkpoint.shards import Part, whole
+from llada_megatron.config.choices import ExpertScore
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.families.family import ExpertLayout, Family, Row
 from llada_megatron.convert.families.forward import PROJECTIONS, Forward
-from llada_megatron.convert.families.shared import ROWS, head_dim, last_tensors, never_needed
+from llada_megatron.convert.families.shared import BLOCK_SIZE, ROWS, head_dim, last_tensors, never_needed
 from llada_megatron.convert.mapping import Entry, HeadGroups, expert_rows, feed_forward, same
 from llada_megatron.convert.rope_json import RotaryDefaults
 
@@ -23,8 +25,8 @@ PREDICTION_LAYERS = "num_nextn_predict_layers"
 """In config.json of Ling 2.0: how many layers after the last one predict further tokens."""
 CAPACITY = "expert_capacity"
 """In config.json of LLaDA2.2, as SGLang reads it: experts that the tokens of a block choose from."""
-BLOCK_SIZE = "block_size"
-"""There: of the blocks that do, and that must be decoded."""
+LLADA2_BLOCK = 32
+"""Of LLaDA2.0's last stage (arXiv 2512.15745), which its config.json does not say."""
 NO_PREDICTION = {PREDICTION_LAYERS: 0, "mtp_loss_scaling_factor": 0}
 
 
@@ -152,12 +154,7 @@ class BailingForward(Forward):
         if f"{name}.gate.weight" not in self.files.tensors:
             return super().feed_forward(name, normed_SH)
         weights_SE = self._routing(name, normed_SH)
-        output_SH = torch.zeros_like(normed_SH)
-        for expert in range(weights_SE.shape[1]):
-            chosen = weights_SE[:, expert].nonzero()[:, 0]
-            if len(chosen):
-                value = self.swiglu(normed_SH[chosen], *self._expert(name, expert))
-                output_SH[chosen] += weights_SE[chosen, expert, None] * value
+        output_SH = self.mixture(normed_SH, weights_SE, partial(self._expert, name))
         if f"{name}.shared_experts.gate_proj.weight" in self.files.tensors:
             output_SH = output_SH + super().feed_forward(f"{name}.shared_experts", normed_SH)
         return output_SH
@@ -221,8 +218,10 @@ FAMILY = Family(
             },
         },
     },  # the .py files that auto_map names belong to the public repositories
+    blocks={DIFFUSION: LLADA2_BLOCK},
     after_diffusion=DIFFUSION,
     experts=True,
+    always={"qkv_bias": False, "expert_score": ExpertScore.sigmoid},
     rows=(
         *ROWS,
         Row("num_key_value_heads", "kv_heads"),
@@ -258,6 +257,7 @@ FAMILY = Family(
     left_behind=frozenset(NO_PREDICTION),
     fields=fields,
     keys=keys,
+    says_block_size=lambda model, architecture: model.expert_capacity > 0,
     require=require,
     table=table,
     drop_reason=drop_reason,

@@ -12,7 +12,7 @@ from torch import Tensor
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.reference_files import ReferenceFiles
-from llada_megatron.convert.rope_json import RotaryDefaults
+from llada_megatron.convert.rope_json import LONGEST, RotaryDefaults
 
 REQUIRED = object()
 
@@ -77,6 +77,11 @@ def nothing(*_: Any) -> dict[str, Any]:
     return {}
 
 
+def never(model: ModelConfig, architecture: str) -> bool:
+    """For families whose config.json has no block size."""
+    return False
+
+
 def served(model: ModelConfig, architecture: str) -> None:
     """For families that can express whatever their rows can."""
 
@@ -87,17 +92,25 @@ class Family:
 
     architectures: Mapping[str, dict[str, Any]]
     """Names, and what config.json says beside them (model_type, auto_map): the first one is the default."""
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    """Architectures that fill masks, and their block size where config.json has none; 0: full attention."""
     after_diffusion: str | None = None
     """The architecture of models whose last stage trained diffusion, where that is another."""
+    shifted: frozenset[str] = frozenset()
+    """Architectures that fill a mask from the logits at the position before it, which nothing here does."""
     builds: str = "gpt"
     """model.family of what it is converted into."""
     experts: bool
     """Whether its models have any."""
+    always: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ModelConfig that all its models have alike; one with others cannot leave as this family."""
     rows: tuple[Row, ...]
     fixed: dict[str, Any]
     """Keys that the model which is built can compute in one way only; another value is refused."""
     also_written: dict[str, Any] = field(default_factory=dict)
     """Keys of a new config.json that reading one does not ask for."""
+    longest: str = LONGEST
+    """Key of the longest sequence."""
     rotary: RotaryDefaults | None = None
     """How the public code reads the rotary keys (convert/rope_json.py); None: it has none."""
     counts: tuple[str, ...] = ()
@@ -111,6 +124,8 @@ class Family:
     served."""
     keys: Callable[[ModelConfig, dict[str, Any]], dict[str, Any]] = nothing
     """(model, the config.json that is changed, empty for a new one) -> keys that no row gives."""
+    says_block_size: Callable[[ModelConfig, str], bool] = never
+    """(model, architecture) -> whether config.json says the size of the blocks of training."""
     require: Callable[[ModelConfig, str], None] = served
     """Raises BadInput where an architecture of the family cannot express a model."""
     table: Table
@@ -118,6 +133,17 @@ class Family:
     stacked_suffix: str | None = None
     """How names of tensors end that hold all experts of a layer."""
     reference: Callable[[ReferenceFiles, dict[str, Any]], Logits]
+
+    def differing(self, model: ModelConfig) -> list[str]:
+        """Why the family cannot hold a model: its settings that every model of the family has otherwise."""
+        wanted = dict(self.always)
+        if self.rotary is not None and self.rotary.whole_head:
+            wanted["rotary_fraction"] = 1.0
+        return [
+            f"model.{name}={getattr(model, name)}"
+            for name, value in wanted.items()
+            if getattr(model, name) != value
+        ]
 
     def layout_of(self, names: Iterable[str]) -> ExpertLayout:
         """How a checkpoint with tensors of these names holds experts."""

@@ -6,6 +6,7 @@ Legend: S positions, H hidden size, D head dim, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,6 +56,18 @@ class Forward:
     def feed_forward(self, name: str, normed_SH: Tensor) -> Tensor:
         """What a layer adds after attention, [S, H]."""
         return self.swiglu(normed_SH, *(self.get(f"{name}.{p}_proj.weight") for p in PROJECTIONS))
+
+    def mixture(
+        self, normed_SH: Tensor, weights_SE: Tensor, matrices: Callable[[int], Iterable[Tensor]]
+    ) -> Tensor:
+        """The experts' outputs times their weights, which are zero where one was not chosen."""
+        output_SH = torch.zeros_like(normed_SH)
+        for expert in range(weights_SE.shape[1]):
+            chosen = weights_SE[:, expert].nonzero()[:, 0]
+            if len(chosen):
+                value = self.swiglu(normed_SH[chosen], *matrices(expert))
+                output_SH[chosen] += weights_SE[chosen, expert, None] * value
+        return output_SH
 
     def get(self, name: str) -> Tensor:
         """A whole tensor in fp32."""

@@ -20,6 +20,8 @@ ROWS = (
     Row("initializer_range", "init_std", 0.02),
 )
 
+BLOCK_SIZE = "block_size"
+"""Of the blocks that a model was trained with and must be decoded in."""
 IDLE = frozenset(
     [
         "architectures",
@@ -76,6 +78,11 @@ ANOTHER_MODEL = {
 def head_dim(described: dict[str, Any]) -> int:
     """Of a config.json that does not say: the hidden size over the heads, which its reader has checked."""
     return described["hidden_size"] // max(described["num_attention_heads"], 1)
+
+
+def all_dense(described: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Of families without experts."""
+    return {"dense_layers": values["layers"]}
 
 
 def last_tensors(model: ModelConfig) -> Iterator[Entry]:
