@@ -56,11 +56,12 @@ def trained(source: Path, folder: Path, corpus: str, stage: str, *overrides: str
 
 
 DIFFUSION = STAGE % ("bdlm", "diffusion", "16")
-FAST = [("bailing", dict(processes=2, tp=2, ep=2)), ("qwen3_moe", dict(processes=2, tp=2, ep=2))]
+FAST = [("bailing", dict(processes=2, tp=2, ep=2))]
 SLOW = [
     ("bailing", dict(processes=4, pp=2, ep=2, vpp=2, pipeline="[1,1,1,0]")),
     ("bailing", dict(processes=2, tp=2, etp=2)),
     ("llama_untied", dict(processes=4, tp=2, pp=2, pipeline="[2,1]")),
+    ("qwen3_moe", dict(processes=2, tp=2, ep=2)),
     ("dream", dict(processes=2, tp=2)),
     ("llada", dict(processes=4, tp=2, pp=2, pipeline="[2,1]")),
     ("llada_moe", dict(processes=2, tp=2, ep=2)),

@@ -13,7 +13,7 @@ from llada_megatron.record.manifest import find
 from tests.convert import checkpoints
 from tests.convert.checkpoints import MASK
 
-KINDS = ["bailing", "llada2", "llada2_stacked", "llada2_pools", "llama", "llama_untied", "sdar_moe", "llada"]
+KINDS = ["bailing", "llada2", "llada2_stacked", "llada2_pools", "llama", "llama_untied", "sdar_moe"]
 REST = [kind for kind in checkpoints.RELATIVES if kind not in KINDS]
 BLOCKS = {"llada2_pools": 16, "sdar": 4, "sdar_moe": 4}
 
