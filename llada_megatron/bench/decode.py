@@ -233,7 +233,7 @@ def _print(record: dict[str, Any]) -> None:
     console.print(
         f"{record['device']}: blocks of {record['block_size']}, {record['new_tokens']} new tokens behind"
         f" {record['prompt_tokens']}; a forward of {record['block_size']} rows alone takes"
-        f" {record['forward_sec'] * 1e3:.1f} ms",
+        f" {record['forward_sec'] * 1e3:.1f} ms; batched: {record['rules'][0]['batch']} prompts at a time",
         soft_wrap=True,
     )
 
@@ -248,11 +248,10 @@ def _print(record: dict[str, Any]) -> None:
         "tok/s": lambda one: f"{one['tokens_per_sec']:.1f}",
         "times": lambda one: f"{one['speedup']:.1f}",
         "bound": lambda one: f"{one['share_of_bound']:.2f}",
-        "batch": lambda one: str(one["batch"]),
         "batched": lambda one: f"{one['batch_tokens_per_sec']:.1f}",
         "gain": lambda one: f"{one['batch_speedup']:.1f}",
     }
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("rule", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
