@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from llada_megatron.config.choices import Fp8
 from llada_megatron.config.schema import Config
 from llada_megatron.plan import launches
+from llada_megatron.plan.activations import recomputed_modules
 from llada_megatron.plan.dispatch import reached
 from llada_megatron.plan.estimate import StageTime
 from llada_megatron.plan.rates import rates
@@ -52,6 +53,7 @@ def _of_products(config: Config) -> Iterator[str]:
     elif at.spreads:
         yield "what fusions would join passes over memory by itself"
     if at.launch:
-        there, back = launches.kernels(config.model, config.layout, at, moe=config.model.has_experts)
+        again, moe = recomputed_modules(config.layout), config.model.has_experts
+        there, back = launches.kernels(config.model, config.layout, at, again, moe=moe)
         count = f"{there + back} for a layer and micro-batch"
         yield f"the host starts a kernel in {cluster.launch_us:g} us, {count}"

@@ -7,6 +7,8 @@ those that they join, and its grouped product starts one per expert and product;
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from llada_megatron.config.choices import CudaGraphPart
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan.rates import Rates
@@ -28,22 +30,30 @@ FUSED_ATTENTION: Kernels = (12, 18)
 FUSED_ROUTER: Kernels = (6, 6)
 FUSED_EXPERT: Kernels = (2, 4)
 """Two products, and two gradients of each."""
+CAPTURED: Kernels = (1, 1)
 
 
-def kernels(model: ModelConfig, layout: LayoutConfig, at: Rates, *, moe: bool) -> Kernels:
-    """Of one layer and micro-batch; a captured part (training.cuda_graphs) is one start each way."""
-    parts = [FUSED_ATTENTION if at.fused else ATTENTION]
+def kernels(
+    model: ModelConfig, layout: LayoutConfig, at: Rates, again: Collection[str], *, moe: bool
+) -> Kernels:
+    """Of one layer and micro-batch; a captured part (training.cuda_graphs) is one start each way.
+
+    again: modules that backward computes anew, of which those that are a few kernels are not counted.
+    """
+    parts = [("attention", FUSED_ATTENTION if at.fused else ATTENTION)]
     if not moe:
-        parts.append((1, 1) if CudaGraphPart.mlp in at.graphs else DENSE)
-        return _sum(parts)
+        parts.append(("mlp", CAPTURED if CudaGraphPart.mlp in at.graphs else DENSE))
+        return _sum(parts, again)
     router = FUSED_ROUTER if at.fused else ROUTER
-    parts.append((1, 1) if CudaGraphPart.moe_router in at.graphs else router)
-    parts.append((1, 1) if CudaGraphPart.moe_preprocess in at.graphs else PREPROCESS)
+    parts.append(("moe", CAPTURED if CudaGraphPart.moe_router in at.graphs else router))
+    parts.append(("moe", CAPTURED if CudaGraphPart.moe_preprocess in at.graphs else PREPROCESS))
     here, expert = model.experts // layout.ep, FUSED_EXPERT if at.fused else EXPERT
-    parts += [EXCHANGE, SHARED if model.shared_expert_hidden_size else (0, 0)]
-    parts.append((here * expert[0], here * expert[1]))
-    return _sum(parts)
+    parts += [("moe", EXCHANGE), ("moe", (here * expert[0], here * expert[1]))]
+    if model.shared_expert_hidden_size:
+        parts.append(("shared_experts", SHARED))
+    return _sum(parts, again)
 
 
-def _sum(parts: list[Kernels]) -> Kernels:
-    return sum(there for there, _ in parts), sum(back for _, back in parts)
+def _sum(parts: list[tuple[str, Kernels]], again: Collection[str]) -> Kernels:
+    forward = sum(there for _, (there, _) in parts)
+    return forward, sum(back + there * (module in again) for module, (there, back) in parts)

@@ -216,7 +216,7 @@ def _hide(work: Work, block: Block, unit: Unit, *, moe: bool) -> None:
     if moe and layout.overlap_experts and not work.forward_only:
         paired = _paired(block, at, delayed=layout.delay_weight_gradients)
     if at.launch:
-        there, back = launches.kernels(work.model, layout, at, moe=moe)
+        there, back = launches.kernels(work.model, layout, at, work.again, moe=moe)
         alone = [way.of() for way in directions]
         for way, count, waited in zip(directions, (there, back), alone, strict=False):
             way.add("attention", "launches", max(0.0, count * at.launch - waited))
