@@ -20,13 +20,14 @@ def join_group() -> None:
 
 def identity(offset):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    return [int(os.environ[name]) + offset for name in names], os.getpid()
+    return [int(os.environ[name]) + offset for name in names], os.getpid(), os.environ["OMP_WAIT_POLICY"]
 
 
 def test_every_rank_gets_its_place_and_results_come_in_rank_order():
     results = run_ranks(identity, 10, processes=3)
-    assert [places for places, _ in results] == [[10 + rank, 10 + rank, 13] for rank in range(3)]
-    assert len({os.getpid(), *(pid for _, pid in results)}) == 4
+    assert [places for places, *_ in results] == [[10 + rank, 10 + rank, 13] for rank in range(3)]
+    assert len({os.getpid(), *(pid for _, pid, _ in results)}) == 4
+    assert {waits for *_, waits in results} == {os.environ["OMP_WAIT_POLICY"]}
 
 
 def raise_in_rank_one(error):
