@@ -154,8 +154,6 @@ class Units:
     """What a process holds for all of them."""
     hidden: int
     """Hidden states between two pipeline stages."""
-    statistics: int
-    """What the first stage needs at the start of a step, when nothing is kept."""
 
     def of(self, contents: Contents) -> list[tuple[int, Unit]]:
         """What a (virtual) stage is made of, and how often."""
@@ -222,7 +220,6 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         ),
         gathering=activations.gather_buffer(model, shape, layout, b=b),
         hidden=b * shape.tokens * model.hidden_size,
-        statistics=transient.table_statistics(model, layout, b=b),
     )
 
 

@@ -138,11 +138,6 @@ def embedding_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *
     return b * model.hidden_size * (model.vocab_size // layout.tp + shape.rows)
 
 
-def table_statistics(model: ModelConfig, layout: LayoutConfig, *, b: int) -> int:
-    """= As a step starts, on the first stage: the table in fp32 and its squares (training/embedding.py)."""
-    return (4 if b == 4 else 8) * model.vocab_size // layout.tp * model.hidden_size
-
-
 def pipeline_buffers(layout: LayoutConfig, rank: int) -> int:
     """= Hidden states [t, H] of neighbours: a received gradient; a sent one, and the input it belongs to.
 
