@@ -154,6 +154,8 @@ class Units:
     """What a process holds for all of them."""
     hidden: int
     """Hidden states between two pipeline stages."""
+    after: int
+    """What the first stage needs once a step's passes are over, when nothing is kept."""
 
     def of(self, contents: Contents) -> list[tuple[int, Unit]]:
         """What a (virtual) stage is made of, and how often."""
@@ -220,6 +222,7 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         ),
         gathering=activations.gather_buffer(model, shape, layout, b=b),
         hidden=b * shape.tokens * model.hidden_size,
+        after=transient.gradient_norm(model, layout),
     )
 
 

@@ -138,6 +138,11 @@ def embedding_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *
     return b * model.hidden_size * (model.vocab_size // layout.tp + shape.rows)
 
 
+def gradient_norm(model: ModelConfig, layout: LayoutConfig) -> int:
+    """Once the passes are over, on the first stage: its table's gradient in fp32 once more."""
+    return 4 * model.vocab_size // layout.tp * model.hidden_size
+
+
 def pipeline_buffers(layout: LayoutConfig, rank: int) -> int:
     """= Hidden states [t, H] of neighbours: a received gradient; a sent one, and the input it belongs to.
 
