@@ -103,7 +103,7 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
     # Through the driver's monitor, asking whether CUDA is there leaves the parent of the forks untouched.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # Threads of an operation wait asleep: spinning, they keep the core that the last of them needs where
-    # others compute too (2.1 s instead of 0.15 s a forward of a small model); on idle cores nothing is lost.
+    # others compute too; on idle cores nothing is lost.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
