@@ -154,7 +154,7 @@ class Units:
     """What a process holds for all of them."""
     hidden: int
     """Hidden states between two pipeline stages."""
-    after: int
+    clipping: int
     """What the first stage needs once a step's passes are over, when nothing is kept."""
 
     def of(self, contents: Contents) -> list[tuple[int, Unit]]:
@@ -222,7 +222,7 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         ),
         gathering=activations.gather_buffer(model, shape, layout, b=b),
         hidden=b * shape.tokens * model.hidden_size,
-        after=transient.gradient_norm(model, layout),
+        clipping=transient.clipping(model, layout),
     )
 
 

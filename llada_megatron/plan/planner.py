@@ -230,7 +230,7 @@ class Planner:
         micro_batches = micro_batches_per_step(layout, stage)
         kept, counts = memory.peak_activations(units, stages, layout, rank, micro_batches)
         neighbours = transient.pipeline_buffers(layout, rank) * units.hidden
-        afterwards = units.after - kept if stages[0].first else 0
+        afterwards = units.clipping - kept if stages[0].first else 0
         return kept, counts, max(units.transient(stages) + neighbours, afterwards)
 
     def step(self, layout: LayoutConfig, placement: Placement, stage: Stage) -> Step:

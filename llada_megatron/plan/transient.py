@@ -138,8 +138,11 @@ def embedding_backward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *
     return b * model.hidden_size * (model.vocab_size // layout.tp + shape.rows)
 
 
-def gradient_norm(model: ModelConfig, layout: LayoutConfig) -> int:
-    """Once the passes are over, on the first stage: its table's gradient in fp32 once more."""
+def clipping(model: ModelConfig, layout: LayoutConfig) -> int:
+    """= As gradients are clipped, on the first stage: the table's, scaled in fp32, beside it.
+
+    megatron-core's local_multi_tensor_scale makes that copy; TransformerEngine's kernel makes none.
+    """
     return 4 * model.vocab_size // layout.tp * model.hidden_size
 
 
