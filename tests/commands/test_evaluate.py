@@ -39,10 +39,11 @@ def test_any_layout_gives_the_figures_of_one_process(run, tmp_path, layout):
 
 def test_other_text_is_held_out_whole(run, tmp_path, capsys):
     prefix = run[1].removeprefix("data.path=[").removesuffix("]")
-    assert cli.main(["evaluate", run[0], "--data", prefix, "--block-sizes", "4", "--sequences", "1000"]) == 0
+    options = ["--block-sizes", "4", "--draws", "1", "--sequences", "1000"]
+    assert cli.main(["evaluate", run[0], "--data", prefix, *options]) == 0
     printed = capsys.readouterr().out
     assert "bound, block 4" in printed and "AR" not in printed and "bigram entropy" in printed
-    whole = evaluated(run, tmp_path, "--sequences", "1000", "data.split='0,1'")["sequences"]
+    whole = evaluated(run, tmp_path, *options, "data.split='0,1'")["sequences"]
     assert f"on {whole} held-out sequences" in printed
 
 
