@@ -14,6 +14,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -64,17 +65,18 @@ def install() -> bool:
     version that was checked, or when a patched place no longer looks as expected.
     """
     quiet.install()
-    if torch.cuda.is_available():
-        return False
     if getattr(torch, "_llada_megatron_seam", False):
         return True
+    if torch.cuda.is_available():
+        _import_megatron(compiles=True)
+        return False
     # tensor_parallel/layers.py:848: advice on the order of CUDA kernels.
     warnings.filterwarnings("ignore", ".*environment variable CUDA_DEVICE_MAX_CONNECTIONS", UserWarning)
     os.environ["TORCH_COMPILE_DISABLE"] = (
         "1"  # megatron/core/jit.py compiles small functions; needs a compiler
     )
     _patch_torch()
-    core = importlib.import_module("megatron.core")
+    core = _import_megatron(compiles=False)
     if not core.__version__.startswith(SUPPORTED_VERSION):
         raise RuntimeError(
             f"megatron-core {core.__version__} is installed, the CPU seam knows {SUPPORTED_VERSION}x:"
@@ -97,6 +99,26 @@ def expect(module: str, *fragments: str) -> Any:
                 " for the version that is installed."
             )
     return loaded
+
+
+def _import_megatron(*, compiles: bool) -> Any:
+    """megatron.core without two imports that take half of its time on a CPU and that nothing here calls.
+
+    timers.py imports wandb for a writer of its own, where wandb is installed. jit.py decorates with
+    torch.compile, which loads the compiler although it may not compile here.
+    """
+    hidden = sys.modules.setdefault("wandb", None) is None  # type: ignore[arg-type]
+    compile_ = torch.compile
+    if not compiles:
+        torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        expect("megatron.core.timers", "except ImportError:\n    wandb = None")
+        expect("megatron.core.jit", "jit_fuser = torch.compile")
+        return importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compile_
+        if hidden:
+            del sys.modules["wandb"]
 
 
 def _patch_torch() -> None:

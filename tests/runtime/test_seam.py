@@ -1,6 +1,7 @@
 """The seam to megatron-core on a CPU. What patches torch runs in forked ranks, so that nothing leaks."""
 
 import logging
+import sys
 import warnings
 
 import pytest
@@ -24,6 +25,17 @@ def install_again():
 
 def test_installing_again_changes_nothing():
     assert run_ranks(install_again) == [([True, True], True)]
+
+
+def what_nobody_calls():
+    heavy = {"wandb", "torch._inductor.compile_fx"} & sys.modules.keys()
+    import wandb
+
+    return heavy, torch.compile.__module__, bool(wandb.__version__)
+
+
+def test_training_starts_without_a_tracker_and_a_compiler_that_it_does_not_use():
+    assert run_ranks(what_nobody_calls) == [(set(), "torch", True)]
 
 
 def install_for_another_version():
