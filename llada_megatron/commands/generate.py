@@ -22,15 +22,50 @@ if TYPE_CHECKING:
 
 PRELOAD = "llada_megatron.generate.job"
 EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
-RULE_SETTINGS = (
-    "threshold", "steps", "factor", "accepts_last", "low_threshold", "entropy_bound", "credit_alpha",
-    "credit_beta", "credit_gamma", "kl_threshold", "kl_history", "edit_threshold", "max_post_edits",
-    "at_least", "penalty_lambda", "delete_id", "split_id", "confident_at", "from_left", "eta",
-    "verify_threshold", "draft_share", "draft_least", "draft_most",
-    "temperature", "top_k", "top_p", "plain_confidence", "random_order", "buffer", "add_at", "force_at",
-    "branches", "branch_entropy", "branch_lowest", "branch_memory",
+RULES = (
+    "threshold", "quota", "factor", "hierarchical", "credit", "entropy", "klass", "joint", "indel", "soft",
+    "remdm_cap", "remdm_rescale", "remdm_conf", "wino", "multibd", "d2f", "lopa",
 )  # fmt: skip
-"""Of all rules and methods (generate/methods.py), whose module takes torch along."""
+"""All rules and methods (generate/methods.py), whose module takes torch along."""
+RULE_SETTINGS = {
+    "threshold": "fill where the probability is above it",
+    "steps": "forwards of a block; 0: its size (quota, klass, soft, remdm_*)",
+    "factor": "the n-th fill needs 1 - factor / (n + 1)",
+    "accepts_last": "true: factor fills the last mask too, as public code does",
+    "low_threshold": "for the best mask of each run (hierarchical)",
+    "entropy_bound": "nats of those filled together (entropy)",
+    "credit_alpha": "what earlier choices weigh (credit)",
+    "credit_beta": "what of a credit stays (credit)",
+    "credit_gamma": "power of a new credit (credit)",
+    "kl_threshold": "nats that a sure position moves at most (klass)",
+    "kl_history": "in so many forwards (klass)",
+    "edit_threshold": "replace a token where another is above it (joint, indel)",
+    "max_post_edits": "forwards without masks (joint, indel)",
+    "at_least": "masks filled in a forward (joint)",
+    "penalty_lambda": "off the logit of the left neighbour's token (joint)",
+    "delete_id": "the token that deletes its position (indel)",
+    "split_id": "the token that makes room in front of it (indel)",
+    "confident_at": "done where every probability is at least this (soft)",
+    "from_left": "true: fill in front of the first unsure mask alone (soft)",
+    "eta": "how much is masked again (remdm_cap, remdm_rescale)",
+    "verify_threshold": "mask again what is below it without its token (wino)",
+    "draft_share": "of the masks at most, in a forward (wino)",
+    "draft_least": "or so many (wino)",
+    "draft_most": "and at most so many (wino)",
+    "temperature": "above 0: tokens are drawn",
+    "top_k": "of so many tokens, 0: all",
+    "top_p": "of the tokens that have this probability together",
+    "plain_confidence": "true: drawn tokens are judged without temperature",
+    "random_order": "true: masks are filled in a drawn order",
+    "buffer": "active blocks, 0: all",
+    "add_at": "begin the next block when this share of the last is filled",
+    "force_at": "it has to fill a mask when this share of the one before is filled",
+    "branches": "tried in a forward beside what the rule fills",
+    "branch_entropy": "true: branches are compared by entropy",
+    "branch_lowest": "the share of least sure masks that a branch is judged by",
+    "branch_memory": "what the probability of a branch's own token weighs in that",
+}
+"""Of all of them; their defaults, which differ, are in docs/decoding.md."""
 NO_TOKENIZER = "no tokenizer.json came with the checkpoint: set data.tokenizer, or give `tokens`"
 READS = "a line is an object with `prompt` (text), `messages` (a chat) or `tokens` (ids)"
 DRAFT = "draft"
@@ -72,10 +107,11 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int |
     parser.add_argument("--block-size", type=int, metavar="B", help="default: of the checkpoint's last stage")
     full_attention.add_arguments(parser)
     add_graphs_argument(parser)
-    rules = parser.add_argument_group("rule", "which tokens a forward changes, docs/decoding.md")
-    rules.add_argument("--rule", default="threshold", metavar="NAME", help="default threshold")
-    for name in RULE_SETTINGS:
-        rules.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X")
+    rules = parser.add_argument_group("rule", "which tokens a forward changes; defaults: docs/decoding.md")
+    names = f"{', '.join(RULES[:-1])} or {RULES[-1]} (default threshold)"
+    rules.add_argument("--rule", default="threshold", metavar="NAME", help=names)
+    for name, what in RULE_SETTINGS.items():
+        rules.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X", help=what)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
 
 

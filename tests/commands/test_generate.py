@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llada_megatron import cli
-from llada_megatron.commands.generate import RULE_SETTINGS
+from llada_megatron.commands import generate
 
 OLD = Path(__file__).parents[1] / "old_run"
 RECORDS = [{"prompt": "The cat", "id": "a"}, {"prompt": ""}, {"tokens": [84, 104, 101]}, {"prompt": "né" * 3}]
@@ -107,7 +107,8 @@ def test_the_options_are_the_settings_of_all_rules():
     from llada_megatron.generate.rules import RULES
 
     names = [*RULES, *METHODS]
-    assert set(RULE_SETTINGS) == {setting for name in names for setting in settings_of(name)}
+    assert set(generate.RULES) == set(names)
+    assert set(generate.RULE_SETTINGS) == {setting for name in names for setting in settings_of(name)}
 
 
 @pytest.mark.parametrize(
