@@ -1,6 +1,7 @@
 """Block-diffusion attention through torch's FlexAttention: Triton kernels on CUDA, inference only on a CPU.
 
-Legend: Q queries, K keys, B batch, H heads, D head dim, Hkv key and value heads, F endpoints.
+Legend: Q queries, K keys, B batch, H heads, D key width, Dv value width, Hkv key and value heads, F
+endpoints.
 """
 
 from collections.abc import Callable
@@ -47,9 +48,10 @@ def missing_requirement(
 def flex_torch_attention(
     query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle, softmax_scale: float
 ) -> Tensor:
-    """Return the attention output [Q, B, H, D]; query [Q, B, H, D], key and value [K, B, Hkv, D].
+    """Return the attention output [Q, B, H, Dv].
 
-    On a CPU it is the uncompiled form, which holds Q x K scores and has no backward.
+    query [Q, B, H, D]; key [K, B, Hkv, D]; value [K, B, Hkv, Dv]. On a CPU it is the uncompiled
+    form, which holds Q x K scores and has no backward.
     """
     block_mask = _block_mask_of(rectangle, query.device)
     output = _kernel(query.device.type)(

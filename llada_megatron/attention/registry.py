@@ -32,7 +32,7 @@ _MISSING_REQUIREMENT: dict[str, MissingRequirement] = {  # the others serve ever
     "cudnn_flex": cudnn_flex.missing_requirement,
     "varlen": varlen.missing_requirement,
 }
-_ANY_VALUE_WIDTH = ("reference", "portable")
+_ANY_VALUE_WIDTH = ("reference", "portable", "flex_torch")
 # By the pairs that each computes and how, not by measured times.
 _FASTEST_FIRST = ("cudnn_flex", "flex_torch", "cudnn_graph", "portable")
 # A forward of decoding mostly has a rectangle of its own. For each cudnn_flex reads a header back from the

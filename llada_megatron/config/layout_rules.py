@@ -87,6 +87,9 @@ def _check_processes(layout: LayoutConfig) -> None:
 def _check_tensor_parallel(layout: LayoutConfig, model: ModelConfig) -> None:
     """Heads, kv heads, vocabulary and feed-forward widths are cut into tp equal parts."""
     sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "vocab_size": model.vocab_size}
+    if model.mla.is_used:
+        sizes["mla.q_lora_rank"] = model.mla.q_lora_rank
+        sizes["mla.kv_lora_rank + qk_rope_head_dim"] = model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
     if model.dense_layers:
         sizes["ffn_hidden_size"] = model.ffn_hidden_size
     if model.has_experts and model.shared_expert_hidden_size:

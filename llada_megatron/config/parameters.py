@@ -42,5 +42,6 @@ def checkpoint_bytes(model: ModelConfig, precision: PrecisionConfig, *, averages
 
 
 def cached_token_bytes(model: ModelConfig, precision: PrecisionConfig, layout: LayoutConfig) -> int:
-    """What decoding keeps of a token on each rank: keys and values, of the rank's heads alone."""
-    return formulas_of(model).kept_numbers(model) // layout.tp * BYTES[precision.dtype]
+    """What decoding keeps of a token on each rank: keys and values, of the rank's heads alone where each head
+    has its own."""
+    return formulas_of(model).kept_numbers(model, layout.tp) * BYTES[precision.dtype]

@@ -30,13 +30,13 @@ from llada_megatron.config.choices import (
     RatePer,
     Recompute,
     RecomputeModule,
-    RotaryScaling,
     TooLong,
     Wandb,
     Weight,
 )
 from llada_megatron.config.editing import EditingConfig, OputConfig
 from llada_megatron.config.levenshtein import LevenshteinConfig
+from llada_megatron.config.mla import MlaConfig
 from llada_megatron.config.multi_block import MultiBlockConfig
 from llada_megatron.config.ranges import (
     Amount,
@@ -56,6 +56,8 @@ from llada_megatron.config.ranges import (
     metric,
     shares,
 )
+from llada_megatron.config.rotary import RotaryScaling as RotaryScaling
+from llada_megatron.config.rotary import RotaryScalingConfig
 from llada_megatron.config.router import RouterConfig
 from llada_megatron.config.site import ClusterConfig, SlurmConfig
 from llada_megatron.config.training import TrainingConfig
@@ -77,32 +79,6 @@ class RunConfig:
     """Settings, by their whole names, that a resume may change although the run becomes another."""
     max_failures: Positive = 3
     """Failures in a row without a new checkpoint after which a run is not started again by itself."""
-
-
-@dataclass
-class RotaryScalingConfig:
-    """Rotary frequencies for longer contexts: each is kept, divided by `factor`, or in between by `type`.
-
-    Formulas in model/rotary.py; the names of config.json are in docs/conversion.md.
-    """
-
-    type: RotaryScaling = RotaryScaling.none
-    factor: Annotated[float, Range(at_least=1, at_most=1e6)] = 1.0
-    """How many times longer the context is than that of pretraining."""
-    original_positions: Count = 0
-    """The longest position of pretraining, of yarn and llama3."""
-    beta_fast: Factor = 32.0
-    """yarn: frequencies that turn more often than this within original_positions are kept."""
-    beta_slow: Factor = 1.0
-    """yarn: those that turn less often are divided by `factor`."""
-    truncate: bool = True
-    """yarn: whether the channels at these two limits are rounded to whole ones."""
-    attention_factor: Amount = 0.0
-    """yarn: cosines and sines are multiplied by this; 0: by 0.1 ln(factor) + 1."""
-    low_freq_factor: Factor = 1.0
-    """llama3: frequencies that turn less often within original_positions are divided by `factor`."""
-    high_freq_factor: Factor = 4.0
-    """llama3: those that turn more often are kept."""
 
 
 @dataclass
@@ -130,6 +106,8 @@ class ModelConfig:
     heads: Size = MISSING
     kv_heads: Size = MISSING
     head_dim: Size = MISSING
+    """Of queries and keys, and of values without model.mla."""
+    mla: MlaConfig = field(default_factory=MlaConfig)
     ffn_hidden_size: Extent = MISSING
     """Width of the dense feed-forward layers."""
     dense_layers: Extent = 1
@@ -167,9 +145,11 @@ class ModelConfig:
     qkv_bias: bool = False
     """Biases on queries, keys and values, as Qwen2 has them."""
     qk_norm: bool = True
-    """RMSNorm over the head dimension of queries and keys, before rotary."""
+    """RMSNorm over the head dimension of queries and keys, before rotary; with model.mla, which always has
+    it, over the latents."""
     rotary_fraction: Annotated[float, Range(above=0, at_most=1)] = 0.5
-    """The first `rotary_fraction * head_dim` channels of a head are rotated."""
+    """The first `rotary_fraction * head_dim` channels of a head are rotated; with model.mla
+    qk_rope_head_dim."""
     rotary_base: Factor = 600000.0
     rotary_scaling: RotaryScalingConfig = field(default_factory=RotaryScalingConfig)
     norm_eps: Annotated[float, Range(above=0, below=1)] = 1e-6
@@ -191,6 +171,16 @@ class ModelConfig:
     def has_experts(self) -> bool:
         """Whether any layer is a mixture of experts."""
         return self.dense_layers < self.layers
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's values."""
+        return self.mla.v_head_dim if self.mla.is_used else self.head_dim
+
+    @property
+    def rotated_channels(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.mla.qk_rope_head_dim if self.mla.is_used else int(self.rotary_fraction * self.head_dim)
 
 
 @dataclass

@@ -213,6 +213,13 @@ def _widths(config: Config) -> dict[str, int]:
         "model.hidden_size": model.hidden_size,
         "heads * head_dim": model.heads * model.head_dim // layout.tp,
     }
+    if model.mla.is_used:
+        widths["model.mla.q_lora_rank"] = model.mla.q_lora_rank
+        widths["model.mla.kv_lora_rank"] = model.mla.kv_lora_rank
+        widths["model.mla.kv_lora_rank + qk_rope_head_dim"] = (
+            model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
+        )
+        widths["heads * v_head_dim"] = model.heads * model.value_dim // layout.tp
     if model.dense_layers:
         widths["model.ffn_hidden_size"] = model.ffn_hidden_size // layout.tp
     if model.has_experts:

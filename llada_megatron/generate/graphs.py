@@ -61,6 +61,8 @@ def missing_requirement(model: torch.nn.Module, at: torch.device) -> str | None:
         if isinstance(module, BlockDiffusionCoreAttention):
             if str(module.backend) not in ("auto", "varlen"):
                 return f"need model.attention_backend=auto or varlen, not {module.backend}"
+            if module.config.multi_latent_attention:
+                return "serve no latents (model.mla), wider than what varlen serves: leave them out"
             dtype = next(model.parameters()).dtype
             missing = varlen.missing_requirement(at, dtype, module.config.kv_channels, False)
             if missing:

@@ -24,6 +24,8 @@ class KeysParams(PackedSeqParams):
     """
 
     keys: Keys | None = None
+    angles: torch.Tensor | None = None
+    """fp32 [S, B or 1, 1, channels], for layers that rotate by themselves (model/mla.py)."""
 
 
 class BlockDiffusionCoreAttention(MegatronModule):
@@ -53,17 +55,26 @@ class BlockDiffusionCoreAttention(MegatronModule):
         self,
         query: torch.Tensor,
         key: torch.Tensor,
-        value: torch.Tensor,
+        value: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: KeysParams | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """[S, B, heads Dv] of query [S, B, heads, D], key [S, B, kv_heads, D], value [S, B, kv_heads, Dv]."""
+        """[S, B, heads Dv] of query [S, B, heads, D], key [S, B, kv_heads, D], value [S, B, kv_heads, Dv].
+
+        Without a value it is the key's first channels, a latent of model/mla.py, and only keys are kept.
+        Tensors of latent attention come without B where it is 1.
+        """
         assert packed_seq_params is not None and packed_seq_params.keys is not None
         keys = packed_seq_params.keys
+        is_latent = value is None
+        value = key[..., :0] if value is None else value
+        query, key, value = (each[:, None] if each.dim() == 3 else each for each in (query, key, value))
         key, value = keys.of(key, value, self.layer_number, self.context_group)
+        if is_latent:
+            value = key[..., : self.config.kv_lora_rank]
         out = block_diffusion_attention(
             query, key, value, keys.rectangle, backend=self.backend, softmax_scale=self.softmax_scale
         )

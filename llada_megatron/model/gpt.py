@@ -69,7 +69,11 @@ class BlockDiffusionGPT(GPTModel):
             "attention_mask": None,
             "decoder_input": self._embedded(inputs) if self.pre_process else None,
             "packed_seq_params": KeysParams(
-                qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, keys=inputs.keys
+                qkv_format="bshd",
+                max_seqlen_q=S,
+                max_seqlen_kv=S,
+                keys=inputs.keys,
+                angles=self.rotary_pos_emb(inputs.positions) if self.config.multi_latent_attention else None,
             ),
             "padding_mask": self._marks(inputs),
             "output_processor": head_output,
@@ -85,8 +89,9 @@ class BlockDiffusionGPT(GPTModel):
         **unused: Any,
     ) -> tuple[Any, ...]:
         """What layers get, both in a forward and in a schedule plan: the embeddings and the marks as they are
-        given, and the angles of the explicit positions."""
-        return decoder_input, self.rotary_pos_emb(position_ids), None, None, None, padding_mask
+        given, and the angles of the explicit positions, which layers of latent attention have from _given."""
+        angles = None if self.config.multi_latent_attention else self.rotary_pos_emb(position_ids)
+        return decoder_input, angles, None, None, None, padding_mask
 
     def _embedded(self, inputs: ModelInputs) -> torch.Tensor:
         """[S/tp, B, H], with noise and soft tokens."""

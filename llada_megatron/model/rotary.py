@@ -1,6 +1,6 @@
 """Rotary embedding: the frequencies of model.rotary_scaling, at explicit positions.
 
-    f_i = base^(-2i/C)            of channel pair i < C/2, C = rotary_fraction * head_dim
+    f_i = base^(-2i/C)            of channel pair i < C/2, C channels that are rotated
     f_i keep_i + f_i (1 - keep_i) / factor
 
     linear   keep_i = 0
@@ -20,12 +20,13 @@ from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
 from llada_megatron.config.schema import ModelConfig, RotaryScaling, RotaryScalingConfig
+from llada_megatron.model.mla import LatentAttention
 from llada_megatron.runtime import device
 
 
 def inverse_frequencies(model: ModelConfig, at: torch.device) -> Tensor:
     """fp32 [C/2]: radians per position of each pair of channels, on a device."""
-    channels = int(model.head_dim * model.rotary_fraction)
+    channels = model.rotated_channels
     exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=at) / channels
     frequencies = 1.0 / model.rotary_base**exponents
     if model.rotary_scaling.type is RotaryScaling.none:
@@ -39,6 +40,11 @@ def attention_factor(scaling: RotaryScalingConfig) -> float:
     if scaling.type is not RotaryScaling.yarn:
         return 1.0
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+
+
+def softmax_factor(scaling: RotaryScalingConfig) -> float:
+    """What softmax's scale is multiplied by."""
+    return (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1) ** 2
 
 
 def _kept(model: ModelConfig, frequencies: Tensor, channels: int) -> Tensor:
@@ -90,5 +96,8 @@ def set_frequencies(stage: torch.nn.Module, model: ModelConfig) -> None:
     for module in stage.modules():
         if isinstance(module, ExplicitRotary):
             module.inv_freq = inverse_frequencies(model, device.device())
+        elif isinstance(module, LatentAttention):
+            scaling = model.rotary_scaling
+            module.set_scales(rotary=attention_factor(scaling), softmax=softmax_factor(scaling))
         elif isinstance(module, Attention):
             module._yarn_concentration_factor = attention_factor(model.rotary_scaling)

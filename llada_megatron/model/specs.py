@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -21,6 +23,7 @@ from llada_megatron.config.schema import LoraConfig, ModelConfig
 from llada_megatron.model.adapters import adapt
 from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
 from llada_megatron.model.experts import Experts
+from llada_megatron.model.mla import LatentAttention
 from llada_megatron.model.router import BalancedRouter
 from llada_megatron.runtime import device
 
@@ -102,10 +105,12 @@ def block_spec(
             if not transformer_engine:
                 moe = replace(moe, experts=partial(Experts, **moe.experts.keywords))
             submodules.mlp = partial(MoELayer, submodules=moe)
+        if config.multi_latent_attention:
+            _use_latents(layer, attention, is_moe=is_moe, transformer_engine=transformer_engine)
         if transformer_engine:
             continue
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
-        if config.qk_layernorm:
+        if config.qk_layernorm and not config.multi_latent_attention:
             submodules.self_attention.submodules.q_layernorm = RMSNorm
             submodules.self_attention.submodules.k_layernorm = RMSNorm
         if is_moe:
@@ -115,3 +120,25 @@ def block_spec(
     if not transformer_engine:
         spec.layer_norm = RMSNorm
     return spec
+
+
+def _use_latents(
+    layer: ModuleSpec, backend: str | Executor, *, is_moe: bool, transformer_engine: bool
+) -> None:
+    """Our attention over latents (model/mla.py), under keys that both specs write.
+
+    The norms of latents are modules of their own; a dense layer's norm has the key of TransformerEngine's,
+    which is fused into the layer behind it.
+    """
+    submodules, norm = layer.submodules, RMSNorm
+    submodules.self_attention.module = LatentAttention
+    attention = submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(BlockDiffusionCoreAttention, params={"backend": backend})
+    if transformer_engine:
+        engine = importlib.import_module("megatron.core.extensions.transformer_engine_spec_provider")
+        provider = engine.TESpecProvider()
+        norm = provider.layer_norm(rms_norm=True, for_qk=True)
+        attention.linear_q_up_proj = attention.linear_kv_up_proj = provider.column_parallel_linear()
+    elif not is_moe:
+        submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    attention.q_layernorm = attention.kv_layernorm = norm

@@ -37,7 +37,7 @@ def options(config: Config, *, layer_spec: str) -> dict[str, Any]:
         "moe_token_dispatcher_type": "flex" if layout.dispatcher.is_flex else layout.dispatcher.value,
         "moe_permute_fusion": fuses and model.has_experts,
         "moe_router_fusion": fuses and model.has_experts,
-        "apply_rope_fusion": fuses and _positions_are_shared(config),
+        "apply_rope_fusion": fuses and _positions_are_shared(config) and not model.mla.is_used,
         "moe_shared_expert_overlap": layout.overlap_shared_experts,
         "overlap_moe_expert_parallel_comm": layout.overlap_experts,
         "delay_wgrad_compute": layout.delay_weight_gradients,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from llada_megatron.config.choices import ExpertScore
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
+from llada_megatron.plan import latents
 from llada_megatron.plan.shapes import Shape
 
 Parts = dict[str, int]
@@ -28,6 +29,7 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
     norms      2 b tH outputs, 8t 1/rms; with qk_norm 4S (heads + kv_heads)/tp more 1/rms
     attention  b S(q + 2g) projections; b Sq of queries copied out of them where g holds several kv heads;
                b Sq rotated queries; b Sq output; 4b rotary_rows r of cosines and sines for q and k
+    (with model.mla attention, core_attn and the norms inside are those of latents.py)
     core_attn  4S heads/tp log-sum-exp; keys and values: b Sg rotated keys (values are a view of the
                projections), or with context parallelism 2b Kg, the exchange's ordered copy
     mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion)
@@ -41,13 +43,16 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
     q, g = model.heads * head_dim // tp, model.kv_heads * head_dim // tp
     norm_rows = S * (model.heads + model.kv_heads) // tp if model.qk_norm else 0
     copied_queries = b * S * q if model.qk_norm and model.kv_heads // tp > 1 else 0
-    rotary = 4 * b * shape.rotary_rows * int(head_dim * model.rotary_fraction)
+    rotary = 4 * b * shape.rotary_rows * model.rotated_channels
     parts = {
         "residual": 2 * b * t * hidden,
         "norms": 2 * b * t * hidden + 8 * t + 4 * norm_rows,
         "attention": b * S * (q + 2 * g) + copied_queries + 2 * b * S * q + rotary,
         "core_attn": 4 * S * model.heads // tp + (2 * b * shape.keys * g if layout.cp > 1 else b * S * g),
     }
+    if model.mla.is_used:
+        own = latents.attention_parts(model, shape, layout, b=b)
+        parts |= own | {"norms": 2 * b * t * hidden + 8 * t + own["norms"]}
     if not moe:
         parts["mlp"] = 3 * b * S * model.ffn_hidden_size // tp
         return parts
@@ -105,7 +110,10 @@ def kept(model: ModelConfig, parts: Parts, shape: Shape, layout: LayoutConfig, *
     modules = recomputed_modules(layout)
     left = dict(parts)
     if "core_attn" in modules:
-        left["core_attn"] = b * shape.rows * model.kv_heads * model.head_dim // layout.tp
+        own_keys = b * shape.rows * model.kv_heads * model.head_dim // layout.tp
+        if model.mla.is_used:
+            own_keys += b * shape.rows * model.heads * model.value_dim // layout.tp
+        left["core_attn"] = own_keys
     if "experts" in parts:
         if "layernorm" in modules:
             left["norms"] -= b * shape.tokens * model.hidden_size
@@ -133,16 +141,22 @@ def held_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
     return 5 * shape.tokens * model.experts + (8 * shape.sent if recomputed else 0)
 
 
+def keeps_angles(model: ModelConfig, layout: LayoutConfig) -> bool:
+    """Whether rotary angles wait for backward: where every layer takes them again, or the core of latent
+    attention, beside whose keys they are handed in."""
+    latent_core = model.mla.is_used and "core_attn" in recomputed_modules(layout)
+    return layout.recompute is Recompute.full or latent_core
+
+
 def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
     """What each (virtual) stage keeps of a micro-batch beside its layers.
 
-    8K order of the exchanged keys, 8 per noisy row sent; with full recompute 4r rotary_rows angles,
-    which every layer takes; where a layer with experts that choose from pools runs again, the marks of its
-    rows, t (1 + w) (model/pools.py).
+    8K order of the exchanged keys, 8 per noisy row sent; with `keeps_angles` 4r rotary_rows angles; where a
+    layer with experts that choose from pools runs again, the marks of its rows, t (1 + w) (model/pools.py).
     """
-    angles = 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
+    angles = 4 * shape.rotary_rows * model.rotated_channels
     kept_here = 8 * (shape.keys + shape.halo) if layout.cp > 1 else 0
-    if layout.recompute is Recompute.full:
+    if keeps_angles(model, layout):
         kept_here += angles
     if model.expert_capacity and "moe" in recomputed_modules(layout):
         kept_here += shape.tokens * (1 + shape.block_bits)

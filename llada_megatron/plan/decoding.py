@@ -15,7 +15,7 @@ class Decoding:
     """Bytes of keys and values on each process."""
 
     cached_token_bytes: int
-    """Of one token: 2 layers (kv_heads / tp) head_dim and the bytes of a number."""
+    """Of one token: what decoding keeps of it in all layers on a rank, times the bytes of a number."""
     block_size: int
     """Of the pages, that of the stage."""
     batch: int

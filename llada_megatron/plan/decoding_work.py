@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llada_megatron.config.families.gpt import (
-    active_weights,
-    expert_weights,
-    kept_numbers,
-    pair_flops,
-)
+from llada_megatron.config.families.gpt import active_weights, expert_weights
+from llada_megatron.config.families.gpt_attention import decoding_pair_flops, kept_numbers
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import traffic
 from llada_megatron.plan.layer_time import KEPT_FORWARD
@@ -94,14 +90,14 @@ def decoding_work(
     def products(rows: float, weights: float, rate: float = at.gemm, times: float = 1) -> Work:
         return Work(2 * rows * weights, rate, b * weights * times)
 
-    keys = kept_numbers(model) / tp * b * active.versions * active.context
+    keys = kept_numbers(model, tp) * b * active.versions * active.context
     head = model.vocab_size / tp * H
     unit = units(model, shape, layout, b=b)
     states = (model.layers - moe) * unit.dense.kept + moe * unit.moe.kept + unit.embedding.kept
     work = {
         "attention's products": products(S, weights["attention"]),
         "attention": Work(
-            pair_flops(model) / tp * shape.pairs,
+            decoding_pair_flops(model) / tp * shape.pairs,
             at.attention,
             keys * (GATHERED_PASSES if active.versions > 1 else 1),
         ),

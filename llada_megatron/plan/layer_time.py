@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llada_megatron.config.families.gpt import attention_weights, expert_weights
+from llada_megatron.config.families.gpt import expert_weights
+from llada_megatron.config.families.gpt_attention import attention_weights, attention_widths, pair_flops
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import launches, traffic
 from llada_megatron.plan.memory import Unit, Units
@@ -167,13 +168,13 @@ def layer(work: Work, units: Units, *, moe: bool) -> Block:
 
 
 def _products(work: Work, block: Block, *, moe: bool) -> None:
-    """Matrix products and attention; a visible pair has 4 head_dim FLOPs per head, twice that in backward."""
+    """Matrix products and attention; backward has twice the FLOPs of a visible pair."""
     model, shape, layout, at = work.model, work.shape, work.layout, work.at
     tp, H, S, N = layout.tp, model.hidden_size, shape.rows, shape.routed
-    q, g = model.heads * model.head_dim // tp, model.kv_heads * model.head_dim // tp
     work.product(block, "attention", "attention", S, attention_weights(model) / tp)
-    work.quantise(block, "attention", S * (H + q), S * (q + 2 * g + H))
-    pairs = 4 * model.head_dim * model.heads / tp * shape.pairs / at.attention
+    inputs, outputs = attention_widths(model)
+    work.quantise(block, "attention", S * (H + inputs // tp), S * (H + outputs // tp))
+    pairs = pair_flops(model) / model.layers / tp * shape.pairs / at.attention
     block.forward.add("attention", "attention", pairs)
     if not work.forward_only:
         block.backward.add("attention", "attention", (2 + ("core_attn" in work.again)) * pairs)

@@ -16,18 +16,21 @@ def offloaded(model: ModelConfig, left: Parts, shape: Shape, layout: LayoutConfi
     """Bytes of one layer by part of the model, of what recompute has left of it.
 
     attn_norm and mlp_norm  b tH of the residual each     qkv_linear  b tH of the norms' outputs
-    core_attn   b S(q + g) of rotated queries and keys (values stay: they lie among the projections)
-    attn_proj   b Sq of attention's output                 expert_fc1  b NH of the experts' inputs
+    core_attn   b S(q + g) of rotated queries and keys (values stay: they lie among the projections; with
+                model.mla they go too)
+    attn_proj   b S v of attention's output                expert_fc1  b NH of the experts' inputs
     moe_act     2b N Fe/etp of gate and up
     """
     q, g = (heads * model.head_dim // layout.tp for heads in (model.heads, model.kv_heads))
+    v = model.heads * model.value_dim // layout.tp
+    own_values = v if model.mla.is_used else 0
     hidden, rows = b * shape.tokens * model.hidden_size, b * shape.rows
     moved = {
         OffloadModule.attn_norm: [("residual", hidden)],
         OffloadModule.mlp_norm: [("residual", hidden)],
         OffloadModule.qkv_linear: [("norms", hidden)],
-        OffloadModule.core_attn: [("attention", rows * q), ("core_attn", rows * g)],
-        OffloadModule.attn_proj: [("attention", rows * q)],
+        OffloadModule.core_attn: [("attention", rows * q), ("core_attn", rows * (g + own_values))],
+        OffloadModule.attn_proj: [("attention", rows * v)],
         OffloadModule.expert_fc1: [("experts", b * shape.routed * model.hidden_size)],
         OffloadModule.moe_act: [("experts", 2 * b * shape.routed * model.expert_hidden_size // layout.etp)],
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig
+from llada_megatron.plan import latents
 from llada_megatron.plan.activations import gathered_tokens, recomputed_modules
 from llada_megatron.plan.dispatch import flex_bytes
 from llada_megatron.plan.memory import padded_buffers
@@ -52,6 +53,7 @@ def layer_messages(
     tp   attention and a dense MLP or shared expert each gather their input [S, H] and scatter their output;
          backward gathers the output's gradient, gathers the input again for the weights' gradient and
          scatters the input's gradient. The last two run beside matrix products (megatron-core's layers.py).
+         With model.mla the widths of latents.py are gathered.
     cp   clean keys and values [L, 2, g] gathered, their gradients scattered (attention/context.py)
     tp*cp  with pools of experts the best score of each expert in each block, fp32 [P, E]
     ep*etp  each process's count of tokens for every expert, int64
@@ -62,9 +64,9 @@ def layer_messages(
     etp  received copies [N, H] and their fp32 probabilities gathered, outputs scattered in fp32 (the
          dispatcher casts them to the probabilities' type); the reverse in backward
     """
-    messages = _tensor_parallel("attention", shape, layout, model.hidden_size, b)
+    messages = _attention(model, shape, layout, b)
     if layout.cp > 1:
-        keys = shape.gathered * 2 * model.kv_heads * model.head_dim // layout.tp * b
+        keys = shape.gathered * model.kv_heads * (model.head_dim + model.value_dim) // layout.tp * b
         messages.append(Message("cp", "all_gather", keys, 1, 0, module="core_attn"))
         messages.append(Message("cp", "reduce_scatter", keys, 0, 1, module="core_attn"))
     if not moe:
@@ -230,6 +232,21 @@ def _flex(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -> lis
         return []
     inside, outside = flex_bytes(model, shape, layout, b=b)
     return [Message("ep*etp", "exchange", inside, 2, 2, module="moe", network=outside)]
+
+
+def _attention(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -> list[Message]:
+    if not model.mla.is_used or layout.tp == 1:
+        return _tensor_parallel("attention", shape, layout, model.hidden_size, b)
+    messages = [
+        Message("tp", "reduce_scatter", b * shape.rows * model.hidden_size, 1, 0, module="attention"),
+        Message("tp", "all_gather", b * shape.rows * model.hidden_size, 0, 1, module="attention"),
+    ]
+    for width, there, back, scattered in latents.gathered_widths(model):
+        payload, beside = b * shape.rows * width, min(back, scattered)
+        gathers = Message("tp", "all_gather", payload, there, back, hidden=beside, module="attention")
+        scatters = Message("tp", "reduce_scatter", payload, 0, scattered, hidden=beside, module="attention")
+        messages += [gathers, scatters]
+    return [message for message in messages if message.forward or message.backward]
 
 
 def _tensor_parallel(module: str, shape: Shape, layout: LayoutConfig, hidden: int, b: int) -> list[Message]:

@@ -9,14 +9,14 @@ operation and confirmed by the dry run (docs/planning.md), to within a few scala
 from __future__ import annotations
 
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
-from llada_megatron.plan.activations import Parts, gathered_tokens, recomputed_modules
+from llada_megatron.plan.activations import Parts, gathered_tokens, keeps_angles, recomputed_modules
 from llada_megatron.plan.shapes import Shape
 
 
 def during_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
     """Alive all through a forward: 4r rotary_rows angles, and the micro-batch, 8S tokens and 36n more."""
-    angles = 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
-    kept_anyway = angles if layout.recompute is Recompute.full else 0
+    angles = 4 * shape.rotary_rows * model.rotated_channels
+    kept_anyway = angles if keeps_angles(model, layout) else 0
     return angles - kept_anyway + 8 * shape.rows + 36 * shape.supervised
 
 

@@ -28,7 +28,8 @@ def unfused_bytes(
     TransformerEngine's rotary does not take (model/speed.py). Forward adds the experts' outputs to tokens,
     backward the gradients of the copies: unpermutation and the gradient of permutation are sums there.
     """
-    rotated = (model.heads + model.kv_heads) // layout.tp * int(model.head_dim * model.rotary_fraction)
+    turned = model.heads // layout.tp + (1 if model.mla.is_used else model.kv_heads // layout.tp)
+    rotated = turned * model.rotated_channels
     rotary = ROTARY_PASSES * b * shape.rows * rotated
     yield "attention", rotary, rotary
     if moe and not rotary_alone:

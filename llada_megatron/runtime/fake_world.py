@@ -249,7 +249,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(query.shape, dtype=query.dtype)
+        out = torch.zeros((*query.shape[:3], value.shape[3]), dtype=query.dtype)
         ctx.save_for_backward(query, key, value, out, torch.zeros(query.shape[:3], dtype=torch.float32))
         return out
 

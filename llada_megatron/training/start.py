@@ -31,15 +31,19 @@ OUTSIDE_LAYERS = ("weight gradients", "cross entropy")
 def attention_line(config: Config) -> str:
     """Which executor of attention a run uses here and why not a faster one; BadInput when it cannot."""
     model, dtype = config.model, device.DTYPES[config.precision.dtype]
-    return training_executor(model.attention_backend, dtype, model.head_dim)
+    return training_executor(model.attention_backend, dtype, model.head_dim, model.value_dim)
 
 
-def training_executor(backend: AttentionBackend, dtype: torch.dtype, head_dim: int) -> str:
+def training_executor(
+    backend: AttentionBackend, dtype: torch.dtype, head_dim: int, value_dim: int | None = None
+) -> str:
     """The executor that trains with such heads here, and why; BadInput where there is none.
+
+    Values are `value_dim` wide, by default as wide as keys.
 
     On CUDA `portable` is none: its loops run in Python, in fp32, with a launch for each small product.
     """
-    executor, line = select_backend(backend, device.device(), dtype, head_dim)
+    executor, line = select_backend(backend, device.device(), dtype, head_dim, value_dim=value_dim)
     if executor is portable_attention and device.on_cuda():
         raise BadInput(
             "model.attention_backend=portable does not train on CUDA, where its loops in Python would take"

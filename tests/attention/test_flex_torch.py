@@ -29,6 +29,16 @@ def test_output_equals_the_reference(rectangle):
     torch.testing.assert_close(block_diffusion_attention(*qkv, rectangle, "flex_torch"), expected)
 
 
+@pytest.mark.parametrize("value_dim", [4, 24])
+def test_values_of_another_width_than_keys_equal_the_reference(value_dim):
+    rectangle = BlockDiffusionMask([torch.tensor([0, 13, 24])], 4).whole()
+    query, key, _ = draw_qkv(rectangle)
+    value = torch.randn(*key.shape[:3], value_dim, dtype=key.dtype)
+    expected = block_diffusion_attention(query, key, value, rectangle, "reference")
+    got = block_diffusion_attention(query, key, value, rectangle, "flex_torch")
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("block_size", [1, 32, 200, 300])
 def test_output_equals_the_reference_over_several_tiles(block_size):
     documents = [torch.tensor([0, 130, 300]), torch.tensor([0, 300])]

@@ -120,13 +120,14 @@ def test_values_of_another_width_equal_dense_attention_in_output_and_gradients(
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["flex_torch", "cudnn_graph", "cudnn_flex", "varlen"])
+@pytest.mark.parametrize("name", ["cudnn_graph", "cudnn_flex", "varlen"])
 def test_an_executor_of_one_width_says_so(name: str) -> None:
     with pytest.raises(BadInput, match=f"{name} serves values as wide as keys, not 64 wide for keys of 96"):
         select_backend(name, torch.device("cuda"), torch.bfloat16, 96, True, 64)
     decoding = name == "varlen"
     _, line = select_backend("auto", torch.device("cuda"), torch.bfloat16, 96, not decoding, 64, decoding)
-    assert line.startswith("portable") and name in line
+    assert line.startswith("portable" if decoding else "flex_torch")
+    assert name in line or name == "cudnn_graph"  # which comes behind flex_torch
 
 
 def test_an_executor_can_be_handed_in() -> None:

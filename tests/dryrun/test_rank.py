@@ -37,6 +37,11 @@ SOFTMAX = [
     *("model.expert_score=softmax", "model.expert_bias=false", "model.shared_expert_hidden_size=0"),
     *("model.expert_groups=1", "model.expert_groups_per_token=1", "model.dense_layers=0"),
 ]
+MLA = [
+    *("model.heads=4", "model.kv_heads=4", "model.head_dim=64", "model.rotary_fraction=1"),
+    "model.mla={q_lora_rank: 64, kv_lora_rank: 64, qk_nope_head_dim: 48, qk_rope_head_dim: 16,"
+    " v_head_dim: 32}",
+]
 CAP, DPO = objective("confidence"), [*objective("preference"), "layout.micro_batch=2"]
 LEVENSHTEIN = [
     *objective("levenshtein"),
@@ -73,6 +78,7 @@ SLOW_CASES = (
     "oput_tp_chunked",
     "bf16_sums_and_moments",
     "softmax_qkv_bias_tp_ep",
+    "latents_tp_cp_pp",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -184,6 +190,16 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
         BDLM,
         [*SOFTMAX, "model.qkv_bias=true", "layout.processes=4", "layout.tp=2", "layout.ep=2"],
     ),
+    "latents_tp_cp_pp": (
+        BDLM,
+        [
+            *(*MLA, "model.layers=4", "layout.processes=8", "layout.tp=2", "layout.cp=2", "layout.pp=2"),
+            "layout.ep=4",
+        ],
+    ),
+    "latents_core": (BDLM, [*MLA, "layout.recompute=selective"]),
+    "latents_full_recompute": (BDLM, [*MLA, "layout.recompute=full"]),
+    "latents_mdlm": (MDLM, [*MLA, "layout.micro_batch=2"]),
     "no_expert_bias": (BDLM, ["model.expert_bias=false", "model.experts=16"]),
     "dense_qkv_bias": (MDLM, [*DENSE, "model.qkv_bias=true", "model.qk_norm=false"]),
     "pools_mdlm": (MDLM, [*POOLS, "layout.processes=2", "layout.cp=2"]),

@@ -14,6 +14,7 @@ from llada_megatron.generate.methods import method_of
 from llada_megatron.parallel import groups
 from tests.distributed import run_ranks
 from tests.generate.models import CONTEXT, MASK, prompt_of, settings, tiny
+from tests.model.latents import MLA
 
 LENGTHS = (13, 2, 40, 7, 30)
 FIRST_IS_LONGEST = (60, 1, 3)
@@ -71,6 +72,14 @@ def test_a_layout_decodes_the_tokens_of_one_process(processes, overrides, length
     found = run_ranks(decoded, lengths, "threshold", layout, processes=processes)
     assert all(results == alone for results, _ in found)
     assert len({forwards for _, forwards in found}) == 1  # equally often, whoever has work
+
+
+@pytest.mark.slow
+def test_kept_latents_that_every_rank_holds_give_the_tokens_of_one_process():
+    ((alone, _),) = run_ranks(decoded, LENGTHS, "threshold", ["layout.global_batch=4", *MLA])
+    layout = ["layout.processes=2", "layout.global_batch=4", "layout.tp=2", *MLA]
+    for results, _ in run_ranks(decoded, LENGTHS, "threshold", layout, processes=2):
+        assert results == alone
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.model import transformer_engine_stand_in
+from tests.model.latents import MLA
 
 # Not in site-packages: megatron-core would take it for an installation that can run.
 FOLDER = Path(sys.prefix) / "transformer-engine"
@@ -53,6 +54,10 @@ class Built:
 
 def build_switched(layer_spec: str) -> Built:
     return build(layer_spec, *SWITCHES)
+
+
+def build_latents(layer_spec: str) -> Built:
+    return build(layer_spec, *MLA)
 
 
 def build(layer_spec: str, *switches: str) -> Built:
@@ -132,6 +137,18 @@ def test_both_layer_specs_write_the_same_keys_shapes_and_dtypes(built: dict[str,
     local, transformer_engine = (built[name].entries for name in LAYER_SPECS)
     assert sorted(transformer_engine - local) == sorted(local - transformer_engine) == []
     assert any(key.endswith("mlp.experts.experts.linear_fc1.weight") for key, _, _ in local)
+
+
+@pytest.mark.slow
+def test_both_layer_specs_write_the_same_tensors_of_latent_attention() -> None:
+    local, transformer_engine = in_processes_of_their_own(build_latents, LAYER_SPECS)
+    assert transformer_engine.entries == local.entries
+    for name, weight in local.weights.items():
+        np.testing.assert_array_equal(transformer_engine.weights[name], weight, err_msg=name)
+    attention = "decoder.layers.0.self_attention"
+    assert transformer_engine.classes[attention] == "llada_megatron.model.mla.LatentAttention"
+    for name in ("linear_q_down_proj", "linear_kv_up_proj", "kv_layernorm"):
+        assert transformer_engine.classes[f"{attention}.{name}"].startswith(FROM_TRANSFORMER_ENGINE)
 
 
 def test_checkpoints_hold_only_tensors_so_that_either_layer_spec_finds_all_it_asks_for(

@@ -6,6 +6,7 @@ import pytest
 
 from llada_megatron.config.layout import data_parallel_size
 from tests.distributed import run_ranks
+from tests.model.latents import MLA
 from tests.training.runs import TWO, comparable, configure, train, train_rank
 
 FOUR = "layout.processes=4"
@@ -40,6 +41,7 @@ def plans_and_outcomes(config):
             marks=pytest.mark.full,
         ),
         pytest.param([FOUR, "layout.tp=2", "layout.etp=2"], marks=pytest.mark.full),
+        pytest.param([TWO, *MLA], marks=pytest.mark.full),
     ],
     ids=" ".join,
 )

@@ -18,6 +18,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.runtime.launch import WorkerDied
 from llada_megatron.verify.layouts import write_corpus
 from tests.distributed import run_ranks
+from tests.model.latents import MLA
 from tests.training.runs import (
     LONG,
     STAGES,
@@ -431,11 +432,15 @@ RELATIVES = {
         "model.rotary_fraction=1",
         "model.shared_expert_hidden_size=0",
     ],
+    "latent attention": list(MLA),
     "dense": ["model.dense_layers=4", "model.experts=0", "model.qk_norm=false", "model.rotary_fraction=1"],
 }
 
 
-@pytest.mark.parametrize("relative", RELATIVES)
+@pytest.mark.parametrize(
+    "relative",
+    [pytest.param(name, marks=[pytest.mark.slow] if "latent" in name else []) for name in RELATIVES],
+)
 def test_relatives_of_the_architecture_are_data_they_learn_and_resume(corpus, tmp_path, relative):
     run_dirs = tmp_path / "straight", tmp_path / "resumed"
     train(configure(corpus, run_dirs[0], *RELATIVES[relative], "optimizer.lr=0.003"))

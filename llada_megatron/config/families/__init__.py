@@ -43,8 +43,8 @@ class Formulas(Protocol):
         """Forward FLOPs of a visible query-key pair in all layers."""
         ...
 
-    def kept_numbers(self, model: ModelConfig) -> int:
-        """Numbers that decoding keeps of a token in all layers: its keys and values."""
+    def kept_numbers(self, model: ModelConfig, tp: int = 1) -> int:
+        """Numbers that decoding keeps of a token in all layers on one process of tp: its keys and values."""
         ...
 
 

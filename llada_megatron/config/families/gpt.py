@@ -1,13 +1,12 @@
-"""The `gpt` family: attention with grouped queries, then a dense feed-forward layer or a Mixture of Experts.
+"""The `gpt` family: attention, then a dense feed-forward layer or a Mixture of Experts.
 
-Ling 2.0, LLaDA, Llama, Qwen. Parameters by what divides them: tensor parallelism, nothing, or expert
-parallelism.
-Legend: H hidden_size, F ffn_hidden_size, Fe and Fs expert and shared_expert hidden sizes, nh heads, ng
-kv_heads, hd head_dim, E experts, V vocab_size.
+Ling 2.0, LLaDA, Llama, Qwen, DeepSeek-V3. Parameters by what divides them: tensor parallelism, nothing, or
+expert parallelism.
+Legend: H hidden_size, F ffn_hidden_size, Fe and Fs expert and shared_expert hidden sizes, E experts, V
+vocab_size.
 
-    a layer's attention    H (nh + 2 ng) hd + nh hd H              / tp
-    its qkv_bias           (nh + 2 ng) hd                          / tp
-    a layer's norms        2H, and 2 hd with qk_norm               replicated over tp
+    a layer's attention    gpt_attention.py                        / tp
+    a layer's norms        2H, and those inside its attention      replicated over tp
     a dense layer          3 H F (gate and up in one, and down)    / tp
     a MoE layer            3 H Fs of the shared expert             / tp
                            E H of the router                       replicated over tp
@@ -29,6 +28,15 @@ from llada_megatron.config.choices import ExpertScore
 from llada_megatron.config.contents import Contents, Parameters, aligned, separate_experts
 from llada_megatron.config.families.gpt_adapters import active_adapters as active_adapters
 from llada_megatron.config.families.gpt_adapters import adapter_parameters
+from llada_megatron.config.families.gpt_attention import (
+    attention_matrices,
+    attention_norms,
+    attention_weights,
+    check_attention,
+    qkv_biases,
+)
+from llada_megatron.config.families.gpt_attention import kept_numbers as kept_numbers
+from llada_megatron.config.families.gpt_attention import pair_flops as pair_flops
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.layout_rules import require
 from llada_megatron.config.schema import LayoutConfig, LoraConfig, ModelConfig, RotaryScaling
@@ -41,18 +49,10 @@ def check(model: ModelConfig) -> None:
         "model.ffn_hidden_size is 0 but model.dense_layers is not: set model.ffn_hidden_size.",
     )
     require(
-        model.heads % model.kv_heads == 0,
-        f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}.",
-    )
-    require(
         0 <= model.mask_token_id < model.vocab_size,
         f"model.mask_token_id={model.mask_token_id} is outside model.vocab_size={model.vocab_size}.",
     )
-    require(
-        model.rotary_fraction <= 1 and int(model.rotary_fraction * model.head_dim) in range(2, 2**31, 2),
-        f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} must be an even"
-        " number of channels.",
-    )
+    check_attention(model)
     _check_scaling(model)
     if not model.has_experts:
         return
@@ -184,7 +184,7 @@ def parameters(
         + moe * 3 * hidden * model.shared_expert_hidden_size
         + vocabulary
     )
-    norms = 2 * hidden + (2 * model.head_dim if model.qk_norm else 0)
+    norms = 2 * hidden + sum(attention_norms(model))
     return Parameters(
         sharded=sharded // tp,
         replicated=layers * norms + moe * model.experts * hidden + last * hidden,
@@ -197,11 +197,9 @@ def parameters(
 
 def _buffers(model: ModelConfig, stage: Contents, *, tp: int, ep: int, etp: int) -> tuple[int, int]:
     """Elements of a stage's gradient buffers: dense parameters, and those of experts kept apart."""
-    hidden, head = model.hidden_size, model.head_dim
-
-    qkv, output = hidden * (model.heads + 2 * model.kv_heads) * head // tp, model.heads * head * hidden // tp
-    attention = aligned(qkv, qkv_biases(model) // tp, output, hidden, hidden)
-    attention += aligned(head, head) if model.qk_norm else 0
+    hidden = model.hidden_size
+    matrices = (size // tp for size in (*attention_matrices(model), qkv_biases(model)))
+    attention = aligned(*matrices, *attention_norms(model), hidden, hidden)
     feed_forward, shared = (
         aligned(2 * hidden * width // tp, hidden * width // tp)
         for width in (model.ffn_hidden_size, model.shared_expert_hidden_size)
@@ -227,27 +225,6 @@ def active_weights(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def pair_flops(model: ModelConfig) -> int:
-    """Forward FLOPs of a visible query-key pair in all layers: 4 head_dim per head, scores and values."""
-    return 4 * model.heads * model.head_dim * model.layers
-
-
-def attention_weights(model: ModelConfig) -> int:
-    """Of one layer: queries, keys and values in one matrix, and the output projection."""
-    qkv = model.hidden_size * (model.heads + 2 * model.kv_heads) * model.head_dim
-    return qkv + model.heads * model.head_dim * model.hidden_size
-
-
-def qkv_biases(model: ModelConfig) -> int:
-    """Of one layer."""
-    return (model.heads + 2 * model.kv_heads) * model.head_dim if model.qkv_bias else 0
-
-
 def expert_weights(model: ModelConfig) -> int:
     """Of one routed expert."""
     return 3 * model.hidden_size * model.expert_hidden_size
-
-
-def kept_numbers(model: ModelConfig) -> int:
-    """A key and a value for each head of them, in every layer."""
-    return 2 * model.layers * model.kv_heads * model.head_dim

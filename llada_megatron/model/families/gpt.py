@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.layout import pipeline_stages
-from llada_megatron.config.schema import Config, LayoutConfig, Recompute
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
 from llada_megatron.model import speed
 from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.initialize import initialize_weights
@@ -30,8 +32,9 @@ def transformer_config(config: Config, *, layer_spec: str) -> TransformerConfig:
     moe = model.has_experts
     fused = layer_spec == "transformer_engine"
     grouped = moe and model.expert_groups > 1 and not model.expert_capacity
-    return TransformerConfig(
+    return (MLATransformerConfig if model.mla.is_used else TransformerConfig)(
         # architecture
+        **_latents(model),
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -95,6 +98,20 @@ def transformer_config(config: Config, *, layer_spec: str) -> TransformerConfig:
         gradient_accumulation_fusion=False,  # of TransformerEngine's layers, in training/optimizer.py
         **speed.options(config, layer_spec=layer_spec),
     )
+
+
+def _latents(model: ModelConfig) -> dict[str, Any]:
+    """Fields of MLATransformerConfig. Its rotary embeddings are never asked: model/mla.py."""
+    if not model.mla.is_used:
+        return {}
+    return {
+        "q_lora_rank": model.mla.q_lora_rank or None,
+        "kv_lora_rank": model.mla.kv_lora_rank,
+        "qk_head_dim": model.mla.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": model.mla.qk_rope_head_dim,
+        "v_head_dim": model.mla.v_head_dim,
+        "rope_type": "rope",
+    }
 
 
 def pipeline_layout(layers: int, layout: LayoutConfig) -> list[list[str]] | None:

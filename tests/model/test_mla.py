@@ -1,0 +1,103 @@
+"""Latent attention: its parameters, its absorbed form, and what cannot be built."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
+from llada_megatron.attention.keys import KeyPool, PooledKeys
+from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families.gpt import check
+from llada_megatron.config.parameters import cached_token_bytes, total_parameters
+from llada_megatron.config.rules import check as check_rules
+from llada_megatron.config.schema import LayoutConfig
+from llada_megatron.generate import Decoder, Limits
+from llada_megatron.generate.rules import rule_of
+from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.provider import build_model
+from llada_megatron.model.readout import LOGITS
+from llada_megatron.parallel import groups
+from tests.generate.models import CONTEXT, MASK, prompt_of, settings, tiny, uncached
+from tests.model.latents import FULL_QUERIES, MLA
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    groups.initialize(LayoutConfig())
+    yield
+    groups.destroy()
+
+
+@pytest.mark.parametrize("overrides", [MLA, (*MLA, FULL_QUERIES)], ids=["latent queries", "full queries"])
+def test_a_model_has_the_parameters_that_are_counted(overrides) -> None:
+    config = compose(["experiment=parity", *overrides])
+    (stage,) = build_model(config, initialize=False)
+    biases = sum(b.numel() for name, b in stage.named_buffers() if name.endswith("expert_bias"))
+    assert sum(p.numel() for p in stage.parameters()) + biases == total_parameters(config.model)
+
+
+@torch.no_grad()
+def test_attention_over_kept_latents_gives_the_logits_of_that_over_keys_of_heads() -> None:
+    """Block after block, as decoding reads them, against one forward over the whole sequence."""
+    S, block = 16, 4
+    model = tiny(settings(*MLA)).double()
+    tokens, rows = torch.from_numpy(prompt_of(S))[None], torch.arange(S)
+
+    def logits(keys, first, stop):
+        positions = rows[first:stop]
+        given = tokens[:, first:stop], positions[None], keys, torch.arange(stop - first)
+        return model(ModelInputs(*given, readout=LOGITS))
+
+    mask = BlockDiffusionMask([torch.tensor([0, S])], block, clean_copy=False, causal=True)
+    expected_SV = logits(ContextShard(mask), 0, S)
+    pool = KeyPool(S)
+    for first in range(0, S, block):
+        keys = PooledKeys(pool, [(first, np.arange(first + block))], block)
+        found = logits(keys, first, first + block)
+        torch.testing.assert_close(found, expected_SV[first : first + block], rtol=1e-5, atol=1e-5)
+    assert pool.bytes == 8 * S * model.config.num_layers * (16 + 8)  # no value of its own
+
+
+def test_decoding_keeps_the_bytes_that_are_known_and_gives_the_tokens_of_the_loop_without_a_cache() -> None:
+    config, rule = settings(*MLA), rule_of("threshold", {"threshold": 0.05})
+    model = tiny(config)
+    ours = Decoder(
+        model, rule=rule, block_size=4, mask_token_id=MASK, context=CONTEXT, batch=2, max_cached_tokens=64
+    )
+    prompts = [prompt_of(13), prompt_of(8)]
+    for prompt, result in zip(prompts, ours.results(prompts, Limits(new_tokens=10)), strict=True):
+        np.testing.assert_array_equal(result.tokens, uncached(model, prompt, 10, 4, rule)[0])
+    assert ours.cache_bytes == (64 + 1) * cached_token_bytes(config.model, config.precision, config.layout)
+
+
+WRONG = [
+    (["model.kv_heads=2"], "model.kv_heads=2 must be 4 with model.mla"),
+    (["model.head_dim=32"], "model.head_dim=32 must be 24 with model.mla"),
+    (["model.rotary_fraction=0.5"], "model.rotary_fraction=0.5 must be 1.0 with model.mla"),
+    (["model.qk_norm=false"], "model.qk_norm=false must be true with model.mla"),
+    (["model.mla.qk_rope_head_dim=7"], "model.mla.qk_rope_head_dim=7 must be an even number"),
+    (["model.mla.v_head_dim=0"], "model.mla.v_head_dim is 0"),
+    (["model.mla.kv_lora_rank=0"], "means nothing with model.mla.kv_lora_rank=0"),
+    (["model.rotary_scaling.type=linear"], "mscale_all_dim=1.0 belongs to type=yarn, not linear"),
+    (["model.lora.rank=4"], "model.lora.targets has attention"),
+]
+
+
+@pytest.mark.parametrize("overrides, sentence", WRONG)
+def test_what_cannot_be_built_is_a_sentence(overrides, sentence) -> None:
+    with pytest.raises(BadInput, match=re.escape(sentence)):
+        check(compose(["experiment=parity", *MLA, *overrides]).model)
+
+
+def test_latents_that_tensor_parallelism_cannot_split_are_a_sentence() -> None:
+    layout = ["layout.processes=2", "layout.tp=2", "model.mla.q_lora_rank=25"]
+    with pytest.raises(BadInput, match=r"layout.tp=2 does not divide model.mla.q_lora_rank=25"):
+        check_rules(compose(["experiment=parity", *MLA, *layout]))
+    with pytest.raises(BadInput, match=r"changes softmax's scale of model.mla alone"):
+        check(compose(["experiment=parity", "model.rotary_scaling.mscale_all_dim=1"]).model)
