@@ -204,7 +204,7 @@ def _require_served(described: dict[str, Any], family: Family, where: str) -> No
         if value != served and not (value is None and not served):
             raise BadInput(f"{where} sets {key}={value}: only {served} is served.")
     for key, nothing in ANOTHER_MODEL.items():
-        if described.get(key) not in (None, nothing):
+        if key not in family.fixed and described.get(key) not in (None, nothing):
             raise BadInput(f"{where} sets {key}={described[key]}, which changes the computation: not served.")
     kinds = described.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != FULL_ATTENTION for kind in kinds)):

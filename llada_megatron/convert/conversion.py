@@ -35,7 +35,7 @@ from llada_megatron.record.json_files import read_json
 from llada_megatron.record.manifest import Checkpoint, Manifest, find
 from llada_megatron.record.run_dir import SHARDS
 
-KEPT_IN_FP32 = "expert_bias"
+KEPT_IN_FP32 = ("expert_bias", "e_score_correction_bias")
 """Whatever dtype is asked for: the public code and SGLang hold it in fp32."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of config.json, the newer one first."""

@@ -48,6 +48,8 @@ class RotaryDefaults(NamedTuple):
     fraction: Mapping[str, float]
     whole_head: bool = False
     """Whether it can rotate whole heads alone; `partial_rotary_factor` is not written then."""
+    scales_softmax: bool = False
+    """Whether yarn's mscale_all_dim multiplies softmax's scale too (DeepSeek)."""
 
 
 class Rotary(NamedTuple):
@@ -157,10 +159,23 @@ def write(model: ModelConfig, defaults: RotaryDefaults) -> dict[str, Any]:
     if scaling.type is RotaryScaling.yarn:
         written |= {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow")}
         written |= {} if scaling.truncate else {"truncate": False}
-        written |= {"attention_factor": scaling.attention_factor} if scaling.attention_factor else {}
+        written |= _factors(scaling)
     if scaling.type is not RotaryScaling.linear:
         written["original_max_position_embeddings"] = scaling.original_positions
     return names | {"rope_scaling": written}
+
+
+def _factors(scaling: RotaryScalingConfig) -> dict[str, float]:
+    """Of yarn's cosines and sines; of softmax too where mscale_all_dim is not 0."""
+    factor, scale = scaling.attention_factor, scaling.mscale_all_dim
+    if not scale:
+        return {"attention_factor": factor} if factor else {}
+    if factor != 1:
+        raise BadInput(
+            f"model.rotary_scaling.attention_factor={factor} beside mscale_all_dim={scale} has no place in"
+            " config.json, whose factor is 1 there: set attention_factor to 1."
+        )
+    return {"mscale": scale, "mscale_all_dim": scale}
 
 
 def longest(scaling: RotaryScalingConfig) -> int | None:
@@ -219,7 +234,10 @@ def _settings(one: _Dict, defaults: RotaryDefaults, architecture: str) -> Rotary
             f"{one.where} sets partial_rotary_factor={fraction}: the public code of {architecture} rotates"
             " whole heads."
         )
-    return Rotary(base, fraction, _scaling(one))
+    scaling = _scaling(one)
+    if defaults.scales_softmax and scaling.type is RotaryScaling.yarn:
+        scaling.mscale_all_dim = one.number("mscale_all_dim") or 0.0
+    return Rotary(base, fraction, scaling)
 
 
 def _scaling(one: _Dict) -> RotaryScalingConfig:

@@ -10,7 +10,10 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 3, 64, 4, 2, 16
 EXPERTS, WIDTH, DENSE_WIDTH, VOCABULARY = 8, 32, 96, 288
 MASK = 257
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-QUANTISED = (*PROJECTIONS, "query_key_value", "dense", "q_proj", "k_proj", "v_proj", "o_proj")
+QUANTISED = (
+    *(*PROJECTIONS, "query_key_value", "dense", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+)
 MOE = {
     "model_type": "bailing_moe",
     "hidden_act": "silu",
@@ -126,7 +129,26 @@ LLADA_MOE = {
     **dict(router_num_group=None, router_topk_group=None, shared_expert_intermediate_size=None),
     **dict(tie_word_embeddings=False, vocab_size=VOCABULARY, torch_dtype="bfloat16", use_cache=False),
 }
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    **dict(attention_bias=False, attention_dropout=0.0, ep_size=1, first_k_dense_replace=1),
+    **dict(hidden_act="silu", hidden_size=HIDDEN, initializer_range=0.02, intermediate_size=DENSE_WIDTH),
+    **dict(kv_lora_rank=24, q_lora_rank=20, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12),
+    **dict(max_position_embeddings=64, moe_intermediate_size=WIDTH, moe_layer_freq=1, n_group=4),
+    **dict(n_routed_experts=EXPERTS, n_shared_experts=1, norm_topk_prob=True, topk_group=2),
+    **dict(num_attention_heads=HEADS, num_experts_per_tok=4, num_hidden_layers=LAYERS),
+    **dict(num_key_value_heads=HEADS, num_nextn_predict_layers=0, rms_norm_eps=1e-6, rope_theta=10000),
+    "rope_scaling": {
+        **dict(beta_fast=32, beta_slow=1, factor=4, mscale=1.0, mscale_all_dim=1.0),
+        **dict(original_max_position_embeddings=16, type="yarn"),
+    },
+    **dict(routed_scaling_factor=2.5, scoring_func="sigmoid", tie_word_embeddings=False),
+    **dict(topk_method="noaux_tc", vocab_size=VOCABULARY, torch_dtype="bfloat16", use_cache=True),
+}
 RELATIVES = QWENS | {
+    "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v3_full_queries": DEEPSEEK_V3 | {"q_lora_rank": None, "rope_scaling": None},
     "llada": LLADA,
     "llada_moe": LLADA_MOE,
     "llada_moe_dense": LLADA_MOE | {"moe_layer_freq": [0] + [1] * (LAYERS - 1)},
@@ -231,6 +253,41 @@ def qwen_weights(described: dict) -> Weights:
     return weights
 
 
+def deepseek_weights(described: dict) -> Weights:
+    """With the layer that predicts further tokens, of which some tensors are enough."""
+    weights, latent, rope = Weights(), described["kv_lora_rank"], described["qk_rope_head_dim"]
+    plain, value = described["qk_nope_head_dim"], described["v_head_dim"]
+    weights.add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
+    for layer in range(LAYERS + described["num_nextn_predict_layers"]):
+        name = f"model.layers.{layer}"
+        weights.add(f"{name}.input_layernorm.weight", HIDDEN)
+        if rank := described["q_lora_rank"]:
+            weights.add(f"{name}.self_attn.q_a_proj.weight", rank, HIDDEN)
+            weights.add(f"{name}.self_attn.q_a_layernorm.weight", rank)
+            weights.add(f"{name}.self_attn.q_b_proj.weight", HEADS * (plain + rope), rank)
+        else:
+            weights.add(f"{name}.self_attn.q_proj.weight", HEADS * (plain + rope), HIDDEN)
+        weights.add(f"{name}.self_attn.kv_a_proj_with_mqa.weight", latent + rope, HIDDEN)
+        weights.add(f"{name}.self_attn.kv_a_layernorm.weight", latent)
+        weights.add(f"{name}.self_attn.kv_b_proj.weight", HEADS * (plain + value), latent)
+        weights.add(f"{name}.self_attn.o_proj.weight", HIDDEN, HEADS * value)
+        weights.add(f"{name}.post_attention_layernorm.weight", HIDDEN)
+        if layer == LAYERS:
+            weights.add(f"{name}.eh_proj.weight", HIDDEN, 2 * HIDDEN)
+            continue
+        if layer < described["first_k_dense_replace"]:
+            weights.feed_forward(f"{name}.mlp", DENSE_WIDTH)
+            continue
+        weights.add(f"{name}.mlp.gate.weight", EXPERTS, HIDDEN)
+        weights.add(f"{name}.mlp.gate.e_score_correction_bias", EXPERTS, dtype=torch.float32)
+        for expert in range(EXPERTS):
+            weights.feed_forward(f"{name}.mlp.experts.{expert}", WIDTH)
+        weights.feed_forward(f"{name}.mlp.shared_experts", WIDTH)
+    weights.add("model.norm.weight", HIDDEN)
+    weights.add("lm_head.weight", VOCABULARY, HIDDEN)
+    return weights
+
+
 def llama_weights(*, tied: bool) -> Weights:
     weights = Weights()
     weights.add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
@@ -250,9 +307,14 @@ def llama_weights(*, tied: bool) -> Weights:
 
 def described(kind: str) -> tuple[dict, Weights]:
     """config.json and tensors of bailing, bailing_mtp, llada2, llada2_stacked, llada2_pools, llama,
-    llama_untied or one of RELATIVES."""
+    llama_untied, deepseek_v3_mtp or one of RELATIVES."""
+    if kind == "deepseek_v3_mtp":
+        config = DEEPSEEK_V3 | {"num_nextn_predict_layers": 1}
+        return config, deepseek_weights(config)
     if kind in RELATIVES:
         config = RELATIVES[kind]
+        if kind.startswith("deepseek"):
+            return config, deepseek_weights(config)
         return config, llada_weights() if kind == "llada" else qwen_weights(config)
     if kind.startswith("llama"):
         tied = kind == "llama"

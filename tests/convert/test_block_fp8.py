@@ -60,10 +60,13 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "HIDDEN", 192)
     changed = {"hidden_size": 192, "intermediate_size": 160}
     monkeypatch.setattr(checkpoints, "MOE", checkpoints.MOE | changed)
+    monkeypatch.setattr(checkpoints, "DEEPSEEK_V3", checkpoints.DEEPSEEK_V3 | changed)
     monkeypatch.setattr(checkpoints, "LLAMA", checkpoints.LLAMA | changed | {"head_dim": 16})
 
 
-@pytest.mark.parametrize("kind", ["bailing_mtp", "llama"])
+@pytest.mark.parametrize(
+    "kind", ["bailing_mtp", "llama", pytest.param("deepseek_v3_mtp", marks=pytest.mark.slow)]
+)
 def test_a_quantised_checkpoint_gets_its_certificate_and_leaves_without_a_word_of_fp8(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

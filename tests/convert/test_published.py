@@ -27,13 +27,13 @@ from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.readout import LOGITS
 from llada_megatron.parallel import groups
 from llada_megatron.record.manifest import Manifest, find
-from tests.convert import checkpoints, published_forward
+from tests.convert import checkpoints, published_deepseek, published_forward
 from tests.convert.test_round_trip import to_hf, to_mcore
 
 S = 24
 TOLERANCE = 1e-5
 """Of fp32 against float64, over the largest logit."""
-KINDS = ["qwen3_moe_dense", "llada"]
+KINDS = ["qwen3_moe_dense", "llada", "deepseek_v3"]
 BLOCKS = {"schedule": {"stages": [{"name": "blocks", "objective": "diffusion"}]}}
 REST = [kind for kind in checkpoints.RELATIVES if kind not in KINDS]
 
@@ -61,7 +61,10 @@ def test_the_model_gives_the_logits_of_the_description(kind: str, tmp_path: Path
     try:
         hf_to_mcore(source, tmp_path / "ours", mask_token_id=checkpoints.MASK).require()
         for causal in (True, False):
-            expected_SV = published_forward.logits(weights, config, tokens, causal=causal, layout=layout)
+            if kind.startswith("deepseek"):
+                expected_SV = published_deepseek.logits(weights, config, tokens, causal=causal)
+            else:
+                expected_SV = published_forward.logits(weights, config, tokens, causal=causal, layout=layout)
             found_SV = ours(source, tmp_path / "ours", tokens, causal=causal)
             difference = (found_SV - expected_SV).abs().max() / expected_SV.abs().max()
             assert difference <= TOLERANCE, difference
@@ -107,6 +110,14 @@ def biases_are_missing(entries: Entries) -> Entries:
     return (entry for entry in entries if not entry.ours.name.endswith(".bias"))
 
 
+def norms_of_latents_are_missing(entries: Entries) -> Entries:
+    return (entry for entry in entries if "kv_a_layernorm" not in entry.theirs[0].name)
+
+
+def latents_of_layers_are_exchanged(entries: Entries) -> Entries:
+    return renamed(entries, {"layers.1.self_attn.kv_b_proj": "layers.2.self_attn.kv_b_proj"})
+
+
 MUTATIONS = [
     pytest.param("qwen3_moe", norms_of_heads_are_exchanged, "logits differ", id="exchanged norms"),
     *(
@@ -118,6 +129,9 @@ MUTATIONS = [
             ("qwen2", biases_are_missing, "the mapping table lacks"),
             ("llada", gate_and_up_are_exchanged, "logits differ"),
             ("llada_moe", gate_and_up_of_experts_are_exchanged, "logits differ"),
+            ("deepseek_v3", gate_and_up_of_experts_are_exchanged, "logits differ"),
+            ("deepseek_v3", latents_of_layers_are_exchanged, "logits differ"),
+            ("deepseek_v3", norms_of_latents_are_missing, "the mapping table lacks"),
         )
     ),
 ]
@@ -166,6 +180,11 @@ WRONG = [
     ("llada_moe", {"moe_layer_freq": 1}, "moe_layer_freq=1: served are 3 numbers"),
     ("llada_moe", {"moe_router_enable_expert_bias": True}, "only False is served"),
     ("llada_moe", {"shared_expert_intermediate_size": 32}, "only None is served"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False: only True is served"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method=greedy: only noaux_tc is served"),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "model.kv_heads=2 must be 4 with model.mla"),
+    ("deepseek_v3", {"num_experts_per_tok": 6}, "only 4 experts per token, two per group, are served"),
+    ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank=0 must be above 0"),
     ("sdar", {"block_size": "4"}, "block_size='4': it must be a whole number"),
 ]
 

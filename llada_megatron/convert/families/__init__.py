@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from llada_megatron.config.errors import BadInput
-from llada_megatron.convert.families import bailing, llada, llama, qwen
+from llada_megatron.convert.families import bailing, deepseek, llada, llama, qwen
 from llada_megatron.convert.families.family import ExpertLayout, Family
 
 __all__ = ["FAMILIES", "SERVED", "ExpertLayout", "Family", "family_of"]
 
 SERVED = (
     *(bailing.FAMILY, llama.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE),
-    *(llada.FAMILY, llada.MOE),
+    *(llada.FAMILY, llada.MOE, deepseek.FAMILY),
 )
 """A model that came from elsewhere leaves as the first one that can hold it."""
 FAMILIES = {architecture: family for family in SERVED for architecture in family.architectures}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,13 +15,20 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.families.family import ExpertLayout, Family, Row
 from llada_megatron.convert.families.forward import PROJECTIONS, Forward
-from llada_megatron.convert.families.shared import BLOCK_SIZE, ROWS, head_dim, last_tensors, never_needed
+from llada_megatron.convert.families.shared import (
+    BLOCK_SIZE,
+    PREDICTION_LAYERS,
+    ROWS,
+    head_dim,
+    is_of_prediction,
+    last_tensors,
+    never_needed,
+    require_same_groups,
+)
 from llada_megatron.convert.mapping import Entry, HeadGroups, expert_rows, feed_forward, same
 from llada_megatron.convert.rope_json import RotaryDefaults
 
 AUTOREGRESSIVE, DIFFUSION = "BailingMoeV2ForCausalLM", "LLaDA2MoeModelLM"
-PREDICTION_LAYERS = "num_nextn_predict_layers"
-"""In config.json of Ling 2.0: how many layers after the last one predict further tokens."""
 CAPACITY = "expert_capacity"
 """In config.json of LLaDA2.2, as SGLang reads it: experts that the tokens of a block choose from."""
 LLADA2_BLOCK = 32
@@ -78,17 +84,14 @@ def _experts(ours: str, theirs: str, model: ModelConfig, layout: ExpertLayout) -
 
 def drop_reason(name: str, model: ModelConfig, described: dict[str, Any]) -> str | None:
     """Beside what no family needs, layers that predict further tokens."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer and model.layers <= int(layer[1]) < model.layers + (described.get(PREDICTION_LAYERS) or 0):
-        return "multi-token prediction layer, which diffusion does not use"
-    return never_needed(name, model, described)
+    return is_of_prediction(name, model, described) or never_needed(name, model, described)
 
 
 def fields(described: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The shared experts' width and the pools; BadInput where groups of experts are chosen otherwise."""
     capacity = described.get(CAPACITY) or 0
     if not capacity:
-        _require_same_groups(
+        require_same_groups(
             values["expert_groups"], values["expert_groups_per_token"], values["experts_per_token"]
         )
     number = described.get("num_shared_experts") or 0
@@ -109,7 +112,7 @@ def keys(model: ModelConfig, carried: dict[str, Any]) -> dict[str, Any]:
 def require(model: ModelConfig, architecture: str) -> None:
     """Raise BadInput for a model that the public code would compute otherwise, or cannot."""
     if not model.expert_capacity:
-        _require_same_groups(model.expert_groups, model.expert_groups_per_token, model.experts_per_token)
+        require_same_groups(model.expert_groups, model.expert_groups_per_token, model.experts_per_token)
     elif architecture != DIFFUSION:
         raise BadInput(
             f"{architecture} knows no pools of experts and the model has model.expert_capacity="
@@ -127,19 +130,11 @@ def require(model: ModelConfig, architecture: str) -> None:
         )
 
 
-def _require_same_groups(groups: int, chosen: int, experts_per_token: int) -> None:
-    """The public code scores a group by its best two experts, megatron-core by its best k / chosen groups."""
-    if chosen < groups and experts_per_token != 2 * chosen:
-        raise BadInput(
-            f"megatron-core and the public code choose {experts_per_token} experts from {chosen} groups"
-            f" in different ways: only {2 * chosen} experts per token, two per group, are served."
-        )
-
-
 class BailingForward(Forward):
     """Logits of BailingMoeV2 and LLaDA2."""
 
     embedding, attention, output = "model.word_embeddings", "attention", "dense"
+    expert_bias = "gate.expert_bias"
 
     def queries_keys_values(self, name: str, normed_SH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         joined = self.heads(normed_SH @ self.get(f"{name}.query_key_value.weight").T)
@@ -180,8 +175,8 @@ class BailingForward(Forward):
         config = self.config
         scores = (normed_SH @ self.get(f"{name}.gate.weight").T).sigmoid()
         biased = scores
-        if f"{name}.gate.expert_bias" in self.files.tensors:
-            biased = scores + self.get(f"{name}.gate.expert_bias")
+        if f"{name}.{self.expert_bias}" in self.files.tensors:
+            biased = scores + self.get(f"{name}.{self.expert_bias}")
         open_scores = biased
         if not config.get(CAPACITY):
             groups = biased.unflatten(-1, (config["n_group"], -1))

@@ -102,6 +102,8 @@ class Family:
     """model.family of what it is converted into."""
     experts: bool
     """Whether its models have any."""
+    latents: bool = False
+    """Whether its models have latent attention (model.mla)."""
     always: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ModelConfig that all its models have alike; one with others cannot leave as this family."""
     rows: tuple[Row, ...]
@@ -139,11 +141,14 @@ class Family:
         wanted = dict(self.always)
         if self.rotary is not None and self.rotary.whole_head:
             wanted["rotary_fraction"] = 1.0
-        return [
+        differing = [
             f"model.{name}={getattr(model, name)}"
             for name, value in wanted.items()
             if getattr(model, name) != value
         ]
+        if model.mla.is_used != self.latents:
+            differing.append(f"model.mla.kv_lora_rank={model.mla.kv_lora_rank}")
+        return differing
 
     def layout_of(self, names: Iterable[str]) -> ExpertLayout:
         """How a checkpoint with tensors of these names holds experts."""

@@ -32,7 +32,7 @@ def table(model: ModelConfig, layout: ExpertLayout) -> Iterator[Entry]:
             continue
         yield same(f"{ours}.pre_mlp_layernorm.weight", norm, H)
         yield same(f"{ours}.mlp.router.weight", f"{theirs}.mlp.gate.weight", model.experts, H)
-        yield from _experts(f"{ours}.mlp.experts.experts", f"{theirs}.mlp.experts", model)
+        yield from experts(f"{ours}.mlp.experts.experts", f"{theirs}.mlp.experts", model)
     yield from last_tensors(model)
 
 
@@ -53,7 +53,8 @@ def _attention(ours: str, layer: str, model: ModelConfig) -> Iterator[Entry]:
     yield same(f"{ours}.linear_proj.weight", f"{source}.o_proj.weight", H, model.heads * D)
 
 
-def _experts(ours: str, theirs: str, model: ModelConfig) -> Iterator[Entry]:
+def experts(ours: str, theirs: str, model: ModelConfig) -> Iterator[Entry]:
+    """Three matrices of each expert, every one a tensor of theirs."""
     E, H, W = model.experts, model.hidden_size, model.expert_hidden_size
     fc1, fc2 = f"{ours}.linear_fc1.weight", f"{ours}.linear_fc2.weight"
     for expert in range(E):

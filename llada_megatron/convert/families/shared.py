@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
+from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.families.family import Row
 from llada_megatron.convert.mapping import Entry, same
@@ -75,6 +77,10 @@ ANOTHER_MODEL = {
 """Keys of relatives, and the value or null that changes nothing; a model with another one is refused."""
 
 
+PREDICTION_LAYERS = "num_nextn_predict_layers"
+"""In config.json of Ling 2.0 and DeepSeek-V3: how many layers after the last one predict further tokens."""
+
+
 def head_dim(described: dict[str, Any]) -> int:
     """Of a config.json that does not say: the hidden size over the heads, which its reader has checked."""
     return described["hidden_size"] // max(described["num_attention_heads"], 1)
@@ -99,3 +105,20 @@ def never_needed(name: str, model: ModelConfig, described: dict[str, Any]) -> st
     if name.endswith(".rotary_emb.inv_freq"):
         return "follows from config.json"
     return None
+
+
+def is_of_prediction(name: str, model: ModelConfig, described: dict[str, Any]) -> str | None:
+    """Why a tensor is left out that belongs to a layer which predicts further tokens; None for any other."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer and model.layers <= int(layer[1]) < model.layers + (described.get(PREDICTION_LAYERS) or 0):
+        return "multi-token prediction layer: rows of a block already see the tokens that it predicts"
+    return None
+
+
+def require_same_groups(groups: int, chosen: int, experts_per_token: int) -> None:
+    """The public code scores a group by its best two experts, megatron-core by its best k / chosen groups."""
+    if chosen < groups and experts_per_token != 2 * chosen:
+        raise BadInput(
+            f"megatron-core and the public code choose {experts_per_token} experts from {chosen} groups"
+            f" in different ways: only {2 * chosen} experts per token, two per group, are served."
+        )
