@@ -23,6 +23,12 @@ def attention(H: int, heads: int, kv_heads: int, D: int) -> int:
     return H * D * (2 * heads + 2 * kv_heads)
 
 
+def latent_attention(H: int, heads: int, Rq: int, R: int, nope: int, rope: int, v: int) -> int:
+    """q_a, q_b, kv_a_proj_with_mqa, kv_b and o_proj, and two norms."""
+    queries, joined = H * Rq + Rq + Rq * heads * (nope + rope), H * (R + rope) + R
+    return queries + joined + R * heads * (nope + v) + heads * v * H
+
+
 OTHERS = {
     "qwen3_0_6b": 28 * (attention(1024, 16, 8, 128) + 3 * 1024 * 3072 + 2 * 1024 + 2 * 128)
     + 151936 * 1024
@@ -35,6 +41,11 @@ OTHERS = {
     * (attention(2048, 16, 16, 128) + 64 * (3 * 2048 * 1024 + 2048) + 2 * 2048 + 2 * 128)
     + 2 * 157184 * 2048
     + 2048,
+    "deepseek_v3": 61 * (latent_attention(7168, 128, 1536, 512, 128, 64, 128) + 2 * 7168)
+    + 3 * (3 * 7168 * 18432)
+    + 58 * (257 * 3 * 7168 * 2048 + 256 * 7168 + 256)  # a shared expert, and e_score_correction_bias
+    + 2 * 129280 * 7168
+    + 7168,
 }
 """Published numbers of parameters, or sums over the tensors of the public layout."""
 
@@ -44,6 +55,10 @@ def test_presets_of_other_families_have_every_parameter(name: str) -> None:
     model = compose(["experiment=parity", f"model={name}"]).model
     check(model)
     assert total_parameters(model) == OTHERS[name]
+
+
+def test_deepseek_v3_has_the_number_of_parameters_that_its_name_says() -> None:
+    assert OTHERS["deepseek_v3"] == 671_026_419_200
 
 
 WRONG = [
