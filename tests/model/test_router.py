@@ -98,6 +98,16 @@ def test_recompute_counts_every_token_once(config: Config, recompute: Recompute,
     assert counted(recompute=recompute, recompute_modules=modules) == expected
 
 
+def test_groups_that_are_nodes_bound_the_nodes_of_a_token(config: Config, layer: MoELayer) -> None:
+    """Experts lie on ranks in order, so that a group per node is DeepSeek-V3's node-limited routing."""
+    model, generator = config.model, torch.Generator().manual_seed(0)
+    layer.router.expert_bias.copy_(0.01 * torch.randn(model.experts, generator=generator))
+    _, chosen_TE = layer.router(torch.randn(64, 1, model.hidden_size, generator=generator))
+    on_nodes = chosen_TE.view(64, model.expert_groups, -1).any(-1)
+    assert (chosen_TE.sum(1) == model.experts_per_token).all()
+    assert (on_nodes.sum(1) <= model.expert_groups_per_token).all() and on_nodes.any(0).all()
+
+
 @pytest.mark.parametrize("normalized", [True, False])
 def test_a_softmax_router_weighs_as_published_and_counts_without_a_bias(
     config: Config, normalized: bool
