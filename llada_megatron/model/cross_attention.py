@@ -50,13 +50,17 @@ class Sight:
 
 
 def sight(segments: Segments, *, own: bool, replicated: bool) -> Sight:
-    """The keys of a micro-batch's documents. own: a token sees the concept that it is part of."""
+    """The keys of a micro-batch's documents. own: a token sees the concept that it is part of.
+
+    Not both: how many copies an unfinished concept has is known from later tokens, and would show in the last
+    bits of what its tokens see.
+    """
+    assert not (own and replicated)
     documents = len(segments.starts)
     before = segments.document + 1  # start vectors up to a token's
     if replicated:
         units, starts = segments.concept, segments.starts
-        ends = np.append(segments.first, len(segments.opened))
-        newest = ends[segments.concept + own] - 1 + before
+        newest = segments.first[segments.concept] - 1 + before
     else:
         units, starts = np.arange(segments.count), segments.document_starts
         newest = segments.concept - 1 + own + before
@@ -100,8 +104,9 @@ def attend(
 
 
 class ConceptAttention(MegatronModule):
-    """Causal attention of tokens to concepts: queries of H, keys and values of Hc, RMSNorm on both, heads over
-    tensor parallelism. Every rank has all rows: sequence parallelism begins again behind it.
+    """Causal attention of tokens to concepts: queries of H, keys and values of Hc, RMSNorm on queries and keys.
+
+    Heads are split over tensor parallelism, rows are whole: sequence parallelism begins again behind it.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ CLAMP = 1e-4
 
 
 def hnet_case(golden: Golden, name: str, case: dict[str, Any]) -> CaseResult:
-    """Probabilities, boundaries, the boundaries' hidden states, the smoothed concepts of each token, the loss."""
+    """Probabilities, boundaries, hidden states at boundaries, each token's smoothed concept, the loss."""
     stored = golden.stored.under(name)
     hidden_BLH = stored.needed("hidden")
     B, L, _ = hidden_BLH.shape

@@ -96,7 +96,7 @@ def test_ragged_and_replicated_attention_are_the_dense_one(own: bool, backend: s
     weights = scores.masked_fill(~visible(own), -torch.inf).softmax(dim=-1)
     dense = torch.einsum("hgtk,kbhd->tbhgd", weights, value).flatten(2, 3)
     of_dense = torch.autograd.grad(dense.square().sum(), (query, key, value))
-    for replicated in (False, True):
+    for replicated in (False,) if own else (False, True):
         seen = sight(SEGMENTS, own=own, replicated=replicated)
         keys, values = (each[torch.from_numpy(seen.entry)] for each in (key, value))
         output = attend(query, keys, values, seen, backend)
@@ -105,7 +105,7 @@ def test_ragged_and_replicated_attention_are_the_dense_one(own: bool, backend: s
             torch.autograd.grad(output.square().sum(), (query, key, value)), of_dense, strict=True
         ):
             assert_close(ours, theirs)
-    assert seen.copies is not None and seen.copies.max() == 4
+    assert own or seen.copies.max() == 4
 
 
 def test_log_copies_are_exact_in_bf16() -> None:
