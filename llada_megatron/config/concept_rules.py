@@ -44,13 +44,22 @@ def check_concepts(config: Config, schedule: Schedule) -> None:
         require(not isset, f"{setting} is set, and model.family=dlcm needs {instead}.")
 
 
+def refuse_masks(config: Config, what: str) -> None:
+    """Raise BadInput where a model of the family is asked for what fills masks."""
+    require(
+        config.model.family != NAME,
+        f"{what} fills masks, and the model is of the family dlcm, which predicts next tokens and is not"
+        " decoded here: `llada evaluate --ar` gives its likelihood.",
+    )
+
+
 def check_layout_of_concepts(config: Config) -> None:
     """Raises BadInput for a layout that the family cannot be split by."""
     layout, concepts = config.layout, config.model.concepts
     require(
         layout.pp == 1,
-        f"layout.pp={layout.pp} sends tensors of one shape from stage to stage, and concepts have another than"
-        " tokens and vary in number: model.family=dlcm needs layout.pp=1.",
+        f"layout.pp={layout.pp} sends tensors of one shape from stage to stage, and concepts have another"
+        " than tokens and vary in number: model.family=dlcm needs layout.pp=1.",
     )
     require(
         layout.cp == 1,

@@ -10,7 +10,7 @@ attention kernels take no ragged rows. A softmax would count a concept as often 
 on its scores takes that back exactly. The scores get it as channels of their own, so that no executor needs
 to know.
 
-Legend: T tokens, M concepts, D documents, K keys, H hidden size of tokens, Hc of concepts, n heads, d channels.
+Legend: T tokens, M concepts, K keys, H hidden size of tokens, Hc of concepts, n heads, d channels.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def attend(
 
 
 class ConceptAttention(MegatronModule):
-    """Causal attention of tokens to concepts: queries of H, keys and values of Hc, RMSNorm on queries and keys.
+    """Causal attention of tokens to concepts: queries of H, keys and values of Hc, RMSNorm on both.
 
     Heads are split over tensor parallelism, rows are whole: sequence parallelism begins again behind it.
     """

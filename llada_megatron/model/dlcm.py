@@ -4,8 +4,8 @@
     c = W (mean of h over a concept);  z = moving average of backbone(c)
     logits = head(decoder(h + attention of h to finished z))
 
-A token sees nothing of later ones: its boundary depends on it and the token before, and of concepts it sees
-those that are finished. The number of concepts is read back to the host once in a forward, since it is a shape.
+A token sees nothing of later ones: its boundary depends on it and the token before, and of concepts it
+sees those that are finished. The host reads back the boundaries once in a forward: their number is a shape.
 
 Legend: S tokens of a sample, B samples, T = S B, H hidden size of tokens, Hc of concepts, M concepts.
 """

@@ -23,7 +23,8 @@ def initialize_weights(
 
     Matrices are N(0, std^2), the projections back into the residual stream N(0, std^2 / (2 layers)), norms
     one, biases zero; of an adapter lora_b is zero and lora_a N(0, 1 / (3 in)), of the variance that PEFT
-    draws. `scale` of a parameter's name multiplies its std. Raises RuntimeError if a parameter is left without a value.
+    draws. `scale` of a parameter's name multiplies its std. Raises RuntimeError if a parameter is left
+    without a value.
     """
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,6 +14,8 @@ micro-batch that each rank has, else from a pass of the encoder over all of them
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +23,18 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from llada_megatron.config.schedule import Stage
-from llada_megatron.data.packed import PackedSequences
+from llada_megatron.data.packed import PackedSample, PackedSequences
+from llada_megatron.data.shards import domains
 from llada_megatron.model.concepts import parser_loss, parser_slope
 from llada_megatron.model.dlcm import BOUNDARIES, PARSED
+from llada_megatron.objectives import passes
 from llada_megatron.objectives.autoregressive import Autoregressive, autoregressive_batch
 from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.objective import Loss
+from llada_megatron.parallel.dealing import even_parts
 from llada_megatron.parallel.random import Purpose, generator
+from llada_megatron.parallel.ranks import gathered
+from llada_megatron.runtime import device
 
 
 class Concepts(Autoregressive):
@@ -77,6 +84,39 @@ class Concepts(Autoregressive):
         rate = figures["boundary_rate"]
         return {**figures, "tokens_per_concept": 1 / rate if rate else None}
 
+    def held_out(
+        self, model: Sequence[torch.nn.Module], samples: Sequence[PackedSample], stage: Stage
+    ) -> dict[str, dict[str, float | None]]:
+        """Tokens per concept by the rule p >= 0.5, of all sequences and of each corpus."""
+        parts = even_parts(len(samples), stage.micro_batch)
+
+        def batches() -> Iterator[MicroBatch]:
+            for part in parts:
+                batch = autoregressive_batch([samples[index] for index in part])
+                batch.inputs.readout = BOUNDARIES
+                yield batch.to(device.device())
+
+        counted = passes.forward_only(
+            model,
+            [batches() for _ in model],
+            lambda batch, output: output.double().chunk(2)[0],
+            num_microbatches=len(parts),
+            seq_length=stage.sequence_length,
+            micro_batch_size=stage.micro_batch,
+        )
+        mine = [
+            pair
+            for part, opened_B in zip(parts, counted, strict=True)
+            for pair in zip(part, opened_B.tolist(), strict=True)
+        ]
+        opened = dict(pair for pairs in gathered(mine) for pair in pairs)
+        names = domains([sample.corpus for sample in samples])
+        L, found = stage.sequence_length, {"tokens_per_concept": [*opened.values()]}
+        for corpus, name in sorted(names.items()) if len(names) > 1 else []:
+            own = [opened[index] for index, sample in enumerate(samples) if sample.corpus == corpus]
+            found[f"tokens_per_concept of {name}"] = own
+        return {name: _estimate(L, counts) for name, counts in found.items()}
+
     def _rate(self, batch: MicroBatch, sums_2B: torch.Tensor) -> torch.Tensor:
         """F, fp32 scalar, over the global batch."""
         counted = self.summed
@@ -85,6 +125,13 @@ class Concepts(Autoregressive):
             dist.all_reduce(counted, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         opened, tokens = counted.to(sums_2B.device)
         return (opened / tokens.clamp(min=1)).float()
+
+
+def _estimate(tokens: int, opened: Sequence[float]) -> dict[str, float | None]:
+    """Tokens of all sequences over their concepts, and its standard error over sequences."""
+    mean = tokens * len(opened) / sum(opened)
+    spread = math.sqrt(sum((tokens - mean * count) ** 2 for count in opened)) / sum(opened)  # of a ratio
+    return {"mean": mean, "se": spread if len(opened) > 1 else None}
 
 
 OBJECTIVE = Concepts

@@ -45,8 +45,8 @@ class Objective:
     draft_turns = 1
     """So many in a row: each later one gets what the one before made, as `draft` of `draft_batch`."""
     statistics_readout: Readout | None = None
-    """Asks, where a rank has several micro-batches, for one pass more without gradients, read out by this: what
-    `statistics` makes of it is summed over the global batch, for a loss that is no sum until it knows them."""
+    """Asks, where a rank has several micro-batches, for one pass more without gradients, read out by this.
+    What `statistics` makes of it is summed over the global batch, for a loss that needs the sums first."""
     counts_known = True
     """Whether `MicroBatch.counts` says the denominators before the model has run. An objective with several
     denominators that it only knows afterwards costs a forward pass more, in which they are counted."""
@@ -57,8 +57,8 @@ class Objective:
         self.left_out: dict[int, str] = {}
         """Why sequences of this rank were left out since somebody last looked, by their index in the data."""
         self.summed: torch.Tensor | None = None
-        """`statistics` over the step's global batch, fp64 on the host; None where each rank has one micro-batch:
-        the loss sums them up."""
+        """`statistics` over the step's global batch, fp64 on the host; None where each rank has one
+        micro-batch: the loss sums them up."""
         self.identity: Mapping[str, Any] = {}
         """What it has read besides the data, in plain JSON: checkpoints keep it, a resume brings it back."""
 

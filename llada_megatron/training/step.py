@@ -346,9 +346,12 @@ def _statistics(
     if sizes["num_microbatches"] == 1:
         return None
 
+    readout = objective.statistics_readout
+    assert readout is not None
+
     def read_out_so() -> Iterator[MicroBatch]:
         for batch in build():
-            batch.inputs.readout = objective.statistics_readout
+            batch.inputs.readout = readout
             yield batch
 
     counted = passes.forward_only(

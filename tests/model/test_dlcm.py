@@ -9,6 +9,7 @@ import torch
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.compose import compose
+from llada_megatron.config.families import dlcm
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_stage
@@ -132,3 +133,20 @@ def test_draws_decide_and_without_any_the_rule_does() -> None:
     by_rule = model(given(tokens, [[0, L]]))
     assert torch.equal(model(given(tokens, [[0, L]], torch.full((1, L), 0.5))), by_rule)
     assert not torch.equal(model(given(tokens, [[0, L]], draws)), by_rule)
+
+
+@pytest.mark.parametrize("model", [[], DENSE, ["model.qk_norm=false", "model.qkv_bias=true"]], ids=str)
+def test_parameters_are_counted_exactly(model: list[str]) -> None:
+    config = compose([*SMALL, *model])
+    stage = build_stage(config, initialize=False)
+    contents = dlcm.stage_contents(config.model, config.layout)[0]
+    counted = dlcm.parameters(config.model, contents)
+    assert counted.trained == sum(parameter.numel() for parameter in stage.parameters())
+    halves = dlcm.parameters(config.model, contents, tp=2, ep=2)
+    assert halves.sharded * 2 == counted.sharded and halves.expert * 2 == counted.expert
+
+
+def test_the_largest_published_model_has_the_published_size() -> None:
+    model = compose(["experiment=dlcm_parity", "model=dlcm_2b"]).model
+    total = dlcm.parameters(model, dlcm.stage_contents(model, LayoutConfig())[0]).trained
+    assert total == 2_339_936_384  # 2.3 B

@@ -1,4 +1,4 @@
-"""The family dlcm in training: one model in every layout and micro-batch, and the parser over the global batch."""
+"""The family dlcm in training: one model in every layout, and the parser over the global batch."""
 
 from pathlib import Path
 from typing import Any
@@ -114,5 +114,5 @@ def test_replicated_concepts_must_be_finished() -> None:
     config = concepts(
         "corpus", "model.concepts.attention=replicated", "model.concepts.concept=boundary_token"
     )
-    with pytest.raises(BadInput, match="needs model.concepts.concept=mean"):
+    with pytest.raises(BadInput, match=r"needs model\.concepts\.concept=mean"):
         rules.check(config)

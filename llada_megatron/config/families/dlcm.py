@@ -134,7 +134,7 @@ def parameters(
 
 
 def active_weights(model: ModelConfig) -> dict[str, int]:
-    """Weights that one token passes through, those of the backbone by the concepts that it makes on average."""
+    """Weights that one token passes through, those of the backbone by the concepts that it makes."""
     per_concept = model.concepts.tokens_per_concept
     layers = model.concepts.encoder_layers + model.concepts.decoder_layers
     query, key_value, output = _attention_weights(model)
@@ -152,7 +152,7 @@ def active_adapters(model: ModelConfig) -> int:
 
 
 def pair_flops(model: ModelConfig) -> int:
-    """Forward FLOPs of a visible pair of tokens in all layers: a share of it is a pair of concepts, or of both."""
+    """Forward FLOPs of a visible pair of tokens in all layers, with its share of pairs with concepts."""
     concepts, R = model.concepts, model.concepts.tokens_per_concept
     layers = concepts.encoder_layers + concepts.decoder_layers
     of_tokens = model.heads * (layers + 1 / R)

@@ -1,4 +1,4 @@
-"""The `dlcm` family: model/dlcm.py built from a configuration; its formulas are in config/families/dlcm.py."""
+"""The `dlcm` family: model/dlcm.py from a configuration; its formulas are in config/families/dlcm.py."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import replace
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.concept_rules import check_layout_of_concepts
 from llada_megatron.config.families.dlcm import concepts_of, tokens_of
-from llada_megatron.config.schema import Config, ModelConfig
+from llada_megatron.config.schema import Config
 from llada_megatron.model import speed
 from llada_megatron.model.dlcm import Blocks, DynamicConcepts
 from llada_megatron.model.families.gpt import transformer_config
 from llada_megatron.model.initialize import initialize_weights
 from llada_megatron.model.rotary import set_frequencies
 from llada_megatron.model.specs import block_spec, resolve_layer_spec
+from llada_megatron.model.widths import rate_divisor, width_ratio
 
 
 def build_stage(
@@ -65,24 +66,6 @@ def build_stage(
             seed=config.run.seed,
             std=model.init_std,
             layers=model.layers,
-            scale=lambda name: 1.0 if is_vector_like(name) else 1 / math.sqrt(width_ratio(model, name)),
+            scale=lambda name: 1 / math.sqrt(rate_divisor(model, name)),
         )
     return stage
-
-
-def is_vector_like(name: str) -> bool:
-    """Whether only one side of a parameter grows with the width: embedding, head, norms, start vector."""
-    return (
-        name.startswith(("embedding.", "output_layer."))
-        or "norm" in name
-        or name.endswith(("bias", ".start"))
-    )
-
-
-def width_ratio(model: ModelConfig, name: str) -> float:
-    """Width of the inputs of a parameter of that name over the base of decoupled muP; 1 without muP."""
-    base = model.concepts.mup_base_hidden_size
-    if not base:
-        return 1.0
-    reads_concepts = name.startswith("backbone.") or "concept_attention.linear_kv" in name
-    return (model.concepts.hidden_size if reads_concepts else model.hidden_size) / base
