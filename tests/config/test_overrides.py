@@ -61,7 +61,7 @@ def test_a_blank_in_a_value_needs_no_quotes():
         ("run=5", "run takes settings of its own: allow_change, dir"),
         ("schedule.stages=[{name: a, blocksize: '4', tokens: 1}]", "did you mean block_size?"),
         ("optimizer={lr: fast}", "as its lr a number"),
-        ("model=foo", "there is no such model: choose from demo, dream_7b"),
+        ("model=foo", "there is no such model: choose from demo, dlcm_2b"),
         ("model=pariti", "did you mean parity?"),
         ("model=[tiny,demo]", "there is no such model"),
         ("optimizer=null", "there is no such optimizer"),
