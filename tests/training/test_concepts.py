@@ -1,5 +1,7 @@
 """The family dlcm in training: one model in every layout, and the parser over the global batch."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from llada_megatron.model.concepts import parser_loss
 from llada_megatron.verify.comparison import compare
 from llada_megatron.verify.layouts import measure_in_processes
 from tests.distributed import run_ranks
+from tests.training.runs import train
 
 STEPS = 3
 LAYOUTS = {
@@ -85,6 +88,26 @@ def test_the_parsers_loss_is_that_of_the_global_batch(corpus: str) -> None:
     expected = 10 * parser_loss(shown["boundary_rate"], shown["boundary_probability"], R)
     assert abs(expected) > 0.1 and loss - plain == pytest.approx(expected, rel=1e-5)
     assert shown["tokens_per_concept"] == pytest.approx(1 / shown["boundary_rate"])
+
+
+@pytest.mark.slow
+def test_a_run_says_how_long_concepts_are_by_corpus(corpus: str, tmp_path: Path) -> None:
+    """The same of two ranks, which evaluate other sequences."""
+    second = tmp_path / "again"
+    for suffix in (".bin", ".idx", ".json"):
+        if Path(corpus + suffix).is_file():
+            shutil.copy(corpus + suffix, f"{second}{suffix}")
+    found = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        given = [f"data.path=[{corpus},{second}]", f"run.dir={directory}", f"run.name=p{processes}"]
+        train(concepts(corpus, *given, processes=processes))
+        (record,) = map(json.loads, (directory / "evaluations.jsonl").read_text().splitlines())
+        found.append(record["held_out"])
+        assert record["ar"]["nll"] > 0 and record["bound"] == {}
+    assert len(found[0]) == 3 and found[0].keys() == found[1].keys()
+    for name, one in found[0].items():
+        assert one["mean"] == pytest.approx(found[1][name]["mean"]) and one["mean"] >= 1
 
 
 @pytest.mark.parametrize(
