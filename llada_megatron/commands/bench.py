@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
@@ -66,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_graphs_argument(decode)
     decode.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
+    _add_of_models(benches)
+
+
+def _add_of_models(benches: Any) -> None:
+    """What is measured of a model's mathematics more than of this machine."""
     clips = benches.add_parser("clips", help="which mask rates leave the loss the least variance")
     clips.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run: its newest")
     clips.add_argument("--block-sizes", metavar="B,B", help="default: as the run evaluated itself")
@@ -73,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         clips.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
     clips.add_argument("--out", type=Path, metavar="DIR", help="write clips.json and a picture")
     clips.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
+    concepts = benches.add_parser("concepts", help="attention of tokens to concepts, ragged and replicated")
+    concepts.add_argument("--tokens", type=int, default=2048, metavar="N", help="default 2048")
+    concepts.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    concepts.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    mup = benches.add_parser("mup", help="how far steps move activations, over the width, with muP or not")
+    mup.add_argument("--out", type=Path, metavar="DIR", help="write mup.json and a picture")
+    mup.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,6 +112,18 @@ def run(args: argparse.Namespace) -> int:
         return _decode(args)
     if args.bench == "clips":
         return _clips(args)
+    if args.bench == "concepts":
+        from llada_megatron.bench import concepts
+
+        if min(args.tokens, args.rounds) < 1:
+            raise BadInput("--tokens and --rounds must be at least 1.")
+        concepts.run(args.tokens, args.rounds, args.json)
+        return 0
+    if args.bench == "mup":
+        from llada_megatron.bench import mup
+
+        mup.run(args.overrides, args.out)
+        return 0
     from llada_megatron.bench import objectives, step
 
     suite = step if args.suite == "pretraining" else objectives

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print: 0; BadInput for a checkpoint, text or layout that do not fit."""
     from llada_megatron.config import compose
+    from llada_megatron.config.concept_rules import NAME, refuse_masks
     from llada_megatron.config.objectives import OBJECTIVES
     from llada_megatron.record.manifest import find
 
@@ -59,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     stages = {stage.name: stage.objective for stage in config.schedule.stages}
     is_causal = OBJECTIVES[stages[manifest.stage]].causal if manifest.stage in stages else True
     with_ar = is_causal if args.ar is None else args.ar
+    if config.model.family == NAME:
+        if args.block_sizes is not None:
+            refuse_masks(config, "The bound of --block-sizes")
+        config = replace(config, evaluation=replace(config.evaluation, block_sizes=[]))
     _check(config, with_ar)
     found = evaluate(config, checkpoint.path, autoregressive=with_ar)
     record = {"checkpoint": str(checkpoint.path), "step": manifest.step, "data": config.data.path, **found}

@@ -211,6 +211,7 @@ def _tokenizer(name: str | None) -> Tokenizer | None:
 def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
     """The checkpoint's configuration on one process, or in the layout that the overrides ask for."""
     from llada_megatron.config import compose
+    from llada_megatron.config.concept_rules import refuse_masks
     from llada_megatron.config.layout_rules import check_layout
 
     saved = checkpoint.manifest.config_of_weights
@@ -222,6 +223,7 @@ def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
                 " was trained for: set data.sequence_length."
             )
     config = compose.elsewhere(saved, overrides)
+    refuse_masks(config, "Decoding")
     for axis in ("pp", "cp"):
         if getattr(config.layout, axis) > 1:
             raise BadInput(f"Decoding serves tp, ep and dp, not {axis}: set layout.{axis}=1.")

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from llada_megatron.config import compose
+    from llada_megatron.config.concept_rules import refuse_masks
     from llada_megatron.config.layout_rules import check_layout
     from llada_megatron.config.schedule import block_size_of
     from llada_megatron.data.fingerprint import fingerprint
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = find(args.checkpoint)
     settings = [f"data.path={json.dumps([args.data])}", "data.weights=[]", "data.split=1,0"]
     config = compose.elsewhere(checkpoint.manifest.config_of_weights, settings + args.overrides)
+    refuse_masks(config, "A score by the bound")
     draws = config.preference.draws
     check_layout(config)
     check_pairs(args.data)

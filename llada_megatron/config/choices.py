@@ -52,6 +52,30 @@ class WrongWords(StrEnum):
     vocabulary = "vocabulary"
 
 
+class ConceptOf(StrEnum):
+    """What a concept of the family `dlcm` is made of."""
+
+    mean = "mean"
+    """Of its tokens' hidden states."""
+    boundary_token = "boundary_token"
+    """The hidden state of its first token."""
+
+
+class BoundaryGrad(StrEnum):
+    """What of the next tokens' loss reaches the boundary detector of the family `dlcm`."""
+
+    none = "none"
+    ste = "ste"
+    """H-Net's straight-through estimator, and the weights of the smoothing."""
+
+
+class ConceptAttention(StrEnum):
+    """How the tokens of the family `dlcm` attend to concepts."""
+
+    ragged = "ragged"
+    replicated = "replicated"
+
+
 class BlockGrid(StrEnum):
     """Where block 0 begins."""
 

@@ -120,6 +120,14 @@ OBJECTIVES: dict[str, Geometry] = {
         reads_clean_half=False,
         supervised=lambda diffusion, length: length - 1,
     ),
+    "concepts": Geometry(
+        module="llada_megatron.objectives.concepts",
+        causal=True,
+        reads_clean_half=False,
+        supervised=lambda diffusion, length: length - 1,
+        figures={"boundary_rate": Figure(2), "boundary_probability": Figure(2)},
+        denominators=2,
+    ),
     "diffusion": Geometry(
         module="llada_megatron.objectives.diffusion",
         causal=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llada_megatron.config.changes import check_names
 from llada_megatron.config.choices import GroupRates, WrongWords
+from llada_megatron.config.concept_rules import check_concepts
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Batches, Schedule, Stage, block_size_of
@@ -30,6 +31,7 @@ def check(config: Config) -> Schedule:
     schedule = schedule_of(config)
     check_batches(config.layout, schedule)
     check_switches(config, schedule)
+    check_concepts(config, schedule)
     require(
         config.optimizer.warmup_tokens < schedule.total_tokens,
         f"optimizer.warmup_tokens={config.optimizer.warmup_tokens} is not less than the schedule's"

@@ -34,6 +34,7 @@ from llada_megatron.config.choices import (
     Wandb,
     Weight,
 )
+from llada_megatron.config.concepts import ConceptsConfig
 from llada_megatron.config.editing import EditingConfig, OputConfig
 from llada_megatron.config.levenshtein import LevenshteinConfig
 from llada_megatron.config.mla import MlaConfig
@@ -156,6 +157,7 @@ class ModelConfig:
     tied_head: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    concepts: ConceptsConfig = field(default_factory=ConceptsConfig)
     init_std: Amount = 0.02
     attention_backend: AttentionBackend = AttentionBackend.auto
     """cudnn_flex needs sm_90, sm_100 or sm_103, cudnn_graph sm_90 or sm_100, varlen decodes alone; one that

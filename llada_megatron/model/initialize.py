@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from llada_megatron.model.gpt import BlockDiffusionGPT
 from llada_megatron.model.normal import ELEMENTS_PER_CALL, counter_normal
 
 SHARDING_METADATA = {"non_homogeneous_layers": True}
 """Each layer keeps a name of its own in checkpoints, whatever the architecture."""
 
 
-def initialize_weights(model: BlockDiffusionGPT, *, seed: int, std: float, layers: int) -> None:
+def initialize_weights(
+    model: Any, *, seed: int, std: float, layers: int, scale: Callable[[str], float] = lambda name: 1.0
+) -> None:
     """Fill every parameter of this shard in place; no rank holds a tensor that it owns only a part of.
 
     Matrices are N(0, std^2), the projections back into the residual stream N(0, std^2 / (2 layers)), norms
     one, biases zero; of an adapter lora_b is zero and lora_a N(0, 1 / (3 in)), of the variance that PEFT
-    draws. Raises RuntimeError if a parameter is left without a value.
+    draws. `scale` of a parameter's name multiplies its std. Raises RuntimeError if a parameter is left
+    without a value.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -30,7 +33,7 @@ def initialize_weights(model: BlockDiffusionGPT, *, seed: int, std: float, layer
         apply_factories(sharded)
         for shard in nested_values(sharded):
             if isinstance(shard, ShardedTensor) and shard.data is not None and shard.data.is_floating_point():
-                _fill(shard, seed, std, layers)
+                _fill(shard, seed, std * scale(shard.key), layers)
     unset = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
     if unset:
         raise RuntimeError(f"These parameters have no entry in the sharded state and kept no value: {unset}")

@@ -66,6 +66,8 @@ class ModelInputs:
     noise: EmbeddingNoise | None = None
     soft: SoftTokens | None = None
     """None: every row is its token."""
+    draws: torch.Tensor | None = None
+    """float32 [B, S] in [0, 1), by which the family `dlcm` draws boundaries; None: none are drawn."""
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ModelInputs:
         """The inputs with function(tensor) in the place of every tensor that the device reads."""
@@ -87,4 +89,5 @@ class ModelInputs:
             labels=None if self.labels is None else function(self.labels),
             noise=noise,
             soft=soft,
+            draws=None if self.draws is None else function(self.draws),
         )

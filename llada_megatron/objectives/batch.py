@@ -96,6 +96,8 @@ class MicroBatch:
         parts += [self.rows[name][own] for name in sorted(self.rows.keys() - self.relative)]
         if self.inputs.labels is not None:
             parts.append(self.inputs.labels[own])
+        if self.inputs.draws is not None:
+            parts.append(self.inputs.draws[sample])
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 

@@ -44,6 +44,9 @@ class Objective:
     then gets the result of a whole micro-batch, on the host, as `draft` of `batch`."""
     draft_turns = 1
     """So many in a row: each later one gets what the one before made, as `draft` of `draft_batch`."""
+    statistics_readout: Readout | None = None
+    """Asks, where a rank has several micro-batches, for one pass more without gradients, read out by this.
+    What `statistics` makes of it is summed over the global batch, for a loss that needs the sums first."""
     counts_known = True
     """Whether `MicroBatch.counts` says the denominators before the model has run. An objective with several
     denominators that it only knows afterwards costs a forward pass more, in which they are counted."""
@@ -53,6 +56,9 @@ class Objective:
         self.geometry = OBJECTIVES[name]
         self.left_out: dict[int, str] = {}
         """Why sequences of this rank were left out since somebody last looked, by their index in the data."""
+        self.summed: torch.Tensor | None = None
+        """`statistics` over the step's global batch, fp64 on the host; None where each rank has one
+        micro-batch: the loss sums them up."""
         self.identity: Mapping[str, Any] = {}
         """What it has read besides the data, in plain JSON: checkpoints keep it, a resume brings it back."""
 
@@ -93,6 +99,10 @@ class Objective:
         A term that is no sum over rows adds up its parts with `sum_over_context` first, and is then itself
         `counted_once` (objectives/passes.py): rows of a sequence may lie on several ranks.
         """
+        raise NotImplementedError
+
+    def statistics(self, batch: MicroBatch, output: torch.Tensor) -> torch.Tensor:
+        """fp64 numbers of a micro-batch, from what `statistics_readout` gives."""
         raise NotImplementedError
 
     def noise_over_rms(self, step: int) -> float:

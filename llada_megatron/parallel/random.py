@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     PLANTED_WORD = 25
     REMASKING = 26
     RANDOM_LENGTH = 27
+    BOUNDARY = 28
 
 
 def generator(

@@ -85,9 +85,12 @@ class ExpertRows:
     def mean(self, sizes: Mapping[str, int]) -> float:
         """Rows that each rank would get of a micro-batch if all got as many; sizes: of training.step.
 
-        Each rank sends its rows' copies, and experts that are cut over etp ranks are on all of them.
+        Each rank sends its rows' copies, and experts that are cut over etp ranks are on all of them. Of the
+        family dlcm rows are concepts, as many as the parser aims at.
         """
         rows = sizes["seq_length"] * sizes["micro_batch_size"] / (self.layout.cp * self.layout.tp)
+        if self.model.family == "dlcm":
+            rows /= self.model.concepts.tokens_per_concept
         return rows * self.model.experts_per_token * self.layout.etp
 
     def figures(self, load: torch.Tensor, sizes: Mapping[str, int]) -> LoadFigures:

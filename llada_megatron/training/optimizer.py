@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
@@ -18,6 +26,7 @@ from llada_megatron.config.choices import Dtype
 from llada_megatron.config.schedule import Schedule
 from llada_megatron.config.schema import Config, LearningRateAtStart
 from llada_megatron.config.schema import OptimizerConfig as OptimizerSettings
+from llada_megatron.model.widths import rate_divisor
 from llada_megatron.runtime import adamw, device
 
 adamw.install()
@@ -119,6 +128,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
                 overlap_param_gather=config.layout.overlap_param_gather,
             ),
             list(model),
+            config_overrides=_overrides(config),
             use_gloo_process_groups=False,
         )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -134,6 +144,25 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
     return optimizer
 
 
+def _overrides(config: Config) -> dict[ParamKey, Any]:
+    """Weight decay on matrices alone, and the rates of model/widths.py, by width where a model has muP."""
+    overrides: dict[ParamKey, Any] = get_standard_config_overrides(OptimizerConfig())
+    model, settings = config.model, config.optimizer
+
+    def divisor(name: str) -> float:
+        return rate_divisor(model, re.sub(r"^(module\.)*", "", name))
+
+    widths = {model.hidden_size, model.concepts.hidden_size} if model.concepts.mup_base_hidden_size else ()
+    for s in {width / model.concepts.mup_base_hidden_size for width in widths} - {1.0}:
+        of_width = ParamWithNamePredicate(f"width_{s}", lambda param, name, s=s: divisor(name) == s)
+        overrides[ParamKey(with_name_predicate=of_width)] = {
+            "max_lr": settings.lr / s,  # names the group in megatron-core's checkpoints; `apply` sets it
+            "lr_mult": 1 / s,
+            "eps": settings.eps / s,
+        }
+    return overrides
+
+
 class LearningRate:
     """megatron-core's parameter scheduler in units of tokens; a function of the step, so it has no state."""
 
@@ -141,7 +170,7 @@ class LearningRate:
         self, optimizer: MegatronOptimizer, settings: OptimizerSettings, schedule: Schedule, rewarm: int
     ):
         self.optimizer, self.schedule, self.rewarm_tokens = optimizer, schedule, rewarm
-        self.largest = settings.lr
+        self.largest, self.least = settings.lr, settings.min_lr
         self.scheduler = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,
@@ -163,7 +192,8 @@ class LearningRate:
         consumed = self.schedule.tokens_before(step + 1)
         stage = self.schedule.stage_at(step)
         for group in self.optimizer.param_groups:
-            group["max_lr"] = stage.lr or self.largest
+            group["max_lr"] = (stage.lr or self.largest) * group["lr_mult"]
+            group["min_lr"] = self.least * group["lr_mult"]
         self.scheduler.num_steps = min(consumed, self.schedule.total_tokens)
         self.scheduler.step(0)
         factor = 1.0

@@ -151,6 +151,8 @@ def train_step(trainer: Trainer, step: int) -> StepResult:
     build = partial(micro_batches, trainer, objective, stage, step, sigma)
     if objective.draft_readout is not None:
         build = partial(build, drafts=_drafts(trainer, objective, stage, step, sigma))
+    if objective.statistics_readout is not None:
+        objective.summed = _statistics(trainer, objective, build, sizes)
     ratios = _ratios(trainer, objective, build, sizes)
     with trainer.section("passes"):
         reduced = get_forward_backward_func()(
@@ -335,6 +337,27 @@ def _draft_batches(
         part = context_part(whole)
         places.append((len(whole.inputs.outputs), part.places))
         yield part
+
+
+def _statistics(
+    trainer: Trainer, objective: Objective, build: Callable[[], Iterator[MicroBatch]], sizes: dict[str, int]
+) -> torch.Tensor | None:
+    """What the objective counts of a step before its loss; None where the loss finds out."""
+    if sizes["num_microbatches"] == 1:
+        return None
+
+    readout = objective.statistics_readout
+    assert readout is not None
+
+    def read_out_so() -> Iterator[MicroBatch]:
+        for batch in build():
+            batch.inputs.readout = readout
+            yield batch
+
+    counted = passes.forward_only(
+        trainer.model, _for_every_chunk(trainer, read_out_so, sizes), objective.statistics, **sizes
+    )
+    return passes.global_sums(counted, len(counted[0]))
 
 
 def _ratios(

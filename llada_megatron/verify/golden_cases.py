@@ -41,9 +41,14 @@ TOLERANCES = {
     "right": 0.0,  # predictions that are right here and wrong there, or the reverse
     "cross_entropy": 1e-3,
     "entropy": 1e-3,
-    "loss": 1e-5,  # relative, as are all below
+    "loss": 1e-5,  # relative, as are all below but where it says so
     "grad_norms": 1e-3,
     "gradients": 1e-3,
+    "boundary_probability": 1e-6,  # of concepts, absolute, as are the next four
+    "boundaries": 0.0,  # tokens that open a concept here and not there, or the reverse
+    "concepts": 1e-6,
+    "concept_attention": 1e-10,
+    "parser": 1e-6,
     "bound": 1e-5,
     "variance": 1e-5,
     "preference": 1e-4,  # a loss of small differences of large bounds

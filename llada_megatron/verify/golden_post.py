@@ -34,6 +34,7 @@ from llada_megatron.objectives.diffusion import Diffusion, diffusion_inputs
 from llada_megatron.objectives.preference import SIDES, Preference, bounds, preference_losses
 from llada_megatron.record.json_files import require
 from llada_megatron.runtime import device
+from llada_megatron.verify import golden_concepts
 from llada_megatron.verify.golden_bd3lm import bd3lm_case, search_case
 from llada_megatron.verify.golden_cases import CaseResult, largest, relative
 from llada_megatron.verify.golden_likelihood import likelihood_case
@@ -390,5 +391,12 @@ GROUPS = {
         ),
     ),
     "bd3lm_search": Group(search_case, ("intervals", "logged", "chosen")),
+    "hnet": Group(golden_concepts.hnet_case, ("load_balancing_loss",)),
+    "dlcm": Group(
+        lambda golden, name, case: (
+            golden_concepts.table_case if "rows" in case else golden_concepts.dlcm_case
+        )(golden, name, case),
+        (),
+    ),
     "elbo_kto": Group(kto_case, ("beta", "completion_lengths", "loss"), _kto_unserved),
 }

@@ -41,7 +41,7 @@ class Doubled:
 
 
 def test_an_unknown_family_is_refused_with_the_list() -> None:
-    with pytest.raises(BadInput, match=r"model.family=nonesuch is unknown: choose from gpt\."):
+    with pytest.raises(BadInput, match=r"model.family=nonesuch is unknown: choose from gpt, dlcm\."):
         rules.check(of_family("nonesuch"))
 
 

@@ -31,6 +31,7 @@ CAP, PAIR, SFT, DPO, KTO, LIK, GUIDED, BD3, BOS, SEARCH = (
     "bd3_ignore_bos_train_b16",
     "bd3_search",
 )
+HNET, DLCM, TABLE = "hnet_projected", "dlcm_train", "dlcm_aux_table"
 Cases = dict[str, dict[str, Any]]
 Tensors = dict[str, torch.Tensor]
 
@@ -132,6 +133,12 @@ def set_to(name: str, **values: Any) -> Callable[[Cases], object]:
         (BD3, {"tensors": lambda t: t[f"{BD3}.nlls"].mul_(1.01)}, {"cross_entropy"}),
         (BOS, {"cases": set_to(BOS, training=False)}, {"loss", "grad_norms"}),
         (SEARCH, {"tensors": lambda t: t[f"{SEARCH}.values"][0].mul_(0.1)}, {"variance", "chosen"}),
+        (HNET, {"tensors": lambda t: t[f"{HNET}.concepts"].mul_(1.001)}, {"concepts"}),
+        (HNET, {"cases": lambda c: c[HNET]["load_balancing_loss"].update({"4.0": 1.44})}, {"parser"}),
+        (DLCM, {"tensors": lambda t: t["dlcm.b_train"][0, 3].bitwise_xor_(1)}, {"boundaries"}),
+        (DLCM, {"tensors": lambda t: t["dlcm.w_q"].mul_(-1)}, {"boundary_probability", "parser"}),
+        (DLCM, {"tensors": lambda t: t["dlcm.train.z_start"].mul_(1.001)}, {"concept_attention"}),
+        (TABLE, {"cases": lambda c: c[TABLE]["rows"][0].__setitem__(0, 2.01)}, {"parser"}),
     ],
 )
 def test_each_quantity_fails_where_it_is_another(

@@ -59,34 +59,38 @@ def test_every_served_case_agrees_with_the_checkpoint_of_the_sibling(
         "kto": preference,
         "lik": {"mask", "cross_entropy", "bound"},
         "bd3": {"rate", "mask", "cross_entropy", "loss", "grad_norms", "variance", "chosen"},
+        "hnet": {"boundary_probability", "boundaries", "concepts", "parser"},
+        "dlcm": {"boundary_probability", "boundaries", "concepts", "concept_attention", "parser"},
     }
-    assert report["derived"] == ["dpo: independent derivation, not public code"]
+    assert report["derived"] == [
+        f"{group}: independent derivation, not public code" for group in ("dpo", "dlcm")
+    ]
     assert report["not_served"] == [
         "pair_cap_none_correct_toy (described in words alone)",
         "kto_beta0.1_global_mean_D1_U1 (z0 global_mean)",
         "kto_beta0.1_global_mean_D2_U0.5 (z0 global_mean)",
     ]
     said = capsys.readouterr().out
-    assert "All 54 cases agree." in said and "No numbers of public code: dpo:" in said
+    assert "All 59 cases agree." in said and "No numbers of public code: dpo:" in said
 
 
 def test_a_group_that_nobody_knows_is_listed_and_not_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def others(cases: Cases) -> None:
-        cases |= {f"hnet_{name}": {"group": "hnet"} for name in ("identity", "projected")}
+        cases |= {f"others_{name}": {"group": "others"} for name in ("identity", "projected")}
 
     def theirs(tensors: Tensors) -> None:
-        tensors["hnet_identity.hidden"] = torch.zeros(2)
+        tensors["others_identity.hidden"] = torch.zeros(2)
         tensors["sft_quantised.seq0.novelty"] = torch.zeros(2)
 
     folder = post_copy(tmp_path / "set", SFT, cases=others, tensors=theirs)
     code, report = verify(folder, tmp_path / "report.json", "--model", str(CHECKPOINT))
     assert code == 0 and [case["name"] for case in report["cases"]] == [SFT]
-    assert report["not_served"] == ["group hnet (cases: 2)"] and not report["derived"]
+    assert report["not_served"] == ["group others (cases: 2)"] and not report["derived"]
     assert "sft_quantised.seq0.novelty" in report["unknown"]
-    assert "hnet_identity.hidden" not in report["unknown"]
-    assert "group hnet" in capsys.readouterr().out
+    assert "others_identity.hidden" not in report["unknown"]
+    assert "group others" in capsys.readouterr().out
 
 
 def test_a_set_without_its_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

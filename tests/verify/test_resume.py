@@ -91,6 +91,15 @@ def test_a_run_interrupted_three_times_and_resumed_in_another_layout_trains_the_
     ]  # fmt: skip
 
 
+@pytest.mark.full
+def test_draws_of_boundaries_and_rates_by_width_are_resumed_bit_for_bit(small):
+    data = [each for each in small if each.startswith("data.")]
+    layout = ["layout.processes=2", "layout.tp=2", "layout.ep=2", "model.concepts.mup_base_hidden_size=32"]
+    tokens = "schedule.stages=[{name: c, objective: concepts, block_size: '1', tokens: 6144}]"
+    certificate = resume.check(["experiment=dlcm_parity", "training.threads=1", tokens, *data, *layout], [])
+    assert certificate.passed and certificate.bitwise and len(certificate.interruptions) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [[], pytest.param(["layout.tp=2"], marks=pytest.mark.full)], ids=["one", "TP2"]

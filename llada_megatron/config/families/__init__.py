@@ -11,7 +11,7 @@ from typing import Protocol
 
 from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.families import gpt
+from llada_megatron.config.families import dlcm, gpt
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 
 
@@ -48,7 +48,7 @@ class Formulas(Protocol):
         ...
 
 
-FAMILIES: dict[str, Formulas] = {"gpt": gpt}
+FAMILIES: dict[str, Formulas] = {"gpt": gpt, "dlcm": dlcm}
 
 
 def formulas_of(model: ModelConfig) -> Formulas:

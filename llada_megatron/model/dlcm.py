@@ -1,0 +1,230 @@
+"""DLCM (arXiv 2512.24617) on megatron-core's transformer blocks: encoder, concepts, backbone, decoder.
+
+    h = encoder(embedding);  boundaries b by p = (1 - cos(W_q h_{t-1}, W_k h_t)) / 2
+    c = W (mean of h over a concept);  z = moving average of backbone(c)
+    logits = head(decoder(h + attention of h to finished z))
+
+A token sees nothing of later ones: its boundary depends on it and the token before, and of concepts it
+sees those that are finished. The host reads back the boundaries once in a forward: their number is a shape.
+
+Legend: S tokens of a sample, B samples, T = S B, H hidden size of tokens, Hc of concepts, M concepts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from llada_megatron.attention import BlockDiffusionMask
+from llada_megatron.attention.context import ContextShard
+from llada_megatron.attention.registry import Executor
+from llada_megatron.config.schema import BlockGrid, ModelConfig
+from llada_megatron.model.concepts import (
+    Segments,
+    boundary_probability,
+    chosen_probability,
+    opened,
+    pooled_mean,
+    sharpened,
+    smoothed,
+)
+from llada_megatron.model.core_attention import KeysParams
+from llada_megatron.model.cross_attention import ConceptAttention, sight
+from llada_megatron.model.head import head_output, reduce_input_gradient_once
+from llada_megatron.model.inputs import ModelInputs
+from llada_megatron.model.readout import CROSS_ENTROPY, Readout
+from llada_megatron.model.rotary import ExplicitRotary
+from llada_megatron.runtime.device import sent
+
+ROWS = 64
+"""The backbone's rows are a multiple of this and of tp, so that shapes are few and fit kernels."""
+
+PARSED = Readout("cross entropy and boundaries", 1, needs_labels=True, read=CROSS_ENTROPY.read)
+"""[N + 2B]: the cross entropies, then of each sample how many tokens open a concept, and the sum of p."""
+BOUNDARIES = Readout("boundaries", 1, needs_labels=False, read=CROSS_ENTROPY.read)
+"""[2B]: the latter alone, for which no more than the encoder runs."""
+
+Blocks = dict[str, tuple[TransformerConfig, TransformerBlockSubmodules]]
+"""Of `encoder`, `backbone` and `decoder`: megatron-core's settings and layers."""
+
+
+class DynamicConcepts(LanguageModule):
+    """The whole model; `forward` takes ModelInputs of a causal mask."""
+
+    model_type = ModelType.encoder_or_decoder
+    pre_process = post_process = True
+    share_embeddings_and_output_weights = False
+    vp_stage = None
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        blocks: Blocks,
+        *,
+        longest: int,
+        backend: str | Executor,
+        output_scale: float,
+    ) -> None:
+        tokens, concepts = blocks["encoder"][0], blocks["backbone"][0]
+        super().__init__(config=tokens)
+        self.settings, self.head_chunk_tokens, self.output_scale = (
+            model,
+            model.head_chunk_tokens,
+            output_scale,
+        )
+        groups, H, Hc = self.pg_collection, tokens.hidden_size, concepts.hidden_size
+        self.embedding = LanguageModelEmbedding(
+            tokens, model.vocab_size, longest, position_embedding_type="rope", tp_group=groups.tp
+        )
+        self.rotary = ExplicitRotary()
+        self.encoder, self.backbone, self.decoder = (
+            TransformerBlock(config, spec, pg_collection=groups) for config, spec in blocks.values()
+        )
+        whole = {"bias": False, "dtype": tokens.params_dtype}
+        self.boundary_q = torch.nn.Linear(H, H, **whole)
+        self.boundary_k = torch.nn.Linear(H, H, **whole)
+        self.concept_proj = torch.nn.Linear(H, Hc, **whole)
+        self.concept_attention = ConceptAttention(
+            tokens, Hc, kv_heads=model.kv_heads, backend=backend, pg_collection=groups
+        )
+        self.output_layer = ColumnParallelLinear(
+            H,
+            model.vocab_size,
+            config=tokens,
+            init_method=tokens.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=groups.tp,
+        )
+        reduce_input_gradient_once(self.output_layer)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Nothing comes from another pp_stage."""
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without `_extra_state`: empty fp8 scaling factors, of which each layer spec has others."""
+        sharded = super().sharded_state_dict(*args, **kwargs)
+        return {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """What `inputs.readout` says: PARSED and BOUNDARIES as they say, others of the N rows alone."""
+        B, S = inputs.tokens.shape
+        embedded = self.embedding(input_ids=inputs.tokens, position_ids=None)
+        angles, keys = self.rotary(inputs.positions), _params(inputs.keys, S)
+        hidden = self.encoder(embedded, None, rotary_pos_emb=angles, packed_seq_params=keys)
+        hidden_TH = self._rows(hidden, S, B)
+        starts = _starts(inputs)
+        p_T, opened_T = self._boundaries(hidden_TH, sent(torch.from_numpy(starts), hidden_TH.device), inputs)
+        sums_2B = torch.stack([opened_T.float(), p_T.float()]).view(2, B, S).sum(dim=-1).flatten()
+        if inputs.readout == BOUNDARIES:
+            return sums_2B
+        segments = Segments(opened_T.cpu().numpy(), starts)
+        concepts_MH = self._concepts(hidden_TH, p_T, segments)
+        seen = sight(
+            segments, own=self._sees_own, replicated=self.settings.concepts.attention == "replicated"
+        )
+        told_TH = self.concept_attention(hidden_TH, concepts_MH, seen)
+        if self.settings.concepts.boundary_grad == "ste":
+            told_TH = told_TH * chosen_probability(p_T, opened_T)[:, None].to(told_TH.dtype)
+        mixed = (hidden_TH + told_TH).view(B, S, -1).transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            mixed = scatter_to_sequence_parallel_region(mixed)
+        hidden = self.decoder(mixed, None, rotary_pos_emb=angles, packed_seq_params=keys)
+        found = head_output(
+            hidden_states=hidden * self.output_scale,
+            output_layer=self.output_layer,
+            output_weight=None,
+            context=(inputs, self.head_chunk_tokens),
+            config=self.config,
+        )
+        return torch.cat([found, sums_2B]) if inputs.readout == PARSED else found
+
+    @property
+    def _sees_own(self) -> bool:
+        return self.settings.concepts.concept == "boundary_token"
+
+    def _rows(self, hidden: Tensor, S: int, B: int) -> Tensor:
+        """[T, H] of all samples, one after the other, on every tensor-parallel rank; from [S/tp, B, H].
+
+        What follows is the same on all of them, and so is its gradient: each takes its part.
+        """
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden.transpose(0, 1).reshape(S * B, -1)
+
+    def _boundaries(self, hidden_TH: Tensor, starts: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """p [T], and which tokens open a concept, bool [T]: by draws where the inputs have them."""
+        p_T = boundary_probability(self.boundary_q(hidden_TH), self.boundary_k(hidden_TH), starts)
+        chances_T = p_T.detach()
+        if inputs.draws is None:
+            return p_T, opened(chances_T, starts)
+        sharp_T = sharpened(chances_T, self.settings.concepts.sharpening)
+        return p_T, opened(sharp_T, starts, inputs.draws.flatten())
+
+    def _concepts(self, hidden_TH: Tensor, p_T: Tensor, segments: Segments) -> Tensor:
+        """What the backbone makes of the concepts, smoothed, [M, Hc]."""
+        at, M = hidden_TH.device, segments.count
+        first_M = sent(torch.from_numpy(segments.first), at)
+        if self._sees_own:
+            raw_MH = hidden_TH.index_select(0, first_M)
+        else:
+            concept_T, lengths_M = (
+                sent(torch.from_numpy(each), at) for each in (segments.concept, segments.lengths)
+            )
+            raw_MH = pooled_mean(hidden_TH, concept_T, lengths_M)
+        multiple = ROWS * self.config.tensor_model_parallel_size
+        rows = -(-M // multiple) * multiple
+        hidden = torch.nn.functional.pad(self.concept_proj(raw_MH), (0, 0, 0, rows - M))[:, None]
+        positions, keys = _places(segments, rows)
+        ignored = torch.arange(rows, device=at)[None] >= M
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden)
+            ranks, rank = self.pg_collection.tp.size(), self.pg_collection.tp.rank()
+            ignored = ignored.chunk(ranks, dim=1)[rank]
+        angles = self.rotary(sent(torch.from_numpy(positions), at)[None])
+        hidden = self.backbone(
+            hidden,
+            None,
+            rotary_pos_emb=angles,
+            packed_seq_params=_params(keys, rows),
+            padding_mask=ignored if self.backbone.config.num_moe_experts else None,
+        )
+        weight_M = p_T.index_select(0, first_M)
+        if self.settings.concepts.boundary_grad == "none":
+            weight_M = weight_M.detach()
+        return smoothed(self._rows(hidden, rows, 1)[:M], weight_M)
+
+
+def _params(keys: Any, S: int) -> KeysParams:
+    return KeysParams(qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, keys=keys)
+
+
+def _starts(inputs: ModelInputs) -> np.ndarray:
+    """First tokens of all documents, int64 [D], in one row of samples."""
+    mask = inputs.keys.mask
+    edges = [edge[:-1].numpy() + b * mask.length for b, edge in enumerate(mask.cu_seqlens)]
+    return np.concatenate(edges).astype(np.int64)
+
+
+def _places(segments: Segments, rows: int) -> tuple[np.ndarray, ContextShard]:
+    """The concepts' places in their documents, int64 [rows], and their causal mask; padding is a document."""
+    starts, M = segments.document_starts, segments.count
+    edges = np.unique(np.append(starts, (M, rows)))
+    positions = np.arange(rows) - np.repeat(edges[:-1], np.diff(edges))
+    mask = BlockDiffusionMask(
+        [torch.from_numpy(edges)], 1, block_grid=BlockGrid.sequence, clean_copy=False, causal=True
+    )
+    return positions, ContextShard(mask)

@@ -1,0 +1,141 @@
+"""The family dlcm in training: one model in every layout, and the parser over the global batch."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llada_megatron.config import rules
+from llada_megatron.config.compose import compose
+from llada_megatron.config.errors import BadInput
+from llada_megatron.config.schema import Config
+from llada_megatron.model.concepts import parser_loss
+from llada_megatron.verify.comparison import compare
+from llada_megatron.verify.layouts import measure_in_processes
+from tests.distributed import run_ranks
+from tests.training.runs import train
+
+STEPS = 3
+LAYOUTS = {
+    "DP2": dict(processes=2),
+    "DP2 in fours": dict(processes=2, micro_batch=4),
+    "TP2": dict(processes=2, tp=2, micro_batch=4),
+    "EP2": dict(processes=2, ep=2, micro_batch=2),
+    "TP2 EP2": dict(processes=2, tp=2, ep=2),
+    "TP2 EP2 recompute": dict(processes=2, tp=2, ep=2, micro_batch=4, recompute="full"),
+    "EP2 overlap": dict(processes=2, ep=2, overlap_grad_reduce=True, overlap_param_gather=True),
+}
+
+
+def concepts(corpus: str, *overrides: str, **layout: Any) -> Config:
+    return compose(
+        [
+            *(
+                "experiment=dlcm_parity",
+                f"data.path=[{corpus}]",
+                "data.split='8,2'",
+                "data.sequence_length=64",
+            ),
+            f"schedule.stages=[{{name: c, objective: concepts, block_size: '1', tokens: {STEPS * 512}}}]",
+            *("optimizer.warmup_tokens=512", "evaluation.block_sizes=['1']", "evaluation.sequences=4"),
+            "training.threads=1",
+            *[f"layout.{name}={value}" for name, value in layout.items()],
+            *overrides,
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "grad", [pytest.param("none", marks=pytest.mark.slow), pytest.param("ste", marks=pytest.mark.full)]
+)
+def test_every_layout_and_micro_batch_trains_the_same_model(corpus: str, grad: str) -> None:
+    form = f"model.concepts.boundary_grad={grad}"
+    singles = [concepts(corpus, form, micro_batch=size) for size in (8, 1, 4)]
+    singles.append(concepts(corpus, form, "layout.recompute=full", micro_batch=2))
+    [reference] = measure_in_processes(singles[:1], None)
+    several = [concepts(corpus, form, **layout) for layout in LAYOUTS.values()]
+    names = ["in ones", "in fours", "recompute", *LAYOUTS]
+    measured = measure_in_processes(singles[1:], reference) + measure_in_processes(several, reference)
+    for name, each in zip(names, measured, strict=True):
+        assert compare(name, 2, each, reference).failed() == [], name
+
+
+def figures(configs: list[Config]) -> list[tuple[float, dict[str, Any]]]:
+    from llada_megatron.parallel import groups
+    from llada_megatron.training.loop import build_trainer
+    from llada_megatron.training.step import train_step
+
+    found = []
+    for config in configs:
+        groups.initialize(config.layout)
+        trainer = build_trainer(config, rules.check(config))
+        result = train_step(trainer, 0)
+        found.append((result.loss, result.figures))
+        groups.destroy()
+    return found
+
+
+def test_the_parsers_loss_is_that_of_the_global_batch(corpus: str) -> None:
+    """Of micro-batches of one sequence whose rates differ, beside a loss without it."""
+    R = 1.5  # far from the rate of a model that has learnt nothing
+    with_parser, without = (
+        concepts(corpus, f"model.concepts.parser_weight={weight}", f"model.concepts.tokens_per_concept={R}")
+        for weight in (10, 0)
+    )
+    [[(loss, shown), (plain, _)]] = run_ranks(figures, [with_parser, without])
+    expected = 10 * parser_loss(shown["boundary_rate"], shown["boundary_probability"], R)
+    assert abs(expected) > 0.1 and loss - plain == pytest.approx(expected, rel=1e-5)
+    assert shown["tokens_per_concept"] == pytest.approx(1 / shown["boundary_rate"])
+
+
+@pytest.mark.slow
+def test_a_run_says_how_long_concepts_are_by_corpus(corpus: str, tmp_path: Path) -> None:
+    """The same of two ranks, which evaluate other sequences."""
+    second = tmp_path / "again"
+    for suffix in (".bin", ".idx", ".json"):
+        if Path(corpus + suffix).is_file():
+            shutil.copy(corpus + suffix, f"{second}{suffix}")
+    found = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        given = [f"data.path=[{corpus},{second}]", f"run.dir={directory}", f"run.name=p{processes}"]
+        train(concepts(corpus, *given, processes=processes))
+        (record,) = map(json.loads, (directory / "evaluations.jsonl").read_text().splitlines())
+        found.append(record["held_out"])
+        assert record["ar"]["nll"] > 0 and record["bound"] == {}
+    assert len(found[0]) == 3 and found[0].keys() == found[1].keys()
+    for name, one in found[0].items():
+        assert one["mean"] == pytest.approx(found[1][name]["mean"]) and one["mean"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("layout.pp=2", "layout.pp=2 sends tensors of one shape"),
+        ("layout.cp=2", "layout.cp=2 deals a sequence's tokens"),
+        ("model.lora.rank=4", "model.lora.rank is set"),
+        ("model.tied_head=true", "model.tied_head is set"),
+        ("model.concepts.kv_heads=3", "model.concepts.heads=4 is not a multiple"),
+        ("model.concepts.encoder_layers=3", "leave some to the backbone"),
+        ("model.dense_layers=1", "experts are the backbone's"),
+        ("model.family=gpt", "objective=concepts, and model.family=gpt needs another"),
+        ("schedule.stages.0.objective=autoregressive", "needs concepts"),
+        ("training.figures_every_steps=1", "figures_every_steps is set"),
+        ("model.router.rows_cap=2", "model.router.rows_cap is set"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(tmp_path: Path, override: str, said: str) -> None:
+    processes = ["layout.processes=2"] if override.startswith("layout") else []
+    with pytest.raises(BadInput, match=said) as refused:
+        rules.check(concepts("corpus", override, *processes))
+    assert str(refused.value).count(". ") == 0
+
+
+def test_replicated_concepts_must_be_finished() -> None:
+    config = concepts(
+        "corpus", "model.concepts.attention=replicated", "model.concepts.concept=boundary_token"
+    )
+    with pytest.raises(BadInput, match=r"needs model\.concepts\.concept=mean"):
+        rules.check(config)
