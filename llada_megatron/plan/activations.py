@@ -18,7 +18,8 @@ from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, 
 from llada_megatron.plan.shapes import Shape
 
 Parts = dict[str, int]
-"""Bytes by part of a layer: residual, norms, attention, core_attn, mlp, shared_experts, experts, router."""
+"""Bytes by part of a layer: residual, norms, attention, core_attn, mlp, shared_experts, experts, router; and
+what lies between them."""
 
 
 def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int) -> Parts:
@@ -59,7 +60,22 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
         parts["router"] = t * router_bytes(model) + 12 * N + 5 * chosen_from
     else:
         parts["router"] = t * (router_bytes(model) + 8 * model.experts + 8 * k) + 4 * N
+    if layout.overlap_experts:
+        parts["between"] = between_parts(model, shape, layout, b=b)
     return parts
+
+
+def between_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """What a MoE layer that runs in parts (layout.overlap_experts) keeps between them besides.
+
+    b tH of the shared expert's output. As received, 4N/etp probabilities where a process has several
+    experts, and sorts them; b N/etp H of the copies where it has one, and gathers them over etp.
+    """
+    received = shape.routed // layout.etp
+    shared = b * shape.tokens * model.hidden_size if model.shared_expert_hidden_size else 0
+    if model.experts // layout.ep > 1:
+        return shared + 4 * received
+    return shared + (received * (4 + b * model.hidden_size) if layout.etp > 1 else 0)
 
 
 def router_bytes(model: ModelConfig) -> int:
@@ -138,20 +154,37 @@ def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
 
     8K order of the exchanged keys, 8 per noisy row sent; with full recompute 4r rotary_rows angles,
     which every layer takes; where a layer with experts that choose from pools runs again, the marks of its
-    rows, t (1 + w) (model/pools.py).
+    rows, t (1 + w) (model/pools.py). With layout.overlap_experts its plan holds the angles and the whole
+    micro-batch.
     """
-    angles = 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
     kept_here = 8 * (shape.keys + shape.halo) if layout.cp > 1 else 0
-    if layout.recompute is Recompute.full:
-        kept_here += angles
+    if layout.recompute is Recompute.full or layout.overlap_experts:
+        kept_here += angle_bytes(model, shape)
+    if layout.overlap_experts:
+        kept_here += micro_batch_bytes(shape)
     if model.expert_capacity and "moe" in recomputed_modules(layout):
         kept_here += shape.tokens * (1 + shape.block_bits)
     return kept_here
 
 
+def angle_bytes(model: ModelConfig, shape: Shape) -> int:
+    """4r rotary_rows."""
+    return 4 * shape.rotary_rows * int(model.head_dim * model.rotary_fraction)
+
+
+def micro_batch_bytes(shape: Shape) -> int:
+    """8S tokens, 8 rotary_rows positions, and what the objective's RowBytes say of n supervised rows."""
+    return 8 * (shape.rows + shape.rotary_rows) + shape.row_bytes.batch * shape.supervised
+
+
 def embedding_bytes(shape: Shape, layout: LayoutConfig) -> int:
-    """8S tokens; with tp > 1 instead 9S of local ids and their map. The rows are the first layer's input."""
-    return (9 if layout.tp > 1 else 8) * shape.rows
+    """8S tokens; with tp > 1 instead 9S of local ids and their map. The rows are the first layer's input.
+
+    With layout.overlap_experts the tokens are the micro-batch's (stage_bytes).
+    """
+    if layout.tp > 1:
+        return 9 * shape.rows
+    return 0 if layout.overlap_experts else 8 * shape.rows
 
 
 def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
@@ -172,10 +205,12 @@ def head_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int
     b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights (or what else the
     objective's RowBytes say), the objective's sums in fp64.
     Several chunks are recomputed in backward and keep 8n of labels but no logits; a single one keeps fp32
-    (log-)probabilities [n, V/tp] and 9n of local labels and their map.
+    (log-)probabilities [n, V/tp] and 9n of local labels and their map. With layout.overlap_experts places,
+    weights and labels are the micro-batch's (stage_bytes), and what the head returns stays.
     """
     n, row = shape.supervised, shape.row_bytes
     logits = 4 * model.vocab_size // layout.tp + row.kept_with_logits
-    chunk = n * (logits if n <= model.head_chunk_tokens else 8)
+    labels, kept_row = (0, row.kept_beside_batch) if layout.overlap_experts else (8, row.kept)
+    chunk = n * (logits if n <= model.head_chunk_tokens else labels)
     hidden = b * (shape.tokens + n) * model.hidden_size
-    return hidden + 4 * shape.tokens + row.kept * n + 8 * shape.sums + chunk
+    return hidden + 4 * shape.tokens + kept_row * n + 8 * shape.sums + chunk
