@@ -31,7 +31,8 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
                b Sq rotated queries; b Sq output; 4b rotary_rows r of cosines and sines for q and k
     core_attn  4S heads/tp log-sum-exp; keys and values: b Sg rotated keys (values are a view of the
                projections), or with context parallelism 2b Kg, the exchange's ordered copy
-    mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion)
+    mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion); likewise the
+               shared expert, whose gathered input stays too, b SH, with layout.overlap_shared_experts and tp
     experts    b NH inputs; b N Fe/etp (2 gate and up, 1 weighted product)
     router     t `router_bytes`; t(8E + 8k) of sorted indices and remaining ones; 4N received probabilities
                (and see held_bytes). With gathered tokens T (layout.dispatcher=allgather) instead of sorted
@@ -54,6 +55,8 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
         return parts
     k = model.experts_per_token
     parts["shared_experts"] = 3 * b * S * model.shared_expert_hidden_size // tp
+    if layout.overlap_shared_experts and tp > 1:
+        parts["shared_experts"] += b * S * hidden
     parts["experts"] = b * N * (hidden + 3 * model.expert_hidden_size // layout.etp)
     if layout.dispatcher is Dispatcher.allgather:
         chosen_from = gathered_tokens(shape, layout) * model.experts // layout.ep

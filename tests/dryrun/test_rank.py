@@ -77,6 +77,7 @@ SLOW_CASES = (
     "softmax_qkv_bias_tp_ep",
     "overlap_experts_vpp",
     "overlap_experts_tp_etp",
+    "overlap_shared_experts_tp",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -218,6 +219,14 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             *(*OVERLAPPED, "layout.processes=2", "layout.micro_batch=2", "model.head_chunk_tokens=8"),
             *("layout.recompute=selective", "layout.recompute_modules=[core_attn,shared_experts]"),
         ],
+    ),
+    "overlap_shared_experts": (
+        BDLM,
+        ["layout.overlap_shared_experts=true", "layout.processes=2", "layout.ep=2"],
+    ),
+    "overlap_shared_experts_tp": (
+        BDLM,
+        ["layout.overlap_shared_experts=true", "layout.processes=4", "layout.tp=2", "layout.ep=2"],
     ),
     "overlap_experts_cap": (FIRST, [*CAP, *OVERLAPPED, "layout.processes=2"]),
     "overlap_experts_levenshtein": (FIRST, [*LEVENSHTEIN, *OVERLAPPED, "layout.processes=2"]),
