@@ -1,6 +1,6 @@
-"""Bytes on the fullest process of each pipeline rank: what lies there always, and the peak of a step.
+"""Bytes on the fullest process of each pipeline rank: what lies there always, and what building blocks need.
 
-peak = weights + gradients + optimizer + micro-batches in flight * what each keeps + transient
+peak = weights + gradients + optimizer + micro-batches in flight * what each keeps + transient (peak.py)
 """
 
 from __future__ import annotations

@@ -83,17 +83,17 @@ def forwards_ahead(pp: int, rank: int, vpp: int, micro_batches: int, overlapped:
 
 @lru_cache(maxsize=4096)
 def pairs(pp: int, rank: int, vpp: int, micro_batches: int) -> tuple[Pair, ...]:
-    """Every kind of pair that a rank runs; order and number ahead are those of memory.in_flight."""
+    """Every kind of pair that a rank runs; order and number ahead are those of `in_flight`."""
     total = micro_batches * vpp
     ahead = forwards_ahead(pp, rank, vpp, micro_batches, overlapped=True)
     live = [0] * vpp
     for index in range(ahead):
         live[index // pp % vpp] += 1
-    found: set[Pair] = set()
+    found: dict[Pair, None] = {}
     for index in range(min(total - ahead + 1, 2 * pp * vpp)):
         forward = (ahead + index) // pp % vpp if ahead + index < total else None
         backward = vpp - 1 - index // pp % vpp
-        found.add((tuple(live), forward, backward))
+        found[tuple(live), forward, backward] = None
         if forward is not None:
             live[forward] += 1
         live[backward] -= 1
@@ -106,7 +106,7 @@ def beside(units: Units, forward: Contents | None, backward: Contents) -> int:
     A layer's last probabilities (activations.held_bytes) hold the gradient of its input, b tH, until the next
     forward through it; those of other virtual stages are left out.
     """
-    return max(_moments(units, forward, backward))
+    return max(_moments(units, forward, backward), default=0)  # none of a stage that holds nothing
 
 
 def _moments(units: Units, forward: Contents | None, backward: Contents) -> Iterator[int]:

@@ -110,6 +110,7 @@ def test_a_forward_beside_a_backward_needs_less_than_two_micro_batches() -> None
     planner = Planner(config)
     (stage, *_), (contents,) = rules.check(config).stages, planner.place(config.layout).contents[0]
     _, units = planner.sizes(config.layout, stage)
+    assert beside(units, None, replace(contents, dense=0, moe=0, first=False, last=False)) == 0
     over_one = beside(units, contents, contents)
     assert units.moe.kept < over_one < units.kept(contents) / 2
 
