@@ -30,6 +30,10 @@ class RowBytes:
 
     kept: int = 12
     """Bytes until backward: the row's place (8), and what the loss keeps (a weight, 4)."""
+    batch: int = 36
+    """Bytes in a micro-batch: place (8), label (8), weight (4), and a bin (8) of each of two figures."""
+    kept_beside_batch: int = 4
+    """Bytes until backward where the micro-batch is kept whole: what the head returned."""
     kept_with_logits: int = 9
     """Bytes until backward where one chunk is all: the label's column (8), whether it is on this rank (1)."""
     sums: tuple[int, ...] = (4, 4, 4)
@@ -119,6 +123,7 @@ OBJECTIVES: dict[str, Geometry] = {
         causal=True,
         reads_clean_half=False,
         supervised=lambda diffusion, length: length - 1,
+        row_bytes=RowBytes(batch=20),
     ),
     "concepts": Geometry(
         module="llada_megatron.objectives.concepts",
@@ -157,6 +162,7 @@ OBJECTIVES: dict[str, Geometry] = {
             "loss_by_t": replace(_DIFFUSION_FIGURES["loss_by_t"], bins=11),  # the last: not masked
             "loss_by_stand": Figure(3),  # masked, replaced, kept
         },
+        row_bytes=RowBytes(batch=44),
     ),
     "oput": Geometry(
         module="llada_megatron.objectives.oput",
@@ -168,6 +174,7 @@ OBJECTIVES: dict[str, Geometry] = {
         passes_before=lambda config, micro_batches: config.diffusion.oput.turns,
         # model/readout.py, choice: the largest logit and the lowest id of it
         drafts=ReadBefore(lambda diffusion, length: length * mask_rate(diffusion), sums=(4, 8)),
+        row_bytes=RowBytes(batch=44),
     ),
     "confidence": Geometry(
         module="llada_megatron.objectives.confidence",
@@ -181,7 +188,12 @@ OBJECTIVES: dict[str, Geometry] = {
         # The readout's three figures (12) and its two sums (8) are kept besides; model/readout.py, at a
         # temperature of 1.
         row_bytes=RowBytes(
-            kept=24, kept_with_logits=17, sums=(4, 8, 16), forward_copies=1, backward_copies=1
+            kept=24,
+            kept_beside_batch=12,
+            kept_with_logits=17,
+            sums=(4, 8, 16),
+            forward_copies=1,
+            backward_copies=1,
         ),
     ),
     "levenshtein": Geometry(
@@ -191,6 +203,7 @@ OBJECTIVES: dict[str, Geometry] = {
         supervised=lambda diffusion, length: length,
         samples_per_sequence=_complements,
         figures={"loss_by_label": Figure(5)},
+        row_bytes=RowBytes(batch=28),
     ),
     "preference": Geometry(
         module="llada_megatron.objectives.preference",
@@ -206,6 +219,6 @@ OBJECTIVES: dict[str, Geometry] = {
         },
         denominators=2,
         # float64 weights and weighted cross entropies; the text's slot (8), and which side of its pair it is
-        row_bytes=RowBytes(kept=33),
+        row_bytes=RowBytes(kept=33, batch=33, kept_beside_batch=12),
     ),
 }

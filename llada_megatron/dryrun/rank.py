@@ -48,7 +48,7 @@ from llada_megatron.runtime import fake_world, garbage
 from llada_megatron.training import step
 from llada_megatron.training.step import Trainer
 
-from megatron.core.utils import get_model_config  # isort: skip
+from megatron.core.utils import get_attr_wrapped_model, get_model_config  # isort: skip
 
 MASK_RATE = 0.5
 POINTS_OF_TIME, ORIGINS = 200, 24
@@ -237,14 +237,21 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
             objective.mask = half_scored
             objective.scores = ReferenceScores({"": np.zeros((SIDES, trainer.config.preference.draws))})
     trainer.builder, trainer.onto_device = _Inline(), partial(_onto_device, recorder, mode)
-    forward = _first_forwards(recorder, trainer, report)
-    backward, gradients, weights = (
-        partial(recorder.during, phase) for phase in ("backward", "gradients", "weights")
+    for chunk in trainer.model:
+        model = get_attr_wrapped_model(chunk, "build_schedule_plan", return_model_obj=True)
+        model.build_schedule_plan = recorder.during("forward", model.build_schedule_plan)
+    forward, backward, gradients, weights = (
+        partial(recorder.during, phase) for phase in ("forward", "backward", "gradients", "weights")
     )
-    with (
-        fake_world.watched(forward, _then_collect(backward), gradients, weights),
-        recorder.modules(trainer.model),
-    ):
+    watch = fake_world.Watch(
+        micro_batch=_first_forwards(recorder, trainer, report),
+        forward=forward,
+        backward=_then_collect(backward),
+        gradients=gradients,
+        weights=weights,
+        resized=recorder.resized,
+    )
+    with fake_world.watched(watch), recorder.modules(trainer.model):
         yield
 
 
@@ -263,39 +270,45 @@ class _Inline(Executor):
 
 
 def _onto_device(recorder: Recorder, mode: Any, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-    """training.step.onto_device: what the host has made is as good as on a device."""
+    """training.step.onto_device: what the host has made is as good as on a device, anew for each reader."""
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return mode.from_tensor(tensor.clone())  # of one tensor it gives the same fake one every time
 
     def next_batch() -> MicroBatch | None:
         with _disable_current_modes():
             batch = next(batches, None)
-            return batch if batch is None or mode is None else batch.map(mode.from_tensor)
+            return batch if batch is None or mode is None else batch.map(copied)
 
     return map(lambda batch: batch.map(recorder.seen), iter(next_batch, None))
 
 
 def _first_forwards(recorder: Recorder, trainer: Trainer, report: RankReport) -> Callable[..., Any]:
-    """Wraps megatron-core's forward_step: what the first one of each virtual stage leaves behind.
+    """Wraps what runs a micro-batch's forward: what the first one of each virtual stage leaves behind.
 
-    Its output counts on the last stage alone: elsewhere it is freed when it is sent, and counts as the next
-    stage's input. A forward pass before the step's own leaves nothing.
+    Its output counts on the last stage alone, whose output is a loss: elsewhere it is freed when it is sent,
+    and counts as the next stage's input. A forward pass before the step's own leaves nothing.
     """
     chunks: list[Any] = list(trainer.model)
     report.kept = [-1] * len(chunks)
 
-    def wrap(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(forward_step)
+    def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(run)
 
         def measured(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
+            model, backwards = given.get("model", given.get("f_model")), given.get("b_model")
             gc.collect()
             mark = recorder.mark()
-            result = recorder.during("forward", forward_step)(*args, **kwargs)
+            output, *others = run(*args, **kwargs)
             gc.collect()
-            index = chunks.index(given["model"])
-            if report.kept[index] < 0 and torch.is_grad_enabled():
-                passed_on = 0 if given.get("is_last_stage", True) else _bytes(result[0])
+            if model is None or backwards is not None or not torch.is_grad_enabled():
+                return output, *others
+            index = chunks.index(model)
+            if report.kept[index] < 0:
+                passed_on = _bytes(output) if tree_leaves(output)[0].dim() else 0
                 report.kept[index] = recorder.since(mark) + _bytes(given["input_tensor"]) - passed_on
-            return result
+            return output, *others
 
         return measured
 

@@ -186,14 +186,19 @@ class Recorder(TorchDispatchMode):
         self._follow(tensor, self._origin())
         return tensor
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage anew that may have another size than before; no operation tells when it changes."""
+        known = self._live.get(storage._cdata)
+        if known is not None and known.size != storage.nbytes():
+            self._change(known.origin, storage.nbytes() - known.size)
+            known.size = storage.nbytes()
+
     def _follow(self, tensor: torch.Tensor, origin: Origin) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self._live.get(key)
         if known is not None and known.reference() is not None:
-            if known.size != size:
-                self._change(known.origin, size - known.size)
-                known.size = size
+            self.resized(storage)
             return
 
         def ended(_reference: Any) -> None:

@@ -19,7 +19,8 @@ from llada_megatron.plan import latents
 from llada_megatron.plan.shapes import Shape
 
 Parts = dict[str, int]
-"""Bytes by part of a layer: residual, norms, attention, core_attn, mlp, shared_experts, experts, router."""
+"""Bytes by part of a layer: residual, norms, attention, core_attn, mlp, shared_experts, experts, router; and
+what lies between them."""
 
 
 def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int) -> Parts:
@@ -32,7 +33,8 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
     (with model.mla attention, core_attn and the norms inside are those of latents.py)
     core_attn  4S heads/tp log-sum-exp; keys and values: b Sg rotated keys (values are a view of the
                projections), or with context parallelism 2b Kg, the exchange's ordered copy
-    mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion)
+    mlp        b S F/tp (2 gate and up, 1 product): SwiGLU is fused (bias_activation_fusion); likewise the
+               shared expert, whose gathered input stays too, b SH, with layout.overlap_shared_experts and tp
     experts    b NH inputs; b N Fe/etp (2 gate and up, 1 weighted product)
     router     t `router_bytes`; t(8E + 8k) of sorted indices and remaining ones; 4N received probabilities
                (and see held_bytes). With gathered tokens T (layout.dispatcher=allgather) instead of sorted
@@ -58,13 +60,30 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
         return parts
     k = model.experts_per_token
     parts["shared_experts"] = 3 * b * S * model.shared_expert_hidden_size // tp
+    if layout.overlap_shared_experts and tp > 1:
+        parts["shared_experts"] += b * S * hidden
     parts["experts"] = b * N * (hidden + 3 * model.expert_hidden_size // layout.etp)
     if layout.dispatcher is Dispatcher.allgather:
         chosen_from = gathered_tokens(shape, layout) * model.experts // layout.ep
         parts["router"] = t * router_bytes(model) + 12 * N + 5 * chosen_from
     else:
         parts["router"] = t * (router_bytes(model) + 8 * model.experts + 8 * k) + 4 * N
+    if layout.overlap_experts:
+        parts["between"] = between_parts(model, shape, layout, b=b)
     return parts
+
+
+def between_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """What a MoE layer that runs in parts (layout.overlap_experts) keeps between them besides.
+
+    b tH of the shared expert's output. As received, 4N/etp probabilities where a process has several
+    experts, and sorts them; b N/etp H of the copies where it has one, and gathers them over etp.
+    """
+    received = shape.routed // layout.etp
+    shared = b * shape.tokens * model.hidden_size if model.shared_expert_hidden_size else 0
+    if model.experts // layout.ep > 1:
+        return shared + 4 * received
+    return shared + (received * (4 + b * model.hidden_size) if layout.etp > 1 else 0)
 
 
 def router_bytes(model: ModelConfig) -> int:
@@ -153,19 +172,36 @@ def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
 
     8K order of the exchanged keys, 8 per noisy row sent; with `keeps_angles` 4r rotary_rows angles; where a
     layer with experts that choose from pools runs again, the marks of its rows, t (1 + w) (model/pools.py).
+    With layout.overlap_experts its plan holds the angles and the whole micro-batch.
     """
-    angles = 4 * shape.rotary_rows * model.rotated_channels
     kept_here = 8 * (shape.keys + shape.halo) if layout.cp > 1 else 0
-    if keeps_angles(model, layout):
-        kept_here += angles
+    if keeps_angles(model, layout) or layout.overlap_experts:
+        kept_here += angle_bytes(model, shape)
+    if layout.overlap_experts:
+        kept_here += micro_batch_bytes(shape)
     if model.expert_capacity and "moe" in recomputed_modules(layout):
         kept_here += shape.tokens * (1 + shape.block_bits)
     return kept_here
 
 
+def angle_bytes(model: ModelConfig, shape: Shape) -> int:
+    """4r rotary_rows."""
+    return 4 * shape.rotary_rows * model.rotated_channels
+
+
+def micro_batch_bytes(shape: Shape) -> int:
+    """8S tokens, 8 rotary_rows positions, and what the objective's RowBytes say of n supervised rows."""
+    return 8 * (shape.rows + shape.rotary_rows) + shape.row_bytes.batch * shape.supervised
+
+
 def embedding_bytes(shape: Shape, layout: LayoutConfig) -> int:
-    """8S tokens; with tp > 1 instead 9S of local ids and their map. The rows are the first layer's input."""
-    return (9 if layout.tp > 1 else 8) * shape.rows
+    """8S tokens; with tp > 1 instead 9S of local ids and their map. The rows are the first layer's input.
+
+    With layout.overlap_experts the tokens are the micro-batch's (stage_bytes).
+    """
+    if layout.tp > 1:
+        return 9 * shape.rows
+    return 0 if layout.overlap_experts else 8 * shape.rows
 
 
 def gather_buffer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
@@ -186,10 +222,12 @@ def head_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int
     b tH the last layer's output, 4t 1/rms, b nH chosen rows, 12n their places and weights (or what else the
     objective's RowBytes say), the objective's sums in fp64.
     Several chunks are recomputed in backward and keep 8n of labels but no logits; a single one keeps fp32
-    (log-)probabilities [n, V/tp] and 9n of local labels and their map.
+    (log-)probabilities [n, V/tp] and 9n of local labels and their map. With layout.overlap_experts places,
+    weights and labels are the micro-batch's (stage_bytes), and what the head returns stays.
     """
     n, row = shape.supervised, shape.row_bytes
     logits = 4 * model.vocab_size // layout.tp + row.kept_with_logits
-    chunk = n * (logits if n <= model.head_chunk_tokens else 8)
+    labels, kept_row = (0, row.kept_beside_batch) if layout.overlap_experts else (8, row.kept)
+    chunk = n * (logits if n <= model.head_chunk_tokens else labels)
     hidden = b * (shape.tokens + n) * model.hidden_size
-    return hidden + 4 * shape.tokens + row.kept * n + 8 * shape.sums + chunk
+    return hidden + 4 * shape.tokens + kept_row * n + 8 * shape.sums + chunk

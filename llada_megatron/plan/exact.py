@@ -73,7 +73,6 @@ class RankComparison:
 
 REPLACED: dict[str, Any] = {
     "layout.dispatcher": Dispatcher.alltoall,
-    "layout.overlap_experts": False,
     "layout.delay_weight_gradients": False,
     "layout.overlap_tensor_parallel": False,
     "layout.offload_modules": [],
@@ -122,9 +121,9 @@ def dry_configuration(config: Config) -> Config:
 def dry_micro_batches(config: Config, stage: Stage) -> int:
     """So many that a pipeline is full and in its rhythm; every further one repeats what was seen."""
     layout = config.layout
-    enough = layout.pp + 1 if layout.pp > 1 else 1
+    enough = layout.pp + 1 if layout.pp > 1 else 1 + layout.overlap_experts
     if layout.vpp > 1:
-        ahead = 2 * (layout.pp - 1) + (layout.vpp - 1) * layout.pp
+        ahead = 2 * (layout.pp - 1) + (layout.vpp - 1) * layout.pp + layout.overlap_experts
         rounds = -(-(ahead + 1) // (layout.vpp * layout.pp))
         enough = rounds * layout.pp
     real, passes_before = micro_batches_per_step(layout, stage), stage.geometry.passes_before

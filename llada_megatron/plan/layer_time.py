@@ -151,6 +151,8 @@ def layer(work: Work, units: Units, *, moe: bool) -> Block:
     block, unit = Block(), units.moe if moe else units.dense
     _products(work, block, moe=moe)
     for part in unit.whole:
+        if part == "between":  # it lies there longer, and is no oftener written or read
+            continue
         side = {"experts": "experts", "shared_experts": "shared"}.get(part, "attention")
         kept = unit.parts.get(part, 0)
         work.passes(block, side, kept, unit.whole[part] - kept)

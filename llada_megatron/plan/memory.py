@@ -1,6 +1,6 @@
-"""Bytes on the fullest process of each pipeline rank: what lies there always, and the peak of a step.
+"""Bytes on the fullest process of each pipeline rank: what lies there always, and what building blocks need.
 
-peak = weights + gradients + optimizer + micro-batches in flight * what each keeps + transient
+peak = weights + gradients + optimizer + micro-batches in flight * what each keeps + transient (peak.py)
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from llada_megatron.config.contents import BUFFER_MULTIPLE, Contents, Parameters
 from llada_megatron.config.layout import data_parallel_size, expert_data_parallel_size
@@ -78,45 +77,6 @@ def padded_buffers(held: Parameters, layout: LayoutConfig) -> tuple[int, int]:
     return totals[0], totals[1]
 
 
-@lru_cache(maxsize=4096)
-def in_flight(
-    pp: int, rank: int, vpp: int, micro_batches: int, overlapped: bool = False
-) -> tuple[tuple[int, ...], ...]:
-    """Micro-batches of each virtual stage that wait for their backward, at the moments that can be the peak.
-
-    Without interleaving a rank runs pp - rank - 1 forwards ahead, then one forward and one backward by turns:
-    min(pp - rank, m). Interleaved (megatron-core's schedules.py, get_pp_rank_microbatches) it runs
-    2(pp - rank - 1) + (vpp - 1) pp ahead; forwards take the virtual stages by turns, pp micro-batches of
-    each, and backwards take them in reverse. The counts repeat every pp*vpp forwards; of each period the
-    largest ones are returned. With `overlapped` experts one more runs ahead, beside whose next one the oldest
-    runs its backward (an upper bound: it lets go while the other grows).
-    """
-    if vpp == 1:
-        return ((min(pp - rank + overlapped, micro_batches),),)
-    total = micro_batches * vpp
-    ahead = forwards_ahead(pp, rank, vpp, micro_batches, overlapped)
-    live = [0] * vpp
-    for index in range(ahead):
-        live[index // pp % vpp] += 1
-    moments = {tuple(live)}
-    for index in range(min(total - ahead, 2 * pp * vpp)):
-        live[(ahead + index) // pp % vpp] += 1
-        moments.add(tuple(live))
-        live[vpp - 1 - index // pp % vpp] -= 1
-    largest = [
-        one
-        for one in moments
-        if not any(one != other and all(a <= b for a, b in zip(one, other, strict=True)) for other in moments)
-    ]
-    return tuple(sorted(largest))
-
-
-def forwards_ahead(pp: int, rank: int, vpp: int, micro_batches: int, overlapped: bool) -> int:
-    """Forwards of virtual stages that a rank runs before its first backward."""
-    ahead = 2 * (pp - rank - 1) + (vpp - 1) * pp if vpp > 1 else pp - rank - 1
-    return min(ahead + overlapped, micro_batches * vpp)
-
-
 @dataclass(frozen=True, slots=True)
 class Unit:
     """A layer of one kind, the embedding, the head, or what every stage has: bytes per micro-batch."""
@@ -133,6 +93,13 @@ class Unit:
     forward: int = 0
     """Beyond what is kept, at the largest moment of its forward; see transient.py."""
     backward: int = 0
+    travelling: int = 0
+    """With layout.overlap_experts: of its backward, while another micro-batch's experts compute."""
+
+    @property
+    def inside(self) -> int:
+        """Of what a layer keeps that of its experts or its dense MLP."""
+        return self.parts.get("experts", self.parts.get("mlp", 0))
 
     @property
     def dropped(self) -> int:
@@ -148,6 +115,8 @@ class Units:
     moe: Unit
     embedding: Unit
     head: Unit
+    normed: Unit
+    """The final norm's output, where the last layer's parts hold it (layout.overlap_experts)."""
     stage: Unit
     """What every (virtual) stage keeps and holds beside its layers and ends."""
     gathering: int
@@ -163,6 +132,7 @@ class Units:
             (int(contents.first), self.embedding),
             (contents.dense, self.dense),
             (contents.moe, self.moe),
+            (int(contents.last and contents.moe > 0), self.normed),
             (int(contents.last), self.head),
             (1, self.stage),
         ]
@@ -200,6 +170,8 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
     embedding = activations.embedding_bytes(shape, layout)
     head = activations.head_bytes(model, shape, layout, b=b)
     beside = activations.stage_bytes(model, shape, layout)
+    hidden = b * shape.tokens * model.hidden_size
+    normed = hidden if layout.overlap_experts else 0
     return Units(
         dense=dense,
         moe=moe,
@@ -214,6 +186,7 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
             forward=transient.head_forward(model, shape, layout, b=b),
             backward=transient.head_backward(model, shape, layout, b=b),
         ),
+        normed=Unit(parts={"head": normed}, kept=normed),
         stage=Unit(
             parts={"stage": beside},
             kept=beside,
@@ -221,7 +194,7 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
             forward=transient.during_forward(model, shape, layout),
         ),
         gathering=activations.gather_buffer(model, shape, layout, b=b),
-        hidden=b * shape.tokens * model.hidden_size,
+        hidden=hidden,
         clipping=transient.clipping(model, layout),
     )
 
@@ -244,18 +217,9 @@ def _layer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool,
             else transient.dense_forward(model, shape, b=b)
         ),
         backward=(transient.experts_backward if moe else transient.dense_backward)(*given, b=b),
-    )
-
-
-def peak_activations(
-    blocks: Units, stages: Sequence[Contents], layout: LayoutConfig, rank: int, micro_batches: int
-) -> tuple[int, tuple[int, ...]]:
-    """Bytes kept and held at a pipeline rank's peak, and micro-batches in flight per virtual stage."""
-    sizes = [blocks.kept(stage) for stage in stages]
-    held = blocks.gathering + sum(blocks.held(stage) for stage in stages)
-    enough = min(micro_batches, 4 * layout.pp * layout.vpp)
-    moments = in_flight(layout.pp, rank, layout.vpp, enough, layout.overlap_experts)
-    return max(
-        (held + sum(count * size for count, size in zip(counts, sizes, strict=True)), counts)
-        for counts in moments
+        travelling=(
+            transient.experts_travelling(model, shape, layout, b=b)
+            if moe
+            else b * shape.tokens * model.hidden_size
+        ),
     )

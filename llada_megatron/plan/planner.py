@@ -16,6 +16,7 @@ from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.plan import memory, timing, traffic, transient
 from llada_megatron.plan.families import plan_formulas_of
+from llada_megatron.plan.peak import peak_activations
 from llada_megatron.plan.rates import rates
 from llada_megatron.plan.shapes import BYTES, Shape, shape_of
 from llada_megatron.plan.topology import Group, check_cluster, groups
@@ -228,10 +229,10 @@ class Planner:
         _, units = self.sizes(layout, stage)
         stages = placement.contents[rank]
         micro_batches = micro_batches_per_step(layout, stage)
-        kept, counts = memory.peak_activations(units, stages, layout, rank, micro_batches)
+        kept, counts, moment = peak_activations(units, stages, layout, rank, micro_batches)
         neighbours = transient.pipeline_buffers(layout, rank) * units.hidden
         afterwards = units.clipping - kept if stages[0].first else 0
-        return kept, counts, max(units.transient(stages) + neighbours, afterwards)
+        return kept, counts, max(moment + neighbours, afterwards)
 
     def step(self, layout: LayoutConfig, placement: Placement, stage: Stage) -> Step:
         """Seconds of a step in a stage of the schedule."""

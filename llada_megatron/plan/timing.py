@@ -16,7 +16,8 @@ from llada_megatron.config.layout import data_parallel_size, expert_data_paralle
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import activations, layer_time, traffic
 from llada_megatron.plan.layer_time import Block, Parts
-from llada_megatron.plan.memory import Units, forwards_ahead
+from llada_megatron.plan.memory import Units
+from llada_megatron.plan.peak import forwards_ahead
 from llada_megatron.plan.rates import Rates
 from llada_megatron.plan.shapes import Shape
 from llada_megatron.plan.topology import Group

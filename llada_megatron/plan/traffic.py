@@ -54,6 +54,7 @@ def layer_messages(
          backward gathers the output's gradient, gathers the input again for the weights' gradient and
          scatters the input's gradient. The last two run beside matrix products (megatron-core's layers.py).
          With model.mla the widths of latents.py are gathered.
+         A shared expert that computes while tokens travel keeps its gathered input.
     cp   clean keys and values [L, 2, g] gathered, their gradients scattered (attention/context.py)
     tp*cp  with pools of experts the best score of each expert in each block, fp32 [P, E]
     ep*etp  each process's count of tokens for every expert, int64
@@ -72,7 +73,8 @@ def layer_messages(
     if not moe:
         return messages + _tensor_parallel("mlp", shape, layout, model.hidden_size, b)
     if model.shared_expert_hidden_size:
-        messages += _tensor_parallel("shared_experts", shape, layout, model.hidden_size, b)
+        keeps = layout.overlap_shared_experts
+        messages += _tensor_parallel("shared_experts", shape, layout, model.hidden_size, b, keeps_input=keeps)
     if model.expert_capacity and layout.tp * layout.cp > 1:
         best = 4 * shape.blocks * model.experts
         messages.append(Message("tp*cp", "all_reduce", best, 1, 0, module="moe"))
@@ -249,11 +251,13 @@ def _attention(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -
     return [message for message in messages if message.forward or message.backward]
 
 
-def _tensor_parallel(module: str, shape: Shape, layout: LayoutConfig, hidden: int, b: int) -> list[Message]:
+def _tensor_parallel(
+    module: str, shape: Shape, layout: LayoutConfig, hidden: int, b: int, *, keeps_input: bool = False
+) -> list[Message]:
     if layout.tp == 1:
         return []
-    payload = b * shape.rows * hidden
+    payload, beside = b * shape.rows * hidden, 0 if keeps_input else 1
     return [
-        Message("tp", "all_gather", payload, 1, 2, hidden=1, module=module),
-        Message("tp", "reduce_scatter", payload, 1, 1, hidden=1, module=module),
+        Message("tp", "all_gather", payload, 1, 1 + beside, hidden=beside, module=module),
+        Message("tp", "reduce_scatter", payload, 1, 1, hidden=beside, module=module),
     ]

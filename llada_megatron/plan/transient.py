@@ -9,15 +9,22 @@ operation and confirmed by the dry run (docs/planning.md), to within a few scala
 from __future__ import annotations
 
 from llada_megatron.config.schema import Dispatcher, LayoutConfig, ModelConfig, Recompute
-from llada_megatron.plan.activations import Parts, gathered_tokens, keeps_angles, recomputed_modules
+from llada_megatron.plan.activations import (
+    Parts,
+    angle_bytes,
+    gathered_tokens,
+    keeps_angles,
+    recomputed_modules,
+)
 from llada_megatron.plan.shapes import Shape
 
 
 def during_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
-    """Alive all through a forward: 4r rotary_rows angles, and the micro-batch, 8S tokens and 36n more."""
-    angles = 4 * shape.rotary_rows * model.rotated_channels
-    kept_anyway = angles if keeps_angles(model, layout) else 0
-    return angles - kept_anyway + 8 * shape.rows + 36 * shape.supervised
+    """Alive all through a forward: 4r rotary_rows angles, and the micro-batch without its positions."""
+    if layout.overlap_experts:
+        return 0  # activations.stage_bytes has it
+    angles = 0 if keeps_angles(model, layout) else angle_bytes(model, shape)
+    return angles + 8 * shape.rows + shape.row_bytes.batch * shape.supervised
 
 
 def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
@@ -29,6 +36,8 @@ def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b
     """
     if layout.dispatcher is Dispatcher.allgather:
         return _gathered_forward(model, shape, layout, b=b)
+    if layout.overlap_experts:
+        return _parted_forward(model, shape, layout, b=b)
     hidden, received = model.hidden_size, shape.routed // layout.etp
     several = model.experts // layout.ep > 1
     moment = b * shape.tokens * hidden if model.shared_expert_hidden_size else 0
@@ -39,6 +48,29 @@ def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b
     if layout.etp > 1:
         moment += 4 * hidden * (shape.routed + received)
     return moment + (2 if several else 1) * b * shape.routed * hidden
+
+
+def _parted_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """Of a MoE layer's forward in parts (layout.overlap_experts), each of which frees what it was given.
+
+    The copies as received, b N/etp H, and the experts' outputs as in `experts_forward`; or the outputs
+    together, b NH, the copies that came back, b sent H, and their sum without and with the shared expert's
+    output and the residual, 3b tH.
+    """
+    received, several = shape.routed // layout.etp, model.experts // layout.ep > 1
+    given = (received if several or layout.etp > 1 else 0) + (2 if several else 1) * shape.routed
+    fp32 = 4 * (shape.routed + received) if layout.etp > 1 else 0
+    back = shape.routed + shape.sent + 3 * shape.tokens
+    return max(b * given + fp32, b * back) * model.hidden_size
+
+
+def experts_travelling(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
+    """Of a MoE layer's backward in parts once its gradients travelled: (bH + 4) a copy, as received and sent.
+
+    And 2b tH of the residual's and the shared expert's output's.
+    """
+    copies = shape.routed // layout.etp + shape.sent
+    return (b * model.hidden_size + 4) * copies + 2 * b * shape.tokens * model.hidden_size
 
 
 def _gathered_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ mcore_cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
 from megatron.core.fusions import fused_bias_swiglu  # noqa: E402
-from megatron.core.pipeline_parallel import schedules  # noqa: E402
+from megatron.core.pipeline_parallel import combined_1f1b, schedules  # noqa: E402
+from megatron.core.pipeline_parallel.utils import ScheduleNode  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
@@ -54,18 +56,45 @@ def world(rank: int, processes: int) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What to wrap around the parts of a step."""
+
+    micro_batch: Wrapper
+    """A forward, and a forward beside another one's backward or a backward alone (layout.overlap_experts)."""
+    forward: Wrapper
+    backward: Wrapper
+    gradients: Wrapper
+    weights: Wrapper
+    """What buffers send once per step."""
+    resized: Callable[[torch.UntypedStorage], None]
+    """Told of storages that got another size, which no operation tells."""
+
+
 @contextmanager
-def watched(forward: Wrapper, backward: Wrapper, gradients: Wrapper, weights: Wrapper) -> Iterator[None]:
+def watched(by: Watch) -> Iterator[None]:
     """Wrap what megatron-core's schedules call per micro-batch, and what its buffers send once per step."""
     buffers = param_and_grad_buffer._ParamAndGradBucketGroup
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resize(storage, size)
+        by.resized(storage)
+        return storage
+
     with ExitStack() as undo:
         for owner, name, wrapper in (
-            (schedules, "forward_step", forward),
-            (schedules, "backward_step", backward),
-            (buffers, "start_grad_sync", gradients),
-            (buffers, "start_param_sync", weights),
+            (schedules, "forward_step", by.forward),
+            (schedules, "forward_step", by.micro_batch),
+            (schedules, "backward_step", by.backward),
+            (ScheduleNode, "_forward", by.forward),
+            (ScheduleNode, "_backward", by.backward),
+            (combined_1f1b, "combined_forward_backward_step", by.micro_batch),
+            (buffers, "start_grad_sync", by.gradients),
+            (buffers, "start_param_sync", by.weights),
         ):
             _swap(undo, owner, name, wrapper(getattr(owner, name)))
+        _swap(undo, torch.UntypedStorage, "resize_", resize_)
         yield
 
 

@@ -47,6 +47,7 @@ LEVENSHTEIN = [
     *objective("levenshtein"),
     *("levenshtein.delete_token_id=300", "levenshtein.split_token_id=301"),
 ]
+OVERLAPPED = ["layout.overlap_experts=true", "layout.ep=2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
     "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2", "training.ema_decay=0.9"]),
@@ -60,6 +61,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "dpo": (FIRST, DPO),
     "oput": (FIRST, [*OPUT, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "multi_block": (FIRST, [*GROUPS, "layout.processes=2", "layout.cp=2"]),
+    "overlap_experts": (BDLM, [*OVERLAPPED, "layout.processes=2"]),
 }
 SLOW_CASES = (
     "large_vocabulary",
@@ -79,6 +81,9 @@ SLOW_CASES = (
     "bf16_sums_and_moments",
     "softmax_qkv_bias_tp_ep",
     "latents_tp_cp_pp",
+    "overlap_experts_vpp",
+    "overlap_experts_tp_etp",
+    "overlap_shared_experts_tp",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -210,6 +215,39 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             *("layout.processes=4", "layout.tp=2", "layout.ep=2"),
         ],
     ),
+    "overlap_experts_vpp": (
+        BDLM,
+        [*OVERLAPPED, "layout.processes=4", "layout.pp=2", "layout.vpp=2", "model.layers=8"],
+    ),
+    "overlap_experts_empty_stage": (
+        BDLM,
+        [
+            *(*OVERLAPPED, "layout.processes=4", "layout.pp=2", "layout.vpp=2", "model.layers=4"),
+            "layout.pipeline=[2,1,1,0]",
+        ],
+    ),
+    "overlap_experts_tp_etp": (BDLM, [*OVERLAPPED, "layout.processes=4", "layout.tp=2", "layout.etp=2"]),
+    "overlap_experts_one_each": (BDLM, [*OVERLAPPED, "layout.processes=8", "layout.ep=8"]),
+    "overlap_experts_cp": (BDLM, [*OVERLAPPED, "layout.processes=2", "layout.cp=2"]),
+    "overlap_experts_recompute": (
+        MDLM,
+        [
+            *(*OVERLAPPED, "layout.processes=2", "layout.micro_batch=2", "model.head_chunk_tokens=8"),
+            *("layout.recompute=selective", "layout.recompute_modules=[core_attn,shared_experts]"),
+        ],
+    ),
+    "overlap_shared_experts": (
+        BDLM,
+        ["layout.overlap_shared_experts=true", "layout.processes=2", "layout.ep=2"],
+    ),
+    "overlap_shared_experts_tp": (
+        BDLM,
+        ["layout.overlap_shared_experts=true", "layout.processes=4", "layout.tp=2", "layout.ep=2"],
+    ),
+    "overlap_experts_cap": (FIRST, [*CAP, *OVERLAPPED, "layout.processes=2"]),
+    "overlap_experts_levenshtein": (FIRST, [*LEVENSHTEIN, *OVERLAPPED, "layout.processes=2"]),
+    "overlap_experts_editing": (FIRST, [*EDITING, *OVERLAPPED, "layout.processes=2"]),
+    "overlap_experts_oput": (FIRST, [*OPUT, *OVERLAPPED, "layout.processes=2"]),
     "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
 }
 
@@ -323,7 +361,8 @@ def places_that_change() -> tuple[list, list, list]:
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.fusions import fused_bias_swiglu
-    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.pipeline_parallel import combined_1f1b, schedules
+    from megatron.core.pipeline_parallel.utils import ScheduleNode
     from megatron.core.transformer.moe.token_dispatcher import (
         MoEAllGatherTokenDispatcher,
         MoEAlltoAllTokenDispatcher,
@@ -343,6 +382,8 @@ def places_that_change() -> tuple[list, list, list]:
             *(MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__),
             MoEAllGatherTokenDispatcher.dispatch_postprocess,
             *(fused_bias_swiglu.weighted_swiglu, schedules.forward_step, schedules.backward_step),
+            *(combined_1f1b.combined_forward_backward_step, ScheduleNode._forward, ScheduleNode._backward),
+            torch.UntypedStorage.resize_,
             *(registry.select_backend, Diffusion.corrupt, Preference.mask, step.micro_batches),
         ]
 

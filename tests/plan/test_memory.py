@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_megatron.config.schema import LayoutConfig
-from llada_megatron.plan.memory import Kept, in_flight, padded_buffers, static_bytes
+from llada_megatron.plan.memory import Kept, padded_buffers, static_bytes
+from llada_megatron.plan.peak import in_flight
 from tests.plan.flash import LAYOUT, held_by
 
 

@@ -11,7 +11,7 @@ from llada_megatron.config.schema import Config
 from llada_megatron.plan.estimate import Plan, plan
 from llada_megatron.plan.layer_time import Block, _paired
 from llada_megatron.plan.levers import with_settings
-from llada_megatron.plan.memory import forwards_ahead, in_flight
+from llada_megatron.plan.peak import beside, forwards_ahead, pairs
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.rates import rates
 from llada_megatron.plan.timing import paired_share
@@ -100,7 +100,19 @@ def test_micro_batches_that_fill_and_drain_the_pipeline_run_alone() -> None:
     assert forwards_ahead(4, 3, 2, 8, overlapped=True) == 4 + 1
     assert paired_share(deep, 3, 8) == 1 - 5 / 16 > paired_share(deep, 0, 8) == 1 - 11 / 16
     assert paired_share(replace(deep, overlap_experts=False), 3, 8) == 0
-    assert in_flight(1, 0, 1, 16, True) == ((2,),) and in_flight(1, 0, 1, 16) == ((1,),)
+
+
+def test_a_forward_beside_a_backward_needs_less_than_two_micro_batches() -> None:
+    assert set(pairs(1, 0, 1, 16)) == {((1,), 0, 0)}
+    assert set(pairs(1, 0, 1, 1)) == {((1,), None, 0)}  # a single one has none beside it
+    assert ((3, 2), 0, 1) in pairs(2, 0, 2, 8)  # 2 + 2 + 1 run ahead, two of each virtual stage by turns
+    config = mini(layout__overlap_experts=True)
+    planner = Planner(config)
+    (stage, *_), (contents,) = rules.check(config).stages, planner.place(config.layout).contents[0]
+    _, units = planner.sizes(config.layout, stage)
+    assert beside(units, None, replace(contents, dense=0, moe=0, first=False, last=False)) == 0
+    over_one = beside(units, contents, contents)
+    assert units.moe.kept < over_one < units.kept(contents) / 2
 
 
 def test_the_plan_lists_what_switches_take_for_granted_and_what_they_are_worth(capsys) -> None:
