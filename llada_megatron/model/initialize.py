@@ -9,14 +9,14 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.gpt import BlockDiffusionStage
 from llada_megatron.model.normal import ELEMENTS_PER_CALL, counter_normal
 
 SHARDING_METADATA = {"non_homogeneous_layers": True}
 """Each layer keeps a name of its own in checkpoints, whatever the architecture."""
 
 
-def initialize_weights(model: BlockDiffusionGPT, *, seed: int, std: float, layers: int) -> None:
+def initialize_weights(model: BlockDiffusionStage, *, seed: int, std: float, layers: int) -> None:
     """Fill every parameter of this shard in place; no rank holds a tensor that it owns only a part of.
 
     Matrices are N(0, std^2), the projections back into the residual stream N(0, std^2 / (2 layers)), norms

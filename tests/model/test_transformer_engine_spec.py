@@ -55,6 +55,10 @@ def build_switched(layer_spec: str) -> Built:
     return build(layer_spec, *SWITCHES)
 
 
+def build_hybrid(layer_spec: str) -> Built:
+    return build(layer_spec, "model.core=hybrid")
+
+
 def build(layer_spec: str, *switches: str) -> Built:
     """Build `tiny` in a process that has imported neither megatron-core nor TransformerEngine."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same test on a machine with a GPU
@@ -176,3 +180,11 @@ def test_switches_change_nothing_in_a_checkpoint(built: dict[str, Built]) -> Non
     (switched,) = in_processes_of_their_own(build_switched, ["transformer_engine"])
     assert switched.entries == built["local"].entries
     assert switched.objects == set()
+
+
+@pytest.mark.slow
+def test_a_hybrid_model_has_the_same_layers_and_checkpoint(built: dict[str, Built]) -> None:
+    (hybrid,) = in_processes_of_their_own(build_hybrid, ["transformer_engine"])
+    gpt = built["transformer_engine"]
+    assert hybrid.entries == gpt.entries and hybrid.objects == set()
+    assert sorted(map(hybrid.classes.get, hybrid.owners)) == sorted(map(gpt.classes.get, gpt.owners))

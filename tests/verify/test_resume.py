@@ -100,6 +100,18 @@ def test_a_run_interrupted_three_times_in_one_layout_is_equal_bit_for_bit(small,
     assert certificate.passed and certificate.bitwise, certificate.as_json()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param("gpt", "hybrid", marks=pytest.mark.slow),
+        pytest.param("hybrid", "gpt", marks=pytest.mark.full),
+    ],
+)
+def test_a_run_of_one_core_goes_on_with_the_other_bit_for_bit(small, before, after):
+    certificate = resume.check([*small, f"model.core={before}"], [f"model.core={after}"])
+    assert certificate.passed and certificate.bitwise, certificate.as_json()
+
+
 def without_moments(config, folder):
     from llada_megatron.checkpoint import store
 
