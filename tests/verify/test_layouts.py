@@ -58,6 +58,18 @@ def test_layouts_of_several_axes_equal_one_process(corpus, reference, processes)
         assert result.passed, (result.name, result.differences, result.worst_weight)
 
 
+@pytest.mark.slow
+def test_sequences_of_random_length_are_the_same_under_every_layout(corpus, reference):
+    cut = "diffusion.random_length_share=0.5"
+    [alone] = layouts.measure_in_processes([layouts.parity_config(corpus, cut)], None)
+    assert alone.losses != reference.losses
+    names = ["DP2", "CP2"]
+    configs = [layouts.parity_config(corpus, cut, **layouts.MATRIX[name]) for name in names]
+    for name, measured in zip(names, layouts.measure_in_processes(configs, alone), strict=True):
+        result = compare(name, 2, measured, alone)
+        assert result.passed, (result.name, result.differences, result.worst_weight)
+
+
 HYBRID = ["TP2 EP2", "PP2 VPP2"]
 
 

@@ -15,6 +15,7 @@ SMALL = [  # twelve steps, in four stages
     *("experiment=parity", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"),
     *("data.sequence_length=64", "layout.global_batch=4", "optimizer.warmup_tokens=512"),
     *("diffusion.embedding_noise.fade_tokens=2048", "training.threads=1"),
+    "diffusion.random_length_share=0.5",
     "schedule.stages=[{name: ar, objective: autoregressive, block_size: '1', tokens: 512},"
     " {name: bdlm_4, block_size: '4', tokens: 1024}, {name: bdlm_32, block_size: '32', tokens: 1024},"
     " {name: mdlm, block_size: full, tokens: 512}]",
