@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llada_megatron.config.choices import Core
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import write_json
 
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     golden.add_argument("directory", type=Path, metavar="DIR", help="cases, with their checkpoint or without")
     golden.add_argument(
         "--model", type=Path, metavar="DIR", help="their checkpoint; default: DIR, else golden beside it"
+    )
+    golden.add_argument(
+        "--core", type=Core, choices=list(Core), default=Core.gpt, help="model.core; default gpt"
     )
     golden.add_argument("--json", type=Path, metavar="FILE", help="write every difference to FILE")
     layouts = commands.add_parser("layouts", help="parallel layouts against one process, trained here")
@@ -159,7 +163,7 @@ def _golden(args: argparse.Namespace) -> int:
 
     groups.initialize(LayoutConfig())
     try:
-        report = golden.check(args.directory, args.model)
+        report = golden.check(args.directory, args.model, Core(args.core))
     finally:
         groups.destroy()
     _print(report, golden.TOLERANCES)

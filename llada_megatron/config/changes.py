@@ -19,6 +19,7 @@ FREE = (
     "run.max_failures",
     "model.attention_backend",
     "model.layer_spec",
+    "model.core",
     "model.fusions",
     "model.head_chunk_tokens",
     "model.router.rows_cap",

@@ -191,6 +191,13 @@ class AdapterTarget(StrEnum):
     experts = "experts"
 
 
+class Core(StrEnum):
+    """megatron-core's class of models: GPTModel, or HybridModel, which is to take its place."""
+
+    gpt = "gpt"
+    hybrid = "hybrid"
+
+
 class LayerSpec(StrEnum):
     """Whose modules a layer is made of; `auto`: transformer_engine on CUDA when it is installed."""
 

@@ -16,6 +16,7 @@ from llada_megatron.config.choices import (
     AdapterTarget,
     AttentionBackend,
     BlockGrid,
+    Core,
     DecayStyle,
     Denominator,
     Dispatcher,
@@ -163,9 +164,10 @@ class ModelConfig:
     """cudnn_flex needs sm_90, sm_100 or sm_103, cudnn_graph sm_90 or sm_100, varlen decodes alone; one that
     cannot serve stops a run."""
     layer_spec: LayerSpec = LayerSpec.auto
+    core: Core = Core.gpt
+    """megatron-core's class of models; numbers and checkpoints are the same in both (docs/families.md)."""
     fusions: bool = True
-    """Of transformer_engine's layers: fused router, permutation, rotary and sum of weight gradients; the
-    local layers have none of them."""
+    """Fused router, permutation, rotary and sum of weight gradients, of transformer_engine's layers alone."""
     head_chunk_tokens: Size = 1024
     """Supervised positions per call of the output head; bounds the memory of the logits."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from llada_megatron.config.choices import (
+    Core,
     CudaGraphPart,
     Dispatcher,
     Dtype,
@@ -29,6 +30,7 @@ OF_GROUPED_EXPERTS = {OffloadModule.expert_fc1, OffloadModule.moe_act}
 def check_switches(config: Config, schedule: Schedule) -> None:
     """Raises BadInput with one sentence for switches that cannot be served, or not together."""
     rows = {stage.name: rows_of(config, stage) for stage in schedule.stages}
+    _check_core(config)
     _check_dispatcher(config)
     _check_overlap_of_experts(config)
     _check_shared_experts(config)
@@ -49,6 +51,30 @@ def _needs_transformer_engine(config: Config, setting: str) -> None:
         f"{setting} needs TransformerEngine's layers: set model.layer_spec=transformer_engine (now"
         f" {config.model.layer_spec}), or leave it out.",
     )
+
+
+def _check_core(config: Config) -> None:
+    """What HybridModel lacks, or what nobody has run with it here."""
+    model, layout = config.model, config.layout
+    if model.core is Core.gpt:
+        return
+    require(
+        model.family == "gpt",
+        f"model.core=hybrid is for model.family=gpt, not {model.family}: set model.core=gpt.",
+    )
+    require(
+        not layout.overlap_experts,
+        "layout.overlap_experts needs a schedule plan, which megatron-core's HybridModel has not: set"
+        " model.core=gpt.",
+    )
+    for setting, is_set in {
+        "layout.offload_modules": layout.offload_modules,
+        "training.cuda_graphs": config.training.cuda_graphs,
+    }.items():
+        require(
+            not is_set,
+            f"{setting} has never run with model.core=hybrid: set model.core=gpt, or leave it out.",
+        )
 
 
 def _recomputed(config: Config) -> set[RecomputeModule]:

@@ -21,7 +21,7 @@ from llada_megatron.config.choices import LayerSpec
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config, DataConfig, ModelConfig
 from llada_megatron.convert.families.family import Logits
-from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.gpt import BlockDiffusionStage
 from llada_megatron.model.initialize import SHARDING_METADATA
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_stage
@@ -43,7 +43,7 @@ def model_tensors(model: ModelConfig) -> tuple[dict[str, tuple[int, ...]], int]:
     return shapes, sum(parameter.numel() for parameter in stage.parameters())
 
 
-def load_model(checkpoint: Path, model: ModelConfig, *, sequence_length: int) -> BlockDiffusionGPT:
+def load_model(checkpoint: Path, model: ModelConfig, *, sequence_length: int) -> BlockDiffusionStage:
     """The model with a checkpoint's weights, fp32 in the `local` layer spec, in one process.
 
     Raises BadInput when the checkpoint does not fit or leaves a parameter without a value.
@@ -58,7 +58,7 @@ def load_model(checkpoint: Path, model: ModelConfig, *, sequence_length: int) ->
     return stage
 
 
-def gradients(stage: BlockDiffusionGPT) -> dict[str, Tensor]:
+def gradients(stage: BlockDiffusionStage) -> dict[str, Tensor]:
     """Gradients of a single-process model under the keys of its checkpoint, whole; zero where none came."""
     found: dict[str, Tensor] = {}
     for key, shape, offset, data in _sharded(stage, of_gradients=True):
@@ -93,7 +93,7 @@ def logits_difference(expected: Logits, ours: Logits, vocab_size: int) -> dict[s
     }
 
 
-def causal_logits(stage: BlockDiffusionGPT, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+def causal_logits(stage: BlockDiffusionStage, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
     """fp32 [S, vocabulary] of int64 tokens [S] at positions [S] (None: 0..S-1), causal, on the host."""
     S, at = len(tokens), device.device()
     mask = BlockDiffusionMask([torch.tensor([0, S])], 1, clean_copy=False, causal=True)
@@ -103,14 +103,14 @@ def causal_logits(stage: BlockDiffusionGPT, tokens: Tensor, positions: Tensor | 
     return stage(inputs).float().cpu()
 
 
-def _stage(model: ModelConfig, *, sequence_length: int) -> BlockDiffusionGPT:
+def _stage(model: ModelConfig, *, sequence_length: int) -> BlockDiffusionStage:
     config = Config(
         model=replace(model, layer_spec=LayerSpec.local), data=DataConfig(sequence_length=sequence_length)
     )
     return build_stage(config, initialize=False)
 
 
-def _sharded(stage: BlockDiffusionGPT, *, of_gradients: bool = False) -> list[tuple[str, Any, Any, Tensor]]:
+def _sharded(stage: BlockDiffusionStage, *, of_gradients: bool = False) -> list[tuple[str, Any, Any, Tensor]]:
     """(key, shape, offset, data) of every part that the model would save."""
     sharded = stage.sharded_state_dict(metadata=SHARDING_METADATA)
     if of_gradients:

@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel on `[x_t ; x_0]`: explicit positions, embedding noise, a head on chosen rows."""
+"""A pipeline stage on `[x_t ; x_0]`: explicit positions, embedding noise, a head on chosen rows; GPTModel."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import AbstractSchedulePlan
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from llada_megatron.model import pools
 from llada_megatron.model.core_attention import KeysParams
@@ -19,8 +22,11 @@ from llada_megatron.model.rotary import ExplicitRotary
 from llada_megatron.runtime.device import sent
 
 
-class BlockDiffusionGPT(GPTModel):
-    """One pipeline stage of the model; `forward` takes ModelInputs."""
+class BlockDiffusionStage(LanguageModule):
+    """One pipeline stage of the model; `forward` takes ModelInputs.
+
+    What the classes of model.core share; each adds megatron-core's own class, and `forward`.
+    """
 
     def __init__(
         self,
@@ -47,19 +53,8 @@ class BlockDiffusionGPT(GPTModel):
         sharded = super().sharded_state_dict(*args, **kwargs)
         return {name: entry for name, entry in sharded.items() if "_extra_state" not in name}
 
-    def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
-        """Hidden states [S, B, H] of this stage; on the last one what `inputs.readout` says."""
-        return super().forward(**self._given(inputs))
-
-    def build_schedule_plan(self, inputs: ModelInputs) -> AbstractSchedulePlan:  # type: ignore[override]
-        """The same forward in parts, between which megatron-core runs those of another one's backward.
-
-        For layout.overlap_experts. Several may be in flight: all that a micro-batch brings is in its plan.
-        """
-        return super().build_schedule_plan(**self._given(inputs))
-
     def _given(self, inputs: ModelInputs) -> dict[str, Any]:
-        """GPTModel's arguments."""
+        """GPTModel's arguments, of which HybridModel's layers take some."""
         S = inputs.tokens.shape[1]
         if self.fuses_cross_entropy:
             inputs = replace(inputs, readout=fused(inputs.readout))
@@ -157,6 +152,27 @@ class BlockDiffusionGPT(GPTModel):
                 eps = eps.index_select(0, noise.places[b])
             noise_SBH[:, b].index_copy_(0, rows, (noise.sigma * eps).to(embedded.dtype))
         return self._rows_here(noise_SBH, dim=0)
+
+
+class BlockDiffusionGPT(BlockDiffusionStage, GPTModel):
+    """model.core=gpt."""
+
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
+        """Hidden states [S, B, H] of this stage; on the last one what `inputs.readout` says."""
+        return super().forward(**self._given(inputs))
+
+    def build_schedule_plan(self, inputs: ModelInputs) -> AbstractSchedulePlan:  # type: ignore[override]
+        """The same forward in parts, between which megatron-core runs those of another one's backward.
+
+        For layout.overlap_experts. Several may be in flight: all that a micro-batch brings is in its plan.
+        """
+        return super().build_schedule_plan(**self._given(inputs))
+
+
+def layers_of(stage: torch.nn.Module) -> list[TransformerLayer]:
+    """Those of a stage whose outputs are the model's layers': HybridModel has attention in one before."""
+    layers = [module for module in stage.modules() if isinstance(module, TransformerLayer)]
+    return [layer for layer in layers if not isinstance(layer.mlp, IdentityOp)]
 
 
 def _want_no_extra_state(module: torch.nn.Module, keys: Any) -> None:

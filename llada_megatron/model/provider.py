@@ -10,7 +10,7 @@ from megatron.core.transformer.module import Float16Module
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import Config
-from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.gpt import BlockDiffusionStage
 from llada_megatron.runtime import device
 
 
@@ -20,7 +20,7 @@ def build_stage(
     vp_stage: int | None = None,
     initialize: bool = True,
     attention: Executor | None = None,
-) -> BlockDiffusionGPT:
+) -> BlockDiffusionStage:
     """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights.
 
     `build_stage` of model/families/FAMILY.py makes it; `attention` takes the place of the executor that

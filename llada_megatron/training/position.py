@@ -29,6 +29,7 @@ from llada_megatron.training.skips import Skips
 TRAINING_OF_MODEL = (
     "model.attention_backend",
     "model.layer_spec",
+    "model.core",
     "model.fusions",
     "model.head_chunk_tokens",
     "model.init_std",

@@ -22,6 +22,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from llada_megatron.config.schema import Config
+from llada_megatron.model.gpt import layers_of
 from llada_megatron.model.router import BalancedRouter
 from llada_megatron.model.router_losses import expert_scores
 from llada_megatron.runtime import device
@@ -57,9 +58,10 @@ class Watch:
         for layer in chunk.modules():
             if isinstance(layer, TransformerLayer):
                 self.part_of |= dict.fromkeys(layer.parameters(), layer.layer_number)
-                layer.register_forward_hook(partial(self._layer_ran, layer.layer_number))
             elif isinstance(layer, BalancedRouter):
                 layer.observer = partial(self._routed, layer)
+        for layer in layers_of(chunk):
+            layer.register_forward_hook(partial(self._layer_ran, layer.layer_number))
         ends = {"embedding": 0, "decoder": self.layers + 1, "output_layer": self.layers + 1}
         for name, part in ends.items():
             for parameter in getattr(chunk, name, torch.nn.Module()).parameters():

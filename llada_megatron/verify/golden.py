@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.config.choices import Core
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import read_json, require
 from llada_megatron.verify import golden_decode, golden_post
@@ -65,18 +66,19 @@ class GoldenReport:
         return found
 
 
-def check(directory: Path, checkpoint: Path | None = None) -> GoldenReport:
+def check(directory: Path, checkpoint: Path | None = None, core: Core = Core.gpt) -> GoldenReport:
     """Run every case of a directory in this process, whose groups must hold one process.
 
     checkpoint: what the cases are of; None: the directory itself, or, where it holds none, the sibling
-    `golden`. A case is checked on what it stores; cases of a kind that is not served are listed and not
-    counted. Raises BadInput when the directory lacks a file or its checkpoint cannot be read.
+    `golden`. core: model.core of what is compared with them. A case is checked on what it stores; cases of a
+    kind that is not served are listed and not counted. Raises BadInput when the directory lacks a file or its
+    checkpoint cannot be read.
     """
     described = read_json(directory / "cases.json", REMEDY)
     require(described, directory / "cases.json", "mask_token_id", "cases", remedy=REMEDY)
     if type(described["mask_token_id"]) is not int:
         raise BadInput(f"{directory}/cases.json has a mask_token_id that is no number: {REMEDY}.")
-    golden = load(directory, checkpoint or _checkpoint_of(directory), described["mask_token_id"])
+    golden = load(directory, checkpoint or _checkpoint_of(directory), described["mask_token_id"], core)
     report = GoldenReport()
     for name in (name for name in golden.stored.under("maskfn") if MASK_NAME.fullmatch(name)):
         report.cases.append(mask_case(golden, name))

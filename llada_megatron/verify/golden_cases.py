@@ -19,7 +19,7 @@ from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import BlockGrid
-from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.gpt import BlockDiffusionStage, layers_of
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.readout import LOGITS
 from llada_megatron.runtime import device
@@ -121,7 +121,7 @@ def case_mask(name: str, case: dict[str, Any], positions: int) -> BlockDiffusion
 
 
 @contextmanager
-def recorded(stage: BlockDiffusionGPT) -> Iterator[dict[str, list[Tensor]]]:
+def recorded(stage: BlockDiffusionStage) -> Iterator[dict[str, list[Tensor]]]:
     """Collect, for a batch of one, the residual stream, the final norm and every router's choice."""
     seen: dict[str, list[Tensor]] = {"hidden_states": [], "final_norm": [], "chosen": [], "weights": []}
 
@@ -136,7 +136,7 @@ def recorded(stage: BlockDiffusionGPT) -> Iterator[dict[str, list[Tensor]]]:
         seen["chosen"].append(output[1])
 
     handles = [stage.embedding.register_forward_hook(keep_hidden)]
-    for layer in stage.decoder.layers:
+    for layer in layers_of(stage):
         handles.append(layer.register_forward_hook(keep_hidden))
         if hasattr(layer.mlp, "router"):
             handles.append(layer.mlp.router.register_forward_hook(keep_routing))

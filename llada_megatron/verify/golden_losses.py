@@ -30,7 +30,7 @@ from llada_megatron.config.schema import (
 from llada_megatron.convert.families import ExpertLayout, family_of
 from llada_megatron.convert.loaded import gradients
 from llada_megatron.data.packed import PackedSample
-from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.gpt import BlockDiffusionStage, layers_of
 from llada_megatron.objectives import passes
 from llada_megatron.objectives.autoregressive import Autoregressive, autoregressive_batch
 from llada_megatron.objectives.batch import MicroBatch
@@ -191,14 +191,14 @@ def masked_batch(
     return batch
 
 
-def read_out(stage: BlockDiffusionGPT, objective: Objective, batch: MicroBatch) -> Tensor:
+def read_out(stage: BlockDiffusionStage, objective: Objective, batch: MicroBatch) -> Tensor:
     """What the objective's readout gives for the N rows."""
     batch.inputs.readout = objective.readout
     return stage(batch.inputs)
 
 
 def backward(
-    stage: BlockDiffusionGPT, objective: Objective, batches: list[MicroBatch], share: float | None = None
+    stage: BlockDiffusionStage, objective: Objective, batches: list[MicroBatch], share: float | None = None
 ) -> tuple[float, list[Tensor]]:
     """The sum of the micro-batches' losses, each a global batch of its own, times `share` (default: their
     mean), and what was read out [N] or [N, columns]; fills the gradients.
@@ -227,7 +227,7 @@ def as_differentiated(golden: Golden, case: dict[str, Any]) -> Iterator[None]:
     constant = any(norm is None and ".experts." in name for name, norm in norms.items())
     handles = [
         layer.mlp.experts.register_forward_hook(_without_gradient)
-        for layer in golden.stage.decoder.layers
+        for layer in layers_of(golden.stage)
         if constant and hasattr(layer.mlp, "experts")
     ]
     try:
@@ -241,7 +241,7 @@ def _without_gradient(_module: Any, _inputs: Any, output: tuple[Tensor, Tensor |
     return output[0].detach(), *output[1:]
 
 
-def global_grad_norm(stage: BlockDiffusionGPT) -> float:
+def global_grad_norm(stage: BlockDiffusionStage) -> float:
     """Euclidean norm of all gradients; a parameter that nothing reached has none."""
     norms = [parameter.grad.double().norm() for parameter in stage.parameters() if parameter.grad is not None]
     return float(torch.stack(norms).norm())

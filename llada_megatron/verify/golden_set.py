@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llada_megatron.config.choices import Core
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import ModelConfig
 from llada_megatron.convert.config_json import architecture_of, model_config
@@ -19,7 +20,7 @@ from llada_megatron.convert.conversion import hf_to_mcore
 from llada_megatron.convert.loaded import load_model
 from llada_megatron.convert.safetensors_files import SafetensorsReader
 from llada_megatron.convert.weight_files import SINGLE
-from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.gpt import BlockDiffusionStage
 from llada_megatron.record.json_files import read_json
 
 REMEDY = "give a directory of golden cases"
@@ -82,11 +83,11 @@ class Golden:
     directory: Path
     architecture: str
     model: ModelConfig
-    stage: BlockDiffusionGPT
+    stage: BlockDiffusionStage
     stored: Stored
     longest: int
     """Tokens of the longest sequence."""
-    _altered: dict[str, BlockDiffusionGPT] = field(default_factory=dict)
+    _altered: dict[str, BlockDiffusionStage] = field(default_factory=dict)
 
     def altered(self, prefix: str) -> Golden:
         """The model with the stored tensors under `prefix` in the place of the checkpoint's own."""
@@ -102,7 +103,7 @@ class Golden:
         return replace(self, stage=self._altered[prefix])
 
 
-def load(directory: Path, checkpoint: Path, mask_token_id: int) -> Golden:
+def load(directory: Path, checkpoint: Path, mask_token_id: int, core: Core = Core.gpt) -> Golden:
     """Read the cases of a directory; convert the checkpoint that they are of, and load the result in fp32."""
     try:
         stored = load_file(directory / "cases.safetensors")
@@ -113,12 +114,12 @@ def load(directory: Path, checkpoint: Path, mask_token_id: int) -> Golden:
         default=1,
     )
     described = read_json(checkpoint / "config.json", REMEDY)
-    model = model_config(described, mask_token_id, f"{checkpoint}/config.json")
+    model = replace(model_config(described, mask_token_id, f"{checkpoint}/config.json"), core=core)
     stage = _loaded(checkpoint, model, longest)
     return Golden(checkpoint, architecture_of(described), model, stage, Stored(stored, set()), longest)
 
 
-def _loaded(checkpoint: Path, model: ModelConfig, longest: int) -> BlockDiffusionGPT:
+def _loaded(checkpoint: Path, model: ModelConfig, longest: int) -> BlockDiffusionStage:
     with tempfile.TemporaryDirectory() as folder:
         ours = Path(folder) / "checkpoint"
         hf_to_mcore(checkpoint, ours, mask_token_id=model.mask_token_id).require()

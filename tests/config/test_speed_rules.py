@@ -15,6 +15,7 @@ EP2 = ["layout.processes=2", "layout.ep=2", "precision.dtype=bf16"]
 TP2 = ["layout.processes=2", "layout.tp=2", "precision.dtype=bf16", TE]
 OVERLAP = [*EP2, "layout.overlap_experts=true"]
 SELECTIVE = "layout.recompute=selective"
+HYBRID, GPT = "model.core=hybrid", ["model.core=gpt"]
 ONE_SIZE = "schedule.stages=[{name: a, block_size: full, tokens: 65536}]"
 CASES = [
     (["layout.dispatcher=deepep", "precision.dtype=bf16"], "experts of other processes", EP2),
@@ -71,6 +72,9 @@ CASES = [
      "computes again", ["layout.recompute_modules=[mlp]"]),
     (["training.cuda_graphs=[moe_router]", TE, "model.router.rows_cap=2"], "replays a router",
      ["model.router.rows_cap=0"]),
+    ([*OVERLAP, HYBRID], "needs a schedule plan", GPT),
+    (["layout.offload_modules=[core_attn]", TE, HYBRID], "never run with model.core=hybrid", GPT),
+    (["training.cuda_graphs=[mlp]", TE, HYBRID], "never run with model.core=hybrid", GPT),
 ]  # fmt: skip
 
 

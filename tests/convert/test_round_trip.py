@@ -50,6 +50,18 @@ def test_there_and_back_gives_the_same_files(kind: str, tmp_path: Path) -> None:
     assert find(str(tmp_path / "ours")).manifest.block_size == BLOCKS.get(kind, 0)
 
 
+def test_what_a_hybrid_model_saved_leaves_by_the_same_table(tmp_path: Path) -> None:
+    source = checkpoints.write(tmp_path / "source", "llada2")
+    assert to_mcore(source, tmp_path / "ours") == 0
+    held = find(str(tmp_path / "ours"))
+    held.manifest.config["model"]["core"] = "hybrid"
+    held.manifest.write(held.path)
+    assert to_hf(tmp_path / "ours", tmp_path / "back") == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+    assert certificate(tmp_path / "back")["logits"]["compared"]
+
+
 def test_prediction_layers_are_left_out_listed_and_gone_from_the_configuration(
     tmp_path: Path, capsys
 ) -> None:

@@ -71,6 +71,7 @@ SLOW_CASES = (
     "recompute_others",
     "allgather_tp_etp",
     "tied",
+    "hybrid_pp",
     "cap_pp",
     "cap_chunked_tp",
     "levenshtein_cp",
@@ -149,6 +150,14 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             *("model.experts=0", "model.dense_layers=4", "model.layers=4"),
         ],
     ),
+    "hybrid_pp": (
+        BDLM,
+        [
+            *("model.core=hybrid", "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"),
+            *("layout.recompute=selective", "layout.recompute_modules=[core_attn,mlp]"),
+        ],
+    ),
+    "hybrid_full_recompute": (BDLM, ["model.core=hybrid", "layout.recompute=full"]),
     "cap_pp": (FIRST, [*CAP, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "cap_vpp": (FIRST, [*CAP, "layout.processes=2", "layout.pp=2", "layout.vpp=2", "model.layers=4"]),
     "cap_tp": (FIRST, [*CAP, "layout.processes=2", "layout.tp=2"]),

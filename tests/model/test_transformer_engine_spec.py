@@ -60,6 +60,15 @@ def build_latents(layer_spec: str) -> Built:
     return build(layer_spec, *MLA)
 
 
+def build_hybrid(layer_spec: str) -> Built:
+    return build(layer_spec, "model.core=hybrid")
+
+
+def build_qwen2(layer_spec: str) -> Built:
+    """Qwen2's attention: biases on queries, keys and values, and no norms of heads."""
+    return build(layer_spec, "model.qkv_bias=true", "model.qk_norm=false")
+
+
 def build(layer_spec: str, *switches: str) -> Built:
     """Build `tiny` in a process that has imported neither megatron-core nor TransformerEngine."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same test on a machine with a GPU
@@ -193,3 +202,21 @@ def test_switches_change_nothing_in_a_checkpoint(built: dict[str, Built]) -> Non
     (switched,) = in_processes_of_their_own(build_switched, ["transformer_engine"])
     assert switched.entries == built["local"].entries
     assert switched.objects == set()
+
+
+@pytest.mark.slow
+def test_a_hybrid_model_has_the_same_layers_and_checkpoint(built: dict[str, Built]) -> None:
+    (hybrid,) = in_processes_of_their_own(build_hybrid, ["transformer_engine"])
+    gpt = built["transformer_engine"]
+    assert hybrid.entries == gpt.entries and hybrid.objects == set()
+    assert sorted(map(hybrid.classes.get, hybrid.owners)) == sorted(map(gpt.classes.get, gpt.owners))
+
+
+@pytest.mark.slow
+def test_biases_of_queries_keys_and_values_are_the_same_tensors_in_both() -> None:
+    local, engine = in_processes_of_their_own(build_qwen2, LAYER_SPECS)
+    assert engine.entries == local.entries and engine.objects == set()
+    biases = [key for key, _, _ in engine.entries if key.endswith("self_attention.linear_qkv.bias")]
+    assert len(biases) == 4 and not any(key.endswith(".bias") for key in engine.weights if key not in biases)
+    assert all(np.array_equal(local.weights[key], engine.weights[key]) for key in local.weights)
+    assert not any(engine.weights[key].any() for key in biases)

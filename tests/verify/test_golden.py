@@ -38,8 +38,8 @@ def golden_copy(
     return folder
 
 
-def verify(directory: Path, report: Path) -> tuple[int, dict]:
-    code = main(["verify", "golden", str(directory), "--json", str(report)])
+def verify(directory: Path, report: Path, *options: str) -> tuple[int, dict]:
+    code = main(["verify", "golden", str(directory), "--json", str(report), *options])
     return code, json.loads(report.read_text())
 
 
@@ -54,6 +54,18 @@ def test_every_served_case_agrees_with_the_reference_code(
     assert len(report["cases"]) == cases and all(case["passed"] for case in report["cases"])
     assert all(value <= report["tolerances"][name] for name, value in report["worst"].items())
     assert f"All {cases} cases agree." in capsys.readouterr().out
+
+
+def test_a_hybrid_model_agrees_in_forward_and_loss(tmp_path: Path) -> None:
+    code, report = verify(golden_copy(tmp_path), tmp_path / "report.json", "--core", "hybrid")
+    assert code == 0 and {"mdlm_full", "sft_mbs1_x2"} <= {case["name"] for case in report["cases"]}
+    assert {"hidden_states", "final_norm", "logits"} <= report["worst"].keys()
+
+
+@pytest.mark.slow
+def test_every_served_case_agrees_with_a_hybrid_model(tmp_path: Path) -> None:
+    code, report = verify(GOLDEN, tmp_path / "report.json", "--core", "hybrid")
+    assert code == 0 and len(report["cases"]) == 28
 
 
 def test_what_is_not_served_is_listed_and_does_not_count(

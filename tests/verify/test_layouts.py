@@ -58,6 +58,43 @@ def test_layouts_of_several_axes_equal_one_process(corpus, reference, processes)
         assert result.passed, (result.name, result.differences, result.worst_weight)
 
 
+@pytest.mark.slow
+def test_sequences_of_random_length_are_the_same_under_every_layout(corpus, reference):
+    cut = "diffusion.random_length_share=0.5"
+    [alone] = layouts.measure_in_processes([layouts.parity_config(corpus, cut)], None)
+    assert alone.losses != reference.losses
+    names = ["DP2", "CP2"]
+    configs = [layouts.parity_config(corpus, cut, **layouts.MATRIX[name]) for name in names]
+    for name, measured in zip(names, layouts.measure_in_processes(configs, alone), strict=True):
+        result = compare(name, 2, measured, alone)
+        assert result.passed, (result.name, result.differences, result.worst_weight)
+
+
+HYBRID = ["TP2 EP2", "PP2 VPP2"]
+
+
+def hybrid_results_of(names, corpus, reference):
+    """Of model.core=hybrid, beside one process of model.core=gpt."""
+    for name in names:
+        config = layouts.parity_config(corpus, "model.core=hybrid", **layouts.MATRIX[name])
+        [measured] = layouts.measure_in_processes([config], reference)
+        yield compare(name, config.layout.processes, measured, reference)
+
+
+@pytest.mark.slow
+def test_a_hybrid_model_trains_as_one_process_of_gpt(corpus, reference):
+    for result in hybrid_results_of(["selective recompute", *HYBRID], corpus, reference):
+        assert result.passed, (result.name, result.differences, result.worst_weight)
+        assert result.name in HYBRID or not any(result.differences.values())
+
+
+@pytest.mark.full
+def test_a_hybrid_model_trains_alike_under_every_layout(corpus, reference):
+    rest = [name for name in layouts.MATRIX if name not in ["selective recompute", *HYBRID]]
+    for result in hybrid_results_of(rest, corpus, reference):
+        assert result.passed, (result.name, result.differences, result.worst_weight)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_rest_of_the_matrix_equals_one_process(corpus, reference, processes):

@@ -15,6 +15,7 @@ SMALL = [  # twelve steps, in four stages
     *("experiment=parity", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"),
     *("data.sequence_length=64", "layout.global_batch=4", "optimizer.warmup_tokens=512"),
     *("diffusion.embedding_noise.fade_tokens=2048", "training.threads=1"),
+    "diffusion.random_length_share=0.5",
     "schedule.stages=[{name: ar, objective: autoregressive, block_size: '1', tokens: 512},"
     " {name: bdlm_4, block_size: '4', tokens: 1024}, {name: bdlm_32, block_size: '32', tokens: 1024},"
     " {name: mdlm, block_size: full, tokens: 512}]",
@@ -106,6 +107,18 @@ def test_draws_of_boundaries_and_rates_by_width_are_resumed_bit_for_bit(small):
 )
 def test_a_run_interrupted_three_times_in_one_layout_is_equal_bit_for_bit(small, layout):
     certificate = resume.check([*small, *layout], [])
+    assert certificate.passed and certificate.bitwise, certificate.as_json()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param("gpt", "hybrid", marks=pytest.mark.slow),
+        pytest.param("hybrid", "gpt", marks=pytest.mark.full),
+    ],
+)
+def test_a_run_of_one_core_goes_on_with_the_other_bit_for_bit(small, before, after):
+    certificate = resume.check([*small, f"model.core={before}"], [f"model.core={after}"])
     assert certificate.passed and certificate.bitwise, certificate.as_json()
 
 

@@ -1,7 +1,9 @@
-"""The `gpt` family: megatron-core's GPTModel; its formulas are in config/families/gpt.py."""
+"""The `gpt` family: megatron-core's GPTModel or HybridModel; its formulas are in config/families/gpt.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.layout import pipeline_stages
-from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig, Recompute
+from llada_megatron.config.schema import Config, Core, LayoutConfig, ModelConfig, Recompute
 from llada_megatron.model import speed
-from llada_megatron.model.gpt import BlockDiffusionGPT
+from llada_megatron.model.gpt import BlockDiffusionGPT, BlockDiffusionStage
+from llada_megatron.model.hybrid import HALVES, BlockDiffusionHybrid
 from llada_megatron.model.initialize import initialize_weights
 from llada_megatron.model.rotary import ExplicitRotary, set_frequencies
 from llada_megatron.model.router import UNCAPPED
@@ -31,6 +34,7 @@ def transformer_config(config: Config, *, layer_spec: str) -> TransformerConfig:
     dtype = device.DTYPES[config.precision.dtype]
     moe = model.has_experts
     fused = layer_spec == "transformer_engine"
+    layers_of_one = HALVES if model.core is Core.hybrid else 1
     grouped = moe and model.expert_groups > 1 and not model.expert_capacity
     return (MLATransformerConfig if model.mla.is_used else TransformerConfig)(
         # architecture
@@ -83,7 +87,7 @@ def transformer_config(config: Config, *, layer_spec: str) -> TransformerConfig:
         recompute_granularity=None if layout.recompute is Recompute.none else layout.recompute.value,
         recompute_modules=list(layout.recompute_modules) if layout.recompute is Recompute.selective else None,
         recompute_method="uniform" if layout.recompute is Recompute.full else None,
-        recompute_num_layers=1 if layout.recompute is Recompute.full else None,
+        recompute_num_layers=layers_of_one if layout.recompute is Recompute.full else None,
         # numbers
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -128,7 +132,7 @@ def build_stage(
     vp_stage: int | None = None,
     initialize: bool = True,
     attention: Executor | None = None,
-) -> BlockDiffusionGPT:
+) -> BlockDiffusionStage:
     """This rank's (virtual) pipeline stage, on its device, with counter-based initial weights.
 
     `attention` takes the place of the executor that model.attention_backend names.
@@ -137,7 +141,7 @@ def build_stage(
     layer_spec = resolve_layer_spec(model)
     speed.refuse_here(config)
     transformer = transformer_config(config, layer_spec=layer_spec)
-    stage = BlockDiffusionGPT(
+    stage = _class_of(config)(
         transformer,
         block_spec(
             transformer,
@@ -166,3 +170,12 @@ def build_stage(
     if initialize:
         initialize_weights(stage, seed=config.run.seed, std=model.init_std, layers=model.layers)
     return stage
+
+
+def _class_of(config: Config) -> Callable[..., BlockDiffusionStage]:
+    """What model.core names."""
+    model = config.model
+    if model.core is Core.gpt:
+        return BlockDiffusionGPT
+    stages = pipeline_stages(model.layers, config.layout)
+    return partial(BlockDiffusionHybrid, stages=stages, dense_layers=model.dense_layers)
