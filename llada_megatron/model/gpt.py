@@ -69,7 +69,11 @@ class BlockDiffusionGPT(GPTModel):
             "attention_mask": None,
             "decoder_input": self._embedded(inputs) if self.pre_process else None,
             "packed_seq_params": KeysParams(
-                qkv_format="bshd", max_seqlen_q=S, max_seqlen_kv=S, keys=inputs.keys
+                qkv_format="bshd",
+                max_seqlen_q=S,
+                max_seqlen_kv=S,
+                keys=inputs.keys,
+                drops_clean_rows=inputs.noisy_outputs,
             ),
             "padding_mask": self._marks(inputs),
             "output_processor": head_output,

@@ -227,6 +227,13 @@ def active_weights(model: ModelConfig) -> dict[str, int]:
     }
 
 
+def last_layer_weights(model: ModelConfig) -> dict[str, int]:
+    """Those of `active_weights` that lie behind the attention of the last layer, its output projection with
+    them."""
+    last = active_weights(replace(model, layers=1, dense_layers=int(not model.has_experts)))
+    return last | {"attention": model.heads * model.head_dim * model.hidden_size}
+
+
 def pair_flops(model: ModelConfig) -> int:
     """Forward FLOPs of a visible query-key pair in all layers: 4 head_dim per head, scores and values."""
     return 4 * model.heads * model.head_dim * model.layers
