@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
 from llada_megatron.config.flops import training_flops_per_sequence
+from llada_megatron.config.last_layer import drops_clean_rows
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.corpus import read_index
@@ -30,7 +31,7 @@ from llada_megatron.runtime.launch import already_started, launch
 RATIO_TOLERANCE = 0.10
 OVERHEAD_LIMIT = 0.03
 PRELOAD = "llada_megatron.training.loop"
-FULL_LOGITS = "full logits"
+FULL_LOGITS, CLEAN_ROWS = "full logits", "clean rows to the end"
 
 
 @dataclass
@@ -101,12 +102,14 @@ def _trainer(config: Config) -> Any:
     return build_trainer(config, rules.schedule_of(config))
 
 
-def _cases(config: Config) -> dict[str, tuple[Stage, bool]]:
-    """Stage of each case, and whether the head computes full logits."""
+def _cases(config: Config) -> dict[str, tuple[Stage, str]]:
+    """Stage of each case, and what it computes besides what it needs: nothing, or one of the two names."""
     stages = {stage.name: stage for stage in rules.schedule_of(config).stages}
-    cases = {name: (stage, False) for name, stage in stages.items()}
+    cases = {name: (stage, "") for name, stage in stages.items()}
     if config.layout.processes == 1:
-        cases[f"bdlm, {FULL_LOGITS}"] = (stages["bdlm"], True)
+        cases[f"bdlm, {FULL_LOGITS}"] = (stages["bdlm"], FULL_LOGITS)
+        if drops_clean_rows(config, config.layout):
+            cases[f"bdlm, {CLEAN_ROWS}"] = (stages["bdlm"], CLEAN_ROWS)
     return cases
 
 
@@ -117,14 +120,14 @@ def _time(config: Config, rounds: int) -> list[Case]:
     trainer = _trainer(config)
     cases = {name: Case(name) for name in _cases(config)}
     for turn in range(rounds + 1):  # the first round warms up
-        for name, (stage, full) in _cases(config).items():
+        for name, (stage, besides) in _cases(config).items():
             ranks.barrier()
-            seconds, outside = max(ranks.gathered(_step(trainer, stage, turn, full)))
+            seconds, outside = max(ranks.gathered(_step(trainer, stage, turn, besides)))
             if turn:
                 cases[name].seconds.append(seconds)
                 cases[name].outside.append(outside)
             elif config.layout.processes == 1:
-                cases[name].flops, cases[name].visible_flops = _flops(trainer, stage, full)
+                cases[name].flops, cases[name].visible_flops = _flops(trainer, stage, besides)
     return list(cases.values())
 
 
@@ -134,33 +137,36 @@ def _peak_bytes(config: Config, name: str) -> int:
 
     trainer = _trainer(config)
     before = device.peak_memory_bytes()
-    stage, full = _cases(config)[name]
+    stage, besides = _cases(config)[name]
     for turn in range(2):
-        _step(trainer, stage, turn, full)
+        _step(trainer, stage, turn, besides)
     return device.peak_memory_bytes() - before
 
 
-def _step(trainer: Any, stage: Stage, turn: int, full_logits: bool) -> tuple[float, float]:
+def _step(trainer: Any, stage: Stage, turn: int, besides: str) -> tuple[float, float]:
     """Seconds of one step, and of its part outside megatron-core."""
     from llada_megatron.bench.timed import timed_step
 
-    return timed_step(trainer, stage.first_step + turn, full_logits=full_logits)
+    options = {"full_logits": besides == FULL_LOGITS, "clean_rows": besides == CLEAN_ROWS}
+    return timed_step(trainer, stage.first_step + turn, **options)
 
 
-def _flops(trainer: Any, stage: Stage, full_logits: bool) -> tuple[float, float]:
+def _flops(trainer: Any, stage: Stage, besides: str) -> tuple[float, float]:
     """FLOPs of a step that the executor performs, and that the visible pairs need."""
     from llada_megatron.attention.tiles import performed_pairs
     from llada_megatron.training.step import micro_batches
 
     config, objective = trainer.config, trainer.objectives[stage.objective]
-    model = config.model
+    model, full_logits = config.model, besides == FULL_LOGITS
     performed = visible = 0.0
     for batch in micro_batches(trainer, objective, stage, stage.first_step, 0.0):
         inputs = batch.inputs
         samples, positions = inputs.tokens.shape
+        drops = inputs.noisy_outputs and not besides and drops_clean_rows(config, config.layout)
         rows = inputs.tokens.numel() if full_logits else len(inputs.outputs)
         common = dict(
             positions=positions * samples,
+            last_positions=positions * samples // (2 if drops else 1),
             supervised=rows,
             head_recomputed=not full_logits and rows > model.head_chunk_tokens,
         )

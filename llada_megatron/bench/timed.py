@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,8 +34,10 @@ class Stopwatch:
 class Timed(Objective):
     """An objective whose losses are timed; its batches are built beside the model (training/ahead.py)."""
 
-    def __init__(self, timed: Objective, stopwatch: Stopwatch, *, full_logits: bool) -> None:
-        self.timed, self.stopwatch, self.full_logits = timed, stopwatch, full_logits
+    def __init__(
+        self, timed: Objective, stopwatch: Stopwatch, change: Callable[[MicroBatch], MicroBatch]
+    ) -> None:
+        self.timed, self.stopwatch, self.change = timed, stopwatch, change
         self.config, self.geometry, self.readout = timed.config, timed.geometry, timed.readout
         self.draft_readout, self.counts_known = timed.draft_readout, timed.counts_known
         self.draft_turns = timed.draft_turns
@@ -43,9 +45,8 @@ class Timed(Objective):
         self.draft_batch = timed.draft_batch  # type: ignore[method-assign]
 
     def batch(self, *args: Any, **kwargs: Any) -> MicroBatch:
-        """The objective's, on every row where full logits are asked for."""
-        batch = self.timed.batch(*args, **kwargs)
-        return on_every_row(batch) if self.full_logits else batch
+        """The objective's, changed."""
+        return self.change(self.timed.batch(*args, **kwargs))
 
     def loss(self, batch: MicroBatch, output: torch.Tensor) -> Loss:
         """The objective's."""
@@ -61,17 +62,30 @@ def on_every_row(batch: MicroBatch) -> MicroBatch:
         return values.new_zeros(N).index_copy_(0, inputs.outputs, values)
 
     assert inputs.labels is not None
-    spread_inputs = replace(inputs, labels=spread(inputs.labels), outputs=torch.arange(N))
+    spread_inputs = replace(
+        inputs, labels=spread(inputs.labels), outputs=torch.arange(N), noisy_outputs=False
+    )
     return replace(
         batch, inputs=spread_inputs, rows={name: spread(rows) for name, rows in batch.rows.items()}
     )
 
 
-def timed_step(trainer: Trainer, step: int, *, full_logits: bool) -> tuple[float, float]:
+def _as_it_is(batch: MicroBatch) -> MicroBatch:
+    return batch
+
+
+def with_clean_rows(batch: MicroBatch) -> MicroBatch:
+    """The clean half passes all of the last layer, as if something read it there."""
+    return replace(batch, inputs=replace(batch.inputs, noisy_outputs=False))
+
+
+def timed_step(
+    trainer: Trainer, step: int, *, full_logits: bool, clean_rows: bool = False
+) -> tuple[float, float]:
     """Seconds of one step, and of its part outside megatron-core's passes and optimizer: losses, and what is
     waited for batches, among it.
 
-    `full_logits`: the head is applied to every row, in one piece.
+    `full_logits`: the head is applied to every row, in one piece. `clean_rows`: see `with_clean_rows`.
     """
     inside, ours = Stopwatch(), Stopwatch()
 
@@ -85,10 +99,8 @@ def timed_step(trainer: Trainer, step: int, *, full_logits: bool) -> tuple[float
         return iter(one, None)
 
     stage = trainer.model[0].module
-    objectives = {
-        name: Timed(objective, ours, full_logits=full_logits)
-        for name, objective in trainer.objectives.items()
-    }
+    change = on_every_row if full_logits else with_clean_rows if clean_rows else _as_it_is
+    objectives = {name: Timed(objective, ours, change) for name, objective in trainer.objectives.items()}
     chunk_tokens = stage.head_chunk_tokens
     if full_logits:
         stage.head_chunk_tokens = 1 << 30

@@ -24,6 +24,11 @@ class Contents:
     def layers(self) -> int:
         return self.dense + self.moe
 
+    @property
+    def before_last(self) -> tuple[int, int]:
+        """Dense and MoE layers but for the model's last one, which is a MoE layer where there are any."""
+        return self.dense - (self.last and not self.moe), self.moe - (self.last and self.moe > 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Parameters:

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
+from llada_megatron.config.last_layer import needed_rows_per_token
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import ClusterConfig, Config, ModelConfig
 from llada_megatron.config.stage_settings import diffusion_of
@@ -62,18 +63,28 @@ def _normal(x: float) -> float:
 
 
 def training_flops_per_sequence(
-    model: ModelConfig, *, positions: int, pairs: float, supervised: float, head_recomputed: bool = False
+    model: ModelConfig,
+    *,
+    positions: int,
+    pairs: float,
+    supervised: float,
+    head_recomputed: bool = False,
+    last_positions: int | None = None,
 ) -> float:
     """Forward and backward FLOPs of one sequence, without recompute of the layers.
 
     positions: tokens that pass the layers (2L with a clean copy, else L); pairs: query-key pairs of one
-    attention layer; supervised: positions that pass the head. A weight costs 2 FLOPs forward and 4
-    backward per token (2 where it is frozen beside an adapter), a pair twice as much backward as forward.
+    attention layer; supervised: positions that pass the head; last_positions: those that pass what lies
+    behind the last layer's attention, all unless given. A weight costs 2 FLOPs forward and 4 backward per
+    token (2 where it is frozen beside an adapter), a pair twice as much backward as forward. Adapters, which
+    are small, are counted for all positions.
     """
     formulas, has_adapters = formulas_of(model), model.lora.rank > 0
     per_weight = 4 if has_adapters else 6  # a frozen matrix has no gradient of its own
     weights = per_weight * sum(formulas.active_weights(model).values())
     matrices = (weights + 6 * formulas.active_adapters(model)) * positions
+    ended = 0 if last_positions is None else positions - last_positions
+    matrices -= per_weight * sum(formulas.last_layer_weights(model).values()) * ended
     attention = 3 * formulas.pair_flops(model) * pairs
     per_head = per_weight + (2 if head_recomputed else 0)
     head = per_head * model.hidden_size * model.vocab_size * supervised
@@ -126,13 +137,17 @@ def pairs_per_sequence(config: Config, stage: Stage, documents: DocumentLengths 
 
 
 def model_flops_per_token(config: Config, stage: Stage, documents: DocumentLengths | None = None) -> float:
-    """FLOPs of training per data token; attention counts visible pairs, and nothing is recomputed."""
+    """FLOPs of training per data token; attention counts visible pairs, and nothing is recomputed.
+
+    Behind the last layer's attention rows count that something reads there (config/last_layer.py).
+    """
     length = stage.sequence_length
     flops = training_flops_per_sequence(
         config.model,
         positions=length * stage.rows_per_token,
         pairs=pairs_per_sequence(config, stage, documents),
         supervised=supervised_per_sequence(config, stage),
+        last_positions=length * needed_rows_per_token(config, stage),
     )
     return flops / length
 

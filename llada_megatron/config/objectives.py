@@ -66,6 +66,8 @@ class Geometry:
     """Whether the model reads `[x_t ; x_0]`, where a sequence has several blocks."""
     supervised: Callable[[DiffusionConfig, int], float]
     """Positions of a sequence of L tokens that the head is applied to, on average."""
+    supervises_clean_half: bool = False
+    """Whether clean rows are among them, so that `ModelInputs.noisy_outputs` is False."""
     figures: Mapping[str, Figure] = field(default_factory=dict)
     samples_per_sequence: Callable[[Config], int] = lambda config: 1
     """Samples in a row that read one sequence: sample i is made of sequence i // n."""

@@ -142,7 +142,8 @@ class ModelConfig:
     True balances the load that experts carry in training, where every other token is a clean one; their
     time and memory follow that load. False balances what decoding mostly runs: each block passes up to
     block_size times noisy and once clean, and a balance over both halves may hide experts that only clean
-    tokens choose. Stages without a clean half count all tokens either way.
+    tokens choose; clean tokens then leave out the last layer's experts (docs/objective.md). Stages without
+    a clean half count all tokens either way.
     """
     qkv_bias: bool = False
     """Biases on queries, keys and values, as Qwen2 has them."""

@@ -137,7 +137,7 @@ class Evaluator:
         )
         targets = autoregressive_batch(samples).inputs
         inputs.outputs = targets.outputs + half * length * len(samples)
-        inputs.labels = targets.labels
+        inputs.labels, inputs.noisy_outputs = targets.labels, half == 0
         return _batch(inputs, np.ones(len(inputs.outputs)))
 
     def _sums(

@@ -69,6 +69,7 @@ class BlockDiffusionStage(LanguageModule):
                 max_seqlen_kv=S,
                 keys=inputs.keys,
                 angles=self.rotary_pos_emb(inputs.positions) if self.config.multi_latent_attention else None,
+                drops_clean_rows=inputs.noisy_outputs,
             ),
             "padding_mask": self._marks(inputs),
             "output_processor": head_output,

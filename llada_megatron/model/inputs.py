@@ -64,6 +64,9 @@ class ModelInputs:
     readout: Readout = CROSS_ENTROPY
     """What the model returns for each of the N rows."""
     noise: EmbeddingNoise | None = None
+    noisy_outputs: bool = False
+    """Whether all N rows lie in the noisy half of `[x_t ; x_0]`: what the last layer makes of the clean half
+    is then read by nobody."""
     soft: SoftTokens | None = None
     """None: every row is its token."""
     draws: torch.Tensor | None = None

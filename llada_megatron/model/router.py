@@ -54,6 +54,8 @@ class BalancedRouter(TopKRouter):
         [S, B, 1 + w] of model/pools.py. What `rows_cap` drops has been counted for the balance: it is what
         wanted to come. Evaluation drops nothing.
         """
+        if padding_mask is not None and len(padding_mask) > len(logits):
+            padding_mask = None  # behind the last attention there are none that the balance leaves out
         ignored_SB = padding_mask
         if self.expert_capacity:
             assert padding_mask is not None

@@ -21,7 +21,10 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.router import RouterConfig
 from llada_megatron.config.schema import LoraConfig, ModelConfig
 from llada_megatron.model.adapters import adapt
-from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
+from llada_megatron.model.core_attention import (
+    BlockDiffusionCoreAttention,
+    get_bias_dropout_add_of_noisy_rows,
+)
 from llada_megatron.model.experts import Experts
 from llada_megatron.model.mla import LatentAttention
 from llada_megatron.model.router import BalancedRouter
@@ -82,10 +85,12 @@ def block_spec(
     lora: LoraConfig,
     router: RouterConfig,
     expert_capacity: int,
+    drops_clean_rows: bool = False,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage with our attention, router, and in the local spec norms and experts.
 
-    `attention` is a setting of model.attention_backend, or an executor itself.
+    `attention` is a setting of model.attention_backend, or an executor itself. With `drops_clean_rows`
+    the last of the layers goes on behind its attention with noisy rows alone, where nothing reads others.
 
     In its local spec megatron-core 0.19.2 writes the pre-MLP norm of MoE layers under the key of a fused
     linear layer that MoE layers do not have (gpt_layer_specs.py:459); the TE spec writes
@@ -117,6 +122,10 @@ def block_spec(
             submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         if lora.rank:
             adapt(layer, lora)
+    if drops_clean_rows:
+        submodules = spec.layer_specs[-1].submodules
+        submodules.self_attention.submodules.core_attention = partial(core_attention, is_last=True)
+        submodules.self_attn_bda = get_bias_dropout_add_of_noisy_rows
     if not transformer_engine:
         spec.layer_norm = RMSNorm
     return spec

@@ -171,6 +171,7 @@ def diffusion_inputs(
         keys=ContextShard(mask),
         outputs=flat_outputs(rows),
         labels=torch.from_numpy(np.concatenate([c[row] for c, row in zip(clean, rows, strict=True)])),
+        noisy_outputs=clean_copy,
     )
 
 

@@ -23,8 +23,16 @@ Parts = dict[str, int]
 what lies between them."""
 
 
-def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int) -> Parts:
-    """What one layer keeps without recompute.
+def layer_parts(
+    model: ModelConfig,
+    shape: Shape,
+    layout: LayoutConfig,
+    *,
+    moe: bool,
+    b: int,
+    behind: Shape | None = None,
+) -> Parts:
+    """What one layer keeps without recompute; `behind` its attention the last one has fewer rows, t and S.
 
     residual   2 b tH: the layer's input, and the sum after attention
     norms      2 b tH outputs, 8t 1/rms; with qk_norm 4S (heads + kv_heads)/tp more 1/rms
@@ -40,21 +48,22 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
                (and see held_bytes). With gathered tokens T (layout.dispatcher=allgather) instead of sorted
                ones 8N order of the copies; 4N probabilities, chosen by 5T E/ep of scores and map
     """
-    S, t, N, tp = shape.rows, shape.tokens, shape.routed, layout.tp
+    S, t, tp, behind = shape.rows, shape.tokens, layout.tp, behind or shape
     hidden, head_dim = model.hidden_size, model.head_dim
     q, g = model.heads * head_dim // tp, model.kv_heads * head_dim // tp
     norm_rows = S * (model.heads + model.kv_heads) // tp if model.qk_norm else 0
     copied_queries = b * S * q if model.qk_norm and model.kv_heads // tp > 1 else 0
     rotary = 4 * b * shape.rotary_rows * model.rotated_channels
     parts = {
-        "residual": 2 * b * t * hidden,
-        "norms": 2 * b * t * hidden + 8 * t + 4 * norm_rows,
+        "residual": b * (t + behind.tokens) * hidden,
+        "norms": (b * hidden + 4) * (t + behind.tokens) + 4 * norm_rows,
         "attention": b * S * (q + 2 * g) + copied_queries + 2 * b * S * q + rotary,
         "core_attn": 4 * S * model.heads // tp + (2 * b * shape.keys * g if layout.cp > 1 else b * S * g),
     }
-    if model.mla.is_used:
+    if model.mla.is_used:  # behind is shape
         own = latents.attention_parts(model, shape, layout, b=b)
         parts |= own | {"norms": 2 * b * t * hidden + 8 * t + own["norms"]}
+    S, t, N = behind.rows, behind.tokens, behind.routed
     if not moe:
         parts["mlp"] = 3 * b * S * model.ffn_hidden_size // tp
         return parts
@@ -64,7 +73,7 @@ def layer_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: 
         parts["shared_experts"] += b * S * hidden
     parts["experts"] = b * N * (hidden + 3 * model.expert_hidden_size // layout.etp)
     if layout.dispatcher is Dispatcher.allgather:
-        chosen_from = gathered_tokens(shape, layout) * model.experts // layout.ep
+        chosen_from = gathered_tokens(behind, layout) * model.experts // layout.ep
         parts["router"] = t * router_bytes(model) + 12 * N + 5 * chosen_from
     else:
         parts["router"] = t * (router_bytes(model) + 8 * model.experts + 8 * k) + 4 * N
@@ -114,8 +123,16 @@ def recomputed_modules(layout: LayoutConfig) -> frozenset[str]:
     return frozenset(modules | {"shared_experts"} if "moe" in modules else modules)
 
 
-def kept(model: ModelConfig, parts: Parts, shape: Shape, layout: LayoutConfig, *, b: int) -> Parts:
-    """What is left of a layer's parts under layout.recompute.
+def kept(
+    model: ModelConfig,
+    parts: Parts,
+    shape: Shape,
+    layout: LayoutConfig,
+    *,
+    b: int,
+    behind: Shape | None = None,
+) -> Parts:
+    """What is left of a layer's parts under layout.recompute; `behind` as in `layer_parts`.
 
     full keeps the layer's input, b tH. core_attn keeps its inputs: the rotated keys b Sg and what attention
     keeps. mlp, moe and shared_experts keep nothing: their input is the norm's output. layernorm drops the
@@ -126,7 +143,7 @@ def kept(model: ModelConfig, parts: Parts, shape: Shape, layout: LayoutConfig, *
         return parts
     if layout.recompute is Recompute.full:
         return {"residual": b * shape.tokens * model.hidden_size}
-    modules = recomputed_modules(layout)
+    modules, behind = recomputed_modules(layout), behind or shape
     left = dict(parts)
     if "core_attn" in modules:
         own_keys = b * shape.rows * model.kv_heads * model.head_dim // layout.tp
@@ -135,10 +152,10 @@ def kept(model: ModelConfig, parts: Parts, shape: Shape, layout: LayoutConfig, *
         left["core_attn"] = own_keys
     if "experts" in parts:
         if "layernorm" in modules:
-            left["norms"] -= b * shape.tokens * model.hidden_size
+            left["norms"] -= b * behind.tokens * model.hidden_size
         if "moe_act" in modules:
             inputs = model.hidden_size + 2 * model.expert_hidden_size // layout.etp
-            left["experts"] = b * shape.routed * inputs
+            left["experts"] = b * behind.routed * inputs
     dropped = {"mlp": ("mlp",), "shared_experts": ("shared_experts",), "moe": ("experts", "router")}
     for module in modules:
         for part in dropped.get(module, ()):

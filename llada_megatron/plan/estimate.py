@@ -11,11 +11,13 @@ from llada_megatron.config.families import formulas_of
 from llada_megatron.config.flops import (
     DocumentLengths,
     mfu,
+    model_flops_per_token,
     pairs_per_sequence,
     read_before_per_sequence,
     supervised_per_sequence,
     training_flops_per_sequence,
 )
+from llada_megatron.config.last_layer import last_rows_per_token
 from llada_megatron.config.layout import micro_batches_per_step
 from llada_megatron.config.parameters import cached_token_bytes
 from llada_megatron.config.schedule import Schedule, Stage
@@ -277,18 +279,24 @@ def flops_per_token(
     """
     model, length = config.model, stage.sequence_length
     positions = length * stage.rows_per_token
+    last_positions = length * last_rows_per_token(config, layout, stage)
     pairs = pairs_per_sequence(config, stage, documents)
     supervised = supervised_per_sequence(config, stage)
     chunked = supervised * stage.micro_batch / layout.cp > model.head_chunk_tokens
-    needed, performed = (
-        training_flops_per_sequence(
-            model, positions=positions, pairs=pairs, supervised=supervised, head_recomputed=recomputed
-        )
-        for recomputed in (False, chunked)
+    performed = training_flops_per_sequence(
+        model,
+        positions=positions,
+        pairs=pairs,
+        supervised=supervised,
+        head_recomputed=chunked,
+        last_positions=last_positions,
     )
     formulas, again = formulas_of(model), recomputed_modules(layout)
-    weights = formulas.active_weights(model)
-    performed += 2 * positions * sum(size for module, size in weights.items() if module in again)
+    weights, last_weights = formulas.active_weights(model), formulas.last_layer_weights(model)
+    ended = {module: (positions - last_positions) * size for module, size in last_weights.items()}
+    performed += 2 * sum(
+        positions * size - ended.get(module, 0) for module, size in weights.items() if module in again
+    )
     if "core_attn" in again:
         performed += formulas.pair_flops(model) * pairs
     before = training_flops_per_sequence(
@@ -297,9 +305,10 @@ def flops_per_token(
         pairs=pairs,
         supervised=read_before_per_sequence(config, stage),
         head_recomputed=False,
+        last_positions=last_positions,
     )
     performed += passes_before(config, layout, stage) * before / 3  # forward is a third of both
-    return needed / length, performed / length
+    return model_flops_per_token(config, stage, documents), performed / length
 
 
 def _breakdown(

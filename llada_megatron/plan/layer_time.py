@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llada_megatron.config.families.gpt import expert_weights
 from llada_megatron.config.families.gpt_attention import attention_weights, attention_widths, pair_flops
@@ -102,7 +102,7 @@ class Work:
         block: Block,
         side: str,
         module: str,
-        rows: int,
+        rows: float,
         weights: float,
         *,
         grouped: bool = False,
@@ -146,10 +146,10 @@ def _side(message: traffic.Message) -> str:
     return "exchange" if message.module == "moe" and message.group in EXCHANGE else "attention"
 
 
-def layer(work: Work, units: Units, *, moe: bool) -> Block:
-    """Seconds of one layer."""
-    block, unit = Block(), units.moe if moe else units.dense
-    _products(work, block, moe=moe)
+def layer(work: Work, unit: Unit, *, moe: bool, behind: Shape | None = None) -> Block:
+    """Seconds of one layer; `behind` its attention the last one may have fewer rows."""
+    block, behind = Block(), behind or work.shape
+    _products(work, block, behind, moe=moe)
     for part in unit.whole:
         if part == "between":  # it lies there longer, and is no oftener written or read
             continue
@@ -158,28 +158,31 @@ def layer(work: Work, units: Units, *, moe: bool) -> Block:
         work.passes(block, side, kept, unit.whole[part] - kept)
     rotary_alone = work.at.fused and work.layout.cp > 1 and work.shape.samples > 1
     if work.at.spreads or rotary_alone:
-        given = work.model, work.shape, work.layout
+        given = work.model, behind, work.layout
         for side, there, back in unfused_bytes(*given, moe=moe, rotary_alone=rotary_alone, b=work.at.b):
             block.forward.add(side, "memory", there / work.at.memory)
             if not work.forward_only:
                 block.backward.add(side, "memory", back / work.at.memory)
-    messages = traffic.layer_messages(work.model, work.shape, work.layout, moe=moe, b=work.at.b)
-    work.messages(block, messages)
+    given = work.model, work.shape, work.layout
+    work.messages(block, traffic.layer_messages(*given, moe=moe, b=work.at.b, behind=behind))
     _hide(work, block, unit, moe=moe)
     return block
 
 
-def _products(work: Work, block: Block, *, moe: bool) -> None:
+def _products(work: Work, block: Block, behind: Shape, *, moe: bool) -> None:
     """Matrix products and attention; backward has twice the FLOPs of a visible pair."""
     model, shape, layout, at = work.model, work.shape, work.layout, work.at
-    tp, H, S, N = layout.tp, model.hidden_size, shape.rows, shape.routed
-    work.product(block, "attention", "attention", S, attention_weights(model) / tp)
+    tp, H, S, N = layout.tp, model.hidden_size, shape.rows, behind.routed
     inputs, outputs = attention_widths(model)
+    weights = attention_weights(model) / tp
+    ended = (S - behind.rows) * model.heads * model.value_dim // tp * H / weights  # rows of output projection
+    work.product(block, "attention", "attention", S - ended, weights)
     work.quantise(block, "attention", S * (H + inputs // tp), S * (H + outputs // tp))
     pairs = pair_flops(model) / model.layers / tp * shape.pairs / at.attention
     block.forward.add("attention", "attention", pairs)
     if not work.forward_only:
         block.backward.add("attention", "attention", (2 + ("core_attn" in work.again)) * pairs)
+    S = behind.rows
     if not moe:
         F = model.ffn_hidden_size // tp
         work.product(block, "attention", "mlp", S, 3 * H * F)
@@ -189,7 +192,7 @@ def _products(work: Work, block: Block, *, moe: bool) -> None:
     if Fs:
         work.product(block, "shared", "shared_experts", S, 3 * H * Fs)
         work.quantise(block, "shared", S * (H + Fs), S * (2 * Fs + H))
-    work.product(block, "attention", "moe", shape.tokens, model.experts * H, quantised=False)
+    work.product(block, "attention", "moe", behind.tokens, model.experts * H, quantised=False)
     one, here = expert_weights(model) / layout.etp, model.experts // layout.ep
     once = at.products(2 * N * one, here * one, 1, grouped=True, quantised=True)
     block.forward.add("experts", "expert gemm", once)
@@ -267,7 +270,23 @@ def embedding(work: Work, units: Units) -> Block:
     return block
 
 
-def head(work: Work) -> Block:
+def head(work: Work, units: Units) -> Block:
+    """Seconds of the head, and what the last layer takes beyond another of its kind: less, if anything."""
+    block = _head(replace(work, shape=work.shape.behind_last))
+    if units.last is None:
+        return block
+    moe = work.model.has_experts
+    last = layer(work, units.last, moe=moe, behind=work.shape.behind_last)
+    whole = layer(work, units.moe if moe else units.dense, moe=moe)
+    for sign, layers in ((1, last), (-1, whole)):
+        for way, of_layer in ((block.forward, layers.forward), (block.backward, layers.backward)):
+            for side, kinds in of_layer.sides.items():
+                for kind, seconds in kinds.items():
+                    way.add(side, kind, sign * seconds)
+    return block
+
+
+def _head(work: Work) -> Block:
     """Chunked logits run forward twice; they pass through memory in bf16 (or fp32) and in fp32."""
     model, shape, layout, at = work.model, work.shape, work.layout, work.at
     block, chunks = Block(), -(-shape.supervised // model.head_chunk_tokens)

@@ -125,13 +125,17 @@ class Units:
     """Hidden states between two pipeline stages."""
     clipping: int
     """What the first stage needs once a step's passes are over, when nothing is kept."""
+    last: Unit | None = None
+    """The model's last layer, where fewer rows go on behind its attention; None: it is like the others."""
 
     def of(self, contents: Contents) -> list[tuple[int, Unit]]:
         """What a (virtual) stage is made of, and how often."""
+        dense, moe = contents.before_last if self.last else (contents.dense, contents.moe)
         return [
             (int(contents.first), self.embedding),
-            (contents.dense, self.dense),
-            (contents.moe, self.moe),
+            (dense, self.dense),
+            (moe, self.moe),
+            *([(int(contents.last), self.last)] if self.last else []),
             (int(contents.last and contents.moe > 0), self.normed),
             (int(contents.last), self.head),
             (1, self.stage),
@@ -166,9 +170,10 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
 
     Of what goes to the host two layers' are on the device: one leaves, one comes back.
     """
-    dense, moe = (_layer(model, shape, layout, moe=moe, b=b) for moe in (False, True))
+    dense, moe = (_layer(model, shape, shape, layout, moe=moe, b=b) for moe in (False, True))
+    behind = shape.behind_last
     embedding = activations.embedding_bytes(shape, layout)
-    head = activations.head_bytes(model, shape, layout, b=b)
+    head = activations.head_bytes(model, behind, layout, b=b)
     beside = activations.stage_bytes(model, shape, layout)
     hidden = b * shape.tokens * model.hidden_size
     normed = hidden if layout.overlap_experts else 0
@@ -183,8 +188,8 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         head=Unit(
             parts={"head": head},
             kept=head,
-            forward=transient.head_forward(model, shape, layout, b=b),
-            backward=transient.head_backward(model, shape, layout, b=b),
+            forward=transient.head_forward(model, behind, layout, b=b),
+            backward=transient.head_backward(model, behind, layout, b=b),
         ),
         normed=Unit(parts={"head": normed}, kept=normed),
         stage=Unit(
@@ -196,25 +201,29 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         gathering=activations.gather_buffer(model, shape, layout, b=b),
         hidden=hidden,
         clipping=transient.clipping(model, layout),
+        last=None if behind is shape else _layer(model, shape, behind, layout, moe=model.has_experts, b=b),
     )
 
 
-def _layer(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int) -> Unit:
-    whole = activations.layer_parts(model, shape, layout, moe=moe, b=b)
-    left = activations.kept(model, whole, shape, layout, b=b)
+def _layer(
+    model: ModelConfig, shape: Shape, behind: Shape, layout: LayoutConfig, *, moe: bool, b: int
+) -> Unit:
+    """`behind`: the rows that go on behind its attention."""
+    whole = activations.layer_parts(model, shape, layout, moe=moe, b=b, behind=behind)
+    left = activations.kept(model, whole, shape, layout, b=b, behind=behind)
     host = offloaded(model, left, shape, layout, b=b)
     here = {part: size - host.get(part, 0) for part, size in left.items()}
-    given = model, shape, layout, whole, left
+    given = model, behind, layout, whole, left
     return Unit(
         parts=here,
         kept=sum(here.values()),
         whole=whole,
         host=sum(host.values()),
-        held=activations.held_bytes(model, shape, layout) if moe else 0,
+        held=activations.held_bytes(model, behind, layout) if moe else 0,
         forward=(
-            transient.experts_forward(model, shape, layout, b=b)
+            transient.experts_forward(model, behind, layout, b=b)
             if moe
-            else transient.dense_forward(model, shape, b=b)
+            else transient.dense_forward(model, behind, b=b)
         ),
         backward=(transient.experts_backward if moe else transient.dense_backward)(*given, b=b),
         travelling=(

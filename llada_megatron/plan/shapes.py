@@ -11,6 +11,7 @@ from llada_megatron.config.flops import (
     read_before_per_sequence,
     supervised_per_sequence,
 )
+from llada_megatron.config.last_layer import last_rows_per_token
 from llada_megatron.config.objectives import RowBytes
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
@@ -56,6 +57,8 @@ class Shape:
     """`row_bytes.sums` of such a pass."""
     samples: int = 1
     """The most sequences of a micro-batch in any stage of the schedule."""
+    last_rows: int = 0
+    """Of `rows` those that go on behind the last layer's attention; 0: all."""
     experts_on_node: int = 0
     """Ranks of an expert-parallel group (with etp) on one node; 0: all."""
 
@@ -64,6 +67,24 @@ class Shape:
         """The micro-batch in a pass before the step's own, whose head may read something else."""
         row_bytes = replace(self.row_bytes, sums=self.sums_before)
         return replace(self, supervised=self.supervised_before, row_bytes=row_bytes)
+
+    @property
+    def behind_last(self) -> Shape:
+        """The micro-batch behind the last layer's attention."""
+
+        def going_on(count: int) -> int:
+            return -(-count * self.last_rows // self.rows)
+
+        if self.last_rows in (0, self.rows):
+            return self
+        return replace(
+            self,
+            last_rows=0,
+            rows=going_on(self.rows),
+            tokens=going_on(self.tokens),
+            sent=going_on(self.sent),
+            routed=going_on(self.routed),
+        )
 
 
 def shape_of(
@@ -107,6 +128,7 @@ def shape_of(
         supervised_before=math.ceil(read_before_per_sequence(config, stage) * stage.micro_batch / cp),
         sums_before=stage.geometry.read_before.sums,
         samples=max(each.micro_batch or layout.micro_batch for each in config.schedule.stages),
+        last_rows=rows // stage.rows_per_token * last_rows_per_token(config, layout, stage),
         experts_on_node=min(layout.ep * layout.etp, config.cluster.gpus_per_node or layout.processes),
     )
 

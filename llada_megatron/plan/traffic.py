@@ -46,15 +46,22 @@ class Message:
 
 
 def layer_messages(
-    model: ModelConfig, shape: Shape, layout: LayoutConfig, *, moe: bool, b: int
+    model: ModelConfig,
+    shape: Shape,
+    layout: LayoutConfig,
+    *,
+    moe: bool,
+    b: int,
+    behind: Shape | None = None,
 ) -> list[Message]:
-    """Messages of one layer and micro-batch.
+    """Messages of one layer and micro-batch; `behind` its attention the last one may have fewer rows.
 
     tp   attention and a dense MLP or shared expert each gather their input [S, H] and scatter their output;
          backward gathers the output's gradient, gathers the input again for the weights' gradient and
          scatters the input's gradient. The last two run beside matrix products (megatron-core's layers.py).
          With model.mla the widths of latents.py are gathered.
          A shared expert that computes while tokens travel keeps its gathered input.
+         Where fewer rows go on, those of the residual [t, H] change ranks, and their gradients come back.
     cp   clean keys and values [L, 2, g] gathered, their gradients scattered (attention/context.py)
     tp*cp  with pools of experts the best score of each expert in each block, fp32 [P, E]
     ep*etp  each process's count of tokens for every expert, int64
@@ -65,16 +72,25 @@ def layer_messages(
     etp  received copies [N, H] and their fp32 probabilities gathered, outputs scattered in fp32 (the
          dispatcher casts them to the probabilities' type); the reverse in backward
     """
-    messages = _attention(model, shape, layout, b)
+    behind = behind or shape
+    messages = _attention(model, shape, behind, layout, b)
     if layout.cp > 1:
         keys = shape.gathered * model.kv_heads * (model.head_dim + model.value_dim) // layout.tp * b
         messages.append(Message("cp", "all_gather", keys, 1, 0, module="core_attn"))
         messages.append(Message("cp", "reduce_scatter", keys, 0, 1, module="core_attn"))
     if not moe:
-        return messages + _tensor_parallel("mlp", shape, layout, model.hidden_size, b)
+        return messages + _tensor_parallel("mlp", behind, behind, layout, model.hidden_size, b)
+    return messages + _moe_messages(model, behind, layout, b)
+
+
+def _moe_messages(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -> list[Message]:
+    """Those of a layer's experts, and of what comes with them."""
+    messages: list[Message] = []
     if model.shared_expert_hidden_size:
         keeps = layout.overlap_shared_experts
-        messages += _tensor_parallel("shared_experts", shape, layout, model.hidden_size, b, keeps_input=keeps)
+        messages += _tensor_parallel(
+            "shared_experts", shape, shape, layout, model.hidden_size, b, keeps_input=keeps
+        )
     if model.expert_capacity and layout.tp * layout.cp > 1:
         best = 4 * shape.blocks * model.experts
         messages.append(Message("tp*cp", "all_reduce", best, 1, 0, module="moe"))
@@ -189,16 +205,18 @@ def of_rank(
     passes_before: forward passes over its micro-batches before the step's own.
     """
     again = recomputed_modules(layout)
+    behind = shape.behind_last
     units = (
         layer_messages(model, shape, layout, moe=False, b=b),
         layer_messages(model, shape, layout, moe=True, b=b),
+        layer_messages(model, shape, layout, moe=model.has_experts, b=b, behind=behind),
         embedding_messages(model, shape, layout, b=b),
-        head_messages(model, shape, layout, b=b),
+        head_messages(model, behind, layout, b=b),
     )
-    units_before = (*units[:3], head_messages(model, shape.before, layout, b=b))
+    units_before = (*units[:4], head_messages(model, behind.before, layout, b=b))
     boundary = boundary_message(model, shape, b=b)
     for stage in stages:
-        numbers = stage.dense, stage.moe, stage.first, stage.last
+        numbers = *stage.before_last, stage.last, stage.first, stage.last
         for number, messages, messages_before in zip(numbers, units, units_before, strict=True):
             for message in messages:
                 yield number * micro_batches * message.calls(again), message
@@ -236,9 +254,11 @@ def _flex(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -> lis
     return [Message("ep*etp", "exchange", inside, 2, 2, module="moe", network=outside)]
 
 
-def _attention(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -> list[Message]:
+def _attention(
+    model: ModelConfig, shape: Shape, behind: Shape, layout: LayoutConfig, b: int
+) -> list[Message]:
     if not model.mla.is_used or layout.tp == 1:
-        return _tensor_parallel("attention", shape, layout, model.hidden_size, b)
+        return _tensor_parallel("attention", shape, behind, layout, model.hidden_size, b)
     messages = [
         Message("tp", "reduce_scatter", b * shape.rows * model.hidden_size, 1, 0, module="attention"),
         Message("tp", "all_gather", b * shape.rows * model.hidden_size, 0, 1, module="attention"),
@@ -252,12 +272,28 @@ def _attention(model: ModelConfig, shape: Shape, layout: LayoutConfig, b: int) -
 
 
 def _tensor_parallel(
-    module: str, shape: Shape, layout: LayoutConfig, hidden: int, b: int, *, keeps_input: bool = False
+    module: str,
+    shape: Shape,
+    behind: Shape,
+    layout: LayoutConfig,
+    hidden: int,
+    b: int,
+    *,
+    keeps_input: bool = False,
 ) -> list[Message]:
     if layout.tp == 1:
         return []
-    payload, beside = b * shape.rows * hidden, 0 if keeps_input else 1
+    given, back, again = b * shape.rows * hidden, b * behind.rows * hidden, int(not keeps_input)
+    if given == back:
+        return [
+            Message("tp", "all_gather", given, 1, 1 + again, hidden=again, module=module),
+            Message("tp", "reduce_scatter", given, 1, 1, hidden=again, module=module),
+        ]
     return [
-        Message("tp", "all_gather", payload, 1, 1 + beside, hidden=beside, module=module),
-        Message("tp", "reduce_scatter", payload, 1, 1, hidden=beside, module=module),
+        Message("tp", "all_gather", given, 1, 1, hidden=1, module=module),
+        Message("tp", "all_gather", back, 0, 1, module=module),
+        Message("tp", "reduce_scatter", back, 1, 0, module=module),
+        Message("tp", "reduce_scatter", given, 0, 1, hidden=1, module=module),
+        Message("tp", "all_to_all", given / layout.tp, 1, 0, module=module),
+        Message("tp", "all_to_all", back / layout.tp, 0, 1, module=module),
     ]

@@ -27,6 +27,7 @@ class Doubled:
     check = staticmethod(gpt.check)
     stage_contents = staticmethod(gpt.stage_contents)
     pair_flops = staticmethod(gpt.pair_flops)
+    last_layer_weights = staticmethod(gpt.last_layer_weights)
     kept_numbers = staticmethod(gpt.kept_numbers)
     active_adapters = staticmethod(gpt.active_adapters)
 

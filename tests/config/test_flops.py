@@ -27,8 +27,10 @@ DENSE_THEN_MOE = ModelConfig(
 )
 
 
-@pytest.mark.parametrize(("head_recomputed", "head_passes"), [(False, 6), (True, 8)])
-def test_flops_equal_a_count_by_hand(head_recomputed, head_passes):
+@pytest.mark.parametrize(
+    ("head_recomputed", "head_passes", "last_positions"), [(False, 6, None), (True, 8, None), (False, 6, 10)]
+)
+def test_flops_equal_a_count_by_hand(head_recomputed, head_passes, last_positions):
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8  # q, k and v, output
     dense = attention + 3 * 8 * 24
     moe = attention + 3 * 8 * (3 * 5 + 7) + 8 * 16  # three routed experts, the shared one, the router
@@ -37,12 +39,15 @@ def test_flops_equal_a_count_by_hand(head_recomputed, head_passes):
     by_hand = (
         6 * (dense + moe) * positions + 2 * scores_and_values * pairs + head_passes * 8 * 100 * supervised
     )
+    if last_positions:
+        by_hand -= 6 * (moe - 8 * 8 - 2 * 8 * 4) * (positions - last_positions)  # q, k and v stay
     counted = training_flops_per_sequence(
         DENSE_THEN_MOE,
         positions=positions,
         pairs=pairs,
         supervised=supervised,
         head_recomputed=head_recomputed,
+        last_positions=last_positions,
     )
     assert counted == by_hand
 

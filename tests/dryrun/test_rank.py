@@ -19,6 +19,7 @@ SMALL = [  # head_dim 64 leaves no padding in a process's share of the optimizer
     ),
     *("layout.global_batch=16", "cluster.gpus_per_node=16", "cluster.peak_tflops=1"),
 ]
+NOISY = ["model.expert_balance_clean_half=false"]
 DENSE = ["model.experts=0", "model.dense_layers=3"]
 BDLM, MDLM = 0, 2
 FIRST = 0
@@ -56,6 +57,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "pp": (BDLM, ["layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
     "full_recompute": (BDLM, ["layout.recompute=full"]),
     "dense": (MDLM, [*DENSE, "layout.processes=2", "layout.tp=2"]),
+    "clean_rows_end_tp": (BDLM, [*DENSE, "layout.processes=2", "layout.tp=2"]),
     "cap": (FIRST, [*CAP, "layout.micro_batch=2", "layout.global_batch=2"]),
     "cap_counts_first": (FIRST, CAP),
     "dpo": (FIRST, DPO),
@@ -85,6 +87,8 @@ SLOW_CASES = (
     "overlap_experts_vpp",
     "overlap_experts_tp_etp",
     "overlap_shared_experts_tp",
+    "clean_rows_end_all_axes",
+    "clean_rows_end_recompute",
 )
 MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "bdlm": (BDLM, []),
@@ -257,6 +261,32 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "overlap_experts_levenshtein": (FIRST, [*LEVENSHTEIN, *OVERLAPPED, "layout.processes=2"]),
     "overlap_experts_editing": (FIRST, [*EDITING, *OVERLAPPED, "layout.processes=2"]),
     "overlap_experts_oput": (FIRST, [*OPUT, *OVERLAPPED, "layout.processes=2"]),
+    "clean_rows_end_all_axes": (
+        BDLM,
+        [
+            *NOISY,
+            *("layout.processes=8", "layout.tp=2", "layout.cp=2", "layout.pp=2", "layout.ep=4"),
+            "model.layers=4",
+        ],
+    ),
+    "clean_rows_end_recompute": (BDLM, [*DENSE, "layout.recompute=full"]),
+    "clean_rows_end_core_attn_mlp": (
+        BDLM,
+        [*DENSE, "layout.recompute=selective", "layout.recompute_modules=[core_attn,mlp]"],
+    ),
+    "clean_rows_end_vpp": (
+        BDLM,
+        [*NOISY, "layout.processes=4", "layout.pp=2", "layout.vpp=2", "model.layers=4"],
+    ),
+    "clean_rows_end_allgather": (
+        BDLM,
+        [*NOISY, "layout.processes=2", "layout.ep=2", "layout.dispatcher=allgather"],
+    ),
+    "clean_rows_end_cap_pp": (
+        FIRST,
+        [*CAP, *NOISY, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"],
+    ),
+    "clean_rows_end_oput_tp": (FIRST, [*OPUT, *NOISY, "layout.processes=2", "layout.tp=2"]),
     "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
 }
 

@@ -35,6 +35,12 @@ class Formulas(Protocol):
         """Weights that one token passes through in all layers, by module in the words of recompute."""
         ...
 
+    def last_layer_weights(self, model: ModelConfig) -> dict[str, int]:
+        """Those of `active_weights` that lie behind the attention of the last layer, which then may go on
+        with noisy rows alone; {} where it cannot.
+        """
+        ...
+
     def active_adapters(self, model: ModelConfig) -> int:
         """Elements of adapters that one token passes through in all layers; 0 without any."""
         ...

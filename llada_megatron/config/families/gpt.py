@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from llada_megatron.config.choices import ExpertScore
+from llada_megatron.config.choices import Core, ExpertScore
 from llada_megatron.config.contents import Contents, Parameters, aligned, separate_experts
 from llada_megatron.config.families.gpt_adapters import active_adapters as active_adapters
 from llada_megatron.config.families.gpt_adapters import adapter_parameters
@@ -223,6 +223,15 @@ def active_weights(model: ModelConfig) -> dict[str, int]:
         "shared_experts": moe * 3 * model.hidden_size * model.shared_expert_hidden_size,
         "moe": moe * (model.experts_per_token * expert_weights(model) + model.hidden_size * model.experts),
     }
+
+
+def last_layer_weights(model: ModelConfig) -> dict[str, int]:
+    """Those of `active_weights` that lie behind the attention of the last layer, its output projection with
+    them; empty where the clean rows stay to the end: with model.mla, and in HybridModel."""
+    if model.mla.is_used or model.core is Core.hybrid:
+        return {}
+    last = active_weights(replace(model, layers=1, dense_layers=int(not model.has_experts)))
+    return last | {"attention": model.heads * model.head_dim * model.hidden_size}
 
 
 def expert_weights(model: ModelConfig) -> int:

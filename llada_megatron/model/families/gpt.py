@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from llada_megatron.attention.registry import Executor
+from llada_megatron.config.last_layer import drops_clean_rows
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.schema import Config, Core, LayoutConfig, ModelConfig, Recompute
 from llada_megatron.model import speed
@@ -141,6 +142,7 @@ def build_stage(
     layer_spec = resolve_layer_spec(model)
     speed.refuse_here(config)
     transformer = transformer_config(config, layer_spec=layer_spec)
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     stage = _class_of(config)(
         transformer,
         block_spec(
@@ -151,11 +153,12 @@ def build_stage(
             lora=model.lora,
             router=model.router,
             expert_capacity=model.expert_capacity,
+            drops_clean_rows=is_last and drops_clean_rows(config, config.layout),
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=2 * config.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=model.tied_head,
         position_embedding_type="rope",
