@@ -93,6 +93,7 @@ def check(model: ModelConfig) -> None:
     gpt.check(replace(model, family="gpt"))
     for setting, isset, instead in (
         ("model.lora.rank", model.lora.rank, "0: adapters stand beside the gpt family's layers"),
+        ("model.mla.kv_lora_rank", model.mla.is_used, "0: both its attentions keep keys and values of heads"),
         ("model.tied_head", model.tied_head, "false: muP gives embedding and head other scales"),
         ("model.expert_capacity", model.expert_capacity, "0: concepts have no blocks to route by"),
         ("model.router.rows_cap", model.router.rows_cap, "0: it counts rows of tokens"),
@@ -146,6 +147,11 @@ def active_weights(model: ModelConfig) -> dict[str, int]:
     return found
 
 
+def last_layer_weights(model: ModelConfig) -> dict[str, int]:
+    """None: there is no clean half."""
+    return {}
+
+
 def active_adapters(model: ModelConfig) -> int:
     """0: the family has none."""
     return 0
@@ -160,12 +166,13 @@ def pair_flops(model: ModelConfig) -> int:
     return round(4 * model.head_dim * (of_tokens + of_concepts))
 
 
-def kept_numbers(model: ModelConfig) -> int:
+def kept_numbers(model: ModelConfig, tp: int = 1) -> int:
     """Keys and values of a token, and those of its share of a concept."""
     concepts = model.concepts
     layers = concepts.encoder_layers + concepts.decoder_layers
     per_concept = concepts.kv_heads * concepts.backbone_layers(model.layers) + model.kv_heads
-    return 2 * model.head_dim * (layers * model.kv_heads + round(per_concept / concepts.tokens_per_concept))
+    heads = layers * model.kv_heads + round(per_concept / concepts.tokens_per_concept)
+    return 2 * model.head_dim * heads // tp
 
 
 def _attention_weights(model: ModelConfig) -> tuple[int, int, int]:
