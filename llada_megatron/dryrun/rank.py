@@ -237,7 +237,7 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
             objective.mask = half_scored
             objective.scores = ReferenceScores({"": np.zeros((SIDES, trainer.config.preference.draws))})
     trainer.builder, trainer.onto_device = _Inline(), partial(_onto_device, recorder, mode)
-    for chunk in trainer.model:
+    for chunk in trainer.model if trainer.config.layout.overlap_experts else ():
         model = get_attr_wrapped_model(chunk, "build_schedule_plan", return_model_obj=True)
         model.build_schedule_plan = recorder.during("forward", model.build_schedule_plan)
     forward, backward, gradients, weights = (
