@@ -25,9 +25,14 @@ class Contents:
         return self.dense + self.moe
 
     @property
+    def last_layers(self) -> int:
+        """1 where the last stage has layers: its last one is the model's."""
+        return int(self.last and self.layers > 0)
+
+    @property
     def before_last(self) -> tuple[int, int]:
-        """Dense and MoE layers but for the model's last one, which is a MoE layer where there are any."""
-        return self.dense - (self.last and not self.moe), self.moe - (self.last and self.moe > 0)
+        """Dense and MoE layers but for `last_layers`, which is a MoE layer where there are any."""
+        return self.dense - self.last_layers * (not self.moe), self.moe - self.last_layers * (self.moe > 0)
 
 
 @dataclass(frozen=True, slots=True)

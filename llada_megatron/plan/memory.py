@@ -135,7 +135,7 @@ class Units:
             (int(contents.first), self.embedding),
             (dense, self.dense),
             (moe, self.moe),
-            *([(int(contents.last), self.last)] if self.last else []),
+            *([(contents.last_layers, self.last)] if self.last else []),
             (int(contents.last and contents.moe > 0), self.normed),
             (int(contents.last), self.head),
             (1, self.stage),

@@ -216,7 +216,7 @@ def of_rank(
     units_before = (*units[:4], head_messages(model, behind.before, layout, b=b))
     boundary = boundary_message(model, shape, b=b)
     for stage in stages:
-        numbers = *stage.before_last, stage.last, stage.first, stage.last
+        numbers = *stage.before_last, stage.last_layers, stage.first, stage.last
         for number, messages, messages_before in zip(numbers, units, units_before, strict=True):
             for message in messages:
                 yield number * micro_batches * message.calls(again), message

@@ -6,6 +6,7 @@ import pytest
 
 from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
+from llada_megatron.config.contents import Contents
 from llada_megatron.config.flops import model_flops_per_token
 from llada_megatron.config.last_layer import drops_clean_rows, last_rows_per_token
 from llada_megatron.config.objectives import OBJECTIVES
@@ -80,3 +81,9 @@ def test_model_flops_leave_out_what_nobody_reads_whether_or_not_it_is_computed()
         * (model.experts_per_token * model.expert_hidden_size + model.shared_expert_hidden_size)
     )
     assert spared == pytest.approx(6 * (output + experts + model.hidden_size * model.experts))
+
+
+def test_a_last_stage_without_layers_has_no_last_layer():
+    assert Contents(0, 0, first=False, last=True).before_last == (0, 0)
+    assert Contents(0, 2, first=False, last=True).before_last == (0, 1)
+    assert Contents(2, 0, first=False, last=True).before_last == (1, 0)
