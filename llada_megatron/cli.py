@@ -70,6 +70,21 @@ class Parser(argparse.ArgumentParser):
             "formatter_class": argparse.RawDescriptionHelpFormatter,
         }
         super().__init__(**(defaults | options))
+        self.commands: argparse._SubParsersAction[Parser] | None = None
+
+    def add_subparsers(self, **options: Any) -> argparse._SubParsersAction[Parser]:  # type: ignore[override]
+        self.commands = super().add_subparsers(**options)
+        return self.commands
+
+    def parse_mixed(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse KEY=VALUE before and behind options, which argparse does in no sub-command by itself."""
+        if self.commands is None:
+            return self.parse_intermixed_args(arguments)
+        if not arguments or arguments[0] not in self.commands.choices:
+            return self.parse_args(arguments)
+        args = self.commands.choices[arguments[0]].parse_mixed(arguments[1:])
+        setattr(args, self.commands.dest, arguments[0])
+        return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,10 +109,7 @@ def parse(verb: str, arguments: Sequence[str]) -> tuple[ModuleType, argparse.Nam
     example = getattr(module, "EXAMPLE", None)
     parser = Parser(prog=f"llada {verb}", description=summary, epilog=example and f"example:\n  {example}")
     module.add_arguments(parser)
-    try:
-        return module, parser.parse_intermixed_args(arguments)  # KEY=VALUE before and behind options
-    except TypeError:  # a verb with sub-commands, whose own parsers take what follows
-        return module, parser.parse_args(arguments)
+    return module, parser.parse_mixed(arguments)
 
 
 def run(verb: str, module: ModuleType, args: argparse.Namespace) -> int:

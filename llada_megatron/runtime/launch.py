@@ -82,11 +82,13 @@ def in_slurm_job() -> bool:
 def set_environment(last_messages: str) -> None:
     """What torch reads in the ranks of a run, before it is imported; what the user has set stays.
 
-    Memory of a device grows in place, since no two batches need the same. A rank keeps its last messages over
-    NCCL, a few MB of host memory, and when one times out writes them to `last_messages` and its number.
+    Memory of a device grows in place, since no two batches need the same; NCCL must not register such memory
+    in captured graphs (megatron-core's cuda_graphs.py). A rank keeps its last messages over NCCL, a few MB of
+    host memory, and when one times out writes them to `last_messages` and its number.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", os.path.abspath(last_messages))

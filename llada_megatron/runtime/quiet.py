@@ -11,7 +11,7 @@ WARNINGS: list[tuple[type[Warning], str, str]] = [  # category, beginning of the
     (UserWarning, "Transformer Engine and Apex are not installed", ""),
     # Asked before the process group exists; megatron-core then takes rank 0 to print other warnings.
     (UserWarning, "Could not determine rank from torch.distributed", ""),
-    # Raised by TransformerConfig's own default; no CUDA graphs are captured here.
+    # Raised by TransformerConfig's own default; where graphs are captured, their parts are named (speed.py).
     (UserWarning, "full scope is deprecated", ""),
     # recompute_modules with core_attn: TransformerEngine's attention would not need it, ours takes its place.
     (UserWarning, "If you are using transformer_engine as the transformer implementation", ""),

@@ -93,6 +93,19 @@ def test_a_verb_gets_its_parsed_arguments(verb) -> None:
     assert cli.main(["fake", "--batch-size", "5"]) == 5
 
 
+def test_settings_stand_before_and_behind_the_options_of_a_sub_command(verb) -> None:
+    def add_arguments(parser) -> None:
+        pack = parser.add_subparsers(dest="what").add_parser("pack")
+        pack.add_argument("checkpoint", nargs="?")
+        pack.add_argument("--rules")
+        pack.add_argument("overrides", nargs="*")
+
+    module = verb(lambda args: int(vars(args) != expected))
+    module.add_arguments = add_arguments
+    expected = {"what": "pack", "checkpoint": "run", "rules": "a", "overrides": ["b=1", "c=2"]}
+    assert cli.main(["fake", "pack", "run", "b=1", "--rules", "a", "c=2"]) == 0
+
+
 def test_a_verbs_help_shows_its_example(verb, capsys: pytest.CaptureFixture[str]) -> None:
     verb(lambda args: 0).EXAMPLE = "llada fake --batch-size 4"
     with pytest.raises(SystemExit) as end:

@@ -157,16 +157,21 @@ def test_a_slurm_allocation_with_one_task_starts_nothing(monkeypatch):
 
 
 def test_what_torch_reads_in_ranks_is_set_unless_the_user_has(monkeypatch, tmp_path):
-    for name in ("PYTORCH_ALLOC_CONF", "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"):
+    for name in (
+        *("PYTORCH_ALLOC_CONF", "NCCL_GRAPH_REGISTER"),
+        *("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"),
+    ):
         monkeypatch.setenv(name, "")  # put back afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     monkeypatch.chdir(tmp_path)
     set_environment("run/stacks/nccl_rank_")
-    assert "PYTORCH_ALLOC_CONF" not in os.environ and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    assert not {"PYTORCH_ALLOC_CONF", "NCCL_GRAPH_REGISTER"} & os.environ.keys()
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/run/stacks/nccl_rank_"
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     set_environment("other")
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/run/stacks/nccl_rank_"
