@@ -54,7 +54,9 @@ def refuse_masks(config: Config, what: str) -> None:
 
 
 def check_layout_of_concepts(config: Config) -> None:
-    """Raises BadInput for a layout that the family cannot be split by."""
+    """Raises BadInput for a layout that the family cannot be split by; others' pass."""
+    if config.model.family != NAME:
+        return
     layout, concepts = config.layout, config.model.concepts
     require(
         layout.pp == 1,

@@ -51,6 +51,8 @@ class Parameters:
     parameter starting at a multiple of ALIGNED. Experts have their own where `separate_experts`."""
     frozen: int = 0
     """Elements that adapters stand beside: weights without a gradient. The others are then the adapters'."""
+    alike: int = 0
+    """Of `replicated` those whose gradient is the same on every tensor-parallel process, and not summed."""
     counts: int = 0
     """Numbers of tokens per expert, beside the routers: fp32, no parameters."""
 

@@ -49,6 +49,10 @@ class Formulas(Protocol):
         """Forward FLOPs of a visible query-key pair in all layers."""
         ...
 
+    def before(self, model: ModelConfig) -> tuple[dict[str, int], int]:
+        """`active_weights` and `pair_flops` of what a pass before a step's own runs through."""
+        ...
+
     def kept_numbers(self, model: ModelConfig, tp: int = 1) -> int:
         """Numbers that decoding keeps of a token in all layers on one process of tp: its keys and values."""
         ...

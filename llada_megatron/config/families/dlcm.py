@@ -120,8 +120,8 @@ def parameters(
     )
     sharded = [size // tp for size in _attention_weights(model)]
     hidden, concept = model.hidden_size, backbone.hidden_size
-    replicated = [hidden, concept, hidden**2, hidden**2, hidden * concept, model.head_dim, model.head_dim]
-    replicated.append(concept)  # the start vector
+    alike = [hidden**2, hidden**2, hidden * concept, concept]  # the last is the start vector
+    replicated = [hidden, concept, model.head_dim, model.head_dim, *alike]
     ((tokens_buffer, _),), ((concepts_buffer, experts_buffer),) = of_tokens.buffers, of_concepts.buffers
     buffer = tokens_buffer + concepts_buffer + aligned(*sharded, *replicated)
     return Parameters(
@@ -130,6 +130,7 @@ def parameters(
         expert=of_concepts.expert,
         bias=of_concepts.bias,
         counts=of_concepts.counts,
+        alike=sum(alike),
         buffers=((buffer, experts_buffer),),
     )
 
@@ -164,6 +165,13 @@ def pair_flops(model: ModelConfig) -> int:
     of_tokens = model.heads * (layers + 1 / R)
     of_concepts = concepts.heads * concepts.backbone_layers(model.layers) / R**2
     return round(4 * model.head_dim * (of_tokens + of_concepts))
+
+
+def before(model: ModelConfig) -> tuple[dict[str, int], int]:
+    """Weights and FLOPs of a pair in a pass before a step's own: the encoder's and the detector's."""
+    encoder = tokens_of(model, model.concepts.encoder_layers)
+    weights = gpt.active_weights(encoder) | {"concepts": 2 * model.hidden_size**2}
+    return weights, gpt.pair_flops(encoder)
 
 
 def kept_numbers(model: ModelConfig, tp: int = 1) -> int:

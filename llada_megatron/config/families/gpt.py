@@ -234,6 +234,11 @@ def last_layer_weights(model: ModelConfig) -> dict[str, int]:
     return last | {"attention": model.heads * model.head_dim * model.hidden_size}
 
 
+def before(model: ModelConfig) -> tuple[dict[str, int], int]:
+    """Weights and FLOPs of a pair in a pass before a step's own: all layers'."""
+    return active_weights(model), pair_flops(model)
+
+
 def expert_weights(model: ModelConfig) -> int:
     """Of one routed expert."""
     return 3 * model.hidden_size * model.expert_hidden_size
