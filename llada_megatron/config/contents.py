@@ -67,6 +67,20 @@ class Parameters:
         return self.sharded + self.replicated + self.expert
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What has figures by layer (training/watch.py)."""
+
+    parts: list[str]
+    """Their names, in the order of a forward."""
+    layers: dict[str, str]
+    """Modules of a pipeline stage that hold layers: a part is called so, with the layer's number."""
+    others: dict[str, str]
+    """Modules, and the part that has what they hold beside layers."""
+    padded: str = ""
+    """One of `layers` whose rows are padded; its padding counts in no figure."""
+
+
 def aligned(*sizes: int) -> int:
     """Elements that parameters of these sizes take in a buffer."""
     return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)

@@ -221,7 +221,7 @@ class DynamicConcepts(LanguageModule):
             None,
             rotary_pos_emb=angles,
             packed_seq_params=_params(laid_out.keys, rows),
-            padding_mask=ignored if self.backbone.config.num_moe_experts else None,
+            padding_mask=ignored,
         )
         weight_M = p_T.index_select(0, first_M)
         if self.settings.concepts.boundary_grad == "none":

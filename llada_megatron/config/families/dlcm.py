@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from llada_megatron.config.choices import ConceptAttention, ConceptOf
 from llada_megatron.config.concepts import ConceptsConfig
-from llada_megatron.config.contents import Contents, Parameters, aligned
+from llada_megatron.config.contents import Contents, Parameters, Watched, aligned
 from llada_megatron.config.families import gpt
 from llada_megatron.config.layout_rules import require
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
@@ -172,6 +172,25 @@ def before(model: ModelConfig) -> tuple[dict[str, int], int]:
     encoder = tokens_of(model, model.concepts.encoder_layers)
     weights = gpt.active_weights(encoder) | {"concepts": 2 * model.hidden_size**2}
     return weights, gpt.pair_flops(encoder)
+
+
+def watched(model: ModelConfig) -> Watched:
+    """The three stacks, and what is between them: each part with the norm before it."""
+    concepts = model.concepts
+    sizes = {
+        "encoder": concepts.encoder_layers,
+        "backbone": concepts.backbone_layers(model.layers),
+        "decoder": concepts.decoder_layers,
+    }
+    encoder, backbone, decoder = (
+        [f"{name} {number}" for number in range(1, size + 1)] for name, size in sizes.items()
+    )
+    boundaries, attention = "boundaries", "concept attention"
+    others = dict.fromkeys(("encoder", "boundary_q", "boundary_k", "concept_proj"), boundaries)
+    others |= dict.fromkeys(("backbone", "concept_attention"), attention)
+    others |= {"embedding": "embedding", "decoder": "head", "output_layer": "head"}
+    parts = ["embedding", *encoder, boundaries, *backbone, attention, *decoder, "head"]
+    return Watched(parts, {name: name for name in sizes}, others, padded="backbone")
 
 
 def kept_numbers(model: ModelConfig, tp: int = 1) -> int:

@@ -13,7 +13,7 @@ from llada_megatron.config.choices import ConceptAttention
 from llada_megatron.config.concepts import CHANNELS
 from llada_megatron.config.contents import Contents, Parameters
 from llada_megatron.config.families.dlcm import concepts_of, tokens_of
-from llada_megatron.config.schema import LayoutConfig, ModelConfig
+from llada_megatron.config.schema import LayoutConfig, ModelConfig, Recompute
 from llada_megatron.plan import activations, concepts, layer_time, memory, traffic
 from llada_megatron.plan.layer_time import Block, Work
 from llada_megatron.plan.memory import Unit, Units
@@ -72,8 +72,9 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
     told = concepts.told_parts(model, shape, layout, b=b)
     H, Hc, T = model.hidden_size, model.concepts.hidden_size, shape.rows
     heads = (model.heads + model.kv_heads) // layout.tp * model.head_dim
-    runs_again = backbone.has_experts and "moe" in activations.recomputed_modules(layout)
-    padding = at.rows if runs_again else 0  # which rows are, for routers
+    runs_again = layout.recompute is Recompute.full
+    runs_again |= backbone.has_experts and "moe" in activations.recomputed_modules(layout)
+    padding = at.rows if runs_again else 0  # which rows are
     stage = around.stage.kept + inside.stage.kept + padding
     return Parts(
         embedding=around.embedding,
