@@ -33,8 +33,8 @@ SMOOTHING_PASSES = 8
 class Parts(Units):
     """The whole model."""
 
-    encoder: Unit
-    """One layer."""
+    tokens: Unit
+    """A layer of encoder or decoder."""
     found: Unit
     """From the encoder's last norm to the concepts."""
     dense: Unit
@@ -42,8 +42,6 @@ class Parts(Units):
     moe: Unit
     told: Unit
     """From the backbone's last norm to the decoder."""
-    decoder: Unit
-    """One layer."""
     layers: tuple[int, int, int, int]
     """Of the encoder, dense and with experts of the backbone, of the decoder."""
 
@@ -51,19 +49,23 @@ class Parts(Units):
         encoder, dense, moe, decoder = self.layers
         return [
             (1, self.embedding),
-            (encoder, _named(self.encoder, "encoder")),
+            (encoder, _named(self.tokens, "encoder")),
             (1, self.found),
             (dense, _named(self.dense, "backbone")),
             (moe, _named(self.moe, "backbone")),
             (1, self.told),
-            (decoder, _named(self.decoder, "decoder")),
+            (decoder, _named(self.tokens, "decoder")),
             (1, self.head),
             (1, self.stage),
         ]
 
 
 def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> Parts:
-    """Bytes of each building block under a layout."""
+    """Bytes of each building block under a layout.
+
+    What is alive for a moment between the stacks is estimated: fp32 copies of h in the detector's backward,
+    of concepts in the smoothing, gradients of queries, keys and values.
+    """
     tokens, backbone = tokens_of(model, 1), concepts_of(model)
     wide = concepts.of_concepts(model, shape, layout)
     at = concepts.sizes(model, shape, layout)
@@ -88,7 +90,7 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         gathering=max(around.gathering, inside.gathering),
         hidden=around.hidden,
         clipping=around.clipping,
-        encoder=around.dense,
+        tokens=around.dense,
         found=Unit(found, sum(found.values()), forward=8 * T * H, backward=24 * T * H),
         dense=inside.dense,
         moe=inside.moe,
@@ -98,7 +100,6 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
             forward=max(16 * at.concepts * Hc, b * T * H),
             backward=max(20 * at.concepts * Hc, b * (2 * T * H + 3 * T * heads)),
         ),
-        decoder=around.dense,
         layers=_layers(model),
     )
 
@@ -120,7 +121,7 @@ def seconds_of(
     given = tokens, model, layout
     before, behind = Block(), Block()
     _add(before, 1, layer_time.embedding(tokens, blocks))
-    _add(before, encoder, layer_time.layer(tokens, blocks.encoder, moe=False))
+    _add(before, encoder, layer_time.layer(tokens, blocks.tokens, moe=False))
     _add(before, 1, _found(*given, blocks.found))
     if not forward_only:
         inside = concepts_of(model)
@@ -128,7 +129,7 @@ def seconds_of(
         _add(behind, dense, layer_time.layer(wide, blocks.dense, moe=False))
         _add(behind, moe, layer_time.layer(wide, blocks.moe, moe=True))
         _add(behind, 1, _told(*given, blocks.told))
-        _add(behind, decoder, layer_time.layer(tokens, blocks.decoder, moe=False))
+        _add(behind, decoder, layer_time.layer(tokens, blocks.tokens, moe=False))
         _add(behind, 1, layer_time.head_alone(tokens))
     return Seconds(Block(), Block(), before, behind)
 
@@ -192,10 +193,12 @@ def _found(work: Work, model: ModelConfig, layout: LayoutConfig, unit: Unit) -> 
     block, H = Block(), model.hidden_size
     at = concepts.sizes(model, work.shape, layout)
     work.product(block, "attention", "", work.shape.rows, 2 * H * H, quantised=False)
-    if not work.forward_only:
+    if work.forward_only:
+        work.passes(block, "attention", unit.kept - unit.parts["pooling"], 0)
+    else:
         weights = H * model.concepts.hidden_size
         work.product(block, "attention", "", at.concepts, weights, quantised=False)
-    work.passes(block, "attention", unit.kept, 0)
+        work.passes(block, "attention", unit.kept, 0)
     work.messages(block, concepts.found_messages(model, work.shape, layout, b=work.at.b))
     _launch(work, block, FOUND)
     return block
