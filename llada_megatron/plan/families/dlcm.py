@@ -64,7 +64,8 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
     """Bytes of each building block under a layout.
 
     What is alive for a moment between the stacks is estimated: fp32 copies of h in the detector's backward,
-    of concepts in the smoothing, gradients of queries, keys and values.
+    of concepts in the smoothing, gradients of queries, keys and values. The forward's own variables live to
+    its end: what tokens were told, the sum with it, and concepts; the head reads a scaled copy.
     """
     tokens, backbone = tokens_of(model, 1), concepts_of(model)
     wide = concepts.of_concepts(model, shape, layout)
@@ -77,10 +78,11 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
     runs_again = layout.recompute is Recompute.full
     runs_again |= backbone.has_experts and "moe" in activations.recomputed_modules(layout)
     padding = at.rows if runs_again else 0  # which rows are
+    waiting = b * ((2 * T + shape.tokens) * H + at.concepts * Hc)
     stage = around.stage.kept + inside.stage.kept + padding
     return Parts(
         embedding=around.embedding,
-        head=around.head,
+        head=replace(around.head, forward=around.head.forward + waiting),
         stage=replace(
             around.stage,
             parts={"stage": stage},
