@@ -17,9 +17,9 @@ DENSE, ONE_MICRO_BATCH = "model.dense_layers=4", "layout.global_batch=1"
 TP = ["layout.processes=2", "layout.tp=2"]
 CASES: dict[str, list[str]] = {
     "tp_ep": ["layout.processes=4", "layout.tp=2", "layout.ep=2", "layout.micro_batch=2"],
-    "replicated": [DENSE, ONE_MICRO_BATCH, "model.concepts.attention=replicated"],
 }
 SLOW_CASES: dict[str, list[str]] = {
+    "replicated": [DENSE, ONE_MICRO_BATCH, "model.concepts.attention=replicated"],
     "replicated_tp": [*TP, "model.concepts.attention=replicated"],
     "full_recompute_tp": [*TP, "layout.recompute=full"],
     "other_rate": [ONE_MICRO_BATCH, "model.concepts.tokens_per_concept=3.3", "model.head_chunk_tokens=32"],
