@@ -33,11 +33,6 @@ def check_concepts(config: Config, schedule: Schedule) -> None:
         ("layout.overlap_tensor_parallel", layout.overlap_tensor_parallel, "false: concepts vary in number"),
         ("layout.offload_modules", layout.offload_modules, "[]"),
         ("training.cuda_graphs", training.cuda_graphs, "[]: the number of concepts is a shape"),
-        (
-            "training.figures_every_steps",
-            training.figures_every_steps,
-            "0: figures by layer count one row of layers, and it has three",
-        ),
         ("evaluation.infill_sequences", config.evaluation.infill_sequences, "0: it fills no masks"),
         ("evaluation.planted_share", config.evaluation.planted_share, "0: it mends no tokens"),
     ):
@@ -54,7 +49,9 @@ def refuse_masks(config: Config, what: str) -> None:
 
 
 def check_layout_of_concepts(config: Config) -> None:
-    """Raises BadInput for a layout that the family cannot be split by."""
+    """Raises BadInput for a layout that the family cannot be split by; others' pass."""
+    if config.model.family != NAME:
+        return
     layout, concepts = config.layout, config.model.concepts
     require(
         layout.pp == 1,

@@ -8,6 +8,12 @@ from typing import Annotated
 from llada_megatron.config.choices import BoundaryGrad, ConceptAttention, ConceptOf
 from llada_megatron.config.ranges import Amount, Extent, Range
 
+ROWS = 64
+"""The backbone's rows are a multiple of this and of tp, so that shapes are few and fit kernels."""
+CHANNELS = 8
+"""Added to queries and keys of replicated concepts for log(copies): as many as kernels want head_dim to be a
+multiple of."""
+
 
 @dataclass
 class ConceptsConfig:

@@ -51,6 +51,8 @@ class Parameters:
     parameter starting at a multiple of ALIGNED. Experts have their own where `separate_experts`."""
     frozen: int = 0
     """Elements that adapters stand beside: weights without a gradient. The others are then the adapters'."""
+    alike: int = 0
+    """Of `replicated` those whose gradient is the same on every tensor-parallel process, and not summed."""
     counts: int = 0
     """Numbers of tokens per expert, beside the routers: fp32, no parameters."""
 
@@ -63,6 +65,20 @@ class Parameters:
     def trained(self) -> int:
         """Those with a gradient and optimizer state."""
         return self.sharded + self.replicated + self.expert
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What has figures by layer (training/watch.py)."""
+
+    parts: list[str]
+    """Their names, in the order of a forward."""
+    layers: dict[str, str]
+    """Modules of a pipeline stage that hold layers: a part is called so, with the layer's number."""
+    others: dict[str, str]
+    """Modules, and the part that has what they hold beside layers."""
+    padded: str = ""
+    """One of `layers` whose rows are padded; its padding counts in no figure."""
 
 
 def aligned(*sizes: int) -> int:

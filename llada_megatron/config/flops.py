@@ -70,6 +70,7 @@ def training_flops_per_sequence(
     supervised: float,
     head_recomputed: bool = False,
     last_positions: int | None = None,
+    before: bool = False,
 ) -> float:
     """Forward and backward FLOPs of one sequence, without recompute of the layers.
 
@@ -77,15 +78,18 @@ def training_flops_per_sequence(
     attention layer; supervised: positions that pass the head; last_positions: those that pass what lies
     behind the last layer's attention, all unless given. A weight costs 2 FLOPs forward and 4 backward per
     token (2 where it is frozen beside an adapter), a pair twice as much backward as forward. Adapters, which
-    are small, are counted for all positions.
+    are small, are counted for all positions. before: of what a pass before a step's own runs through.
     """
     formulas, has_adapters = formulas_of(model), model.lora.rank > 0
     per_weight = 4 if has_adapters else 6  # a frozen matrix has no gradient of its own
-    weights = per_weight * sum(formulas.active_weights(model).values())
+    active, per_pair = (
+        formulas.before(model) if before else (formulas.active_weights(model), formulas.pair_flops(model))
+    )
+    weights = per_weight * sum(active.values())
     matrices = (weights + 6 * formulas.active_adapters(model)) * positions
     ended = 0 if last_positions is None else positions - last_positions
     matrices -= per_weight * sum(formulas.last_layer_weights(model).values()) * ended
-    attention = 3 * formulas.pair_flops(model) * pairs
+    attention = 3 * per_pair * pairs
     per_head = per_weight + (2 if head_recomputed else 0)
     head = per_head * model.hidden_size * model.vocab_size * supervised
     return matrices + attention + head

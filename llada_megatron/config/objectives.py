@@ -134,6 +134,9 @@ OBJECTIVES: dict[str, Geometry] = {
         supervised=lambda diffusion, length: length - 1,
         figures={"boundary_rate": Figure(2), "boundary_probability": Figure(2)},
         denominators=2,
+        passes_before=lambda config, micro_batches: int(micro_batches > 1),
+        row_bytes=RowBytes(kept=8, batch=20),
+        drafts=ReadBefore(lambda diffusion, length: 0, ()),
     ),
     "diffusion": Geometry(
         module="llada_megatron.objectives.diffusion",

@@ -37,6 +37,7 @@ from llada_megatron.config.schema import Config
 from llada_megatron.config.stage_settings import at_stage
 from llada_megatron.data.packed import PackedSample
 from llada_megatron.dryrun.recorder import Recorder
+from llada_megatron.model.dlcm import Arrangement, DynamicConcepts
 from llada_megatron.model.provider import build_model
 from llada_megatron.objectives.batch import MicroBatch
 from llada_megatron.objectives.corruption import Corruption
@@ -102,6 +103,15 @@ def half_scored(
     """As `half_masked`, of a text of a pair."""
     masked = np.arange(len(starts)) % 2 == 0
     return masked, masked / MASK_RATE
+
+
+def every_concept(
+    R: float, length: int, opened_T: torch.Tensor, arranged: Callable[[np.ndarray], Arrangement]
+) -> Arrangement:
+    """A concept every R tokens of a sequence, in the place of boundaries without values."""
+    places = np.arange(len(opened_T)) % length
+    with _disable_current_modes():
+        return arranged(np.floor(places / R) > np.floor((places - 1) / R))
 
 
 def count_parameters(config: Config, rank: int) -> RankReport:
@@ -236,6 +246,10 @@ def _watched(recorder: Recorder, mode: Any, trainer: Trainer, report: RankReport
             trainer.data = partial(_always, OneDocument(trainer.config.data.sequence_length, texts=SIDES))
             objective.mask = half_scored
             objective.scores = ReferenceScores({"": np.zeros((SIDES, trainer.config.preference.draws))})
+    for model in (module for chunk in trainer.model for module in chunk.modules()):
+        if isinstance(model, DynamicConcepts):
+            R = model.settings.concepts.tokens_per_concept
+            model.on_host = partial(every_concept, R, trainer.config.data.sequence_length)
     trainer.builder, trainer.onto_device = _Inline(), partial(_onto_device, recorder, mode)
     for chunk in trainer.model if trainer.config.layout.overlap_experts else ():
         model = get_attr_wrapped_model(chunk, "build_schedule_plan", return_model_obj=True)

@@ -27,13 +27,12 @@ from torch import Tensor
 
 from llada_megatron.attention import BlockDiffusionMask, Rectangle, block_diffusion_attention
 from llada_megatron.attention.registry import Executor
+from llada_megatron.config.concepts import CHANNELS
 from llada_megatron.config.schema import BlockGrid
 from llada_megatron.model.concepts import Segments
 from llada_megatron.model.specs import RMSNorm
 from llada_megatron.runtime.device import sent
 
-CHANNELS = 8
-"""Added to queries and keys for log(copies): as many as kernels want head_dim to be a multiple of."""
 PARTS = 3
 """Numbers of the model's dtype that log(copies) is the sum of: 24 bits in bf16."""
 

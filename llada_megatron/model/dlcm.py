@@ -12,6 +12,9 @@ Legend: S tokens of a sample, B samples, T = S B, H hidden size of tokens, Hc of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ from torch import Tensor
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.attention.registry import Executor
+from llada_megatron.config.concepts import ROWS
 from llada_megatron.config.schema import BlockGrid, ModelConfig
 from llada_megatron.model.concepts import (
     Segments,
@@ -42,15 +46,12 @@ from llada_megatron.model.concepts import (
     smoothed,
 )
 from llada_megatron.model.core_attention import KeysParams
-from llada_megatron.model.cross_attention import ConceptAttention, sight
+from llada_megatron.model.cross_attention import ConceptAttention, Sight, sight
 from llada_megatron.model.head import head_output, reduce_input_gradient_once
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.readout import CROSS_ENTROPY, Readout
 from llada_megatron.model.rotary import ExplicitRotary
 from llada_megatron.runtime.device import sent
-
-ROWS = 64
-"""The backbone's rows are a multiple of this and of tp, so that shapes are few and fit kernels."""
 
 PARSED = Readout("cross entropy and boundaries", 1, needs_labels=True, read=CROSS_ENTROPY.read)
 """[N + 2B]: the cross entropies, then of each sample how many tokens open a concept, and the sum of p."""
@@ -59,6 +60,23 @@ BOUNDARIES = Readout("boundaries", 1, needs_labels=False, read=CROSS_ENTROPY.rea
 
 Blocks = dict[str, tuple[TransformerConfig, TransformerBlockSubmodules]]
 """Of `encoder`, `backbone` and `decoder`: megatron-core's settings and layers."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What the host makes of a micro-batch's boundaries."""
+
+    segments: Segments
+    seen: Sight
+    positions: np.ndarray
+    """int64 [rows of the backbone], of each concept in its document."""
+    keys: ContextShard
+    """The backbone's."""
+
+
+def on_host(opened_T: Tensor, arranged: Callable[[np.ndarray], Arrangement]) -> Arrangement:
+    """The one moment of a forward that the host waits for."""
+    return arranged(opened_T.cpu().numpy())
 
 
 class DynamicConcepts(LanguageModule):
@@ -110,6 +128,8 @@ class DynamicConcepts(LanguageModule):
             tp_group=groups.tp,
         )
         reduce_input_gradient_once(self.output_layer)
+        self.on_host = on_host
+        """A dry run, whose boundaries have no values, puts its own here."""
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Nothing comes from another pp_stage."""
@@ -131,12 +151,9 @@ class DynamicConcepts(LanguageModule):
         sums_2B = torch.stack([opened_T.float(), p_T.float()]).view(2, B, S).sum(dim=-1).flatten()
         if inputs.readout == BOUNDARIES:
             return sums_2B
-        segments = Segments(opened_T.cpu().numpy(), starts)
-        concepts_MH = self._concepts(hidden_TH, p_T, segments)
-        seen = sight(
-            segments, own=self._sees_own, replicated=self.settings.concepts.attention == "replicated"
-        )
-        told_TH = self.concept_attention(hidden_TH, concepts_MH, seen)
+        laid_out = self.on_host(opened_T, partial(self._arranged, starts))
+        concepts_MH = self._concepts(hidden_TH, p_T, laid_out)
+        told_TH = self.concept_attention(hidden_TH, concepts_MH, laid_out.seen)
         if self.settings.concepts.boundary_grad == "ste":
             told_TH = told_TH * chosen_probability(p_T, opened_T)[:, None].to(told_TH.dtype)
         mixed = (hidden_TH + told_TH).view(B, S, -1).transpose(0, 1).contiguous()
@@ -174,8 +191,15 @@ class DynamicConcepts(LanguageModule):
         sharp_T = sharpened(chances_T, self.settings.concepts.sharpening)
         return p_T, opened(sharp_T, starts, inputs.draws.flatten())
 
-    def _concepts(self, hidden_TH: Tensor, p_T: Tensor, segments: Segments) -> Tensor:
+    def _arranged(self, starts: np.ndarray, opened_T: np.ndarray) -> Arrangement:
+        segments, multiple = Segments(opened_T, starts), ROWS * self.config.tensor_model_parallel_size
+        replicated = self.settings.concepts.attention == "replicated"
+        seen = sight(segments, own=self._sees_own, replicated=replicated)
+        return Arrangement(segments, seen, *_places(segments, -(-segments.count // multiple) * multiple))
+
+    def _concepts(self, hidden_TH: Tensor, p_T: Tensor, laid_out: Arrangement) -> Tensor:
         """What the backbone makes of the concepts, smoothed, [M, Hc]."""
+        segments, rows = laid_out.segments, len(laid_out.positions)
         at, M = hidden_TH.device, segments.count
         first_M = sent(torch.from_numpy(segments.first), at)
         if self._sees_own:
@@ -185,22 +209,19 @@ class DynamicConcepts(LanguageModule):
                 sent(torch.from_numpy(each), at) for each in (segments.concept, segments.lengths)
             )
             raw_MH = pooled_mean(hidden_TH, concept_T, lengths_M)
-        multiple = ROWS * self.config.tensor_model_parallel_size
-        rows = -(-M // multiple) * multiple
         hidden = torch.nn.functional.pad(self.concept_proj(raw_MH), (0, 0, 0, rows - M))[:, None]
-        positions, keys = _places(segments, rows)
         ignored = torch.arange(rows, device=at)[None] >= M
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
             ranks, rank = self.pg_collection.tp.size(), self.pg_collection.tp.rank()
             ignored = ignored.chunk(ranks, dim=1)[rank]
-        angles = self.rotary(sent(torch.from_numpy(positions), at)[None])
+        angles = self.rotary(sent(torch.from_numpy(laid_out.positions), at)[None])
         hidden = self.backbone(
             hidden,
             None,
             rotary_pos_emb=angles,
-            packed_seq_params=_params(keys, rows),
-            padding_mask=ignored if self.backbone.config.num_moe_experts else None,
+            packed_seq_params=_params(laid_out.keys, rows),
+            padding_mask=ignored,
         )
         weight_M = p_T.index_select(0, first_M)
         if self.settings.concepts.boundary_grad == "none":
@@ -214,9 +235,8 @@ def _params(keys: Any, S: int) -> KeysParams:
 
 def _starts(inputs: ModelInputs) -> np.ndarray:
     """First tokens of all documents, int64 [D], in one row of samples."""
-    mask = inputs.keys.mask
-    edges = [edge[:-1].numpy() + b * mask.length for b, edge in enumerate(mask.cu_seqlens)]
-    return np.concatenate(edges).astype(np.int64)
+    starts_BL = inputs.keys.mask.document_start
+    return np.flatnonzero(starts_BL == np.arange(starts_BL.shape[1]))
 
 
 def _places(segments: Segments, rows: int) -> tuple[np.ndarray, ContextShard]:

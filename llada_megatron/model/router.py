@@ -42,8 +42,9 @@ class BalancedRouter(TopKRouter):
         """Of a row in z_loss, and of a sequence in sequence_balance: set by every step (training/step.py)."""
         self.unevenness: Tensor | None = None
         """The last forward's part of the sum over sequences that sequence_balance learns from."""
-        self.observer: Callable[[Tensor, Tensor], None] | None = None
-        """Sees the logits [S, B, E] and assignments bool [N, E] of each forward, before any cap."""
+        self.observer: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
+        """Sees the logits [S, B, E] and assignments bool [N, E] of each forward, before any cap, and which
+        rows the balance leaves out, bool [S, B]."""
         self.dropped: Tensor | None = None
         """Assignments that `rows_cap` dropped here since somebody last cleared it, a scalar; None: none."""
 
@@ -67,7 +68,7 @@ class BalancedRouter(TopKRouter):
         else:
             weight_NE, map_NE = super().routing(logits, ignored_SB)
         if self.observer is not None:
-            self.observer(logits, map_NE)
+            self.observer(logits, map_NE, ignored_SB)
         most = self._most_rows(map_NE.shape[0])
         if most is None:
             return weight_NE, map_NE

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.objectives import OBJECTIVES
 from llada_megatron.config.quantities import short_count
 from llada_megatron.observe import comparison, plots
@@ -157,19 +158,19 @@ def curves(run: Run, folder: Path) -> list[Part]:
         )
         if run.config.model.experts
         else Paragraph("Expert load: the model has no experts."),
-        *_layers(steps, folder),
+        *_layers(run, folder),
     ]
 
 
-def _layers(steps: list[Record], folder: Path) -> list[Part]:
+def _layers(run: Run, folder: Path) -> list[Part]:
     """Of the steps that were watched; nothing where none was asked for."""
-    watched = [record for record in steps if "grad_norm_by_layer" in record]
+    watched = [record for record in run.steps if "grad_norm_by_layer" in record]
     if not watched:
         return []
-    newest = watched[-1]
+    newest, names = watched[-1], formulas_of(run.config.model).watched(run.config.model).parts
     rows = [
-        [_name_of(part, len(newest["grad_norm_by_layer"])), *map(_shortly, values)]
-        for part, values in enumerate(zip(*(newest[name] for name in plots.BY_LAYER), strict=True))
+        [part, *map(_shortly, values)]
+        for part, *values in zip(names, *(newest[name] for name in plots.BY_LAYER), strict=True)
     ]
     said = f"Step {newest['step']}: the largest logit is {_shortly(newest['largest_logit'])}."
     if dead := sum(count or 0 for count in newest["dead_experts_by_layer"]):
@@ -178,17 +179,13 @@ def _layers(steps: list[Record], folder: Path) -> list[Part]:
         _picture(
             True,
             folder / "layers.png",
-            "Layers over steps: 0 is the embedding, the last one the head with its norm. Dead experts are"
-            " those that no row of the global batch chose.",
+            "Layers over steps, in the order of the table: 0 is the embedding, the last one the head with its"
+            " norm. Dead experts are those that no row of the global batch chose.",
             lambda path: plots.plot_layers(watched, path),
         ),
         Paragraph(said),
         Fold("Every layer in that step", [Table(["part", *plots.BY_LAYER.values()], rows)]),
     ]
-
-
-def _name_of(part: int, parts: int) -> str:
-    return {0: "embedding", parts - 1: "head"}.get(part, f"layer {part}")
 
 
 def _shortly(value: float | None) -> str:

@@ -1,4 +1,5 @@
-"""What a plan takes for granted of switches that are on, a clause each; docs/planning.md has the sources."""
+"""What a plan takes for granted of a family and of switches that are on, a clause each; docs/planning.md has
+the sources."""
 
 from __future__ import annotations
 
@@ -14,8 +15,17 @@ from llada_megatron.plan.rates import rates
 
 
 def of_switches(config: Config, stage: StageTime) -> list[str]:
-    """Of the run's switches, where they are on."""
-    return [*_of_experts(config, stage), *_of_products(config)]
+    """Of the run's family, and of its switches where they are on."""
+    return [*_of_concepts(config), *_of_experts(config, stage), *_of_products(config)]
+
+
+def _of_concepts(config: Config) -> Iterator[str]:
+    if config.model.family == "dlcm":
+        R = config.model.concepts.tokens_per_concept
+        yield (
+            f"in every micro-batch one token in {R:g} opens a concept (model.concepts.tokens_per_concept); a"
+            " pass before the step's own is the encoder's alone; the host reads the boundaries in no time"
+        )
 
 
 def _of_experts(config: Config, stage: StageTime) -> Iterator[str]:

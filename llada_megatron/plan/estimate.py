@@ -306,6 +306,7 @@ def flops_per_token(
         supervised=read_before_per_sequence(config, stage),
         head_recomputed=False,
         last_positions=last_positions,
+        before=True,
     )
     performed += passes_before(config, layout, stage) * before / 3  # forward is a third of both
     return model_flops_per_token(config, stage, documents), performed / length

@@ -18,7 +18,6 @@ from llada_megatron.config.layout_rules import NEED_TRANSFORMER_ENGINE
 from llada_megatron.config.parameters import total_parameters
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config, LayoutConfig
-from llada_megatron.plan import traffic
 from llada_megatron.plan.levers import value_of, with_settings
 from llada_megatron.plan.planner import Placement, Planner
 
@@ -171,7 +170,7 @@ def compare(
     ):  # which has it already when the step's own forward begins
         kept[0] += units.gathering
     at_peak, _, transient = planner.peak(layout, placement, dry_stage, rank)
-    computed = traffic.of_rank(
+    computed = planner.formulas.of_rank(
         planner.model,
         shape,
         layout,
@@ -184,7 +183,7 @@ def compare(
     )
     messages: Traffic = Counter()
     for calls, message in computed:
-        if placement.links[message.group].ranks > 1:
+        if placement.links[message.group].ranks > 1 and message.payload > SCALAR_BYTES:
             messages[message.group, message.operation] += int(calls * message.payload)
     static = placement.static[rank]
     return RankComparison(

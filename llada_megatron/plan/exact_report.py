@@ -67,9 +67,15 @@ def print_exact(
     seconds = sum(one.report["seconds"] for one in found)
     if without:
         console.print(f"\nLeft out, since no dry run has it: {', '.join(without)}.")
+    model = planner.model
+    rows = (
+        f"a concept every {model.concepts.tokens_per_concept:g} tokens"
+        if model.family == "dlcm"
+        else "half of the positions supervised, no noise on embeddings"
+    )
     console.print(
-        f"\nAssumed: half of the positions supervised; experts balanced; no noise on embeddings;"
-        f" {micro_batches} of a step's {real} micro-batches, each sending {real / micro_batches:g} times"
+        f"\nAssumed: {rows}; experts balanced; {micro_batches} of a step's {real} micro-batches, each sending"
+        f" {real / micro_batches:g} times"
         f"{', in the pass before the step as well' * stage.geometry.passes_before(planner.config, real)}."
         " Attention, RMSNorm and SwiGLU keep and make what fused kernels do."
         "\nNot in it: fragmentation of the allocator, buffers of NCCL, the CUDA context, workspaces of"

@@ -15,7 +15,7 @@ from llada_megatron.config.families.gpt import expert_weights
 from llada_megatron.config.families.gpt_attention import attention_weights, attention_widths, pair_flops
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import launches, traffic
-from llada_megatron.plan.memory import Unit, Units
+from llada_megatron.plan.memory import Layers, Unit, Units
 from llada_megatron.plan.rates import Rates
 from llada_megatron.plan.shapes import Shape
 from llada_megatron.plan.topology import Group
@@ -270,9 +270,9 @@ def embedding(work: Work, units: Units) -> Block:
     return block
 
 
-def head(work: Work, units: Units) -> Block:
+def head(work: Work, units: Layers) -> Block:
     """Seconds of the head, and what the last layer takes beyond another of its kind: less, if anything."""
-    block = _head(replace(work, shape=work.shape.behind_last))
+    block = head_alone(replace(work, shape=work.shape.behind_last))
     if units.last is None:
         return block
     moe = work.model.has_experts
@@ -286,8 +286,9 @@ def head(work: Work, units: Units) -> Block:
     return block
 
 
-def _head(work: Work) -> Block:
-    """Chunked logits run forward twice; they pass through memory in bf16 (or fp32) and in fp32."""
+def head_alone(work: Work) -> Block:
+    """Seconds of the head. Chunked logits run forward twice; they pass through memory in the run's dtype and
+    in fp32."""
     model, shape, layout, at = work.model, work.shape, work.layout, work.at
     block, chunks = Block(), -(-shape.supervised // model.head_chunk_tokens)
     weights = model.vocab_size / layout.tp * model.hidden_size

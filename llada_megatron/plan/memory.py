@@ -6,6 +6,7 @@ peak = weights + gradients + optimizer + micro-batches in flight * what each kee
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -108,15 +109,11 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Units:
+class Units(ABC):
     """What stages are made of, for one layout and one kind of micro-batch."""
 
-    dense: Unit
-    moe: Unit
     embedding: Unit
     head: Unit
-    normed: Unit
-    """The final norm's output, where the last layer's parts hold it (layout.overlap_experts)."""
     stage: Unit
     """What every (virtual) stage keeps and holds beside its layers and ends."""
     gathering: int
@@ -125,21 +122,10 @@ class Units:
     """Hidden states between two pipeline stages."""
     clipping: int
     """What the first stage needs once a step's passes are over, when nothing is kept."""
-    last: Unit | None = None
-    """The model's last layer, where fewer rows go on behind its attention; None: it is like the others."""
 
+    @abstractmethod
     def of(self, contents: Contents) -> list[tuple[int, Unit]]:
-        """What a (virtual) stage is made of, and how often."""
-        dense, moe = contents.before_last if self.last else (contents.dense, contents.moe)
-        return [
-            (int(contents.first), self.embedding),
-            (dense, self.dense),
-            (moe, self.moe),
-            *([(contents.last_layers, self.last)] if self.last else []),
-            (int(contents.last and contents.moe > 0), self.normed),
-            (int(contents.last), self.head),
-            (1, self.stage),
-        ]
+        """What a (virtual) stage is made of, and how often, in the order of forward; last `stage`."""
 
     def kept(self, contents: Contents) -> int:
         """Bytes that one micro-batch keeps in a (virtual) stage."""
@@ -165,19 +151,44 @@ class Units:
         return largest
 
 
-def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> Units:
+@dataclass(frozen=True, slots=True)
+class Layers(Units):
+    """Stages of layers of two kinds between an embedding and a head."""
+
+    dense: Unit
+    moe: Unit
+    normed: Unit
+    """The final norm's output, where the last layer's parts hold it (layout.overlap_experts)."""
+    last: Unit | None = None
+    """The model's last layer, where fewer rows go on behind its attention; None: it is like the others."""
+
+    def of(self, contents: Contents) -> list[tuple[int, Unit]]:
+        """What a (virtual) stage is made of, and how often."""
+        dense, moe = contents.before_last if self.last else (contents.dense, contents.moe)
+        return [
+            (int(contents.first), self.embedding),
+            (dense, self.dense),
+            (moe, self.moe),
+            *([(contents.last_layers, self.last)] if self.last else []),
+            (int(contents.last and contents.moe > 0), self.normed),
+            (int(contents.last), self.head),
+            (1, self.stage),
+        ]
+
+
+def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> Layers:
     """Bytes of each building block under a layout.
 
     Of what goes to the host two layers' are on the device: one leaves, one comes back.
     """
-    dense, moe = (_layer(model, shape, shape, layout, moe=moe, b=b) for moe in (False, True))
+    dense, moe = (layer(model, shape, shape, layout, moe=moe, b=b) for moe in (False, True))
     behind = shape.behind_last
     embedding = activations.embedding_bytes(shape, layout)
     head = activations.head_bytes(model, behind, layout, b=b)
     beside = activations.stage_bytes(model, shape, layout)
     hidden = b * shape.tokens * model.hidden_size
     normed = hidden if layout.overlap_experts else 0
-    return Units(
+    return Layers(
         dense=dense,
         moe=moe,
         embedding=Unit(
@@ -201,14 +212,14 @@ def units(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> 
         gathering=activations.gather_buffer(model, shape, layout, b=b),
         hidden=hidden,
         clipping=transient.clipping(model, layout),
-        last=None if behind is shape else _layer(model, shape, behind, layout, moe=model.has_experts, b=b),
+        last=None if behind is shape else layer(model, shape, behind, layout, moe=model.has_experts, b=b),
     )
 
 
-def _layer(
+def layer(
     model: ModelConfig, shape: Shape, behind: Shape, layout: LayoutConfig, *, moe: bool, b: int
 ) -> Unit:
-    """`behind`: the rows that go on behind its attention."""
+    """A layer of one kind; `behind`: the rows that go on behind its attention."""
     whole = activations.layer_parts(model, shape, layout, moe=moe, b=b, behind=behind)
     left = activations.kept(model, whole, shape, layout, b=b, behind=behind)
     host = offloaded(model, left, shape, layout, b=b)

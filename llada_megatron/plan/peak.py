@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 from llada_megatron.config.contents import Contents
 from llada_megatron.config.schema import LayoutConfig
-from llada_megatron.plan.memory import Unit, Units
+from llada_megatron.plan.memory import Layers, Unit, Units
 
 Pair = tuple[tuple[int, ...], int | None, int]
 """Micro-batches of each virtual stage that wait for their backward, the virtual stage that runs a forward, if
@@ -28,6 +28,7 @@ def peak_activations(
     held = blocks.gathering + sum(blocks.held(stage) for stage in stages)
     given = layout.pp, rank, layout.vpp, min(micro_batches, 4 * layout.pp * layout.vpp)
     if layout.overlap_experts:
+        assert isinstance(blocks, Layers)  # others refuse it
         moments = [
             (counts, beside(blocks, None if forward is None else stages[forward], stages[backward]))
             for counts, forward, backward in pairs(*given)
@@ -100,7 +101,7 @@ def pairs(pp: int, rank: int, vpp: int, micro_batches: int) -> tuple[Pair, ...]:
     return tuple(found)
 
 
-def beside(units: Units, forward: Contents | None, backward: Contents) -> int:
+def beside(units: Layers, forward: Contents | None, backward: Contents) -> int:
     """The most that a pair needs at any moment, over what its backward's micro-batch has kept before.
 
     A layer's last probabilities (activations.held_bytes) hold the gradient of its input, b tH, until the next
@@ -109,7 +110,7 @@ def beside(units: Units, forward: Contents | None, backward: Contents) -> int:
     return max(_moments(units, forward, backward), default=0)  # none of a stage that holds nothing
 
 
-def _moments(units: Units, forward: Contents | None, backward: Contents) -> Iterator[int]:
+def _moments(units: Layers, forward: Contents | None, backward: Contents) -> Iterator[int]:
     grown, gone = 0, 0
     if forward is not None:
         grown = units.stage.kept + forward.first * (units.embedding.kept + units.hidden)
@@ -137,7 +138,7 @@ def _moments(units: Units, forward: Contents | None, backward: Contents) -> Iter
         yield grown - gone + units.embedding.backward
 
 
-def _layers(units: Units, contents: Contents | None) -> list[Unit]:
+def _layers(units: Layers, contents: Contents | None) -> list[Unit]:
     if contents is None:
         return []
     return [units.dense] * contents.dense + [units.moe] * contents.moe

@@ -17,6 +17,7 @@ from typing import Any
 
 from llada_megatron.config import rules
 from llada_megatron.config.choices import Recompute, RecomputeModule
+from llada_megatron.config.concept_rules import check_layout_of_concepts
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.layout_rules import check_layout
 from llada_megatron.config.quantities import GB
@@ -144,6 +145,7 @@ class Search:
         """Whether the rules of layouts accept it, micro-batches aside: those depend on axes that are open."""
         try:
             check_layout(replace(self.config, layout=layout))
+            check_layout_of_concepts(replace(self.config, layout=layout))
         except BadInput as refusal:
             self.result.reject(_reason(refusal), f"{describe(layout)}: {refusal}")
             return False
@@ -177,7 +179,7 @@ class Search:
             dense, moe, _, last = self.planner.blocks(layout, stage, links).totals
             head += stage.tokens * last
             layer += stage.tokens * (moe if self.model.has_experts else dense)
-        return head / layer
+        return head / layer if layer else 0.0  # a family without a pipeline times no layer alone
 
     def _fill(self, structure: LayoutConfig, recompute: list[RecomputeChoice]) -> None:
         """Micro-batches of a structure, each with the recompute that fits and is fastest."""

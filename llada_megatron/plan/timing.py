@@ -16,7 +16,7 @@ from llada_megatron.config.layout import data_parallel_size, expert_data_paralle
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import activations, layer_time, traffic
 from llada_megatron.plan.layer_time import Block, Parts
-from llada_megatron.plan.memory import Units
+from llada_megatron.plan.memory import Layers
 from llada_megatron.plan.peak import forwards_ahead
 from llada_megatron.plan.rates import Rates
 from llada_megatron.plan.shapes import Shape
@@ -64,7 +64,7 @@ def seconds_of(
     layout: LayoutConfig,
     at: Rates,
     links: dict[str, Group],
-    blocks: Units,
+    blocks: Layers,
     *,
     forward_only: bool = False,
 ) -> Seconds:

@@ -165,9 +165,9 @@ def step_messages(
 
     Experts with buffers of their own have an optimizer of their own, and without layout.overlap_param_gather
     each of the two gathers the weights of both (distrib_optimizer.py, step_with_ready_grads).
-    Tensor-parallel processes sum the gradients of what each holds whole. A tied head that lies on another
-    stage than the embedding also sums its gradient with the embedding's. Counts of tokens per expert are
-    summed for the balance. A few scalars and the metrics' sums are left out.
+    Tensor-parallel processes sum the gradients of what each holds whole and has seen a part with. A tied
+    head that lies on another stage than the embedding also sums its gradient with the embedding's. Counts of
+    tokens per expert are summed for the balance. A few scalars and the metrics' sums are left out.
     """
     dense, expert = padded_buffers(held, layout)
     gathers = 2 if expert and not layout.overlap_param_gather else 1
@@ -178,7 +178,7 @@ def step_messages(
             messages.append(Message(group, "reduce_scatter", scattered, 0, 1, module="gradients"))
             messages.append(Message(group, "all_gather", b * elements, gathers, 0, module="weights"))
     if layout.tp > 1:
-        summed = gradient_bytes * held.replicated
+        summed = gradient_bytes * (held.replicated - held.alike)
         messages.append(Message("tp", "all_reduce", summed, 0, 1, module="gradients"))
     if model.tied_head and layout.pp > 1 and holds_table:
         table = model.vocab_size // layout.tp * model.hidden_size

@@ -3,7 +3,8 @@
 Each rank adds up squares and counts of what it holds, on its device; one message after the step sums them
 over all ranks. So no layout changes them but for the order of adding.
 
-Legend: P parts of the model (the embedding, each layer, the head with the last norm), E experts.
+Legend: P parts of the model, as its family names them, S rows of B sequences or of one row of concepts, E
+experts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import Config
 from llada_megatron.model.gpt import layers_of
 from llada_megatron.model.router import BalancedRouter
@@ -39,14 +41,16 @@ FIGURES = (
     "dead_experts_by_layer",
     "router_unevenness_by_layer",
 )
-"""Lists of P numbers: the embedding's, each layer's, the head's; None where a part has no such figure."""
+"""Lists of P numbers in the order of a forward; None where a part has no such figure."""
 
 
 class Watch:
     """Adds up, in every training.figures_every_steps-th step, what `figures` then says."""
 
     def __init__(self, config: Config, model: Sequence[torch.nn.Module]) -> None:
-        self.every, self.layers = config.training.figures_every_steps, config.model.layers
+        self.watched = formulas_of(config.model).watched(config.model)
+        self.every = config.training.figures_every_steps
+        self.place = {name: place for place, name in enumerate(self.watched.parts)}
         self.experts = config.model.experts if config.model.has_experts else 0
         self.is_on = False
         self.part_of: dict[torch.nn.Parameter, int] = {}
@@ -55,17 +59,21 @@ class Watch:
                 self._watch(chunk)
 
     def _watch(self, chunk: Any) -> None:
-        for layer in chunk.modules():
-            if isinstance(layer, TransformerLayer):
-                self.part_of |= dict.fromkeys(layer.parameters(), layer.layer_number)
-            elif isinstance(layer, BalancedRouter):
-                layer.observer = partial(self._routed, layer)
-        for layer in layers_of(chunk):
-            layer.register_forward_hook(partial(self._layer_ran, layer.layer_number))
-        ends = {"embedding": 0, "decoder": self.layers + 1, "output_layer": self.layers + 1}
-        for name, part in ends.items():
-            for parameter in getattr(chunk, name, torch.nn.Module()).parameters():
-                self.part_of.setdefault(parameter, part)
+        for module, name in self.watched.layers.items():
+            stack, is_padded = getattr(chunk, module), module == self.watched.padded
+            for layer in stack.modules():
+                if isinstance(layer, TransformerLayer):
+                    part = self.place[f"{name} {layer.layer_number}"]
+                    self.part_of |= dict.fromkeys(layer.parameters(), part)
+                elif isinstance(layer, BalancedRouter):
+                    part = self.place[f"{name} {layer.layer_number}"]
+                    layer.observer = partial(self._routed, part, is_padded, layer)
+            for layer in layers_of(stack):
+                ran = partial(self._layer_ran, self.place[f"{name} {layer.layer_number}"], is_padded)
+                layer.register_forward_hook(ran, with_kwargs=True)
+        for module, name in self.watched.others.items():
+            for parameter in getattr(chunk, module, torch.nn.Module()).parameters():
+                self.part_of.setdefault(parameter, self.place[name])
         if chunk.post_process:
             chunk.output_layer.register_forward_hook(self._head_ran)
 
@@ -73,7 +81,7 @@ class Watch:
         """Start anew; whether this step is watched."""
         self.is_on = bool(self.every) and step % self.every == 0
         if self.is_on:
-            P, where = self.layers + 2, {"dtype": torch.double, "device": device.device()}
+            P, where = len(self.place), {"dtype": torch.double, "device": device.device()}
             self.sums = torch.zeros(P, len(SUMS), **where)
             self.rows_PE = torch.zeros(P, self.experts, **where)
             self.largest_logit = torch.full((), -torch.inf, **where)
@@ -85,29 +93,50 @@ class Watch:
         """Whether the forward that runs counts: recompute runs a layer twice, evaluation learns nothing."""
         return self.is_on and torch.is_grad_enabled()
 
-    def _layer_ran(self, number: int, layer: torch.nn.Module, given: Any, output: Any) -> None:
-        if self._learns():
-            self._add(number, "activation", _square(output[0].detach()))
-            self._add(number, "activations", output[0].numel())
+    def _layer_ran(
+        self, part: int, is_padded: bool, layer: torch.nn.Module, given: Any, options: Any, output: Any
+    ) -> None:
+        if not self._learns():
+            return
+        hidden_SBH = output[0].detach()
+        if is_padded:
+            hidden_SBH = hidden_SBH.masked_fill(options["padding_mask"].T[..., None], 0)
+            self._add(part, "activations", -hidden_SBH.shape[-1] * options["padding_mask"].sum())
+        self._add(part, "activation", _square(hidden_SBH))
+        self._add(part, "activations", hidden_SBH.numel())
 
     def _head_ran(self, head: torch.nn.Module, given: Any, output: Any) -> None:
         if self._learns() and output[0].numel():  # a context-parallel rank may supervise nothing
             torch.maximum(self.largest_logit, output[0].detach().amax().double(), out=self.largest_logit)
 
-    def _routed(self, router: BalancedRouter, logits: Tensor, map_NE: Tensor) -> None:
-        """logits fp32 [S, B, E]; map_NE bool [N, E], before any cap."""
+    def _routed(
+        self,
+        part: int,
+        is_padded: bool,
+        router: BalancedRouter,
+        logits: Tensor,
+        map_NE: Tensor,
+        ignored_SB: Tensor | None,
+    ) -> None:
+        """logits fp32 [S, B, E]; map_NE bool [N, E], before any cap; ignored_SB bool: padding."""
         if not self._learns():
             return
-        number, logits = int(router.layer_number), logits.detach()
+        logits = logits.detach()
         share = expert_scores(logits, router.score_function)
         share /= share.sum(dim=-1, keepdim=True)
-        self._add(number, "entropy", torch.special.entr(share).sum(dtype=torch.double))
-        self._add(number, "z", logits.logsumexp(dim=-1).square().sum(dtype=torch.double))
-        self._add(number, "rows", map_NE.shape[0])
-        self.rows_PE[number].add_(map_NE.sum(dim=0))
+        entropy_SB = torch.special.entr(share).sum(dim=-1, dtype=torch.double)
+        z_SB = logits.logsumexp(dim=-1).square()
+        if is_padded and ignored_SB is not None:
+            entropy_SB, z_SB = (each.masked_fill(ignored_SB, 0) for each in (entropy_SB, z_SB))
+            map_NE = map_NE & ~ignored_SB.reshape(-1, 1)
+            self._add(part, "rows", -ignored_SB.sum())
+        self._add(part, "entropy", entropy_SB.sum(dtype=torch.double))
+        self._add(part, "z", z_SB.sum(dtype=torch.double))
+        self._add(part, "rows", map_NE.shape[0])
+        self.rows_PE[part].add_(map_NE.sum(dim=0))
         if router.unevenness is not None:
-            self._add(number, "unevenness", router.unevenness)
-            self._add(number, "sequences", logits.shape[1] / router.tp_cp_group.size())  # each has a part
+            self._add(part, "unevenness", router.unevenness)
+            self._add(part, "sequences", logits.shape[1] / router.tp_cp_group.size())  # each has a part
 
     @torch.no_grad()
     def norms(self, optimizer: MegatronOptimizer) -> None:
@@ -150,7 +179,7 @@ class Watch:
         dist.all_reduce(message)
         sums, rows, largest = message.cpu().split([self.sums.numel(), self.rows_PE.numel(), len(largest)])
         by_name = dict(zip(SUMS, sums.view(-1, len(SUMS)).T, strict=True))
-        dead = (rows.view(self.layers + 2, -1) == 0).sum(dim=1)
+        dead = (rows.view(len(self.place), -1) == 0).sum(dim=1)
         has_router = by_name["rows"] > 0
         lists = (
             by_name["gradient"].sqrt().tolist(),

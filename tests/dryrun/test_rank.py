@@ -3,22 +3,10 @@
 import pytest
 
 from llada_megatron.config import rules
-from llada_megatron.config.compose import compose
-from llada_megatron.config.schema import Config
 from llada_megatron.plan import exact
-from llada_megatron.plan.planner import Planner
 from tests.distributed import run_ranks
+from tests.dryrun.comparing import all_comparisons, assert_same, comparisons, dry_configuration
 
-SMALL = [  # head_dim 64 leaves no padding in a process's share of the optimizer
-    *(
-        "experiment=parity",
-        "precision=bf16",
-        "model.head_dim=64",
-        "model.layers=3",
-        "data.sequence_length=64",
-    ),
-    *("layout.global_batch=16", "cluster.gpus_per_node=16", "cluster.peak_tflops=1"),
-]
 NOISY = ["model.expert_balance_clean_half=false"]
 DENSE = ["model.experts=0", "model.dense_layers=3"]
 BDLM, MDLM = 0, 2
@@ -291,31 +279,6 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
 }
 
 
-def dry_configuration(overrides: list[str]) -> Config:
-    return exact.dry_configuration(compose([*SMALL, *overrides]))
-
-
-def comparisons(stage_index: int, overrides: list[str]) -> list[exact.RankComparison]:
-    """In a forked process: every pipeline stage, dry-run and computed."""
-    from dataclasses import asdict
-
-    from llada_megatron.dryrun.rank import run_rank
-
-    config = dry_configuration(overrides)
-    stage = rules.check(config).stages[stage_index]
-    planner = Planner(config, expert_imbalance=1.0)
-    placement, micro_batches = planner.place(config.layout), exact.dry_micro_batches(config, stage)
-    reports = [
-        asdict(run_rank(config, stage, rank, micro_batches))
-        for rank in exact.one_rank_per_stage(config.layout)
-    ]
-    return [exact.compare(planner, placement, stage, report, micro_batches) for report in reports]
-
-
-def all_comparisons(cases: dict[str, tuple[int, list[str]]]) -> dict[str, list[exact.RankComparison]]:
-    return {name: comparisons(*case) for name, case in cases.items()}
-
-
 @pytest.fixture(scope="module")
 def found() -> dict[str, list[exact.RankComparison]]:
     return run_ranks(all_comparisons, CASES)[0]
@@ -329,21 +292,6 @@ def found_in_slow_cases() -> dict[str, list[exact.RankComparison]]:
 @pytest.fixture(scope="module")
 def found_in_the_rest() -> dict[str, list[exact.RankComparison]]:
     return run_ranks(all_comparisons, {n: c for n, c in MORE_CASES.items() if n not in SLOW_CASES})[0]
-
-
-def assert_same(one: exact.RankComparison) -> None:
-    held, report = one.parameters, one.report
-    assert report["parameters"] == {
-        "sharded": held.sharded,
-        "replicated": held.replicated,
-        "expert": held.expert,
-        "bias": held.bias,
-    }
-    assert {part: size for part, size in report["static"].items() if part != "other"} == one.static
-    assert report["kept"] == one.kept
-    assert one.messages_found == one.messages
-    activations = report["peak"] - one.static_found
-    assert one.peak - one.static_found == pytest.approx(activations, rel=0.05)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,6 +10,7 @@ import pytest
 from llada_megatron.config import rules
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import Config
 from llada_megatron.model.concepts import parser_loss
 from llada_megatron.verify.comparison import compare
@@ -90,6 +91,58 @@ def test_the_parsers_loss_is_that_of_the_global_batch(corpus: str) -> None:
     assert shown["tokens_per_concept"] == pytest.approx(1 / shown["boundary_rate"])
 
 
+def watched(configs: list[Config]) -> list[tuple[float, dict[str, Any]]]:
+    from llada_megatron.parallel import groups
+    from llada_megatron.training.loop import build_trainer
+    from llada_megatron.training.step import train_step
+
+    found = []
+    for config in configs:
+        groups.initialize(config.layout)
+        result = train_step(build_trainer(config, rules.check(config)), 0)
+        found.append((result.grad_norm, result.watched))
+        groups.destroy()
+    return found
+
+
+def assert_same_figures(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for name in ("grad_norm", "weight_norm", "activation_rms", "router_entropy", "router_z"):
+        one, other = mine[f"{name}_by_layer"], theirs[f"{name}_by_layer"]
+        assert [value is None for value in one] == [value is None for value in other], name
+        assert [value or 0.0 for value in one] == pytest.approx(
+            [value or 0.0 for value in other], rel=2e-5
+        ), name
+    assert mine["dead_experts_by_layer"] == theirs["dead_experts_by_layer"]
+
+
+def test_figures_by_layer_tell_the_three_stacks_apart_and_count_no_padding(corpus: str) -> None:
+    """Micro-batches of one sequence pad the backbone's rows where those of eight do not."""
+    configs = [concepts(corpus, "training.figures_every_steps=1", micro_batch=size) for size in (1, 8)]
+    parts = formulas_of(configs[0].model).watched(configs[0].model).parts
+    assert parts == [
+        *("embedding", "encoder 1", "boundaries", "backbone 1", "backbone 2", "concept attention"),
+        *("decoder 1", "head"),
+    ]
+    [[(grad_norm, ones), (_, eight)]] = run_ranks(watched, configs)
+    assert_same_figures(ones, eight)
+    norms = ones["grad_norm_by_layer"]
+    assert all(norms) and sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(grad_norm, rel=1e-5)
+    are_layers = [part[-1].isdigit() for part in parts]
+    assert [value is not None for value in ones["activation_rms_by_layer"]] == are_layers
+    assert [value is not None for value in ones["router_z_by_layer"]] == [
+        part == "backbone 2" for part in parts
+    ]
+
+
+@pytest.mark.slow
+def test_no_layout_changes_the_figures_by_layer(corpus: str) -> None:
+    every = "training.figures_every_steps=1"
+    [[(_, one)]] = run_ranks(watched, [concepts(corpus, every, micro_batch=8)])
+    split = concepts(corpus, every, processes=2, tp=2, ep=2, recompute="full")
+    for [(_, mine)] in run_ranks(watched, [split], processes=2):
+        assert_same_figures(mine, one)
+
+
 @pytest.mark.slow
 def test_a_run_says_how_long_concepts_are_by_corpus(corpus: str, tmp_path: Path) -> None:
     """The same of two ranks, which evaluate other sequences."""
@@ -122,7 +175,6 @@ def test_a_run_says_how_long_concepts_are_by_corpus(corpus: str, tmp_path: Path)
         ("model.dense_layers=1", "experts are the backbone's"),
         ("model.family=gpt", "objective=concepts, and model.family=gpt needs another"),
         ("schedule.stages.0.objective=autoregressive", "needs concepts"),
-        ("training.figures_every_steps=1", "figures_every_steps is set"),
         ("model.router.rows_cap=2", "model.router.rows_cap is set"),
     ],
 )

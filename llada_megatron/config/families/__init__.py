@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from llada_megatron.config.contents import Contents, Parameters
+from llada_megatron.config.contents import Contents, Parameters, Watched
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import dlcm, gpt
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
@@ -47,6 +47,14 @@ class Formulas(Protocol):
 
     def pair_flops(self, model: ModelConfig) -> int:
         """Forward FLOPs of a visible query-key pair in all layers."""
+        ...
+
+    def before(self, model: ModelConfig) -> tuple[dict[str, int], int]:
+        """`active_weights` and `pair_flops` of what a pass before a step's own runs through."""
+        ...
+
+    def watched(self, model: ModelConfig) -> Watched:
+        """The parts that figures by layer tell apart."""
         ...
 
     def kept_numbers(self, model: ModelConfig, tp: int = 1) -> int:

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from llada_megatron.config.choices import ConceptAttention, ConceptOf
 from llada_megatron.config.concepts import ConceptsConfig
-from llada_megatron.config.contents import Contents, Parameters, aligned
+from llada_megatron.config.contents import Contents, Parameters, Watched, aligned
 from llada_megatron.config.families import gpt
 from llada_megatron.config.layout_rules import require
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
@@ -120,8 +120,8 @@ def parameters(
     )
     sharded = [size // tp for size in _attention_weights(model)]
     hidden, concept = model.hidden_size, backbone.hidden_size
-    replicated = [hidden, concept, hidden**2, hidden**2, hidden * concept, model.head_dim, model.head_dim]
-    replicated.append(concept)  # the start vector
+    alike = [hidden**2, hidden**2, hidden * concept, concept]  # the last is the start vector
+    replicated = [hidden, concept, model.head_dim, model.head_dim, *alike]
     ((tokens_buffer, _),), ((concepts_buffer, experts_buffer),) = of_tokens.buffers, of_concepts.buffers
     buffer = tokens_buffer + concepts_buffer + aligned(*sharded, *replicated)
     return Parameters(
@@ -130,6 +130,7 @@ def parameters(
         expert=of_concepts.expert,
         bias=of_concepts.bias,
         counts=of_concepts.counts,
+        alike=sum(alike),
         buffers=((buffer, experts_buffer),),
     )
 
@@ -164,6 +165,32 @@ def pair_flops(model: ModelConfig) -> int:
     of_tokens = model.heads * (layers + 1 / R)
     of_concepts = concepts.heads * concepts.backbone_layers(model.layers) / R**2
     return round(4 * model.head_dim * (of_tokens + of_concepts))
+
+
+def before(model: ModelConfig) -> tuple[dict[str, int], int]:
+    """Weights and FLOPs of a pair in a pass before a step's own: the encoder's and the detector's."""
+    encoder = tokens_of(model, model.concepts.encoder_layers)
+    weights = gpt.active_weights(encoder) | {"concepts": 2 * model.hidden_size**2}
+    return weights, gpt.pair_flops(encoder)
+
+
+def watched(model: ModelConfig) -> Watched:
+    """The three stacks, and what is between them: each part with the norm before it."""
+    concepts = model.concepts
+    sizes = {
+        "encoder": concepts.encoder_layers,
+        "backbone": concepts.backbone_layers(model.layers),
+        "decoder": concepts.decoder_layers,
+    }
+    encoder, backbone, decoder = (
+        [f"{name} {number}" for number in range(1, size + 1)] for name, size in sizes.items()
+    )
+    boundaries, attention = "boundaries", "concept attention"
+    others = dict.fromkeys(("encoder", "boundary_q", "boundary_k", "concept_proj"), boundaries)
+    others |= dict.fromkeys(("backbone", "concept_attention"), attention)
+    others |= {"embedding": "embedding", "decoder": "head", "output_layer": "head"}
+    parts = ["embedding", *encoder, boundaries, *backbone, attention, *decoder, "head"]
+    return Watched(parts, {name: name for name in sizes}, others, padded="backbone")
 
 
 def kept_numbers(model: ModelConfig, tp: int = 1) -> int:

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from llada_megatron.config.choices import Core, ExpertScore
-from llada_megatron.config.contents import Contents, Parameters, aligned, separate_experts
+from llada_megatron.config.contents import Contents, Parameters, Watched, aligned, separate_experts
 from llada_megatron.config.families.gpt_adapters import active_adapters as active_adapters
 from llada_megatron.config.families.gpt_adapters import adapter_parameters
 from llada_megatron.config.families.gpt_attention import (
@@ -232,6 +232,18 @@ def last_layer_weights(model: ModelConfig) -> dict[str, int]:
         return {}
     last = active_weights(replace(model, layers=1, dense_layers=int(not model.has_experts)))
     return last | {"attention": model.heads * model.head_dim * model.hidden_size}
+
+
+def before(model: ModelConfig) -> tuple[dict[str, int], int]:
+    """Weights and FLOPs of a pair in a pass before a step's own: all layers'."""
+    return active_weights(model), pair_flops(model)
+
+
+def watched(model: ModelConfig) -> Watched:
+    """Embedding, layers, and the head with the last norm."""
+    layers = [f"layer {number}" for number in range(1, model.layers + 1)]
+    others = {"embedding": "embedding", "decoder": "head", "output_layer": "head"}
+    return Watched(["embedding", *layers, "head"], {"decoder": "layer"}, others)
 
 
 def expert_weights(model: ModelConfig) -> int:
