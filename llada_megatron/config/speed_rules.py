@@ -68,7 +68,6 @@ def _check_core(config: Config) -> None:
         " model.core=gpt.",
     )
     for setting, is_set in {
-        "model.mla": model.mla.is_used,
         "layout.offload_modules": layout.offload_modules,
         "training.cuda_graphs": config.training.cuda_graphs,
     }.items():

@@ -215,6 +215,10 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             "layout.ep=4",
         ],
     ),
+    "latents_hybrid_pp": (
+        BDLM,
+        [*MLA, "model.core=hybrid", "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"],
+    ),
     "latents_core": (BDLM, [*MLA, "layout.recompute=selective"]),
     "latents_full_recompute": (BDLM, [*MLA, "layout.recompute=full"]),
     "latents_mdlm": (MDLM, [*MLA, "layout.micro_batch=2"]),

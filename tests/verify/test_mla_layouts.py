@@ -32,6 +32,16 @@ def test_each_axis_equals_one_process(corpus, reference):
     require_equal(["TP2", "CP2 EP2", "PP2 VPP2"], corpus, reference)
 
 
+HYBRID = "model.core=hybrid"
+
+
+@pytest.mark.slow
+def test_a_hybrid_model_equals_one_process_of_gpt(corpus, reference):
+    require_equal(["TP2 EP2", "PP2 VPP2"], corpus, reference, HYBRID)
+    [alone] = layouts.measure_in_processes([layouts.parity_config(corpus, *MLA, HYBRID)], reference)
+    assert not any(compare("hybrid", 1, alone, reference).differences.values())
+
+
 @pytest.mark.full
 def test_recompute_and_several_axes_equal_one_process(corpus, reference):
     require_equal(["selective recompute"], corpus, reference)
