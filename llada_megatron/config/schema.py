@@ -366,7 +366,8 @@ class LayoutConfig:
     recompute: Recompute = Recompute.none
     """`selective` recomputes recompute_modules in backward, `full` whole layers: less memory, more time."""
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: [RecomputeModule.core_attn])
-    """Of `selective`; mlp is that of dense layers; layernorm and moe_act need transformer_engine's layers."""
+    """Of `selective`; mlp is that of dense layers, mla_up_proj what makes heads of the latents of model.mla;
+    layernorm and moe_act need transformer_engine's layers."""
     offload_modules: list[OffloadModule] = field(default_factory=list)
     """Keep the inputs of these parts of a layer in host memory between forward and backward; empty: none."""
     overlap_grad_reduce: bool = False

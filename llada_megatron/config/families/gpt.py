@@ -34,6 +34,7 @@ from llada_megatron.config.families.gpt_attention import (
     attention_weights,
     check_attention,
     qkv_biases,
+    up_weights,
 )
 from llada_megatron.config.families.gpt_attention import kept_numbers as kept_numbers
 from llada_megatron.config.families.gpt_attention import pair_flops as pair_flops
@@ -217,8 +218,10 @@ def active_weights(model: ModelConfig) -> dict[str, int]:
     """Weights that one token passes through in all layers, by module in the words of recompute."""
     dense = min(model.dense_layers, model.layers)
     moe = model.layers - dense
+    up = model.layers * up_weights(model)
     return {
-        "attention": model.layers * attention_weights(model),
+        "attention": model.layers * attention_weights(model) - up,
+        **({"mla_up_proj": up} if model.mla.is_used else {}),
         "mlp": dense * 3 * model.hidden_size * model.ffn_hidden_size,
         "shared_experts": moe * 3 * model.hidden_size * model.shared_expert_hidden_size,
         "moe": moe * (model.experts_per_token * expert_weights(model) + model.hidden_size * model.experts),
