@@ -127,7 +127,7 @@ class ModelConfig:
     not used; 0: each token chooses from all (docs/experts.md)."""
     routed_scaling_factor: Factor = 1.0
     expert_score: ExpertScore = ExpertScore.sigmoid
-    """softmax is that of Qwen3-MoE and LLaDA-MoE, without expert_bias and groups (docs/experts.md)."""
+    """softmax is that of Qwen3-MoE and LLaDA-MoE, without expert_bias (docs/experts.md)."""
     normalize_expert_weights: bool = True
     """Whether the weights of a token's experts add up to routed_scaling_factor; false: softmax over all."""
     expert_bias: bool = True

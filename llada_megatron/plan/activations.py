@@ -102,9 +102,9 @@ def router_bytes(model: ModelConfig) -> int:
     Where experts are chosen by their scores themselves, without a bias, E tell which groups are closed.
     """
     E, k = model.experts, model.experts_per_token
-    if model.expert_score is ExpertScore.softmax:
-        return 12 * k if model.normalize_expert_weights else 4 * E + 8 * k
     closed = E if model.expert_groups > 1 and not model.expert_bias else 0
+    if model.expert_score is ExpertScore.softmax:
+        return 12 * k if model.normalize_expert_weights else 4 * E + 8 * k + closed
     return 4 * E + 12 * k + 4 + closed
 
 

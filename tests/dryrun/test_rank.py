@@ -49,6 +49,7 @@ LEVENSHTEIN = [
     *("levenshtein.delete_token_id=300", "levenshtein.split_token_id=301"),
 ]
 PP2 = ["layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]
+GROUPS_OF_EXPERTS = ["model.expert_groups=4", "model.expert_groups_per_token=2"]
 UP = ["layout.recompute=selective", "layout.recompute_modules=[mla_up_proj]"]
 OVERLAPPED = ["layout.overlap_experts=true", "layout.ep=2"]
 CASES: dict[str, tuple[int, list[str]]] = {
@@ -199,6 +200,10 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     ),
     "softmax": (BDLM, SOFTMAX),
     "softmax_over_all": (BDLM, [*SOFTMAX, "model.normalize_expert_weights=false"]),
+    "softmax_over_all_in_groups": (
+        BDLM,
+        [*SOFTMAX, "model.normalize_expert_weights=false", *GROUPS_OF_EXPERTS],
+    ),
     "softmax_allgather": (BDLM, [*SOFTMAX, "layout.dispatcher=allgather"]),
     "softmax_over_all_allgather": (
         BDLM,

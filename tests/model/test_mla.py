@@ -10,7 +10,7 @@ import torch
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
-from llada_megatron.attention.keys import KeyPool, PooledKeys
+from llada_megatron.attention.keys import KeyPool, PooledKeys, PoolPart
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families.gpt import check
@@ -95,6 +95,35 @@ def test_attention_over_kept_latents_gives_the_logits_of_that_over_keys_of_heads
         found = logits(keys, first, first + block)
         torch.testing.assert_close(found, expected_SV[first : first + block], rtol=1e-5, atol=1e-5)
     assert pool.bytes == 8 * S * model.config.num_layers * (16 + 8)  # no value of its own
+
+
+class OfHeads:
+    """Pooled keys that latent attention does not take for such: it keeps keys and values of all heads."""
+
+    def __init__(self, keys: PooledKeys) -> None:
+        self.keys, self.mask, self.rectangle, self.of = keys, keys.mask, keys.rectangle, keys.of
+
+
+@torch.no_grad()
+def test_latents_of_several_sequences_with_a_shadow_give_the_logits_of_keys_of_heads() -> None:
+    model, block, rng = tiny(settings(*MLA)).double(), 4, np.random.default_rng(0)
+    places = rng.permutation(40)
+    first, second, shadow = places[:12], places[12:21], places[21:25]
+    forwards = [
+        [PoolPart(slice(0, 8), first[:8]), PoolPart(slice(0, 4), second[:4])],
+        [PoolPart(8, first), PoolPart(slice(8, 12), first, shadow), PoolPart(4, second)],
+    ]
+    pools = KeyPool(40), KeyPool(40)
+    for parts in forwards:
+        latents, heads = (PooledKeys(pool, parts, block) for pool in pools)
+        S = len(latents.positions)
+        given = torch.from_numpy(rng.integers(480, size=(1, S))), torch.from_numpy(latents.positions)[None]
+        found, expected = (
+            model(ModelInputs(*given, keys, torch.arange(S), readout=LOGITS))
+            for keys in (latents, OfHeads(heads))
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert pools[0].bytes * 4 * (24 + 20) == pools[1].bytes * (16 + 8)
 
 
 @pytest.mark.parametrize(

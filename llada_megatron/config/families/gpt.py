@@ -84,7 +84,11 @@ def _check_scores(model: ModelConfig) -> None:
         f"{score} needs model.expert_bias=false: the bias corrects sigmoids; model.router.sequence_balance"
         " balances experts without it.",
     )
-    require(model.expert_groups == 1, f"{score} needs model.expert_groups=1, not {model.expert_groups}.")
+    require(
+        model.expert_groups == 1 or not model.normalize_expert_weights,
+        f"{score} scores model.expert_groups={model.expert_groups} by shares of all experts: set"
+        " model.normalize_expert_weights=false, or model.expert_groups=1.",
+    )
     require(
         model.experts_per_token > 1 or not model.normalize_expert_weights,
         f"{score} of one expert per token is always 1: set model.normalize_expert_weights=false.",
