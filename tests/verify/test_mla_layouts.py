@@ -50,6 +50,12 @@ def test_recompute_and_several_axes_equal_one_process(corpus, reference):
 
 
 @pytest.mark.full
+def test_heads_that_are_made_again_equal_one_process_that_keeps_them(corpus, reference):
+    again = "layout.recompute=selective", "layout.recompute_modules=[mla_up_proj]"
+    require_equal(["TP2", "CP2 EP2", "PP2 VPP2"], corpus, reference, *again)
+
+
+@pytest.mark.full
 def test_a_full_projection_of_queries_under_tensor_parallelism_equals_one_process(corpus):
     [alone] = layouts.measure_in_processes([layouts.parity_config(corpus, *MLA, FULL_QUERIES)], None)
     require_equal(["TP2"], corpus, alone, FULL_QUERIES)
