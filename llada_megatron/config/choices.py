@@ -126,6 +126,7 @@ class RecomputeModule(StrEnum):
     """
 
     core_attn = "core_attn"
+    mla_up_proj = "mla_up_proj"
     mlp = "mlp"
     moe = "moe"
     shared_experts = "shared_experts"

@@ -196,6 +196,11 @@ def _check_options(layout: LayoutConfig, model: ModelConfig) -> None:
             f"layout.recompute_modules has '{name}', which needs TransformerEngine: set"
             f" model.layer_spec=transformer_engine (now {model.layer_spec}), or leave {name} out.",
         )
+    require(
+        RecomputeModule.mla_up_proj not in layout.recompute_modules or model.mla.is_used,
+        "layout.recompute_modules has 'mla_up_proj', the ways up from latents, which only model.mla has:"
+        " leave it out.",
+    )
 
 
 def _next_multiple(number: int, of: int) -> int:

@@ -127,7 +127,7 @@ class ModelConfig:
     not used; 0: each token chooses from all (docs/experts.md)."""
     routed_scaling_factor: Factor = 1.0
     expert_score: ExpertScore = ExpertScore.sigmoid
-    """softmax is that of Qwen3-MoE and LLaDA-MoE, without expert_bias and groups (docs/experts.md)."""
+    """softmax is that of Qwen3-MoE and LLaDA-MoE, without expert_bias (docs/experts.md)."""
     normalize_expert_weights: bool = True
     """Whether the weights of a token's experts add up to routed_scaling_factor; false: softmax over all."""
     expert_bias: bool = True
@@ -366,7 +366,8 @@ class LayoutConfig:
     recompute: Recompute = Recompute.none
     """`selective` recomputes recompute_modules in backward, `full` whole layers: less memory, more time."""
     recompute_modules: list[RecomputeModule] = field(default_factory=lambda: [RecomputeModule.core_attn])
-    """Of `selective`; mlp is that of dense layers; layernorm and moe_act need transformer_engine's layers."""
+    """Of `selective`; mlp is that of dense layers, mla_up_proj what makes heads of the latents of model.mla;
+    layernorm and moe_act need transformer_engine's layers."""
     offload_modules: list[OffloadModule] = field(default_factory=list)
     """Keep the inputs of these parts of a layer in host memory between forward and backward; empty: none."""
     overlap_grad_reduce: bool = False

@@ -68,7 +68,6 @@ def _check_core(config: Config) -> None:
         " model.core=gpt.",
     )
     for setting, is_set in {
-        "model.mla": model.mla.is_used,
         "layout.offload_modules": layout.offload_modules,
         "training.cuda_graphs": config.training.cuda_graphs,
     }.items():
@@ -168,6 +167,11 @@ def _check_tensor_parallel(config: Config, rows: set[int]) -> None:
     setting = "layout.overlap_tensor_parallel"
     _needs_transformer_engine(config, setting)
     require(
+        not config.model.mla.is_used,
+        f"{setting} is turned off by megatron-core where it meets the projections of model.mla: set it to"
+        " false.",
+    )
+    require(
         layout.tp > 1, f"{setting} hides messages of layout.tp: set layout.tp above 1, or {setting}=false."
     )
     require(
@@ -188,6 +192,12 @@ def _check_offload(config: Config) -> None:
         not inside or RecomputeModule.moe not in recomputed,
         f"{setting} has {_listed(inside)}, which `moe` in layout.recompute_modules computes again: leave one"
         " of them out.",
+    )
+    moved = modules & {OffloadModule.qkv_linear, OffloadModule.core_attn}
+    require(
+        not moved or RecomputeModule.mla_up_proj not in recomputed,
+        f"{setting} has {_listed(moved)}, beside what `mla_up_proj` in layout.recompute_modules computes"
+        " again: leave one of them out.",
     )
     require(
         OffloadModule.attn_proj not in modules or OffloadModule.core_attn in modules,

@@ -52,6 +52,12 @@ class GivenAngles(torch.nn.Module):
         return angles, self.factor
 
 
+class _NothingToDiscard:
+    """Stands in for megatron-core's checkpoint of the ways up, where there are none."""
+
+    def discard_output_and_register_recompute(self, hook_tensor: Tensor) -> None: ...
+
+
 class LatentAttention(MLASelfAttention):
     """megatron-core's layer at explicit positions."""
 
@@ -102,6 +108,8 @@ class LatentAttention(MLASelfAttention):
         if not isinstance(packed_seq_params.keys, PooledKeys):
             given = hidden_states, key_value_states, position_ids, packed_seq_params, inference_context
             return cast(Any, super().get_query_key_value_tensors(*given))
+        if self.recompute_up_proj:
+            self.qkv_up_checkpoint = _NothingToDiscard()
         query_latent, joined = self._qkv_down_projection(hidden_states)
         config = self.config
         widths = [config.kv_lora_rank, config.qk_pos_emb_head_dim]

@@ -102,9 +102,9 @@ def router_bytes(model: ModelConfig) -> int:
     Where experts are chosen by their scores themselves, without a bias, E tell which groups are closed.
     """
     E, k = model.experts, model.experts_per_token
-    if model.expert_score is ExpertScore.softmax:
-        return 12 * k if model.normalize_expert_weights else 4 * E + 8 * k
     closed = E if model.expert_groups > 1 and not model.expert_bias else 0
+    if model.expert_score is ExpertScore.softmax:
+        return 12 * k if model.normalize_expert_weights else 4 * E + 8 * k + closed
     return 4 * E + 12 * k + 4 + closed
 
 
@@ -118,7 +118,7 @@ def recomputed_modules(layout: LayoutConfig) -> frozenset[str]:
     if layout.recompute is Recompute.none:
         return frozenset()
     if layout.recompute is Recompute.full:
-        return frozenset({"attention", "core_attn", "mlp", "moe", "shared_experts", "norms"})
+        return frozenset({"attention", "core_attn", "mla_up_proj", "mlp", "moe", "shared_experts", "norms"})
     modules = set(layout.recompute_modules)
     return frozenset(modules | {"shared_experts"} if "moe" in modules else modules)
 
@@ -136,8 +136,9 @@ def kept(
 
     full keeps the layer's input, b tH. core_attn keeps its inputs: the rotated keys b Sg and what attention
     keeps. mlp, moe and shared_experts keep nothing: their input is the norm's output. layernorm drops the
-    norm in front of experts, b tH (the other norms are fused into a linear layer). moe_act keeps the gate
-    and up projections, 2b N Fe/etp, beside the experts' inputs.
+    norm in front of experts, b tH, and of latent attention likewise (the other norms are fused into a linear
+    layer). moe_act keeps the gate and up projections, 2b N Fe/etp, beside the experts' inputs. mla_up_proj
+    drops what latents.py says; with core_attn, which keeps the same, it is dropped once.
     """
     if layout.recompute is Recompute.none:
         return parts
@@ -150,6 +151,12 @@ def kept(
         if model.mla.is_used:
             own_keys += b * shape.rows * model.heads * model.value_dim // layout.tp
         left["core_attn"] = own_keys
+    if "mla_up_proj" in modules:
+        attention, core = latents.recomputed_heads(model, shape, layout, b=b)
+        left["attention"] -= attention
+        left["core_attn"] = 0 if "core_attn" in modules else left["core_attn"] - core
+    if "layernorm" in modules and model.mla.is_used:
+        left["norms"] -= b * shape.tokens * model.hidden_size
     if "experts" in parts:
         if "layernorm" in modules:
             left["norms"] -= b * behind.tokens * model.hidden_size
@@ -178,10 +185,10 @@ def held_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
 
 
 def keeps_angles(model: ModelConfig, layout: LayoutConfig) -> bool:
-    """Whether rotary angles wait for backward: where every layer takes them again, or the core of latent
-    attention, beside whose keys they are handed in."""
-    latent_core = model.mla.is_used and "core_attn" in recomputed_modules(layout)
-    return layout.recompute is Recompute.full or latent_core
+    """Whether rotary angles wait for backward: where every layer takes them again, or the ways up or the core
+    of latent attention, beside whose keys they are handed in."""
+    latent = {"core_attn", "mla_up_proj"} if model.mla.is_used else set()
+    return layout.recompute is Recompute.full or not latent.isdisjoint(recomputed_modules(layout))
 
 
 def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:

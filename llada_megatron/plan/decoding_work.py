@@ -95,7 +95,7 @@ def decoding_work(
     unit = units(model, shape, layout, b=b)
     states = (model.layers - moe) * unit.dense.kept + moe * unit.moe.kept + unit.embedding.kept
     work = {
-        "attention's products": products(S, weights["attention"]),
+        "attention's products": products(S, weights["attention"] + weights.get("mla_up_proj", 0)),
         "attention": Work(
             decoding_pair_flops(model) / tp * shape.pairs,
             at.attention,

@@ -34,19 +34,33 @@ def attention_parts(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b
     }
 
 
-def gathered_widths(model: ModelConfig) -> Iterator[tuple[int, int, int, int]]:
-    """(width, gathers forward, gathers backward, scatters backward) over tp of rows [S, width].
+def recomputed_heads(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> tuple[int, int]:
+    """What mla_up_proj drops of attention, and of core_attn.
+
+    b S nh hd queries, with cosines and sines, less the rotated key that waits as an input: with tp > 1 it is
+    a gathered tensor of its own, b S Dr; b S nh (hd + Dv) keys and values, where no exchange copied them.
+    """
+    mla, S, nh = model.mla, shape.rows, model.heads // layout.tp
+    gathered_key = b * S * mla.qk_rope_head_dim if layout.tp > 1 else 0
+    angles = 4 * b * shape.rotary_rows * mla.qk_rope_head_dim
+    kept_here = 0 if layout.cp > 1 else b * S * nh * (model.head_dim + mla.v_head_dim)
+    return b * S * nh * model.head_dim + angles - gathered_key, kept_here
+
+
+def gathered_widths(model: ModelConfig) -> Iterator[tuple[int, int, int, int, str]]:
+    """(width, gathers forward, gathers backward, scatters backward, module) over tp of rows [S, width].
 
     A linear layer gathers its input, again in backward, and scatters its gradient: hidden states for each way
     down, latents for the ways up. What a way down has split by width is gathered, and in backward its
-    gradients are. The rotated key is gathered for all heads, and its gradients are scattered.
+    gradients are. The rotated key is gathered for all heads, and its gradients are scattered. The module is
+    that of recompute.
     """
-    H, mla = model.hidden_size, model.mla
-    yield H, 1, 1, 1
-    yield mla.kv_lora_rank + mla.qk_rope_head_dim, 1, 1, 0
-    yield mla.qk_rope_head_dim, 1, 0, 1
-    yield mla.kv_lora_rank, 1, 1, 1
-    yield H, 1, 1, 1
+    H, mla, up = model.hidden_size, model.mla, "mla_up_proj"
+    yield H, 1, 1, 1, "attention"
+    yield mla.kv_lora_rank + mla.qk_rope_head_dim, 1, 1, 0, "attention"
+    yield mla.qk_rope_head_dim, 1, 0, 1, "attention"
+    yield mla.kv_lora_rank, 1, 1, 1, up
+    yield H, 1, 1, 1, "attention" if mla.q_lora_rank else up
     if mla.q_lora_rank:
-        yield mla.q_lora_rank, 1, 1, 0
-        yield mla.q_lora_rank, 1, 1, 1
+        yield mla.q_lora_rank, 1, 1, 0, "attention"
+        yield mla.q_lora_rank, 1, 1, 1, up

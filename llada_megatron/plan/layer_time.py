@@ -12,7 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from llada_megatron.config.families.gpt import expert_weights
-from llada_megatron.config.families.gpt_attention import attention_weights, attention_widths, pair_flops
+from llada_megatron.config.families.gpt_attention import (
+    attention_weights,
+    attention_widths,
+    pair_flops,
+    up_weights,
+)
 from llada_megatron.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.plan import launches, traffic
 from llada_megatron.plan.memory import Layers, Unit, Units
@@ -174,9 +179,12 @@ def _products(work: Work, block: Block, behind: Shape, *, moe: bool) -> None:
     model, shape, layout, at = work.model, work.shape, work.layout, work.at
     tp, H, S, N = layout.tp, model.hidden_size, shape.rows, behind.routed
     inputs, outputs = attention_widths(model)
-    weights = attention_weights(model) / tp
+    up = up_weights(model) / tp
+    weights = attention_weights(model) / tp - up
     ended = (S - behind.rows) * model.heads * model.value_dim // tp * H / weights  # rows of output projection
     work.product(block, "attention", "attention", S - ended, weights)
+    if up:
+        work.product(block, "attention", "mla_up_proj", S, up)
     work.quantise(block, "attention", S * (H + inputs // tp), S * (H + outputs // tp))
     pairs = pair_flops(model) / model.layers / tp * shape.pairs / at.attention
     block.forward.add("attention", "attention", pairs)

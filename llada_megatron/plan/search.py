@@ -41,6 +41,14 @@ RECOMPUTE: tuple[RecomputeChoice, ...] = (
     (Recompute.full, ()),
 )
 """Where the first fits nothing is faster; else the fastest of those that fit is taken."""
+OF_LATENTS: tuple[RecomputeChoice, ...] = (
+    (Recompute.selective, (RecomputeModule.layernorm, RecomputeModule.mla_up_proj)),
+    (
+        Recompute.selective,
+        (RecomputeModule.layernorm, RecomputeModule.mla_up_proj, RecomputeModule.moe_act),
+    ),
+)
+"""Further ones of model.mla; DeepSeek-V3 was trained with the second (arXiv 2412.19437, section 3.2.3)."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,9 @@ class Search:
         """Search, and rank by hours, then by memory, then by the axes themselves."""
         tp, cp, etp, ep = (self._ways_alone(axis) for axis in ("tp", "cp", "etp", "ep"))
         self._refuse_long_pipelines()
-        recompute = [choice for choice in RECOMPUTE if self._legal(_recomputing(self.start, choice))]
+        of_latents = OF_LATENTS if self.model.mla.is_used else ()
+        choices = (*RECOMPUTE[:-1], *of_latents, RECOMPUTE[-1])
+        recompute = [choice for choice in choices if self._legal(_recomputing(self.start, choice))]
         for layout in self._with(self._with([self.start], "tp", tp), "cp", cp):
             inside = [way for way in etp if layout.tp % way == 0]
             for whole in self._with(self._with([layout], "etp", inside), "ep", ep):

@@ -263,10 +263,10 @@ def _attention(
         Message("tp", "reduce_scatter", b * shape.rows * model.hidden_size, 1, 0, module="attention"),
         Message("tp", "all_gather", b * shape.rows * model.hidden_size, 0, 1, module="attention"),
     ]
-    for width, there, back, scattered in latents.gathered_widths(model):
+    for width, there, back, scattered, module in latents.gathered_widths(model):
         payload, beside = b * shape.rows * width, min(back, scattered)
-        gathers = Message("tp", "all_gather", payload, there, back, hidden=beside, module="attention")
-        scatters = Message("tp", "reduce_scatter", payload, 0, scattered, hidden=beside, module="attention")
+        gathers = Message("tp", "all_gather", payload, there, back, hidden=beside, module=module)
+        scatters = Message("tp", "reduce_scatter", payload, 0, scattered, hidden=beside, module=module)
         messages += [gathers, scatters]
     return [message for message in messages if message.forward or message.backward]
 

@@ -36,6 +36,7 @@ from megatron.core.fusions import fused_bias_swiglu  # noqa: E402
 from megatron.core.pipeline_parallel import combined_1f1b, schedules  # noqa: E402
 from megatron.core.pipeline_parallel.utils import ScheduleNode  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
+from megatron.core.tensor_parallel import random as parallel_random  # noqa: E402
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 from megatron.core.transformer.moe.token_dispatcher import (  # noqa: E402
@@ -106,6 +107,7 @@ def contracts() -> Iterator[None]:
         _swap(undo, torch.nn.Module, "_apply", _apply_to_real_ones(torch.nn.Module._apply))
         for name in ("get_rng_state", "set_rng_state"):
             _swap(undo, torch, name, lambda *state: None)  # recompute saves and restores it
+        _swap(undo, parallel_random, "_get_share_storage", lambda: _hand_storage_over)
         _swap(undo, CudaRNGStatesTracker, "fork", lambda tracker, name=None: nullcontext())
         _swap(undo, torch.Tensor, "type", _type_of_fakes(torch.Tensor.type))
         _swap(undo, torch, "tensor", _stacking_fakes(torch.tensor))
@@ -139,6 +141,13 @@ def _own_groups(rank: int) -> Callable[..., Any]:
 
 def _everyone_says_the_same(said: list[Any], mine: Any, group: Any = None) -> None:
     said[:] = [mine] * len(said)
+
+
+def _hand_storage_over(discarded: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """One storage for both, as on a device; the second keeps none, since its values are not read again."""
+    size = recomputed.untyped_storage().nbytes()
+    recomputed.untyped_storage().resize_(0)
+    discarded.untyped_storage().resize_(size)
 
 
 def _apply_to_real_ones(apply: Callable[..., Any]) -> Callable[..., Any]:

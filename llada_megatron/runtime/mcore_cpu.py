@@ -174,7 +174,10 @@ def _patch_megatron() -> None:
         "def _get_cuda_rng_state(",
         "def _set_cuda_rng_state(",
         "'CPU RNG state changed within GPU RNG context'",
+        "share_storage = _get_share_storage()",
     )
+    # tensor_parallel/random.py:73 compiles an extension that hands recomputed values to discarded tensors.
+    random._get_share_storage = lambda: fill_storage
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(random.__name__).addFilter(
@@ -205,6 +208,13 @@ def _patch_megatron() -> None:
     )
     dist.all_gather = _uneven_all_gather(dist.all_gather)
     dist.reduce_scatter = _uneven_reduce_scatter(dist.reduce_scatter)
+
+
+def fill_storage(discarded: torch.Tensor, recomputed: torch.Tensor) -> None:
+    """Give a tensor whose storage was emptied the values that were computed again: as a copy."""
+    storage, source = discarded.untyped_storage(), recomputed.untyped_storage()
+    storage.resize_(source.nbytes())
+    storage.copy_(source)
 
 
 def _uneven_all_gather(even: Callable[..., Any]) -> Callable[..., Any]:

@@ -225,8 +225,13 @@ BROKEN = [  # overrides, what the message says, and one of its proposals, which 
     ),
     (
         ["layout.recompute=selective", "layout.recompute_modules=[]"],
-        "layout.recompute_modules is empty while layout.recompute=selective: choose from core_attn, mlp,",
+        "layout.recompute_modules is empty while layout.recompute=selective: choose from core_attn,",
         ["layout.recompute_modules=[moe]"],
+    ),
+    (
+        ["layout.recompute=selective", "layout.recompute_modules=[mla_up_proj]"],
+        "layout.recompute_modules has 'mla_up_proj', the ways up from latents",
+        ["layout.recompute_modules=[core_attn]"],
     ),
     (
         ["layout.recompute=selective", "layout.recompute_modules=[moe_act]"],

@@ -63,7 +63,7 @@ def test_deepseek_v3_has_the_number_of_parameters_that_its_name_says() -> None:
 
 WRONG = [
     ("llada_moe_7b_a1b", dict(expert_bias=True), "softmax needs model.expert_bias=false"),
-    ("llada_moe_7b_a1b", dict(expert_groups=2), "softmax needs model.expert_groups=1, not 2"),
+    ("qwen3_30b_a3b", dict(expert_groups=2), "softmax scores model.expert_groups=2 by shares of all experts"),
     ("qwen3_30b_a3b", dict(experts_per_token=1), "set model.normalize_expert_weights=false"),
     ("llada2_mini", dict(normalize_expert_weights=False), "needs model.expert_score=softmax, not sigmoid"),
     ("qwen3_30b_a3b", dict(expert_capacity=16), "needs model.expert_bias=true: pools are chosen by biased"),

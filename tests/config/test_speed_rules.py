@@ -9,6 +9,7 @@ import pytest
 from llada_megatron.config import rules
 from llada_megatron.config.compose import compose, elsewhere, resolve
 from llada_megatron.config.errors import BadInput
+from tests.model.latents import MLA
 
 TE = "model.layer_spec=transformer_engine"
 EP2 = ["layout.processes=2", "layout.ep=2", "precision.dtype=bf16"]
@@ -43,9 +44,13 @@ CASES = [
     (["layout.overlap_tensor_parallel=true"], "needs TransformerEngine's layers", [*TP2, ONE_SIZE]),
     (["layout.overlap_tensor_parallel=true", TE, ONE_SIZE], "hides messages of layout.tp", TP2),
     (["layout.overlap_tensor_parallel=true", *TP2], "keeps buffers of one size", [ONE_SIZE]),
+    (["layout.overlap_tensor_parallel=true", *TP2, ONE_SIZE, *MLA], "meets the projections of model.mla",
+     ["layout.overlap_tensor_parallel=false"]),
     (["layout.offload_modules=[core_attn]"], "needs TransformerEngine's layers", [TE]),
     (["layout.offload_modules=[expert_fc1]", TE, SELECTIVE, "layout.recompute_modules=[moe]"],
      "computes again", ["layout.recompute_modules=[mlp]"]),
+    (["layout.offload_modules=[core_attn]", TE, SELECTIVE, "layout.recompute_modules=[mla_up_proj]", *MLA],
+     "beside what `mla_up_proj`", ["layout.recompute_modules=[mlp]"]),
     (["layout.offload_modules=[attn_proj]", TE], "add core_attn",
      ["layout.offload_modules=[attn_proj,core_attn]"]),
     (["layout.offload_modules=[qkv_linear]", TE, "layout.recompute=full"], "nothing to move",

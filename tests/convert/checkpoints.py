@@ -149,6 +149,10 @@ DEEPSEEK_V3 = {
 RELATIVES = QWENS | {
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v3_full_queries": DEEPSEEK_V3 | {"q_lora_rank": None, "rope_scaling": None},
+    "deepseek_v3_all_experts": DEEPSEEK_V3
+    | {"first_k_dense_replace": 0, "n_shared_experts": 2, "tie_word_embeddings": True}
+    | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
+    "deepseek_v3_none_shared": DEEPSEEK_V3 | {"first_k_dense_replace": 2, "n_shared_experts": None},
     "llada": LLADA,
     "llada_moe": LLADA_MOE,
     "llada_moe_dense": LLADA_MOE | {"moe_layer_freq": [0] + [1] * (LAYERS - 1)},
@@ -254,7 +258,7 @@ def qwen_weights(described: dict) -> Weights:
 
 
 def deepseek_weights(described: dict) -> Weights:
-    """With the layer that predicts further tokens, of which some tensors are enough."""
+    """With the layers that predict further tokens, of which some tensors are enough."""
     weights, latent, rope = Weights(), described["kv_lora_rank"], described["qk_rope_head_dim"]
     plain, value = described["qk_nope_head_dim"], described["v_head_dim"]
     weights.add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
@@ -272,7 +276,7 @@ def deepseek_weights(described: dict) -> Weights:
         weights.add(f"{name}.self_attn.kv_b_proj.weight", HEADS * (plain + value), latent)
         weights.add(f"{name}.self_attn.o_proj.weight", HIDDEN, HEADS * value)
         weights.add(f"{name}.post_attention_layernorm.weight", HIDDEN)
-        if layer == LAYERS:
+        if layer >= LAYERS:
             weights.add(f"{name}.eh_proj.weight", HIDDEN, 2 * HIDDEN)
             continue
         if layer < described["first_k_dense_replace"]:
@@ -282,9 +286,11 @@ def deepseek_weights(described: dict) -> Weights:
         weights.add(f"{name}.mlp.gate.e_score_correction_bias", EXPERTS, dtype=torch.float32)
         for expert in range(EXPERTS):
             weights.feed_forward(f"{name}.mlp.experts.{expert}", WIDTH)
-        weights.feed_forward(f"{name}.mlp.shared_experts", WIDTH)
+        if shared := described["n_shared_experts"]:
+            weights.feed_forward(f"{name}.mlp.shared_experts", shared * WIDTH)
     weights.add("model.norm.weight", HIDDEN)
-    weights.add("lm_head.weight", VOCABULARY, HIDDEN)
+    if not described["tie_word_embeddings"]:
+        weights.add("lm_head.weight", VOCABULARY, HIDDEN)
     return weights
 
 
@@ -309,7 +315,7 @@ def described(kind: str) -> tuple[dict, Weights]:
     """config.json and tensors of bailing, bailing_mtp, llada2, llada2_stacked, llada2_pools, llama,
     llama_untied, deepseek_v3_mtp or one of RELATIVES."""
     if kind == "deepseek_v3_mtp":
-        config = DEEPSEEK_V3 | {"num_nextn_predict_layers": 1}
+        config = DEEPSEEK_V3 | {"num_nextn_predict_layers": 2}
         return config, deepseek_weights(config)
     if kind in RELATIVES:
         config = RELATIVES[kind]

@@ -26,9 +26,11 @@ def logits(weights: dict[str, Tensor], config: dict, tokens: Tensor, *, causal: 
         if number < config["first_k_dense_replace"]:
             hidden_SH = hidden_SH + expert(layer, "mlp", normed_SH)
         else:
-            hidden_SH = hidden_SH + expert(layer, "mlp.shared_experts", normed_SH)
+            if config["n_shared_experts"]:
+                hidden_SH = hidden_SH + expert(layer, "mlp.shared_experts", normed_SH)
             hidden_SH = hidden_SH + mixture(layer, config, normed_SH)
-    return rms_norm(hidden_SH, wide["model.norm.weight"], config) @ wide["lm_head.weight"].T
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    return rms_norm(hidden_SH, wide["model.norm.weight"], config) @ wide[head].T
 
 
 def attention(layer: dict, config: dict, h_SH: Tensor, causal: bool) -> Tensor:

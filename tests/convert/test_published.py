@@ -186,6 +186,10 @@ WRONG = [
     ("deepseek_v3", {"num_key_value_heads": 2}, "model.kv_heads=2 must be 4 with model.mla"),
     ("deepseek_v3", {"num_experts_per_tok": 6}, "only 4 experts per token, two per group, are served"),
     ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank=0 must be above 0"),
+    ("deepseek_v3", {"first_k_dense_replace": 3}, "describes no layer with experts: DeepseekV3ForCausalLM"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2: only 1 is served"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func=softmax: only sigmoid is served"),
+    ("deepseek_v3", {"n_group": None}, "n_group=null: it must be a whole number"),
     ("sdar", {"block_size": "4"}, "block_size='4': it must be a whole number"),
 ]
 
@@ -221,6 +225,8 @@ def test_a_model_leaves_as_what_can_hold_it_or_is_refused() -> None:
             describe(read(kind), others, {}, "bfloat16", None)
     with pytest.raises(BadInput, match=r"cannot hold a model of model.expert_score=softmax"):
         describe(read("qwen3_moe"), "LLaDA2MoeModelLM", {}, "bfloat16", None)
+    with pytest.raises(BadInput, match=r"cannot hold a model of model.expert_groups=2"):
+        describe(replace(read("llada_moe"), expert_groups=2), "LLaDAMoEModelLM", {}, "bfloat16", None)
     leaves_as = {"qwen2": "Qwen2ForCausalLM", "dream": "Qwen2ForCausalLM", "qwen3": "SDARForCausalLM"}
     leaves_as |= {"qwen3_moe": "SDARMoeForCausalLM", "llada": "LLaDAModelLM", "llada_moe": "LLaDAMoEModelLM"}
     for kind, expected in leaves_as.items():

@@ -36,20 +36,23 @@ LEVENSHTEIN = [
     *objective("levenshtein"),
     *("levenshtein.delete_token_id=300", "levenshtein.split_token_id=301"),
 ]
+PP2 = ["layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]
+GROUPS_OF_EXPERTS = ["model.expert_groups=4", "model.expert_groups_per_token=2"]
+UP = ["layout.recompute=selective", "layout.recompute_modules=[mla_up_proj]"]
 OVERLAPPED = ["layout.overlap_experts=true", "layout.ep=2"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "mdlm": (MDLM, []),
     "tp_ep": (BDLM, ["layout.processes=4", "layout.tp=2", "layout.ep=2", "training.ema_decay=0.9"]),
     "ep_allgather": (BDLM, ["layout.processes=2", "layout.ep=2", "layout.dispatcher=allgather"]),
     "cp": (BDLM, ["layout.processes=2", "layout.cp=2"]),
-    "pp": (BDLM, ["layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
+    "pp": (BDLM, PP2),
     "full_recompute": (BDLM, ["layout.recompute=full"]),
     "dense": (MDLM, [*DENSE, "layout.processes=2", "layout.tp=2"]),
     "clean_rows_end_tp": (BDLM, [*DENSE, "layout.processes=2", "layout.tp=2"]),
     "cap": (FIRST, [*CAP, "layout.micro_batch=2", "layout.global_batch=2"]),
     "cap_counts_first": (FIRST, CAP),
     "dpo": (FIRST, DPO),
-    "oput": (FIRST, [*OPUT, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
+    "oput": (FIRST, [*OPUT, *PP2]),
     "multi_block": (FIRST, [*GROUPS, "layout.processes=2", "layout.cp=2"]),
     "overlap_experts": (BDLM, [*OVERLAPPED, "layout.processes=2"]),
 }
@@ -72,6 +75,7 @@ SLOW_CASES = (
     "bf16_sums_and_moments",
     "softmax_qkv_bias_tp_ep",
     "latents_tp_cp_pp",
+    "latents_up_tp_ep",
     "overlap_experts_vpp",
     "overlap_experts_tp_etp",
     "overlap_shared_experts_tp",
@@ -145,12 +149,12 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "hybrid_pp": (
         BDLM,
         [
-            *("model.core=hybrid", "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"),
+            *("model.core=hybrid", *PP2),
             *("layout.recompute=selective", "layout.recompute_modules=[core_attn,mlp]"),
         ],
     ),
     "hybrid_full_recompute": (BDLM, ["model.core=hybrid", "layout.recompute=full"]),
-    "cap_pp": (FIRST, [*CAP, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
+    "cap_pp": (FIRST, [*CAP, *PP2]),
     "cap_vpp": (FIRST, [*CAP, "layout.processes=2", "layout.pp=2", "layout.vpp=2", "model.layers=4"]),
     "cap_tp": (FIRST, [*CAP, "layout.processes=2", "layout.tp=2"]),
     "cap_chunked_tp": (
@@ -164,11 +168,8 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "editing": (FIRST, EDITING),
     "editing_masks_alone": (FIRST, [*EDITING, "diffusion.editing.kept_weight=0"]),
     "oput_cp": (FIRST, [*OPUT, "layout.processes=2", "layout.cp=2"]),
-    "oput_tp_chunked": (
-        FIRST,
-        [*OPUT, "layout.processes=2", "layout.tp=2", "model.head_chunk_tokens=8"],
-    ),
-    "dpo_pp": (FIRST, [*DPO, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"]),
+    "oput_tp_chunked": (FIRST, [*OPUT, "layout.processes=2", "layout.tp=2", "model.head_chunk_tokens=8"]),
+    "dpo_pp": (FIRST, [*DPO, *PP2]),
     "dpo_cp": (FIRST, [*DPO, "layout.processes=2", "layout.cp=2"]),
     "levenshtein": (FIRST, LEVENSHTEIN),
     "levenshtein_cp": (FIRST, [*LEVENSHTEIN, "layout.processes=2", "layout.cp=2"]),
@@ -187,6 +188,10 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     ),
     "softmax": (BDLM, SOFTMAX),
     "softmax_over_all": (BDLM, [*SOFTMAX, "model.normalize_expert_weights=false"]),
+    "softmax_over_all_in_groups": (
+        BDLM,
+        [*SOFTMAX, "model.normalize_expert_weights=false", *GROUPS_OF_EXPERTS],
+    ),
     "softmax_allgather": (BDLM, [*SOFTMAX, "layout.dispatcher=allgather"]),
     "softmax_over_all_allgather": (
         BDLM,
@@ -203,6 +208,17 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             "layout.ep=4",
         ],
     ),
+    "latents_up_tp_ep": (BDLM, [*MLA, *UP, "layout.processes=4", "layout.tp=2", "layout.ep=2"]),
+    "latents_up_cp_pp": (BDLM, [*MLA, *UP, *PP2, "layout.processes=4", "layout.cp=2"]),
+    "latents_up_core": (BDLM, [*MLA, UP[0], "layout.recompute_modules=[core_attn,mla_up_proj]"]),
+    "latents_up_full_queries_tp": (
+        MDLM,
+        [
+            *(*MLA, *UP, "model.mla.q_lora_rank=0", "model.layers=4"),
+            *("layout.processes=2", "layout.tp=2", "layout.micro_batch=2"),
+        ],
+    ),
+    "latents_hybrid_pp": (BDLM, [*MLA, "model.core=hybrid", *PP2]),
     "latents_core": (BDLM, [*MLA, "layout.recompute=selective"]),
     "latents_full_recompute": (BDLM, [*MLA, "layout.recompute=full"]),
     "latents_mdlm": (MDLM, [*MLA, "layout.micro_batch=2"]),
@@ -270,10 +286,7 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
         BDLM,
         [*NOISY, "layout.processes=2", "layout.ep=2", "layout.dispatcher=allgather"],
     ),
-    "clean_rows_end_cap_pp": (
-        FIRST,
-        [*CAP, *NOISY, "layout.processes=2", "layout.pp=2", "layout.pipeline=[2,1]"],
-    ),
+    "clean_rows_end_cap_pp": (FIRST, [*CAP, *NOISY, *PP2]),
     "clean_rows_end_oput_tp": (FIRST, [*OPUT, *NOISY, "layout.processes=2", "layout.tp=2"]),
     "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
 }

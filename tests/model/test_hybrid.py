@@ -1,6 +1,6 @@
 """model.core=hybrid is the model of model.core=gpt: the same names, and the same numbers bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from llada_megatron.model.initialize import SHARDING_METADATA, named_parameters
 from llada_megatron.model.inputs import EmbeddingNoise, ModelInputs
 from llada_megatron.model.provider import build_stage
 from llada_megatron.parallel import groups
+from tests.model.latents import FULL_QUERIES, MLA
 
 # isort: split
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # after the seam of the imports above
@@ -31,6 +32,9 @@ CASES = {
     "tied": ["model.tied_head=true"],
     "adapted": ["model.lora.rank=2"],
     "recomputed": ["layout.recompute=full"],
+    "latents": [*MLA],
+    "latents_recomputed": [*MLA, "layout.recompute=selective"],
+    "full_queries": [*MLA, FULL_QUERIES, "model.experts=0", "model.dense_layers=4"],
     "mlp_recomputed": ["layout.recompute=selective", "layout.recompute_modules=[core_attn,mlp]"],
 }
 
@@ -94,9 +98,16 @@ def entries(stage: BlockDiffusionStage) -> list[tuple[str, tuple[int, ...], str]
     return [(shard.key, tuple(shard.global_shape), str(shard.dtype)) for shard in shards]
 
 
-def test_tensors_have_the_same_names_and_layers_the_same_numbers() -> None:
-    gpt, hybrid = stages("model.lora.rank=2")
+def weights(stage: BlockDiffusionStage) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in named_parameters(stage)}
+
+
+@pytest.mark.parametrize("overrides", [["model.lora.rank=2"], MLA], ids=["adapted", "latents"])
+def test_tensors_have_the_same_names_and_layers_the_same_numbers(overrides: Sequence[str]) -> None:
+    gpt, hybrid = stages(*overrides)
     assert entries(gpt) == entries(hybrid)
+    theirs = weights(gpt)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in weights(hybrid).items())
     names = {name for name, _, _ in entries(hybrid)}
     assert {"decoder.final_layernorm.weight", "decoder.layers.3.mlp.router.weight"} <= names
     attention = [m.layer_number for m in hybrid.modules() if isinstance(m, BlockDiffusionCoreAttention)]

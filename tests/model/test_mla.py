@@ -10,7 +10,7 @@ import torch
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
-from llada_megatron.attention.keys import KeyPool, PooledKeys
+from llada_megatron.attention.keys import KeyPool, PooledKeys, PoolPart
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families.gpt import check
@@ -19,6 +19,7 @@ from llada_megatron.config.rules import check as check_rules
 from llada_megatron.config.schema import LayoutConfig
 from llada_megatron.generate import Decoder, Limits
 from llada_megatron.generate.rules import rule_of
+from llada_megatron.model.core_attention import BlockDiffusionCoreAttention
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_model
 from llada_megatron.model.readout import LOGITS
@@ -40,6 +41,38 @@ def test_a_model_has_the_parameters_that_are_counted(overrides) -> None:
     (stage,) = build_model(config, initialize=False)
     biases = sum(b.numel() for name, b in stage.named_buffers() if name.endswith("expert_bias"))
     assert sum(p.numel() for p in stage.parameters()) + biases == total_parameters(config.model)
+
+
+def losses_and_gradients(*overrides: str) -> tuple[list[torch.Tensor], int]:
+    """And the bytes of the queries that wait for backward."""
+    S, queries = 12, []
+    (stage,) = build_model(compose(["experiment=parity", "model=tiny", *MLA, *overrides]))
+    for module in stage.modules():
+        if isinstance(module, BlockDiffusionCoreAttention):
+            module.register_forward_pre_hook(lambda _, given: queries.append(given[0]))
+    mask, rows = BlockDiffusionMask([torch.tensor([0, 7, S])], 4), torch.arange(S)
+    tokens = torch.randint(256, (1, 2 * S), generator=torch.Generator().manual_seed(0))
+    losses = stage(ModelInputs(tokens, rows.repeat(2)[None], ContextShard(mask), rows, labels=rows))
+    waiting = sum(query.untyped_storage().nbytes() for query in queries)
+    losses.sum().backward()
+    return [losses.detach(), *(p.grad for p in stage.parameters() if p.grad is not None)], waiting
+
+
+@pytest.mark.parametrize(
+    "model, modules",
+    [
+        ((), "mla_up_proj"),
+        pytest.param((FULL_QUERIES,), "mla_up_proj", marks=pytest.mark.slow),
+        pytest.param((), "core_attn,mla_up_proj", marks=pytest.mark.slow),
+        pytest.param(("model.core=hybrid",), "mla_up_proj", marks=pytest.mark.slow),
+    ],
+)
+def test_heads_that_are_made_again_change_no_loss_and_no_gradient(model, modules) -> None:
+    plain, waiting = losses_and_gradients(*model)
+    recompute = "layout.recompute=selective", f"layout.recompute_modules=[{modules}]"
+    again, waiting_then = losses_and_gradients(*model, *recompute)
+    assert waiting > 0 == waiting_then
+    assert len(plain) == len(again) and all(map(torch.equal, plain, again))
 
 
 @torch.no_grad()
@@ -64,15 +97,52 @@ def test_attention_over_kept_latents_gives_the_logits_of_that_over_keys_of_heads
     assert pool.bytes == 8 * S * model.config.num_layers * (16 + 8)  # no value of its own
 
 
-def test_decoding_keeps_the_bytes_that_are_known_and_gives_the_tokens_of_the_loop_without_a_cache() -> None:
-    config, rule = settings(*MLA), rule_of("threshold", {"threshold": 0.05})
+class OfHeads:
+    """Pooled keys that latent attention does not take for such: it keeps keys and values of all heads."""
+
+    def __init__(self, keys: PooledKeys) -> None:
+        self.keys, self.mask, self.rectangle, self.of = keys, keys.mask, keys.rectangle, keys.of
+
+
+@torch.no_grad()
+def test_latents_of_several_sequences_with_a_shadow_give_the_logits_of_keys_of_heads() -> None:
+    model, block, rng = tiny(settings(*MLA)).double(), 4, np.random.default_rng(0)
+    places = rng.permutation(40)
+    first, second, shadow = places[:12], places[12:21], places[21:25]
+    forwards = [
+        [PoolPart(slice(0, 8), first[:8]), PoolPart(slice(0, 4), second[:4])],
+        [PoolPart(8, first), PoolPart(slice(8, 12), first, shadow), PoolPart(4, second)],
+    ]
+    pools = KeyPool(40), KeyPool(40)
+    for parts in forwards:
+        latents, heads = (PooledKeys(pool, parts, block) for pool in pools)
+        S = len(latents.positions)
+        given = torch.from_numpy(rng.integers(480, size=(1, S))), torch.from_numpy(latents.positions)[None]
+        found, expected = (
+            model(ModelInputs(*given, keys, torch.arange(S), readout=LOGITS))
+            for keys in (latents, OfHeads(heads))
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert pools[0].bytes * 4 * (24 + 20) == pools[1].bytes * (16 + 8)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [(), ("layout.recompute=selective", "layout.recompute_modules=[mla_up_proj]")],
+    ids=["", "a model that trains with recompute"],
+)
+def test_decoding_keeps_the_bytes_that_are_known_and_gives_the_tokens_of_the_loop_without_a_cache(
+    recompute,
+) -> None:
+    config, rule = settings(*MLA, *recompute), rule_of("threshold", {"threshold": 0.05})
     model = tiny(config)
     ours = Decoder(
         model, rule=rule, block_size=4, mask_token_id=MASK, context=CONTEXT, batch=2, max_cached_tokens=64
     )
-    prompts = [prompt_of(13), prompt_of(8)]
+    prompts = [prompt_of(13), prompt_of(8), np.append(prompt_of(13)[:12], prompt_of(3))]
     for prompt, result in zip(prompts, ours.results(prompts, Limits(new_tokens=10)), strict=True):
         np.testing.assert_array_equal(result.tokens, uncached(model, prompt, 10, 4, rule)[0])
+    assert ours.counts.shared_tokens
     assert ours.cache_bytes == (64 + 1) * cached_token_bytes(config.model, config.precision, config.layout)
 
 

@@ -130,6 +130,21 @@ def test_a_softmax_router_weighs_as_published_and_counts_without_a_bias(
     assert layer.router.local_tokens_per_expert.tolist() == map_NE.sum(dim=0).tolist()
 
 
+def test_a_softmax_over_all_experts_is_limited_to_the_groups_of_largest_shares(config: Config) -> None:
+    choice = dict(expert_score=ExpertScore.softmax, normalize_expert_weights=False, expert_bias=False)
+    model = replace(config.model, **choice, expert_groups=4, expert_groups_per_token=2)
+    layer = next(m for m in build_stage(replace(config, model=model)).modules() if isinstance(m, MoELayer))
+    x, k = hidden(config), model.experts_per_token
+    weight_NE, map_NE = layer.router(x)
+    share_NE = (x.flatten(0, 1) @ layer.router.weight.T).softmax(-1)
+    best_NG = share_NE.unflatten(1, (4, -1)).topk(k // 2).values.sum(-1)
+    open_NG = torch.zeros_like(best_NG).scatter(1, best_NG.topk(2).indices, 1)
+    open_NE = open_NG.repeat_interleave(model.experts // 4, dim=1)
+    chosen_Nk = (share_NE * open_NE).topk(k).indices
+    assert torch.equal(map_NE, torch.zeros_like(map_NE).scatter(1, chosen_Nk, True))
+    torch.testing.assert_close(weight_NE, model.routed_scaling_factor * share_NE * map_NE)
+
+
 def test_counts_stay_exact_in_a_bf16_model(config: Config) -> None:
     L = 1003  # in bf16 it is 1004
     bf16 = replace(config, precision=replace(config.precision, dtype="bf16"))

@@ -32,11 +32,27 @@ def test_each_axis_equals_one_process(corpus, reference):
     require_equal(["TP2", "CP2 EP2", "PP2 VPP2"], corpus, reference)
 
 
+HYBRID = "model.core=hybrid"
+
+
+@pytest.mark.slow
+def test_a_hybrid_model_equals_one_process_of_gpt(corpus, reference):
+    require_equal(["TP2 EP2", "PP2 VPP2"], corpus, reference, HYBRID)
+    [alone] = layouts.measure_in_processes([layouts.parity_config(corpus, *MLA, HYBRID)], reference)
+    assert not any(compare("hybrid", 1, alone, reference).differences.values())
+
+
 @pytest.mark.full
 def test_recompute_and_several_axes_equal_one_process(corpus, reference):
     require_equal(["selective recompute"], corpus, reference)
     require_equal(["full recompute CP2", "TP2 EP2", "TP2 ETP2"], corpus, reference)
     require_equal(["TP2 CP2 EP4", "TP2 PP2"], corpus, reference)
+
+
+@pytest.mark.full
+def test_heads_that_are_made_again_equal_one_process_that_keeps_them(corpus, reference):
+    again = "layout.recompute=selective", "layout.recompute_modules=[mla_up_proj]"
+    require_equal(["TP2", "CP2 EP2", "PP2 VPP2"], corpus, reference, *again)
 
 
 @pytest.mark.full

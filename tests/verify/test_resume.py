@@ -10,6 +10,7 @@ from llada_megatron.config.errors import RunFailed
 from llada_megatron.verify import journal, resume
 from llada_megatron.verify.layouts import write_corpus
 from llada_megatron.verify.resume import Certificate
+from tests.model.latents import MLA
 
 SMALL = [  # twelve steps, in four stages
     *("experiment=parity", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"),
@@ -111,14 +112,15 @@ def test_a_run_interrupted_three_times_in_one_layout_is_equal_bit_for_bit(small,
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "attention"),
     [
-        pytest.param("gpt", "hybrid", marks=pytest.mark.slow),
-        pytest.param("hybrid", "gpt", marks=pytest.mark.full),
+        pytest.param("gpt", "hybrid", (), marks=pytest.mark.slow),
+        pytest.param("hybrid", "gpt", (), marks=pytest.mark.full),
+        pytest.param("gpt", "hybrid", MLA, marks=pytest.mark.full, id="gpt-hybrid-latents"),
     ],
 )
-def test_a_run_of_one_core_goes_on_with_the_other_bit_for_bit(small, before, after):
-    certificate = resume.check([*small, f"model.core={before}"], [f"model.core={after}"])
+def test_a_run_of_one_core_goes_on_with_the_other_bit_for_bit(small, before, after, attention):
+    certificate = resume.check([*small, *attention, f"model.core={before}"], [f"model.core={after}"])
     assert certificate.passed and certificate.bitwise, certificate.as_json()
 
 

@@ -34,6 +34,7 @@ from llada_megatron.config.families.gpt_attention import (
     attention_weights,
     check_attention,
     qkv_biases,
+    up_weights,
 )
 from llada_megatron.config.families.gpt_attention import kept_numbers as kept_numbers
 from llada_megatron.config.families.gpt_attention import pair_flops as pair_flops
@@ -83,7 +84,11 @@ def _check_scores(model: ModelConfig) -> None:
         f"{score} needs model.expert_bias=false: the bias corrects sigmoids; model.router.sequence_balance"
         " balances experts without it.",
     )
-    require(model.expert_groups == 1, f"{score} needs model.expert_groups=1, not {model.expert_groups}.")
+    require(
+        model.expert_groups == 1 or not model.normalize_expert_weights,
+        f"{score} scores model.expert_groups={model.expert_groups} by shares of all experts: set"
+        " model.normalize_expert_weights=false, or model.expert_groups=1.",
+    )
     require(
         model.experts_per_token > 1 or not model.normalize_expert_weights,
         f"{score} of one expert per token is always 1: set model.normalize_expert_weights=false.",
@@ -217,8 +222,10 @@ def active_weights(model: ModelConfig) -> dict[str, int]:
     """Weights that one token passes through in all layers, by module in the words of recompute."""
     dense = min(model.dense_layers, model.layers)
     moe = model.layers - dense
+    up = model.layers * up_weights(model)
     return {
-        "attention": model.layers * attention_weights(model),
+        "attention": model.layers * attention_weights(model) - up,
+        **({"mla_up_proj": up} if model.mla.is_used else {}),
         "mlp": dense * 3 * model.hidden_size * model.ffn_hidden_size,
         "shared_experts": moe * 3 * model.hidden_size * model.shared_expert_hidden_size,
         "moe": moe * (model.experts_per_token * expert_weights(model) + model.hidden_size * model.experts),

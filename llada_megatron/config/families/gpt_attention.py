@@ -103,6 +103,15 @@ def attention_weights(model: ModelConfig) -> int:
     return sum(attention_matrices(model))
 
 
+def up_weights(model: ModelConfig) -> int:
+    """Those of a layer's that make queries, keys and values of heads out of latents; 0 without model.mla."""
+    if not model.mla.is_used:
+        return 0
+    nh, mla = model.heads, model.mla
+    queries = (mla.q_lora_rank or model.hidden_size) * nh * model.head_dim
+    return queries + mla.kv_lora_rank * nh * (mla.qk_nope_head_dim + mla.v_head_dim)
+
+
 def attention_widths(model: ModelConfig) -> tuple[int, int]:
     """Channels that a layer's products read, and give, beside hidden states at its begin and end."""
     queries, mla = model.heads * model.head_dim, model.mla

@@ -209,6 +209,7 @@ MOE = Family(
         "expert_score": ExpertScore.softmax,
         "normalize_expert_weights": False,
         "expert_bias": False,
+        "expert_groups": 1,
         "routed_scaling_factor": 1.0,
         "shared_expert_hidden_size": 0,
     },

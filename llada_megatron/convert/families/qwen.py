@@ -160,6 +160,7 @@ QWEN3_MOE = Family(
         "qkv_bias": False,
         "expert_score": ExpertScore.softmax,
         "expert_bias": False,
+        "expert_groups": 1,
         "routed_scaling_factor": 1.0,
         "shared_expert_hidden_size": 0,
     },
