@@ -14,7 +14,7 @@ Legend: n points, K terms, V numbers of the vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,7 +160,7 @@ class Centred:
         return amplitudes | found
 
 
-def groups(values: Sequence[float]) -> list[list[float]]:
+def groups(values: Iterable[float]) -> list[list[float]]:
     """Values in their order, those together that lie within a factor of APART of the group's smallest."""
     found: list[list[float]] = []
     for value in sorted(values):

@@ -85,9 +85,9 @@ def test_a_ladder_of_dlcm_predicts_another_run_and_what_budgets_buy(tmp_path, ca
     assert found["law"] == "dlcm" and found["loss"] == "ar"
     (held_out,) = found["held_out"]
     assert held_out["predicted"] == pytest.approx(held_out["loss"], rel=2e-3)
-    printed = capsys.readouterr().out
+    assert [(one["R"], one["P"]) for one in found["optima"]] == [(4, 0.5)] * 3
+    assert "lowest loss, R = 4, P = 0.5" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "a budget buys" in printed or "no table of what budgets buy" in printed
 
 
 def test_a_dlcm_run_has_its_target_and_its_backbones_share(tmp_path):
