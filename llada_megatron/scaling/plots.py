@@ -181,11 +181,11 @@ def _spread(values: Sequence[float], margin: float) -> Array:
 
 
 def _ticks(axes: Axes, low: float, high: float) -> None:
-    """Counts such as 300k on a logarithmic axis: two a decade, or one where it is long."""
+    """Counts such as 300k on a logarithmic axis, the fewer a decade the longer it is."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    steps = (1, 3) if len(decades) <= 5 else (1,)
+    steps = (1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 3) if len(decades) <= 5 else (1,)
     axes.xaxis.set_major_locator(FixedLocator([step * 10.0**decade for decade in decades for step in steps]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value).replace(".0", "")))
