@@ -33,7 +33,7 @@ from llada_megatron.scaling.laws import CHINCHILLA, DLCM, Columns, Law
 DECAYED = 0.5
 """A learning rate that ends above this share of its largest had not come down."""
 PARSED, LAST_STEPS = 1.2, 10
-"""Concepts of the last recorded steps that are longer or shorter than R by more than this factor are said."""
+"""Concepts, of the last recorded steps or held-out text, that are off R by more than this factor are said."""
 FLOPS_PER_PARAMETER = 6.0
 """Of a token in training and a parameter that it passes: what points of a file are taken to cost, as in arXiv
 2203.15556."""
@@ -60,6 +60,8 @@ class Point:
     """What must be alike among the points of a law, by its name for people."""
     habits: dict[str, Any] = field(default_factory=dict)
     """What had better be alike."""
+    concept_length: float | None = None
+    """Of DLCM: tokens per concept that its rule opens on held-out text."""
     remarks: list[str] = field(default_factory=list)
     """Sentences on what makes its loss less sure."""
 
@@ -158,6 +160,7 @@ def _read(run: Path, loss: str, counting: Counting) -> tuple[str, Point]:
         _flops_per_token(config, schedule),
         traits=_traits(config.model, last, schedule, starts_from_weights=bool(start)),
         habits=_habits(config, saved[0].manifest.data_fingerprint if saved else None),
+        concept_length=(last.get("held_out") or {}).get("tokens_per_concept", {}).get("mean"),
         remarks=_remarks(run, config.model, read_jsonl(files.metrics, "step")),
     )
     return loss, point
@@ -249,6 +252,12 @@ def _remarks(run: Path, model: ModelConfig, steps: Sequence[Record]) -> list[str
 def remarks_on(points: Sequence[Point]) -> list[str]:
     """What of the points makes a law less sure, in sentences."""
     found = [remark for point in points for remark in point.remarks]
+    ratios = [point.concept_length / point.variables["R"] for point in points if point.concept_length]
+    if ratios and (max(ratios) > PARSED or min(ratios) < 1 / PARSED):
+        found.append(
+            f"On held-out text concepts are {min(ratios):.2g} to {max(ratios):.2g} times as long as R,"
+            " which is what the parser aims at in training."
+        )
     for name in points[0].habits:
         values: list[Any] = []
         for point in points:

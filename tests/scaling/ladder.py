@@ -78,7 +78,8 @@ def make_dlcm_run(run_dir, encoder, backbone, tokens, R, *, opened=None, **conce
     size = total_parameters(model)
     share = backbone_parameters(model) / size
     loss = float(dlcm(size, tokens, R, share, DLCM_RUNS))
-    return _write(run_dir, config, stage, loss, boundary_rate=1 / (opened or R))
+    record = {"held_out": {"tokens_per_concept": {"mean": opened or R, "se": 0.1}}}
+    return _write(run_dir, config, stage, loss, record=record, boundary_rate=1 / (opened or R))
 
 
 def _write(run_dir, config, stage, loss, *, end=1.0, lr_at_end=1e-4, record=None, **figures):

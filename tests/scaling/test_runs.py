@@ -99,7 +99,9 @@ def test_a_dlcm_run_has_its_target_and_its_backbones_share(tmp_path):
     dense, experts = 3 * 128 * 512, 9 * 3 * 128 * 64 + 8 * 128 + 8  # 8 and one that is shared, router, bias
     backbone = 2 * (attention + 2 * 128) + dense + experts + 128  # two layers and the last norm
     assert point.variables["P"] == pytest.approx(backbone / total_parameters(model), rel=1e-9)
-    assert "its concepts ended 6.0 tokens long, and the law takes R = 4" in remarks_on([point])[0]
+    in_training, on_text = remarks_on([point])
+    assert "its concepts ended 6.0 tokens long, and the law takes R = 4" in in_training
+    assert "On held-out text concepts are 1.5 to 1.5 times as long as R" in on_text
     (other,) = read_runs([run], "", Counting(active=True, embedding=False))[2]
     idle = total_parameters(model) - active_parameters(model)
     counted = [p.variables["N"] * p.variables["P"] for p in (point, other)]
