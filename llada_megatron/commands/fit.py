@@ -56,6 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what each buys (default: 1, 10 and 100 times the largest run's)",
     )
     parser.add_argument(
+        "--shape",
+        type=float,
+        nargs=2,
+        default=[],
+        metavar=("R", "P"),
+        help="of DLCM, what budgets are spent at: tokens per concept and the backbone's share of the"
+        " parameters (default: the costliest run's)",
+    )
+    parser.add_argument(
         "--bootstrap", type=int, default=500, metavar="N", help="draws of the points (default 500)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
@@ -68,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("Give the directories of runs, or a file with --points, and not both.")
     if any(not 0 < flops < float("inf") for flops in args.budget):
         raise BadInput("--budget is a number of FLOPs above 0, for example 1e21.")
+    if args.shape and not (args.shape[0] > 1 and 0 < args.shape[1] < 1):
+        raise BadInput(
+            "--shape is R and P: tokens per concept above 1 and a share between 0 and 1, as 4 0.6."
+        )
     found = findings(args)
     write_json(args.json, report.content(found))
     report.print_findings(found)
@@ -82,20 +95,29 @@ def run(args: argparse.Namespace) -> int:
 def findings(args: argparse.Namespace) -> report.Findings:
     """The fit and all that is shown of it."""
     law, loss, counted, fitted, held_out = _points(args)
-    if law is not CHINCHILLA and args.budget:
-        raise BadInput("--budget needs a law L(N, D): what a token of DLCM costs is not worked out here yet.")
+    if law is CHINCHILLA and args.shape:
+        raise BadInput("--shape is of DLCM, and these points have no R and P: leave it out.")
     found = fit(law, points.columns_of(law, fitted), _losses(fitted), draws=args.bootstrap)
     predicted, doubts = report.predictions(found, held_out), report.doubts(found)
     remarks = points.remarks_on([*fitted, *held_out]) if args.runs else []
-    remarks += [*report.misses(predicted), *doubts.values(), *([report.ADD_RUNS] if doubts else [])]
-    cost, optima = None, []
-    if law is CHINCHILLA and doubts.keys() & set(law.exponents):
+    remarks += [*report.misses(predicted), *doubts.values()]
+    if doubts:
+        remarks.append(report.ADD_RUNS.format(variables=", ".join(law.variables)))
+    cost, optima, shape = None, [], _shape(law, args.shape, fitted)
+    if doubts.keys() & set(law.exponents):
         remarks.append("So there is no table of what budgets buy.")
-    elif law is CHINCHILLA:
-        cost = budget.TokenFlops.of(fitted)
-        optima = budget.optima(found, fitted, args.budget or budget.default_budgets(fitted), cost)
+    else:
+        cost = budget.TokenFlops.of(fitted).at(shape)
+        optima = budget.optima(found, fitted, args.budget or budget.default_budgets(fitted), cost, shape)
         remarks += report.budget_doubts(optima)
-    return report.Findings(found, fitted, loss, counted, predicted, optima, cost, remarks)
+    return report.Findings(found, fitted, loss, counted, predicted, optima, shape, cost, remarks)
+
+
+def _shape(law: Law, given: list[float], fitted: list[Point]) -> dict[str, float]:
+    """R and P that budgets are spent at; of L(N, D) nothing."""
+    costliest = max(fitted, key=lambda point: point.flops).variables
+    names = [name for name in law.variables if name not in ("N", "D")]
+    return dict(zip(names, given or [costliest[name] for name in names], strict=True))
 
 
 def _points(args: argparse.Namespace) -> tuple[Law, str, str, list[Point], list[Point]]:
@@ -110,8 +132,8 @@ def _points(args: argparse.Namespace) -> tuple[Law, str, str, list[Point], list[
         return law, "of the file", "as the file has it", fitted, held_out
     counting = Counting(args.parameters == "active", not args.without_embedding)
     runs = [run for run in args.runs if run not in args.hold_out]
-    loss, read = points.read_runs([*runs, *args.hold_out], args.loss, counting)
-    return CHINCHILLA, loss, str(counting), read[: len(runs)], read[len(runs) :]
+    law, loss, read = points.read_runs([*runs, *args.hold_out], args.loss, counting)
+    return law, loss, str(counting), read[: len(runs)], read[len(runs) :]
 
 
 def _losses(fitted: list[Point]) -> Array:

@@ -21,7 +21,7 @@ from scipy.stats import qmc
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.quantities import so_many
-from llada_megatron.scaling.laws import Array, Centred, Columns, Law
+from llada_megatron.scaling.laws import Array, Centred, Columns, Law, groups
 
 HUBER_DELTA = 1e-3
 LEVEL = 0.9
@@ -105,7 +105,7 @@ def check(law: Law, columns: Columns, draws: int) -> None:
             f" least {parameters + 1}, each a run's end."
         )
     for name, needed in law.needs.items():
-        found = len(np.unique(columns[name]))
+        found = len(groups(columns[name]))
         if found < needed:
             raise BadInput(
                 f"The points have {so_many(found, 'value')} of {name}, and {law.equation} needs {needed}: add"
@@ -145,7 +145,7 @@ def _draw(law: Law, columns: Columns, generator: np.random.Generator) -> Array:
     count = len(columns["D"])
     for _ in range(MAX_DRAWS):
         index_n = generator.integers(0, count, count)
-        if all(len(np.unique(columns[name][index_n])) >= needed for name, needed in law.needs.items()):
+        if all(len(groups(columns[name][index_n])) >= needed for name, needed in law.needs.items()):
             break
     return index_n
 

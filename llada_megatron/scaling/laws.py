@@ -14,7 +14,7 @@ Legend: n points, K terms, V numbers of the vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ Array = np.ndarray
 Columns = Mapping[str, Array]
 """Of each variable of a law its value at each point, [n]."""
 
+APART = 1.05
+"""Values nearer than this factor count as one: a share of the parameters is never quite the same twice."""
 EXPONENT, FACTOR_EXPONENT = (1e-3, 4.0), (-4.0, 4.0)
 OFFSET = (np.log(1e-6), np.log(10.0))
 """Limits of log(t / centre)."""
@@ -74,7 +76,8 @@ class Law:
 
     @property
     def exponents(self) -> tuple[str, ...]:
-        return tuple(term.exponent for term in self.terms if term.exponent)
+        names = [name for term in self.terms for name in (term.exponent, term.factor_exponent)]
+        return tuple(name for name in names if name)
 
     def shape_bounds(self) -> list[tuple[float, float]]:
         """Limits of the numbers behind the amplitudes."""
@@ -157,6 +160,17 @@ class Centred:
         return amplitudes | found
 
 
+def groups(values: Iterable[float]) -> list[list[float]]:
+    """Values in their order, those together that lie within a factor of APART of the group's smallest."""
+    found: list[list[float]] = []
+    for value in sorted(values):
+        if found and value <= APART * found[-1][0]:
+            found[-1].append(value)
+        else:
+            found.append([value])
+    return found
+
+
 def _middle(values: Array) -> float:
     """Geometric mean."""
     return float(np.exp(np.log(values).mean()))
@@ -188,4 +202,3 @@ DLCM = Law(
         Term("A_data", "d_data", lambda columns: columns["D"], "t_data"),
     ),
 )
-LAWS = {law.name: law for law in (CHINCHILLA, DLCM)}

@@ -11,7 +11,7 @@ import numpy as np
 from llada_megatron.config.colours import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, SKY, VERMILION
 from llada_megatron.config.quantities import short_count
 from llada_megatron.scaling.fit import LEVEL, Fit, middle
-from llada_megatron.scaling.laws import CHINCHILLA, Array, Columns
+from llada_megatron.scaling.laws import CHINCHILLA, Array, Columns, groups
 from llada_megatron.scaling.points import Point, columns_of
 from llada_megatron.scaling.report import Findings
 
@@ -28,19 +28,20 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
 }
 
 
 def draw(found: Findings, path: Path) -> None:
-    """Write a PNG: loss over tokens by size and over size by budget; of DLCM what R and P do to it."""
+    """Write a PNG: loss over tokens by size, of DLCM what R and P do to it; and loss over size by budget."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        panels = [_over_tokens, _over_sizes] if found.fit.law is CHINCHILLA else [_off, _over_ratios]
-        if found.fit.law is CHINCHILLA and not found.optima:
-            panels.remove(_over_sizes)
+        panels = [_over_tokens] if found.fit.law is CHINCHILLA else [_off, _over_ratios]
+        if found.optima:
+            panels.append(_over_sizes)
         figure = Figure(figsize=(2 + 5.5 * len(panels), 5), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(axes, found)
@@ -113,14 +114,15 @@ def _over_sizes(axes: Axes, found: Findings) -> None:
     sizes = [point.variables["N"] for point in found.points]
     best = [one.size for one in found.optima if min(sizes) / 100 < one.size < 1e4 * max(sizes)]
     sizes_n = _spread([*sizes, *best], margin=3.0)
-    cost_n = np.array([found.cost(size) for size in sizes_n])
+    cost_n = found.cost(sizes_n)
+    shape = {name: np.full(STEPS, value) for name, value in found.shape.items()}
     axes.axvspan(min(sizes), max(sizes), color=LIGHT, alpha=0.25, linewidth=0)
     axes.text(min(sizes), 0.01, " sizes of the runs", transform=axes.get_xaxis_transform(), color=GREY)
     colours = _colours([one.flops for one in found.optima])
     among_runs_n = (min(sizes) <= sizes_n) & (sizes_n <= max(sizes))
     shown = []  # losses: far out a curve leaves the picture
     for one in found.optima:
-        columns = {"N": sizes_n, "D": one.flops / cost_n}
+        columns = {"N": sizes_n, "D": one.flops / cost_n, **shape}
         colour = colours[one.flops]
         _curve(axes, found.fit, sizes_n, columns, colour, f"{one.flops:.2g} FLOPs ({one.times_largest:.3g}x)")
         low, high = np.clip(one.size_interval, sizes_n[0], sizes_n[-1])
@@ -164,10 +166,11 @@ def _over_ratios(axes: Axes, found: Findings) -> None:
     columns = columns_of(found.fit.law, found.points)
     size, tokens = (float(np.exp(np.log(columns[name]).mean())) for name in ("N", "D"))
     ratios_n = _spread(columns["R"].tolist(), margin=1.1)
-    for share, colour in _colours(columns["P"].tolist()).items():
+    shares = [float(np.mean(group)) for group in groups(columns["P"].tolist())]
+    for share, colour in _colours(shares).items():
         line = {"N": size, "D": tokens, "P": share}
         at = {name: np.full(STEPS, value) for name, value in line.items()} | {"R": ratios_n}
-        _curve(axes, found.fit, ratios_n, at, colour, f"P = {share:g}")
+        _curve(axes, found.fit, ratios_n, at, colour, f"P = {share:.2g}")
     axes.set_xlabel("R, tokens per concept")
     axes.set_ylabel(f"loss by the law\nat N = {short_count(size)}, D = {short_count(tokens)}")
     axes.legend(fontsize=10)
@@ -179,11 +182,11 @@ def _spread(values: Sequence[float], margin: float) -> Array:
 
 
 def _ticks(axes: Axes, low: float, high: float) -> None:
-    """Counts such as 300k on a logarithmic axis: two a decade, or one where it is long."""
+    """Counts such as 300k on a logarithmic axis, the fewer a decade the longer it is."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    steps = (1, 3) if len(decades) <= 5 else (1,)
+    steps = (1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 3) if len(decades) <= 5 else (1,)
     axes.xaxis.set_major_locator(FixedLocator([step * 10.0**decade for decade in decades for step in steps]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value).replace(".0", "")))

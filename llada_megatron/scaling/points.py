@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from llada_megatron.config import rules
 from llada_megatron.config.compose import load
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families import dlcm
 from llada_megatron.config.flops import model_flops_per_token
 from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.quantities import short_count
@@ -31,8 +32,13 @@ from llada_megatron.scaling.laws import CHINCHILLA, DLCM, Columns, Law
 
 DECAYED = 0.5
 """A learning rate that ends above this share of its largest had not come down."""
+PARSED, LAST_STEPS = 1.2, 10
+"""Concepts, of the last recorded steps or held-out text, that are off R by more than this factor are said."""
 FLOPS_PER_PARAMETER = 6.0
-"""Of a token in training: what points of a file are taken to cost, as in arXiv 2203.15556."""
+"""Of a token in training and a parameter that it passes: what points of a file are taken to cost, as in arXiv
+2203.15556."""
+CONCEPT_HABITS = ("concept", "boundary_grad", "sharpening", "parser_weight", "mup_base_hidden_size")
+"""Of `model.concepts`, what may shift a loss and is no variable of the law."""
 POINTS_REMEDY = (
     'give a line of JSON for each point, {"N": 1e8, "D": 2e9, "loss": 3.1} or with "R" and "P" too'
 )
@@ -54,13 +60,22 @@ class Point:
     """What must be alike among the points of a law, by its name for people."""
     habits: dict[str, Any] = field(default_factory=dict)
     """What had better be alike."""
-    remark: str = ""
+    concept_length: float | None = None
+    """Of DLCM: tokens per concept that its rule opens on held-out text."""
+    remarks: list[str] = field(default_factory=list)
+    """Sentences on what makes its loss less sure."""
 
     @property
     def flops(self) -> float:
         """Of its training."""
-        each = self.flops_per_token or FLOPS_PER_PARAMETER * self.variables["N"]
+        each = self.flops_per_token or FLOPS_PER_PARAMETER * passed(self.variables)
         return each * self.variables["D"]
+
+
+def passed(variables: Mapping[str, float]) -> float:
+    """Parameters that a token passes: N, but of DLCM's backbone one token in R does."""
+    share = variables.get("P", 0.0)
+    return variables["N"] * (1 - share + share / variables.get("R", 1.0))
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,11 @@ class Counting:
         counted = active_parameters(model) if self.active else total_parameters(model)
         return counted if self.embedding else counted - _tables(model)
 
+    def backbone(self, model: ModelConfig) -> int:
+        """Those of N that a DLCM's backbone has: all experts are its."""
+        idle = total_parameters(model) - active_parameters(model) if self.active else 0
+        return dlcm.backbone_parameters(model) - idle
+
     def __str__(self) -> str:
         kind = "active" if self.active else "all"
         return f"{kind} parameters" if self.embedding else f"{kind} parameters but the embedding and the head"
@@ -91,8 +111,8 @@ def columns_of(law: Law, points: Sequence[Point]) -> Columns:
     return {name: np.array([point.variables[name] for point in points]) for name in law.variables}
 
 
-def read_runs(runs: Sequence[Path], loss: str, counting: Counting) -> tuple[str, list[Point]]:
-    """What the loss is called, and the point of each run.
+def read_runs(runs: Sequence[Path], loss: str, counting: Counting) -> tuple[Law, str, list[Point]]:
+    """The law of their family, what the loss is called, and the point of each run.
 
     loss: `ar`, `bound:SIZE`, or empty for what the first run was trained to. Raises BadInput for what is no
     run, one that has not ended, one without this loss, and one that must not be compared with the first.
@@ -103,11 +123,11 @@ def read_runs(runs: Sequence[Path], loss: str, counting: Counting) -> tuple[str,
         for name, value in point.traits.items():
             if points and points[0].traits[name] != value:
                 raise BadInput(
-                    f"{run} differs from {runs[0]} in its {name}: one law is about runs that differ in size"
-                    " and tokens alone, leave one of them out."
+                    f"{run} differs from {runs[0]} in its {name}: one law is about runs that differ in"
+                    f" {', '.join(points[0].variables)} alone, leave one of them out."
                 )
         points.append(point)
-    return loss, points
+    return DLCM if "R" in points[0].variables else CHINCHILLA, loss, points
 
 
 def _read(run: Path, loss: str, counting: Counting) -> tuple[str, Point]:
@@ -134,15 +154,27 @@ def _read(run: Path, loss: str, counting: Counting) -> tuple[str, Point]:
     start = config.checkpoint.init_from or (saved and saved[0].manifest.autoregressive_tokens)
     point = Point(
         str(run),
-        {"N": float(counting(config.model)), "D": float(schedule.total_tokens)},
+        _variables(config.model, schedule, counting),
         mean,
         error,
         _flops_per_token(config, schedule),
-        traits=_traits(last, schedule, starts_from_weights=bool(start)),
+        traits=_traits(config.model, last, schedule, starts_from_weights=bool(start)),
         habits=_habits(config, saved[0].manifest.data_fingerprint if saved else None),
-        remark=_undecayed(run, files),
+        concept_length=(last.get("held_out") or {}).get("tokens_per_concept", {}).get("mean"),
+        remarks=_remarks(run, config.model, read_jsonl(files.metrics, "step")),
     )
     return loss, point
+
+
+def _variables(model: ModelConfig, schedule: Schedule, counting: Counting) -> dict[str, float]:
+    """N and D. Of DLCM also R as it was set, which is known before a run and what its parser holds over the
+    batches, and P.
+    """
+    size = counting(model)
+    found = {"N": float(size), "D": float(schedule.total_tokens)}
+    if model.family == "dlcm":
+        found |= {"R": model.concepts.tokens_per_concept, "P": counting.backbone(model) / size}
+    return found
 
 
 def _loss_of(run: Path, record: Record, loss: str) -> tuple[float, float | None]:
@@ -172,9 +204,12 @@ def _flops_per_token(config: Config, schedule: Schedule) -> float:
     return flops / schedule.total_tokens
 
 
-def _traits(record: Record, schedule: Schedule, *, starts_from_weights: bool) -> dict[str, Any]:
+def _traits(
+    model: ModelConfig, record: Record, schedule: Schedule, *, starts_from_weights: bool
+) -> dict[str, Any]:
     entropies = record.get("baselines") or {}
     return {
+        "family of models": model.family,
         "vocabulary": record.get("vocab_size"),
         # Entropies of the held-out text in tokens: another text or tokenizer has others.
         "held-out text or tokenizer": {name: round(value, 6) for name, value in entropies.items()},
@@ -186,6 +221,7 @@ def _traits(record: Record, schedule: Schedule, *, starts_from_weights: bool) ->
 
 def _habits(config: Config, fingerprint: dict[str, Any] | None) -> dict[str, Any]:
     experts = (config.model.experts, config.model.experts_per_token) if config.model.has_experts else None
+    concepts = config.model.concepts
     return {
         "training data": json.dumps(
             fingerprint or [list(config.data.path), config.data.split], sort_keys=True
@@ -193,23 +229,35 @@ def _habits(config: Config, fingerprint: dict[str, Any] | None) -> dict[str, Any
         "held-out sequences and draws": (config.evaluation.sequences, config.evaluation.draws),
         "decay of the learning rate": str(config.optimizer.decay_style),
         "experts": experts,
+        "boundaries and concepts": tuple(str(getattr(concepts, name)) for name in CONCEPT_HABITS),
     }
 
 
-def _undecayed(run: Path, files: RunDir) -> str:
-    """A sentence where the learning rate had not come down at a run's end."""
-    rates = [record["lr"] for record in read_jsonl(files.metrics, "step") if record.get("lr")]
-    if not rates or rates[-1] <= DECAYED * max(rates):
-        return ""
-    return (
-        f"{run}: the learning rate ended at {rates[-1] / max(rates):.0%} of its largest, so its loss"
-        " is not what it would have ended at."
-    )
+def _remarks(run: Path, model: ModelConfig, steps: Sequence[Record]) -> list[str]:
+    """Sentences where the learning rate had not come down at a run's end, or a parser did not hold R."""
+    found = []
+    rates = [record["lr"] for record in steps if record.get("lr")]
+    if rates and rates[-1] > DECAYED * max(rates):
+        found.append(
+            f"{run}: the learning rate ended at {rates[-1] / max(rates):.0%} of its largest, so its loss"
+            " is not what it would have ended at."
+        )
+    opened = [record["boundary_rate"] for record in steps[-LAST_STEPS:] if record.get("boundary_rate")]
+    R, length = model.concepts.tokens_per_concept, 1 / np.mean(opened) if opened else 0.0
+    if opened and not R / PARSED <= length <= R * PARSED:
+        found.append(f"{run}: its concepts ended {length:.1f} tokens long, and the law takes R = {R:g}.")
+    return found
 
 
 def remarks_on(points: Sequence[Point]) -> list[str]:
     """What of the points makes a law less sure, in sentences."""
-    found = [point.remark for point in points if point.remark]
+    found = [remark for point in points for remark in point.remarks]
+    ratios = [point.concept_length / point.variables["R"] for point in points if point.concept_length]
+    if ratios and (max(ratios) > PARSED or min(ratios) < 1 / PARSED):
+        found.append(
+            f"On held-out text concepts are {min(ratios):.2g} to {max(ratios):.2g} times as long as R,"
+            " which is what the parser aims at in training."
+        )
     for name in points[0].habits:
         values: list[Any] = []
         for point in points:

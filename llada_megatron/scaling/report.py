@@ -21,7 +21,7 @@ FAR = 100.0
 """A size that spans more says nothing, and a budget so many times the largest run's is far out."""
 
 
-ADD_RUNS = "Add runs further apart in size and tokens: such a law says little beyond its points."
+ADD_RUNS = "Add runs further apart in {variables}: such a law says little beyond its points."
 MAX_SHOWN = 30
 """Points in a terminal; the JSON file has all."""
 
@@ -50,7 +50,10 @@ class Findings:
     """What N counts."""
     held_out: list[Prediction]
     optima: list[Optimum]
+    shape: dict[str, float]
+    """R and P that budgets are spent at; of L(N, D) nothing."""
     cost: TokenFlops | None
+    """Of a token at that shape."""
     remarks: list[str]
 
 
@@ -70,7 +73,7 @@ def doubts(fit: Fit) -> dict[str, str]:
         low, high = intervals[name]
         if name in at_limit:
             why = f"it ended at {_number(fit.values()[name])}, a limit of what is tried"
-        elif low <= 0 or high / low > UNSURE:
+        elif low * high <= 0 or not 1 / UNSURE <= high / low <= UNSURE:
             why = f"{_number(low)} to {_number(high)} fits as well"
         else:
             continue
@@ -111,7 +114,7 @@ def content(found: Findings) -> dict[str, Any]:
             for one in found.held_out
         ],
         "flops_per_token": found.cost and asdict(found.cost),
-        "optima": [asdict(optimum) for optimum in found.optima],
+        "optima": [found.shape | asdict(optimum) for optimum in found.optima],
         "remarks": found.remarks,
     }
 
@@ -174,12 +177,13 @@ def _cells(point: Point, loss: float) -> list[str | Text]:
 
 
 def _variable(name: str, value: float) -> str:
-    return short_count(value) if name in ("N", "D") else f"{value:g}"
+    return short_count(value) if name in ("N", "D") else f"{value:.3g}"
 
 
 def _budgets(found: Findings) -> Table:
     headers = ("FLOPs", "of largest", "N", f"{LEVEL:.0%}", "D", "D / N", "loss", f"{LEVEL:.0%} ")
-    table = _table("What a budget buys: the size and tokens of the lowest loss", headers)
+    at = "".join(f", {name} = {_variable(name, value)}" for name, value in found.shape.items())
+    table = _table(f"What a budget buys: the size and tokens of the lowest loss{at}", headers)
     for best in found.optima:
         table.add_row(
             f"{best.flops:.2g}",

@@ -5,7 +5,7 @@ import pytest
 
 from llada_megatron.config.errors import BadInput
 from llada_megatron.scaling import budget
-from llada_megatron.scaling.fit import fit
+from llada_megatron.scaling.fit import Fit, check, fit
 from llada_megatron.scaling.laws import CHINCHILLA, DLCM, Centred
 from llada_megatron.scaling.points import Point
 from llada_megatron.scaling.report import doubts
@@ -85,6 +85,13 @@ def test_a_loss_without_a_floor_leaves_none_to_be_found():
     assert "it ended at" in doubts(fit(CHINCHILLA, LADDER, losses, draws=20))["E"]
 
 
+def test_values_that_are_nearly_one_count_as_one():
+    columns = grid(N=np.array([1e7, 1e8]), D=np.geomspace(1e8, 1e10, 4))
+    columns["N"][::2] *= 1.04
+    with pytest.raises(BadInput, match="have 2 values of N"):
+        check(CHINCHILLA, columns, 100)
+
+
 def test_a_budget_buys_what_no_other_size_betters():
     points = [
         Point("", {"N": size, "D": tokens}, loss, flops_per_token=20 * size**0.9)
@@ -92,9 +99,34 @@ def test_a_budget_buys_what_no_other_size_betters():
     ]
     cost = budget.TokenFlops.of(points)
     assert (cost.k, cost.m) == pytest.approx((20, 0.9))
-    (best,) = budget.optima(fit(CHINCHILLA, LADDER, LOSSES, draws=20), points, [1e21], cost)
+    (best,) = budget.optima(fit(CHINCHILLA, LADDER, LOSSES, draws=20), points, [1e21], cost, {})
     sizes = np.geomspace(1e7, 1e11, 4001)
     losses = chinchilla(sizes, 1e21 / (20 * sizes**0.9))
     assert best.size == pytest.approx(sizes[losses.argmin()], rel=0.02)
     assert best.loss == pytest.approx(losses.min(), rel=1e-4)
     assert best.tokens * cost(best.size) == pytest.approx(1e21)
+
+
+def test_a_budget_buys_of_dlcm_what_no_other_size_betters():
+    columns = grid(N=np.geomspace(1e8, 2e9, 3), D=np.geomspace(2e9, 2e11, 4), R=[2, 8], P=[0.3, 0.7])
+    centred = Centred.at(DLCM, columns)
+    known = np.array([KNOWN_DLCM[name] for name in DLCM.parameters])
+    for k, term in enumerate(DLCM.terms):  # as a vector counts them
+        if term.offset:
+            known[DLCM.parameters.index(term.offset)] = np.log(KNOWN_DLCM[term.offset] / centred.sizes[k])
+        size = centred.sizes[k] ** (KNOWN_DLCM[term.exponent] if term.exponent else 0)
+        factor = centred.factors[k] ** (KNOWN_DLCM[term.factor_exponent] if term.factor else 0)
+        known[k] = np.log(known[k] / size * factor)
+    found = Fit(centred, known, np.zeros((len(known), 2)), np.zeros(48), known[None], np.zeros(1))
+    points = [
+        Point("", {name: float(values[n]) for name, values in columns.items()}, 3.0)
+        for n in range(len(columns["N"]))
+    ]
+    shape = {"R": 4.0, "P": 0.6}
+    cost = budget.TokenFlops.of(points).at(shape)
+    (best,) = budget.optima(found, points, [1e21], cost, shape)
+    sizes = np.geomspace(1e7, 1e11, 4001)
+    losses = dlcm(sizes, 1e21 / (6 * sizes * (0.4 + 0.6 / 4)), **shape)
+    assert best.size == pytest.approx(sizes[losses.argmin()], rel=0.02)
+    assert best.loss == pytest.approx(losses.min(), rel=1e-6)
+    assert best.tokens * 6 * 0.55 * best.size == pytest.approx(1e21)

@@ -10,9 +10,10 @@ import pytest
 from llada_megatron import cli
 from llada_megatron.config.compose import load, save
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.parameters import total_parameters
+from llada_megatron.config.parameters import active_parameters, total_parameters
+from llada_megatron.scaling.laws import DLCM
 from llada_megatron.scaling.points import Counting, read_runs, remarks_on
-from tests.scaling.ladder import chinchilla, make_ladder, make_run
+from tests.scaling.ladder import chinchilla, make_dlcm_ladder, make_dlcm_run, make_ladder, make_run
 
 OLD = Path(__file__).parents[1] / "old_run" / "run"
 
@@ -42,7 +43,7 @@ def test_what_training_recorded_gives_a_point_once_it_has_ended(tmp_path):
     config.schedule.stages[1].tokens = 128  # where it stopped
     shutil.copyfile(OLD / "evaluations.jsonl", tmp_path / "evaluations.jsonl")
     save(config, tmp_path / "config.yaml")
-    loss, (point,) = read_runs([tmp_path], "", Counting())
+    _, loss, (point,) = read_runs([tmp_path], "", Counting())
     last = json.loads((OLD / "evaluations.jsonl").read_text().splitlines()[-1])
     assert loss == f"bound:{last['block_size']}"
     assert point.loss == last["bound"][str(last["block_size"])]["mean"] and point.error > 0
@@ -68,9 +69,49 @@ def test_what_makes_runs_less_comparable_is_said(tmp_path):
     first = make_run(tmp_path / "first", 32, 2**17)
     undecayed = make_run(tmp_path / "undecayed", 64, 2**17, lr_at_end=9e-4)
     sparser = make_run(tmp_path / "sparser", 64, 2**18, experts=16)
-    _, points = read_runs([first, undecayed, sparser], "ar", Counting())
+    *_, points = read_runs([first, undecayed, sparser], "ar", Counting())
     lr, experts = remarks_on(points)
     assert "undecayed: the learning rate ended at 90%" in lr and "differ in experts" in experts
+
+
+@pytest.mark.slow  # 36 runs read, twelve descents of eleven parameters and a picture
+def test_a_ladder_of_dlcm_predicts_another_run_and_what_budgets_buy(tmp_path, capsys):
+    held_out = make_dlcm_run(tmp_path / "held_out", 256, 384, 2**22, R=6)
+    output, picture = tmp_path / "law.json", tmp_path / "law.png"
+    command = ["fit", *map(str, make_dlcm_ladder(tmp_path / "ladder")), "--hold-out", str(held_out)]
+    command += ["--bootstrap", "20", "--shape", "4", "0.5", "--json", str(output), "--plot", str(picture)]
+    assert cli.main(command) == 0
+    found = json.loads(output.read_text())
+    assert found["law"] == "dlcm" and found["loss"] == "ar"
+    (held_out,) = found["held_out"]
+    assert held_out["predicted"] == pytest.approx(held_out["loss"], rel=2e-3)
+    assert [(one["R"], one["P"]) for one in found["optima"]] == [(4, 0.5)] * 3
+    assert "lowest loss, R = 4, P = 0.5" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dlcm_run_has_its_target_and_its_backbones_share(tmp_path):
+    run = make_dlcm_run(tmp_path / "run", 64, 128, 2**17, R=4, opened=6)
+    law, loss, (point,) = read_runs([run], "", Counting())
+    model = load(run / "config.yaml").model
+    assert (law, loss, point.variables["R"]) == (DLCM, "ar", 4)
+    attention = 3 * 128**2 + 2 * 32  # 4 heads of 32 and half as many of keys and values; norms of a head
+    dense, experts = 3 * 128 * 512, 9 * 3 * 128 * 64 + 8 * 128 + 8  # 8 and one that is shared, router, bias
+    backbone = 2 * (attention + 2 * 128) + dense + experts + 128  # two layers and the last norm
+    assert point.variables["P"] == pytest.approx(backbone / total_parameters(model), rel=1e-9)
+    in_training, on_text = remarks_on([point])
+    assert "its concepts ended 6.0 tokens long, and the law takes R = 4" in in_training
+    assert "On held-out text concepts are 1.5 to 1.5 times as long as R" in on_text
+    (other,) = read_runs([run], "", Counting(active=True, embedding=False))[2]
+    idle = total_parameters(model) - active_parameters(model)
+    counted = [p.variables["N"] * p.variables["P"] for p in (point, other)]
+    assert counted[0] - counted[1] == pytest.approx(idle) and idle > 0
+
+
+def test_a_law_of_dlcm_takes_no_plain_baseline(tmp_path):
+    runs = [make_dlcm_run(tmp_path / "dlcm", 64, 128, 2**17, R=4), make_run(tmp_path / "plain", 64, 2**17)]
+    with pytest.raises(BadInput, match=r"plain differs from .*dlcm in its family.* in N, D, R, P alone"):
+        read_runs(runs, "ar", Counting())
 
 
 def test_parameters_are_counted_as_asked(tmp_path):

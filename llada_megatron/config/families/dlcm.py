@@ -135,6 +135,14 @@ def parameters(
     )
 
 
+def backbone_parameters(model: ModelConfig) -> int:
+    """Parameters of the whole backbone: its layers and last norm, all experts among them."""
+    backbone = concepts_of(model)
+    moe = backbone.layers - backbone.dense_layers
+    layers = gpt.parameters(backbone, [Contents(backbone.dense_layers, moe, False, False)])
+    return layers.trained + layers.bias + backbone.hidden_size
+
+
 def active_weights(model: ModelConfig) -> dict[str, int]:
     """Weights that one token passes through, those of the backbone by the concepts that it makes."""
     per_concept = model.concepts.tokens_per_concept
