@@ -15,10 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from llada_megatron.config import rules
-from llada_megatron.config.compose import compose
+from llada_megatron.config.compose import compose, tree_of
 from llada_megatron.config.flops import training_flops_per_sequence
 from llada_megatron.config.last_layer import drops_clean_rows
 from llada_megatron.config.schedule import Stage
@@ -186,7 +184,7 @@ def described(config: Config, documents: str) -> dict[str, Any]:
         "threads": device.threads(),
         "tokens_per_step": rules.schedule_of(config).tokens_of(0),
         "documents": documents,
-        "config": OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),
+        "config": tree_of(config),
     }
 
 

@@ -6,8 +6,11 @@ import io
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -36,13 +39,12 @@ def compose(overrides: list[str]) -> Config:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
     own = _own_configs()
     check_overrides(overrides, _groups(own))
     searched = [f"hydra.searchpath=['file://{own}']"] if own else []
-    ConfigStore.instance().store(name="schema", node=Config)
+    _offer_schema()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = hydra_compose("config", overrides=[*searched, *overrides])
@@ -58,6 +60,20 @@ def compose(overrides: list[str]) -> Config:
         _read_all(own)
         raise BadInput(f"A file in {OWN_CONFIG_DIR}/ cannot be composed: {_one_line(error)}.") from error
     return resolve(composed)
+
+
+@cache
+def _schema() -> DictConfig:
+    """Config as omegaconf's tree, which `OmegaConf.merge` copies: the copy is quicker than another one."""
+    return OmegaConf.structured(Config)
+
+
+@cache
+def _offer_schema() -> None:
+    """The schema of configs/config.yaml, by the name that it says."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
 
 
 def _hint(error: Exception) -> str:
@@ -102,14 +118,24 @@ def read_yaml(path: str | os.PathLike[str]) -> DictConfig:
 def save(config: Config, path: str | os.PathLike[str]) -> None:
     """Write the resolved configuration as YAML, whole or not at all."""
     aside = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    OmegaConf.save(OmegaConf.structured(config), aside)
+    OmegaConf.save(OmegaConf.create(tree_of(config)), aside)
     os.replace(aside, path)
 
 
 def differences(saved: Config, now: Config) -> list[str]:
     """`key: saved -> now` for every leaf in which two configurations differ."""
-    before, after = (OmegaConf.to_container(OmegaConf.structured(config)) for config in (saved, now))
-    return leaf_differences(before, after)
+    return leaf_differences(tree_of(saved), tree_of(now))
+
+
+def tree_of(config: object) -> Any:
+    """A configuration, or a group of it, as dicts and lists of plain values; a choice by its name."""
+    if is_dataclass(config):
+        return {each.name: tree_of(getattr(config, each.name)) for each in fields(config)}
+    if isinstance(config, dict):
+        return {key: tree_of(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [tree_of(value) for value in config]
+    return config.name if isinstance(config, Enum) else config
 
 
 def leaf_differences(saved: object, now: object) -> list[str]:
@@ -172,9 +198,7 @@ def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:
     try:
         if isinstance(tree, DictConfig):  # whose types may have been widened by `+new.key=1`
             tree = OmegaConf.to_container(tree, enum_to_str=True)
-        node = cast(
-            DictConfig, OmegaConf.merge(OmegaConf.structured(Config), tree, *map(_setting, overrides))
-        )
+        node = cast(DictConfig, OmegaConf.merge(_schema(), tree, *map(_setting, overrides)))
         if node.layout.processes == 0:
             node.layout.processes = smallest_world(cast(LayoutConfig, OmegaConf.to_object(node.layout)))
         OmegaConf.resolve(node)

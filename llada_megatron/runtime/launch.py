@@ -30,6 +30,8 @@ SETTLE_SEC = 1.0
 """How long to wait for the cause: a failed rank breaks the others' collectives, and they may report first."""
 AS_THEY_ARE = (Refusal, OSError)
 FIRST_PORT, PORTS = 20_000, 10_000
+FREEZE = "llada_megatron.runtime.parent"
+"""The last module that the parent of ranks imports."""
 
 
 class WorkerError(RuntimeError):
@@ -109,7 +111,7 @@ def launch(worker: Callable[..., Any], *args: Any, processes: int, preload: str)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload([preload, FREEZE])
     with interrupts.held_back():  # a signal to the group ends neither the ranks' parent nor its imports
         forkserver.ensure_running()
     meeting = tempfile.mkdtemp(prefix="llada_ranks_")  # a file: a port could be taken by others meanwhile

@@ -6,13 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from llada_megatron.checkpoint import copies, publish, store
 from llada_megatron.checkpoint.recall import recall
 from llada_megatron.config import changes
 from llada_megatron.config.changes import setting_of
-from llada_megatron.config.compose import differences, leaf_differences, model_of, resolve
+from llada_megatron.config.compose import differences, leaf_differences, model_of, resolve, tree_of
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.rules import schedule_of
 from llada_megatron.config.schedule import Schedule
@@ -190,7 +188,7 @@ def check_same_model(config: Config, checkpoint: Checkpoint) -> None:
     model = model_of(checkpoint.path, checkpoint.manifest.config_of_weights)
     saved = {"model": dataclasses.asdict(model)}
     first = at_stage(config, 0).model
-    now = {"model": OmegaConf.to_container(OmegaConf.structured(first), enum_to_str=True)}
+    now = {"model": tree_of(first)}
     allowed = [*TRAINING_OF_MODEL, *config.run.allow_change]
     if not model.lora.rank:  # adapters that are new compute nothing yet
         allowed.append("model.lora.*")

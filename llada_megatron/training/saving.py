@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from llada_megatron.checkpoint.copies import Copying
 from llada_megatron.checkpoint.memory import Memory, Remembered
 from llada_megatron.checkpoint.retention import retire
 from llada_megatron.checkpoint.store import Save, Saver
+from llada_megatron.config.compose import tree_of
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.data.phases import PhasedData
@@ -102,7 +102,7 @@ class Saving:
         self, step: int, stage: Stage, position: Position, wall_sec: float, metrics: dict[str, float]
     ) -> Manifest:
         return Manifest(
-            config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
+            config=tree_of(self.config),
             step=step,
             consumed_samples=self.trainer.schedule.samples_before(step),
             consumed_tokens=self.trainer.schedule.tokens_before(step),

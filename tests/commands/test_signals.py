@@ -96,7 +96,7 @@ def life_sec(corpus, folder) -> float:
 def strike_at_random(corpus, folder, times: int) -> None:
     moments, sec = random.Random(times), life_sec(corpus, folder)
     for turn in range(times):
-        number, to_group = SIGNALS[turn % 4], bool(turn // 4 % 2)
+        number, to_group = SIGNALS[turn % 4], bool((turn + turn // 4) % 2)
         after_sec, run_dir = moments.uniform(0, sec), folder / f"run_{turn}"
         life = Life(train_command(corpus, run_dir), folder / f"mark_{turn}")
         time.sleep(after_sec)
@@ -115,8 +115,8 @@ def strike_at_random(corpus, folder, times: int) -> None:
 
 
 @pytest.mark.slow
-def test_ten_signals_at_random_moments_leave_no_process_and_no_lock(corpus, tmp_path):
-    strike_at_random(corpus, tmp_path, 10)
+def test_each_signal_at_a_random_moment_leaves_no_process_and_no_lock(corpus, tmp_path):
+    strike_at_random(corpus, tmp_path, len(SIGNALS))
 
 
 @pytest.mark.full
@@ -191,6 +191,7 @@ def test_workers_of_a_preparation_do_not_outlive_it(tmp_path):
     assert life.end() == 128 + signal.SIGKILL and not life.survivors()
 
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 OTHER_VERBS = {
     "evaluate": ["evaluate", "RUN", "data.path=[CORPUS]", "evaluation.sequences=400", "--json", "OUT"],
     "bench attention": ["bench", "attention"],
@@ -199,11 +200,20 @@ OTHER_VERBS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("verb", OTHER_VERBS)
-def test_any_verb_that_is_interrupted_leaves_no_process_and_no_part_of_a_file(tmp_path, verb):
+@pytest.mark.parametrize(
+    ("verb", "number", "to_group"),
+    [
+        pytest.param(verb, number, number != signal.SIGTERM, marks=mark)
+        for at, verb in enumerate(OTHER_VERBS)
+        for turn, number in enumerate(INTERRUPTS)
+        for mark in [pytest.mark.slow if at % len(INTERRUPTS) == turn else pytest.mark.full]
+    ],
+)
+def test_any_verb_that_is_interrupted_leaves_no_process_and_no_part_of_a_file(
+    tmp_path, verb, number, to_group
+):
     shutil.copytree(OLD, tmp_path / "old")
-    output, moments = tmp_path / "out" / "found.json", random.Random(verb)
+    output = tmp_path / "out" / "found.json"
     output.parent.mkdir()
     places = {"RUN": f"{tmp_path}/old/run", "CORPUS": f"{tmp_path}/old/corpus/text", "OUT": str(output)}
     command = [sys.executable, "-m", "llada_megatron"]
@@ -211,14 +221,12 @@ def test_any_verb_that_is_interrupted_leaves_no_process_and_no_part_of_a_file(tm
         for name, place in places.items():
             word = word.replace(name, place)
         command.append(word)
-    for turn, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
-        output.unlink(missing_ok=True)  # of a turn that was done before its signal
-        life = Life(command, tmp_path / f"mark_{turn}")
-        time.sleep(moments.uniform(0.5, 12))
-        stood = life.hears(number)
-        life.send(number, to_group=turn != 1)
-        code, said = life.end(), life.errors.read_text()
-        assert code in (128 + number, 0) and (not stood or "Traceback" not in said), (number, code, said)
-        assert not life.survivors()
-        for left in output.parent.iterdir():  # whole, where the signal came after it was written
-            assert left == output and json.loads(left.read_text())
+    life = Life(command, tmp_path / "mark")
+    time.sleep(random.Random(f"{verb} {number}").uniform(0.5, 12))
+    stood = life.hears(number)
+    life.send(number, to_group=to_group)
+    code, said = life.end(), life.errors.read_text()
+    assert code in (128 + number, 0) and (not stood or "Traceback" not in said), (code, said)
+    assert not life.survivors()
+    for left in output.parent.iterdir():  # whole, where the signal came after it was written
+        assert left == output and json.loads(left.read_text())

@@ -3,6 +3,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from llada_megatron.config import rules
 from llada_megatron.config.compose import (
@@ -13,6 +14,7 @@ from llada_megatron.config.compose import (
     model_of,
     resolve,
     save,
+    tree_of,
 )
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Denominator, RotaryScalingConfig
@@ -113,6 +115,13 @@ def test_a_broken_file_of_the_user_s_own_is_bad_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=r"mine\.yaml"):
         compose(["experiment=mine"])
+
+
+def test_the_tree_of_a_configuration_is_omegaconfs():
+    config = compose([*PARITY, "model.rotary_scaling.type=linear", "model.rotary_scaling.factor=2"])
+    tree = tree_of(config)
+    assert tree == OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert type(tree["model"]["rotary_scaling"]["type"]) is str
 
 
 @pytest.mark.parametrize("override", ["layout.tp=[", "layout.tp", "layout[=3", "=", "layout.tpp=1"])

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict[str, Variances]:
-    return table(tmp_path_factory.mktemp("vrpo"), counts=48)
+    return table(tmp_path_factory.mktemp("vrpo"), counts=48, takes_gradients=False)
 
 
 def test_masks_that_policy_and_reference_share_take_the_variance_of_the_score_away(rows):

@@ -59,7 +59,7 @@ class Pool:
     reference_KMT: np.ndarray
     complements_2KT: np.ndarray
     """B of policy and reference as `preference` draws them: means over M/2 masks and their complements."""
-    gradients_KM2D: np.ndarray
+    gradients_KM2D: np.ndarray | None
     """Of the first pair's B(chosen) and B(rejected) by the policy's weights, sketched in D numbers."""
 
 
@@ -184,7 +184,9 @@ def text_bounds(model: Any, sample: Any, masked: np.ndarray, weights: np.ndarray
     return found.view(draws, -1)[:, : int((sample.document_ids >= 0).sum())]
 
 
-def pool(config: Config, chats: str, counts: int, draws: int, lr: float) -> Pool:
+def pool(
+    config: Config, chats: str, counts: int, draws: int, lr: float, takes_gradients: bool = True
+) -> Pool:
     """Draw K = `counts` counts with M = `draws` masks each, and score the texts of a sequence under all."""
     import torch
 
@@ -213,13 +215,14 @@ def pool(config: Config, chats: str, counts: int, draws: int, lr: float) -> Pool
             known = text_bounds(reference, sample, *drawn, config)
         bounds_MT = text_bounds(policy, sample, *drawn, config)
         scored.append((bounds_MT.detach().numpy(), known.numpy()))
-        for bound in bounds_MT[:, :2].flatten():
+        for bound in bounds_MT[:, :2].flatten() if takes_gradients else ():
             found = torch.autograd.grad(bound, parameters, retain_graph=True, materialize_grads=True)
             flat = torch.cat([gradient.flatten() for gradient in found])
             gradients.append(flat.new_zeros(SKETCH).index_add_(0, bucket, sign * flat).numpy())
     policy_KMT, reference_KMT = (np.stack(side) for side in zip(*scored, strict=True))
     complements_2KT = np.stack(complements, axis=1)
-    return Pool(policy_KMT, reference_KMT, complements_2KT, np.stack(gradients).reshape(counts, draws, 2, -1))
+    gradients_KM2D = np.stack(gradients).reshape(counts, draws, 2, -1) if gradients else None
+    return Pool(policy_KMT, reference_KMT, complements_2KT, gradients_KM2D)
 
 
 def variances(
@@ -239,27 +242,27 @@ def variances(
     for text in range(T):
         k, m = drawn()
         bound_G = pool.policy_KMT[k, m, text].mean(axis=(1, 2))
-        if text < 2:
+        if text < 2 and pool.gradients_KM2D is not None:
             few = zip(k[:GRADIENTS], m[:GRADIENTS], strict=True)
             gradients_2GD.append([pool.gradients_KM2D[*at, text].mean(axis=(0, 1)) for at in few])
         k, m = (k, m) if shared else drawn()
         reward_GT[:, text] = bound_G - pool.reference_KMT[k, m, text].mean(axis=(1, 2))
     score_GP = beta * (reward_GT[:, 0::2] - reward_GT[:, 1::2])
     loss_GP = np.logaddexp(0, -score_GP)
-    slope_G = -beta / (1 + np.exp(score_GP[:GRADIENTS, 0]))
-    gradient_GD = slope_G[:, None] * np.subtract(*gradients_2GD)
-    return Variances(
-        float(score_GP.var(axis=0).mean()),
-        float(loss_GP.var(axis=0).mean()),
-        float(gradient_GD.var(axis=0).sum()),
-    )
+    gradient = np.nan
+    if gradients_2GD:
+        slope_G = -beta / (1 + np.exp(score_GP[:GRADIENTS, 0]))
+        gradient = float((slope_G[:, None] * np.subtract(*gradients_2GD)).var(axis=0).sum())
+    return Variances(float(score_GP.var(axis=0).mean()), float(loss_GP.var(axis=0).mean()), gradient)
 
 
-def table(folder: Path, *, counts: int, draws: int = 4, lr: float = DPO_LR) -> dict[str, Variances]:
-    """The six rows and ours on a corpus that is written into `folder`."""
+def table(
+    folder: Path, *, counts: int, draws: int = 4, lr: float = DPO_LR, takes_gradients: bool = True
+) -> dict[str, Variances]:
+    """The six rows and ours on a corpus that is written into `folder`; gradients take most of the time."""
     chats, pairs = write(folder, "chat"), write(folder, "preference")
     config = configure(pairs, "dpo", "layout.micro_batch=8", "preference.sft_weight=0")
-    [found] = run_ranks(pool, config, chats, counts, draws, lr)
+    [found] = run_ranks(pool, config, chats, counts, draws, lr, takes_gradients)
     beta = config.preference.beta
     rows = {name: variances(found, *row, beta) for name, row in ROWS.items()}
     reward_KT = np.subtract(*found.complements_2KT)

@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 import signal
@@ -29,6 +30,19 @@ def test_every_rank_gets_its_place_and_results_come_in_rank_order():
     results = run_ranks(identity, 10, processes=3)
     assert [places for places, _ in results] == [[10 + rank, 10 + rank, 13] for rank in range(3)]
     assert len({os.getpid(), *(pid for _, pid in results)}) == 4
+
+
+def imports_of_an_optimizer():
+    import torch
+
+    before = set(sys.modules)
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    return sorted(sys.modules.keys() - before)
+
+
+def test_what_ranks_need_is_imported_once_by_their_parent_and_frozen():
+    assert run_ranks(imports_of_an_optimizer) == [[]]
+    assert run_ranks(gc.get_freeze_count)[0] > 100_000
 
 
 @pytest.mark.parametrize("said", ({}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}))

@@ -162,7 +162,7 @@ def test_a_disk_quota_leaves_the_last_checkpoint_and_says_why(make_run):
     run.wait_for_end("finished")
     whole = [path.name for path in (run.directory / "checkpoints").iterdir()]
     run.wait(run.has_left_the_queue)
-    run.submit("slurm.setup=['ulimit -f 100']")
+    run.submit("slurm.setup=['ulimit -f 100']", "run.max_failures=1")
     run.wait(lambda: any(event["outcome"] == "failed" for event in run.events("ended")))
     assert "written" in run.status()["why"], run.story()  # the preflight notices it before a save does
     assert [path.name for path in (run.directory / "checkpoints").glob("step_*")] == whole

@@ -1,6 +1,6 @@
 """HumanEval as lm-eval runs it: canonical solutions pass, in whatever form an answer has; others do not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -68,12 +68,23 @@ def test_a_function_may_come_whole_in_a_block_of_code_or_cut_off_after_it() -> N
     assert not passed(problem, "")
 
 
+def those_that_pass(problems: list[dict[str, str]], text_of: Callable[[dict[str, str]], str]) -> list[str]:
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(lambda problem: passed(problem, text_of(problem)), problems)]
+    return [problem["task_id"] for problem, good in zip(problems, found, strict=True) if good]
+
+
 @pytest.mark.slow
-def test_all_164_canonical_solutions_pass_and_corrupted_ones_do_not() -> None:
+def test_all_164_canonical_solutions_pass() -> None:
     problems = humaneval.problems()
     assert len(problems) == 164
-    with ThreadPoolExecutor(2) as pool:
-        right = [*pool.map(lambda problem: passed(problem, problem["canonical_solution"]), problems)]
-        wrong = [*pool.map(lambda problem: passed(problem, corrupted(problem)), problems)]
-    assert [problem["task_id"] for problem, good in zip(problems, right, strict=True) if not good] == []
-    assert sum(wrong) == 0
+    right = those_that_pass(problems, lambda problem: problem["canonical_solution"])
+    assert right == [problem["task_id"] for problem in problems]
+
+
+@pytest.mark.parametrize(
+    "every",
+    [pytest.param(8, marks=pytest.mark.slow, id="of 8"), pytest.param(1, marks=pytest.mark.full, id="all")],
+)
+def test_no_corrupted_solution_passes(every: int) -> None:
+    assert those_that_pass(humaneval.problems()[::every], corrupted) == []

@@ -35,12 +35,12 @@ def test_it_is_the_recurrence_over_the_weights_and_resumes_in_any_layout(corpus,
     def configured(name: str, *overrides: str) -> Config:
         return configure(corpus, tmp_path / name, *AVERAGED, *overrides)
 
-    run_ranks(train, configured("straight", TWO, "training.steps=4"), processes=2)
-    run_ranks(train, configured("resumed", TWO, "training.steps=2"), processes=2)
+    begun = configured("resumed", TWO, "training.steps=2")
+    run_ranks(train, configured("straight", TWO, "training.steps=4"), begun, processes=2)
     shutil.copytree(tmp_path / "resumed", tmp_path / "elsewhere")
-    run_ranks(train, configured("resumed", TWO, "training.steps=4"), processes=2)
     tp2 = ["layout.processes=2", "layout.tp=2", "run.allow_change=[optimizer.lr]"]
-    run_ranks(train, configured("elsewhere", *tp2, "training.steps=3", "optimizer.lr=0"), processes=2)
+    elsewhere = configured("elsewhere", *tp2, "training.steps=3", "optimizer.lr=0")
+    run_ranks(train, configured("resumed", TWO, "training.steps=4"), elsewhere, processes=2)
 
     steps = [checkpoint(tmp_path / "straight", step) for step in range(1, 5)]
     weights, averages = [tensors(step, "shards") for step in steps], [tensors(step, "ema") for step in steps]

@@ -43,7 +43,7 @@ def test_a_span_that_is_none_is_refused(spans):
         compose(["experiment=parity", f"training.skip_samples={spans}"])
 
 
-def train_spoilt(config):
+def train_spoilt(*configs):
     """With weights of the samples of steps 3 and 4 that make finite gradients a thousandfold."""
     from llada_megatron.training import loop
 
@@ -51,7 +51,8 @@ def train_spoilt(config):
         if set(indices) & set(range(12, 20)):
             batch.rows["weights"].mul_(1000)
 
-    loop.run(config, on_batch=spoil)
+    for config in configs:
+        loop.run(config, on_batch=spoil)
 
 
 def train_clean(config):
@@ -67,8 +68,8 @@ def test_a_spike_that_is_skipped_leaves_what_passing_over_its_samples_leaves(tmp
     def configured(name, *overrides):
         return configure(corpus, tmp_path / name, *watch, "training.steps=6", *overrides)
 
-    run_ranks(train_spoilt, configured("straight"), processes=2)
-    run_ranks(train_spoilt, configured("resumed", "training.steps=3"), processes=2)
+    begun = configured("resumed", "training.steps=3")
+    run_ranks(train_spoilt, configured("straight"), begun, processes=2)
     run_ranks(train_spoilt, configured("resumed"), processes=2)
     run_ranks(train_clean, configured("passed", "training.skip_samples=[12,15-16]"), processes=2)
     for name in ("straight", "resumed"):

@@ -110,11 +110,11 @@ def test_a_balance_without_the_clean_half_is_the_same_under_every_split_of_the_r
     diffusion_step = -2  # before it as many tokens counted twice
     for layer, counts in alone.load.items():
         assert 2 * sum(counts[diffusion_step]) == sum(reference.load[layer][diffusion_step])
-    for names in (["TP2", "CP2 EP2", "PP2 VPP2"], ["TP2 CP2 EP4"]):
-        configs = [layouts.parity_config(corpus, noisy_only, **layouts.MATRIX[name]) for name in names]
-        for name, measured in zip(names, layouts.measure_in_processes(configs, alone), strict=True):
-            result = compare(name, configs[0].layout.processes, measured, alone)
-            assert result.passed, (result.name, result.differences, result.worst_weight)
+    for name in ("PP2 VPP2", "TP2 CP2 EP4"):
+        config = layouts.parity_config(corpus, noisy_only, **layouts.MATRIX[name])
+        [measured] = layouts.measure_in_processes([config], alone)
+        result = compare(name, config.layout.processes, measured, alone)
+        assert result.passed, (result.name, result.differences, result.worst_weight)
 
 
 # Each mutation breaks one rank's arithmetic as a plausible bug would. They run in forked ranks.
