@@ -6,6 +6,7 @@ Legend: S rows of a rank, K keys of a call, B batch, Hkv key and value heads, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -123,6 +124,12 @@ class PooledKeys:
         # The keys of one sequence mostly lie one after the other: then they are read where they are.
         self._in_order = slice(int(places[0]), int(places[0]) + len(places))
         self._are_in_order = bool((np.diff(places) == 1).all())
+
+    def within(self, pool: KeyPool) -> PooledKeys:
+        """The same rows and places in another pool."""
+        found = copy(self)
+        found.pool = pool
+        return found
 
     def of(self, key: Tensor, value: Tensor, layer: int, group: Any) -> tuple[Tensor, Tensor]:
         """All keys and values of the sequences, those of the rows at hand among them."""

@@ -22,12 +22,14 @@ from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
 from llada_megatron.checkpoint.load import load_model
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import so_many
 from llada_megatron.config.schema import Config, LayoutConfig
 from llada_megatron.data.packed import build_sequences
 from llada_megatron.generate import Limits, Prompt, Result
 from llada_megatron.generate.full import full_attention_of, kind_of
 from llada_megatron.generate.methods import Method, method_of
-from llada_megatron.generate.reference_loop import Canvas, recomputed, reference_loop
+from llada_megatron.generate.next_tokens import NextTokenDecoder
+from llada_megatron.generate.reference_loop import Canvas, next_tokens, recomputed, reference_loop
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.generate.running import Running
 from llada_megatron.model.inputs import ModelInputs
@@ -46,6 +48,7 @@ class Setting:
 
     rules: Sequence[str]
     block_size: int
+    """0: the model predicts next tokens."""
     prompt_tokens: int
     new_tokens: int
     batch: int
@@ -72,6 +75,8 @@ class Measured:
     speedup: float
     share_of_bound: float
     """Seconds of one forward of a block's rows for each forward, over the seconds that decoding took."""
+    backbone_share: float | None
+    """Of the family dlcm: forwards of one prompt in which the backbone ran, over all of them."""
     batch: int
     batch_tokens_per_sec: float
     batch_speedup: float
@@ -96,7 +101,7 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
         stages = load_model(config, checkpoint) if checkpoint else build_model(config)
         model = stages[0].eval().requires_grad_(False)
         prompts = _prompts(config, setting)
-        bound = forward_seconds(model, setting.block_size)
+        bound = forward_seconds(model, setting.block_size or 1)
         found = [
             _measure(model, config, setting, name, method, prompts, bound) for name, method in methods.items()
         ]
@@ -158,8 +163,8 @@ def _measure(
     prompts: list[np.ndarray],
     bound: float,
 ) -> Measured:
-    alone, alone_sec = _decoded(model, config, setting, method, prompts[:1], batch=1)
-    together, together_sec = _decoded(model, config, setting, method, prompts, batch=setting.batch)
+    alone, alone_sec, share = _decoded(model, config, setting, method, prompts[:1], batch=1)
+    together, together_sec, _ = _decoded(model, config, setting, method, prompts, batch=setting.batch)
     expected, uncached_sec = device.timed(lambda: uncached(model, config, setting, method, prompts[0]))
     agreement = float(np.mean([result.tokens == expected for result in (alone[0], together[0])]))
     speed, batch_speed = len(expected) / alone_sec, len(together) * len(expected) / together_sec
@@ -174,6 +179,7 @@ def _measure(
         uncached_speed,
         speed / uncached_speed,
         bound * alone[0].forwards["denoise"] / alone_sec,
+        share,
         setting.batch,
         batch_speed,
         batch_speed / speed,
@@ -185,6 +191,8 @@ def uncached(
 ) -> np.ndarray:
     """The tokens behind a prompt, every forward computed anew."""
     mask = config.model.mask_token_id
+    if not setting.block_size:
+        return next_tokens(model, prompt, setting.new_tokens, method.rule, mask_token_id=mask)
     if setting.full is None:
         running = Running(
             0,
@@ -208,10 +216,10 @@ def _decoded(
     prompts: list[np.ndarray],
     *,
     batch: int,
-) -> tuple[list[Result], float]:
-    """The results of a new decoder, and the seconds that they took."""
+) -> tuple[list[Result], float, float | None]:
+    """The results of a new decoder, the seconds that they took, and `Measured.backbone_share`."""
     full = None if setting.full is None else full_attention_of(setting.full)
-    decoder = kind_of(full)(
+    decoder = kind_of(full, next_tokens=not setting.block_size)(
         model,
         method.rule,
         buffer=method.buffer,
@@ -222,7 +230,10 @@ def _decoded(
         batch=batch,
         cuda_graphs=setting.cuda_graphs,
     )
-    return device.timed(lambda: decoder.results(prompts, Limits(new_tokens=setting.new_tokens)))
+    results, seconds = device.timed(lambda: decoder.results(prompts, Limits(new_tokens=setting.new_tokens)))
+    concepts = decoder.concepts if isinstance(decoder, NextTokenDecoder) else None
+    share = None if concepts is None else concepts.backbone_forwards / decoder.counts.forwards
+    return results, seconds, share
 
 
 def _print(record: dict[str, Any]) -> None:
@@ -230,9 +241,10 @@ def _print(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    size = record["block_size"]
     console.print(
-        f"{record['device']}: blocks of {record['block_size']}, {record['new_tokens']} new tokens behind"
-        f" {record['prompt_tokens']}; a forward of {record['block_size']} rows alone takes"
+        f"{record['device']}: {f'blocks of {size}' if size else 'next tokens'}, {record['new_tokens']} new"
+        f" ones behind {record['prompt_tokens']}; a forward of {so_many(size or 1, 'row')} alone takes"
         f" {record['forward_sec'] * 1e3:.1f} ms; batched: {record['rules'][0]['batch']} prompts at a time",
         soft_wrap=True,
     )
@@ -251,6 +263,8 @@ def _print(record: dict[str, Any]) -> None:
         "batched": lambda one: f"{one['batch_tokens_per_sec']:.1f}",
         "gain": lambda one: f"{one['batch_speedup']:.1f}",
     }
+    if record["rules"][0]["backbone_share"] is not None:
+        columns["backbone"] = lambda one: f"{one['backbone_share']:.2f}"
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("rule", no_wrap=True)
     for name in columns:

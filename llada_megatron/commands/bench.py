@@ -9,7 +9,8 @@ from typing import Any
 from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
 from llada_megatron.commands import full_attention, opened
-from llada_megatron.commands.generate import add_graphs_argument
+from llada_megatron.commands.generate import NEXT_TOKENS, add_graphs_argument
+from llada_megatron.config.concept_rules import NAME as CONCEPTS
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode = benches.add_parser("decode", help="decoding with a cache: equal tokens first, then speed")
     opened.add_arguments(decode, default="first weights of model=small")
-    decode.add_argument("--rules", default="threshold", metavar="NAME,NAME", help="default threshold")
+    decode.add_argument(
+        "--rules", dest="rule", metavar="NAME,NAME", help=f"default threshold, or {NEXT_TOKENS}"
+    )
     for name, default, what in (
         ("prompt-tokens", 512, "of each prompt"),
         ("new-tokens", 512, "behind each prompt"),
@@ -132,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _decode(args: argparse.Namespace) -> int:
     from llada_megatron.bench import decode
-    from llada_megatron.commands.generate import block_size_for, configuration
+    from llada_megatron.commands.generate import configuration, way_of
     from llada_megatron.config.compose import compose
 
     for name in ("prompt_tokens", "new_tokens", "batch"):
@@ -144,19 +147,17 @@ def _decode(args: argparse.Namespace) -> int:
 
     def measured(path: Path | None, config: Config, block_size: int, full: dict[str, str] | None) -> int:
         tokens = args.prompt_tokens, args.new_tokens
-        setting = decode.Setting(
-            args.rules.split(","), block_size, *tokens, args.batch, full, args.cuda_graphs
-        )
+        rules = (args.rule or ("threshold" if block_size else NEXT_TOKENS)).split(",")
+        setting = decode.Setting(rules, block_size, *tokens, args.batch, full, args.cuda_graphs)
         return decode.run(config, path, setting, args.json)
 
     if not args.checkpoint:
         full = full_attention.settings_for(args, None)
         config = compose(["experiment=bench", "data.path=[]", *args.overrides])
-        return measured(None, config, block_size, full)
+        return measured(None, config, 0 if config.model.family == CONCEPTS else block_size, full)
     with opened.opened(args) as checkpoint:
         config = configuration(checkpoint, args.overrides)
-        full = full_attention.settings_for(args, checkpoint)
-        block_size = block_size_for(checkpoint, args.block_size, is_full=full is not None)
+        _, full, block_size = way_of(args, checkpoint, config)
         return measured(checkpoint.path, config, block_size, full)
 
 

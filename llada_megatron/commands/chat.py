@@ -73,10 +73,8 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, d
             f" layout.tp={config.layout.processes}, with layout.ep for the experts."
         )
     step = f", step {checkpoint.manifest.step}" if checkpoint.manifest.step else ""
-    title = (
-        f"{args.checkpoint}{step}: block size {job['block_size']}, rule {args.rule}, context"
-        f" {config.data.sequence_length:,}"
-    )
+    blocks = f"block size {job['block_size']}" if job["block_size"] else "next tokens"
+    title = f"{args.checkpoint}{step}: {blocks}, rule {job['rule']}, context {config.data.sequence_length:,}"
     return config, job | {"batch": 1}, title
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.commands import full_attention, generate, opened
+from llada_megatron.commands import generate, opened
 from llada_megatron.config.errors import BadInput
 from llada_megatron.record.json_files import write_json, write_json_lines
 from llada_megatron.tasks.code_execution import allow_code
@@ -86,7 +86,7 @@ def _evaluate(args: argparse.Namespace, checkpoint: Checkpoint, loaded: dict[str
 
     config, wording, job = prepare(args, checkpoint)
     kinds = {task.get_config("output_type") for task in loaded["tasks"].values()}
-    if "generate_until" in kinds and not job["block_size"]:
+    if "generate_until" in kinds and not (job["block_size"] or generate.predicts_next(checkpoint)):
         generate.block_size_for(checkpoint, args.block_size)  # says why it cannot be decoded
     generations, scores = requests_of(loaded["tasks"], wording, limit=args.limit)
     for name, count in wording.cut.items():
@@ -160,10 +160,9 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
     ends = [tokenizer.end_of_document_id]
     if encoder:
         ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
-    full, filled = None, 0
-    if not is_autoregressive(args, checkpoint):
-        full = full_attention.settings_for(args, checkpoint)
-        filled = generate.block_size_for(checkpoint, args.block_size, is_full=full is not None)
+    has_likelihoods_alone = is_autoregressive(args, checkpoint)
+    way = (args.rule or "threshold", None, 0)
+    rules, full, filled = way if has_likelihoods_alone else generate.way_of(args, checkpoint, config)
     block_size = filled if full is None else config.data.sequence_length
     wording = Wording(
         tokenizer,
@@ -180,7 +179,7 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
         block_size=block_size,
         filled_block=filled,
         full=full,
-        rules=args.rule.split(","),
+        rules=rules.split(","),
         settings={key: value.split(",") for key, value in settings.items()},
         tokenizer=name,
         end_tokens=[end for end in ends if end is not None],
@@ -196,14 +195,8 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
 
 
 def is_autoregressive(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
-    """Whether the model predicts next tokens: as its stage says, else where nothing says a block size."""
-    from llada_megatron.config.objectives import OBJECTIVES
-
+    """Whether no stage of ours trained the weights, and nothing says a block size."""
     manifest = checkpoint.manifest
-    stages = manifest.config.get("schedule", {}).get("stages", [])
-    objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
-    if objective in OBJECTIVES:
-        return OBJECTIVES[objective].causal
     fills_masks = generate.is_diffusion(manifest.lineage.get("architecture"))
     return not (manifest.block_size or args.block_size or fills_masks or args.full_attention)
 

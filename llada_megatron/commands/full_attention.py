@@ -32,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full-attention", action="store_true", help="where no stage of the checkpoint says that it is one"
     )
     for name, (value, what) in OPTIONS.items():
-        group.add_argument(_option(name), dest=name, metavar=value, help=what)
+        group.add_argument(option(name), dest=name, metavar=value, help=what)
 
 
-def _option(name: str) -> str:
-    return f"--{name if name.startswith('c') else f'cache-{name}'}".replace("_", "-")
+def option(name: str) -> str:
+    """What a setting of a command is called there."""
+    is_cache = name in OPTIONS and not name.startswith("c")
+    return f"--{'cache-' * is_cache}{name}".replace("_", "-")
 
 
 def is_full(checkpoint: Checkpoint) -> bool:
@@ -71,7 +73,7 @@ def settings_for(args: argparse.Namespace, checkpoint: Checkpoint | None) -> dic
             )
         return given
     if given:
-        options = ", ".join(map(_option, given))
+        options = ", ".join(map(option, given))
         raise BadInput(
             f"{options}: blocks of this model see no later one, so what is kept of them is exact: leave such"
             " options out, or give --full-attention if it has learnt to see everything."

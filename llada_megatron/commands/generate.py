@@ -24,9 +24,11 @@ PRELOAD = "llada_megatron.generate.job"
 EXAMPLE = 'llada generate runs/demo --prompt "def add(a, b):" --threshold 0.9'
 RULES = (
     "threshold", "quota", "factor", "hierarchical", "credit", "entropy", "klass", "joint", "indel", "soft",
-    "remdm_cap", "remdm_rescale", "remdm_conf", "wino", "multibd", "d2f", "lopa",
+    "remdm_cap", "remdm_rescale", "remdm_conf", "wino", "ar", "multibd", "d2f", "lopa",
 )  # fmt: skip
 """All rules and methods (generate/methods.py), whose module takes torch along."""
+NEXT_TOKENS = "ar"
+"""The only rule of models that predict next tokens."""
 RULE_SETTINGS = {
     "threshold": "fill where the probability is above it",
     "steps": "forwards of a block; 0: its size (quota, klass, soft, remdm_*)",
@@ -108,8 +110,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser, *, new_tokens: int |
     full_attention.add_arguments(parser)
     add_graphs_argument(parser)
     rules = parser.add_argument_group("rule", "which tokens a forward changes; defaults: docs/decoding.md")
-    names = f"{', '.join(RULES[:-1])} or {RULES[-1]} (default threshold)"
-    rules.add_argument("--rule", default="threshold", metavar="NAME", help=names)
+    names = f"{', '.join(RULES[:-1])} or {RULES[-1]} (default threshold, of next tokens {NEXT_TOKENS})"
+    rules.add_argument("--rule", metavar="NAME", help=names)
     for name, what in RULE_SETTINGS.items():
         rules.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="X", help=what)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as layout.tp=2")
@@ -182,17 +184,17 @@ def decoding(
     ends = [tokenizer.end_of_document_id] if tokenizer else []
     if encoder:
         ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
-    full = full_attention.settings_for(args, checkpoint)
+    rule, full, block_size = way_of(args, checkpoint, config)
     job = dict(
         checkpoint=checkpoint.path,
         origin=opened.origin_of(args.checkpoint, checkpoint),
-        rule=args.rule,
+        rule=rule,
         settings={key: value for key in RULE_SETTINGS if (value := getattr(args, key)) is not None},
         new_tokens=args.max_new_tokens,
         end_tokens=[end for end in ends if end is not None],
         strings=args.stop,
         max_forwards=args.max_forwards,
-        block_size=block_size_for(checkpoint, args.block_size, is_full=full is not None),
+        block_size=block_size,
         full=full,
         tokenizer=name,
         max_cached_tokens=args.max_cached_tokens,
@@ -211,7 +213,6 @@ def _tokenizer(name: str | None) -> Tokenizer | None:
 def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
     """The checkpoint's configuration on one process, or in the layout that the overrides ask for."""
     from llada_megatron.config import compose
-    from llada_megatron.config.concept_rules import refuse_masks
     from llada_megatron.config.layout_rules import check_layout
 
     saved = checkpoint.manifest.config_of_weights
@@ -223,7 +224,6 @@ def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
                 " was trained for: set data.sequence_length."
             )
     config = compose.elsewhere(saved, overrides)
-    refuse_masks(config, "Decoding")
     for axis in ("pp", "cp"):
         if getattr(config.layout, axis) > 1:
             raise BadInput(f"Decoding serves tp, ep and dp, not {axis}: set layout.{axis}=1.")
@@ -268,21 +268,54 @@ def chat_encoder(
     return ChatEncoder(load_template(template, tokenizer_name, tokenizer), tokenizer, only_last=False)
 
 
-def block_size_for(checkpoint: Checkpoint, asked: int | None, *, is_full: bool = False) -> int:
-    """The block size to decode with; warns about one that the model was not trained with last.
+def way_of(
+    args: argparse.Namespace, checkpoint: Checkpoint, config: Config
+) -> tuple[str, dict[str, str] | None, int]:
+    """The rule, the settings of full attention, and the block size to decode with.
 
-    is_full: every position sees every other, and a block is only what is filled before the next one.
+    0 where a model predicts next tokens; raises BadInput for options that it does not serve.
     """
+    if predicts_next(checkpoint):
+        refuse_blocks(args, checkpoint, config)
+        return NEXT_TOKENS, None, 0
+    full = full_attention.settings_for(args, checkpoint)
+    size = block_size_for(checkpoint, args.block_size, is_full=full is not None)
+    return args.rule or "threshold", full, size
+
+
+def predicts_next(checkpoint: Checkpoint) -> bool:
+    """Whether the last stage of the weights predicts next tokens, or their family has no other."""
+    from llada_megatron.config.concept_rules import NAME
     from llada_megatron.config.objectives import OBJECTIVES
 
     manifest = checkpoint.manifest
     stages = manifest.config.get("schedule", {}).get("stages", [])
     objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
-    if objective in OBJECTIVES and OBJECTIVES[objective].causal:
+    is_dlcm = manifest.config_of_weights.get("model", {}).get("family") == NAME
+    return is_dlcm or (objective in OBJECTIVES and OBJECTIVES[objective].causal)
+
+
+def refuse_blocks(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
+    """Raise BadInput for options that are for models which fill masks, where a model predicts next tokens."""
+    options = ("block_size", "full_attention", "cuda_graphs", *full_attention.OPTIONS)
+    given = [full_attention.option(name) for name in options if getattr(args, name)]
+    if args.rule not in (None, NEXT_TOKENS):
+        given.append(f"--rule {args.rule}")
+    if config.layout.bp > 1:
+        given.append(f"layout.bp={config.layout.bp}")
+    if given:
         raise BadInput(
-            f"{checkpoint.path} is of stage {manifest.stage}, an autoregressive model, which has not learnt"
-            " to fill masks: train it in a diffusion stage first."
+            f"{', '.join(given)}: {checkpoint.path} is of stage {checkpoint.manifest.stage} and predicts next"
+            " tokens, one a forward: leave that out; --temperature, --top-k and --top-p draw."
         )
+
+
+def block_size_for(checkpoint: Checkpoint, asked: int | None, *, is_full: bool = False) -> int:
+    """The block size to decode with; warns about one that the model was not trained with last.
+
+    is_full: every position sees every other, and a block is only what is filled before the next one.
+    """
+    manifest = checkpoint.manifest
     architecture = manifest.lineage.get("architecture") if not manifest.block_size else None
     trained = manifest.block_size or published_block(architecture)
     if asked is not None and asked < 1:

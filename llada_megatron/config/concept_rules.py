@@ -43,8 +43,8 @@ def refuse_masks(config: Config, what: str) -> None:
     """Raise BadInput where a model of the family is asked for what fills masks."""
     require(
         config.model.family != NAME,
-        f"{what} fills masks, and the model is of the family dlcm, which predicts next tokens and is not"
-        " decoded here: `llada evaluate --ar` gives its likelihood.",
+        f"{what} fills masks, and the model is of the family dlcm, which predicts next tokens:"
+        " `llada evaluate --ar` gives its likelihood.",
     )
 
 

@@ -317,7 +317,8 @@ class Answering:
 
     def _decoder_of_texts(self, method: Method) -> Decoder:
         full = None if self.job.full is None else full_attention_of(self.job.full)
-        return self._decoder(method, kind_of(full), self.job.filled_block)
+        kind = kind_of(full, next_tokens=not self.job.block_size)
+        return self._decoder(method, kind, self.job.filled_block)
 
     def _decoder(
         self, method: Method, kind: Callable[..., Decoder] = Decoder, block_size: int = 0

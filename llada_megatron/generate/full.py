@@ -11,7 +11,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,9 @@ from llada_megatron.generate.branches import Block
 from llada_megatron.generate.buffer import ONE_BLOCK
 from llada_megatron.generate.decoder import Decoder
 from llada_megatron.generate.feed import Part, shadow_of
+from llada_megatron.generate.next_tokens import NextTokenDecoder
 from llada_megatron.generate.prompt import BlockChanged, Ids, Limits, Prompt, Result
+from llada_megatron.generate.reserved import Reserved
 from llada_megatron.generate.rules import Figures, label_probability
 from llada_megatron.generate.rules.registry import converted, settings_in
 from llada_megatron.generate.rules.seen import entropy, log_probability, proposed
@@ -105,8 +106,10 @@ def full_attention_of(settings: Mapping[str, Any]) -> FullAttention:
     return full
 
 
-def kind_of(full: FullAttention | None) -> Callable[..., Decoder]:
+def kind_of(full: FullAttention | None, *, next_tokens: bool = False) -> Callable[..., Decoder]:
     """What makes the decoder: `Decoder` for a block-diffusion model, whose rows see no later block."""
+    if next_tokens:
+        return NextTokenDecoder
     return Decoder if full is None else partial(FullDecoder, full=full)
 
 
@@ -262,34 +265,12 @@ def figures_from(
     return np.stack(columns, axis=-1).astype(np.float64)
 
 
-class _Batch:
+class _Batch(Reserved[Filling]):
     """The sequences at hand, and the one that waits for room."""
 
     def __init__(self, decoder: FullDecoder, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> None:
-        self.decoder, self.prompts, self.limits = decoder, prompts, limits
-        self.running: list[Filling] = []
-        self._waiting: Filling | None = None
-
-    def enter(self) -> list[Result]:
-        """Let sequences in as long as there is room; returns what is done without a forward."""
-        done, decoder = [], self.decoder
-        while len(self.running) < decoder.batch and (running := self._next()) is not None:
-            running.began = running.began or time.perf_counter()
-            if running.is_filled:
-                done.append(running.untouched(decoder.text))
-                continue
-            if not decoder.take_room(running):
-                self._waiting = running
-                break
-            self.running.append(running)
-        return done
-
-    def _next(self) -> Filling | None:
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            return waiting
-        number, prompt = next(self.prompts, (0, None))
-        return None if prompt is None else self.decoder.check(number, prompt, self.limits)
+        super().__init__(decoder, prompts, limits)
+        self.decoder = decoder
 
     def feeds(self) -> list[Feed]:
         """What the next forward reads of each sequence."""
@@ -303,15 +284,5 @@ class _Batch:
         result = running.ended(changed, decoder.rule, decoder.text)
         running.advance(decoder.buffer)
         if result is not None:
-            self._leave(running)
+            self.leave(running)
         return changed, result
-
-    def _leave(self, running: Filling) -> None:
-        for page in running.pages:
-            self.decoder.pages.release(page)
-        self.running.remove(running)
-
-    def leave_all(self) -> None:
-        """Nobody is decoded any more."""
-        for running in [*self.running]:
-            self._leave(running)

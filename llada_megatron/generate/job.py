@@ -34,6 +34,7 @@ class Job:
     rule: str
     settings: Mapping[str, str]
     block_size: int
+    """0: the model predicts next tokens."""
     tokenizer: str | None
     """Without one there are no texts."""
     new_tokens: int
@@ -104,7 +105,7 @@ def decoder_of(config: Config, job: Job) -> Decoder:
     method = method_of(job.rule, job.settings, config.levenshtein.orders)
     full = None if job.full is None else full_attention_of(job.full)
     (model,) = load_model(config, job.checkpoint)
-    return kind_of(full)(
+    return kind_of(full, next_tokens=not job.block_size)(
         model,
         method.rule,
         block_size=job.block_size,

@@ -237,3 +237,29 @@ def reference_loop(
         for _ in block_forwards(model, canvas, start, end, rule, draws or Draws(seed=0)):
             forwards += 1
     return canvas.tokens, forwards
+
+
+def next_tokens(
+    model: Any, prompt: np.ndarray, count: int, rule: Rule, *, mask_token_id: int, draws: Draws | None = None
+) -> np.ndarray:
+    """The `count` tokens, int64, that a model which predicts next tokens writes behind a prompt.
+
+    Every forward reads all tokens anew. Without `draws` a rule that draws has those of seed 0.
+    """
+    tokens, masked = np.asarray(prompt, np.int64), np.array([mask_token_id])
+    for length in range(len(tokens), len(tokens) + count):
+        mask = BlockDiffusionMask([torch.tensor([0, length])], 1, clean_copy=False, causal=True)
+        output = read(model, tokens, mask, np.array([length - 1]), rule.figures, mask_token_id)
+        seen = Seen(
+            masked,
+            np.array([False]),
+            np.array([True]),
+            **figures_of(rule.figures, output, mask_token_id),
+            step=0,
+            first=length,
+            mask_token_id=mask_token_id,
+            draws=draws or Draws(seed=0),
+            must_fill=True,
+        )
+        tokens = np.append(tokens, rule.step(seen, None).tokens_m)
+    return tokens[len(prompt) :]

@@ -169,13 +169,14 @@ def _generation(asked: dict[str, Any], args: tuple[Any, ...], wording: Wording) 
         served = ", ".join(("until", "do_sample", LENGTHS[0], *SAMPLING))
         raise BadInput(f"its generation_kwargs hold {others}, which decoding does not have: give {served}.")
     strings = [*([until] if isinstance(until, str) else until), *wording.strings]
-    room = wording.context // wording.block_size * wording.block_size - new_tokens
+    size = wording.block_size or 1
+    room = wording.context // size * size - new_tokens
     if room < 1:
         raise BadInput(
             f"it asks for {new_tokens} new tokens, and the model's context is {wording.context}: give fewer"
             " with --max-new-tokens."
         )
-    tokens = wording.prompt(args[0])
+    tokens = wording.prompt(args[0]) if args[0] or wording.block_size else wording._first()
     wording.cut[asked["task"]] += len(tokens) > room
     return Generation(
         **asked,

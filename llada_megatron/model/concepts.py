@@ -110,13 +110,18 @@ class Segments:
         return self.concept[self.starts]
 
 
+def pooled_sum(hidden_TH: Tensor, concept_T: Tensor, count: int) -> Tensor:
+    """Sum of each concept's tokens, [count, H], in fp32 or wider, token after token."""
+    wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
+    return wide.new_zeros(count, wide.shape[1]).index_add(0, concept_T, wide)
+
+
 def pooled_mean(hidden_TH: Tensor, concept_T: Tensor, lengths_M: Tensor) -> Tensor:
     """Mean of each concept's tokens, [M, H], summed in fp32 or wider.
 
     lengths_M: int64, the tokens of each concept; one of none has the mean 0.
     """
-    wide = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
-    sums_MH = wide.new_zeros(len(lengths_M), wide.shape[1]).index_add(0, concept_T, wide)
+    sums_MH = pooled_sum(hidden_TH, concept_T, len(lengths_M))
     return (sums_MH / lengths_M.clamp(min=1)[:, None]).to(hidden_TH.dtype)
 
 

@@ -142,9 +142,17 @@ class ConceptAttention(MegatronModule):
     def forward(self, hidden_TH: Tensor, concepts_MH: Tensor, seen: Sight) -> Tensor:
         """[T, H] of tokens [T, H] and concepts [M, Hc]."""
         known = torch.cat([self.start[None], concepts_MH])
-        keys_KH = known.index_select(0, sent(torch.from_numpy(seen.entry), known.device))
-        query = self.linear_q(hidden_TH[:, None])[0].unflatten(-1, (-1, self.head_dim))
-        pairs = self.linear_kv(keys_KH[:, None])[0].unflatten(-1, (-1, 2, self.head_dim))
+        entries = known.index_select(0, sent(torch.from_numpy(seen.entry), known.device))
+        return self.told(hidden_TH, *self.keys_of(entries), seen)
+
+    def keys_of(self, entries_KH: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [K, 1, nkv, d] of start vectors and concepts [K, Hc]."""
+        pairs = self.linear_kv(entries_KH[:, None])[0].unflatten(-1, (-1, 2, self.head_dim))
         key, value = pairs.unbind(-2)
-        output = attend(self.q_layernorm(query), self.k_layernorm(key), value, seen, self.backend)
+        return self.k_layernorm(key), value
+
+    def told(self, hidden_TH: Tensor, key: Tensor, value: Tensor, seen: Sight) -> Tensor:
+        """[T, H] of tokens [T, H] and keys and values [K, 1, nkv, d]."""
+        query = self.linear_q(hidden_TH[:, None])[0].unflatten(-1, (-1, self.head_dim))
+        output = attend(self.q_layernorm(query), key, value, seen, self.backend)
         return self.linear_proj(output.flatten(2))[0][:, 0]

@@ -33,15 +33,18 @@ from torch import Tensor
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.attention.keys import Keys
 from llada_megatron.attention.registry import Executor
 from llada_megatron.config.concepts import ROWS
 from llada_megatron.config.schema import BlockGrid, ModelConfig
+from llada_megatron.model.concept_cache import CachedConcepts, Entries, Reading, at_of
 from llada_megatron.model.concepts import (
     Segments,
     boundary_probability,
     chosen_probability,
     opened,
     pooled_mean,
+    pooled_sum,
     sharpened,
     smoothed,
 )
@@ -143,9 +146,14 @@ class DynamicConcepts(LanguageModule):
         """What `inputs.readout` says: PARSED and BOUNDARIES as they say, others of the N rows alone."""
         B, S = inputs.tokens.shape
         embedded = self.embedding(input_ids=inputs.tokens, position_ids=None)
-        angles, keys = self.rotary(inputs.positions), _params(inputs.keys, S)
-        hidden = self.encoder(embedded, None, rotary_pos_emb=angles, packed_seq_params=keys)
+        angles = self.rotary(inputs.positions)
+        hidden = self.encoder(
+            embedded, None, rotary_pos_emb=angles, packed_seq_params=_params(inputs.keys, S)
+        )
         hidden_TH = self._rows(hidden, S, B)
+        if isinstance(inputs.keys, CachedConcepts):
+            told_TH = self._told_of_kept(hidden_TH, inputs.keys)
+            return self._said(hidden_TH + told_TH, angles, inputs, inputs.keys.of_decoder)
         starts = _starts(inputs)
         p_T, opened_T = self._boundaries(hidden_TH, sent(torch.from_numpy(starts), hidden_TH.device), inputs)
         sums_2B = torch.stack([opened_T.float(), p_T.float()]).view(2, B, S).sum(dim=-1).flatten()
@@ -156,18 +164,23 @@ class DynamicConcepts(LanguageModule):
         told_TH = self.concept_attention(hidden_TH, concepts_MH, laid_out.seen)
         if self.settings.concepts.boundary_grad == "ste":
             told_TH = told_TH * chosen_probability(p_T, opened_T)[:, None].to(told_TH.dtype)
-        mixed = (hidden_TH + told_TH).view(B, S, -1).transpose(0, 1).contiguous()
+        found = self._said(hidden_TH + told_TH, angles, inputs, inputs.keys)
+        return torch.cat([found, sums_2B]) if inputs.readout == PARSED else found
+
+    def _said(self, mixed_TH: Tensor, angles: Tensor, inputs: ModelInputs, keys: Keys) -> Tensor:
+        """What decoder and head make of tokens that were told of concepts."""
+        B, S = inputs.tokens.shape
+        mixed = mixed_TH.view(B, S, -1).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             mixed = scatter_to_sequence_parallel_region(mixed)
-        hidden = self.decoder(mixed, None, rotary_pos_emb=angles, packed_seq_params=keys)
-        found = head_output(
+        hidden = self.decoder(mixed, None, rotary_pos_emb=angles, packed_seq_params=_params(keys, S))
+        return head_output(
             hidden_states=hidden * self.output_scale,
             output_layer=self.output_layer,
             output_weight=None,
             context=(inputs, self.head_chunk_tokens),
             config=self.config,
         )
-        return torch.cat([found, sums_2B]) if inputs.readout == PARSED else found
 
     @property
     def _sees_own(self) -> bool:
@@ -209,24 +222,85 @@ class DynamicConcepts(LanguageModule):
                 sent(torch.from_numpy(each), at) for each in (segments.concept, segments.lengths)
             )
             raw_MH = pooled_mean(hidden_TH, concept_T, lengths_M)
-        hidden = torch.nn.functional.pad(self.concept_proj(raw_MH), (0, 0, 0, rows - M))[:, None]
-        ignored = torch.arange(rows, device=at)[None] >= M
+        projected = torch.nn.functional.pad(self.concept_proj(raw_MH), (0, 0, 0, rows - M))
+        read_MH = self._read_concepts(projected, laid_out.positions, laid_out.keys, M)
+        weight_M = p_T.index_select(0, first_M)
+        if self.settings.concepts.boundary_grad == "none":
+            weight_M = weight_M.detach()
+        return smoothed(read_MH, weight_M)
+
+    def _read_concepts(self, projected: Tensor, positions: np.ndarray, keys: Keys, M: int) -> Tensor:
+        """What the backbone makes of the first M of [rows, Hc], [M, Hc]; the balance counts no others."""
+        rows, at = len(projected), projected.device
+        hidden, ignored = projected[:, None], torch.arange(rows, device=at)[None] >= M
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
             ranks, rank = self.pg_collection.tp.size(), self.pg_collection.tp.rank()
             ignored = ignored.chunk(ranks, dim=1)[rank]
-        angles = self.rotary(sent(torch.from_numpy(laid_out.positions), at)[None])
         hidden = self.backbone(
             hidden,
             None,
-            rotary_pos_emb=angles,
-            packed_seq_params=_params(laid_out.keys, rows),
+            rotary_pos_emb=self.rotary(sent(torch.from_numpy(positions), at)[None]),
+            packed_seq_params=_params(keys, rows),
             padding_mask=ignored,
         )
-        weight_M = p_T.index_select(0, first_M)
-        if self.settings.concepts.boundary_grad == "none":
-            weight_M = weight_M.detach()
-        return smoothed(self._rows(hidden, rows, 1)[:M], weight_M)
+        return self._rows(hidden, rows, 1)[:M]
+
+    def _told_of_kept(self, hidden_TH: Tensor, keys: CachedConcepts) -> Tensor:
+        """What new tokens see of concepts, [T, H], by what is kept of their sequences.
+
+        The backbone reads the concepts that are finished with these tokens, if there are any.
+        """
+        entries, first = keys.entries, at_of(keys.first_entries, hidden_TH)
+        query_TC, key_TC = self.boundary_q(hidden_TH), self.boundary_k(hidden_TH)
+        query_PC = keys.kept("query", query_TC)
+        keys.keep("query", query_TC.index_select(0, at_of(entries.last, query_TC)))
+        p_E = boundary_probability(
+            entries.of(query_PC, query_TC), entries.of(query_PC.new_zeros(query_PC.shape), key_TC), first
+        )
+        opened_E = opened(p_E, first)
+        p_E = p_E.index_copy(0, at_of(entries.kept, p_E), keys.kept("p", p_E))
+        reading = keys.read(opened_E.cpu().numpy(), own=self._sees_own)
+        starts = self.concept_attention.start.expand(int(keys.begins.sum()), -1)
+        new_FH = self._new_concepts(hidden_TH, p_E, reading)
+        written = self.concept_attention.keys_of(torch.cat([starts, new_FH]))
+        places, read, seen = reading.told()
+        known = []
+        for pool, rows in zip(keys.cache.seen.of_layer(1, *written), written, strict=True):
+            pool.index_copy_(0, at_of(places, rows), rows[:, 0])
+            known.append(pool.index_select(0, at_of(read, rows))[:, None])
+        return self.concept_attention.told(hidden_TH, known[0], known[1], seen)
+
+    def _new_concepts(self, hidden_TH: Tensor, p_E: Tensor, reading: Reading) -> Tensor:
+        """The concepts that the backbone has not read yet, smoothed, [F, Hc], in the order of their parts."""
+        keys, segments, last = reading.keys, reading.segments, at_of(reading.last, p_E)
+        p_M = p_E.index_select(0, at_of(segments.first, p_E))
+        keys.keep("p", p_M.index_select(0, last))
+        wide_TH = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
+        if self._sees_own:
+            wide_EH = keys.entries.of(wide_TH.new_zeros(len(keys.sequences), wide_TH.shape[1]), wide_TH)
+            raw_MH = wide_EH.index_select(0, at_of(segments.first, wide_EH))
+        else:
+            wide_EH = keys.entries.of(keys.kept("sum", wide_TH), wide_TH)
+            sums_MH = pooled_sum(wide_EH, at_of(segments.concept, wide_EH), segments.count)
+            keys.keep("sum", sums_MH.index_select(0, last))
+            raw_MH = sums_MH / at_of(reading.tokens, sums_MH).clamp(min=1)[:, None]
+        is_new, parts = at_of(np.flatnonzero(reading.is_new), raw_MH), reading.parts
+        if not len(parts):
+            return self.concept_attention.start.new_zeros(0, len(self.concept_attention.start))
+        spare = -len(is_new) % self.config.tensor_model_parallel_size
+        projected = self.concept_proj(raw_MH.index_select(0, is_new).to(hidden_TH.dtype))
+        places = reading.backbone(spare).to(projected.device)
+        read_FH = self._read_concepts(
+            torch.nn.functional.pad(projected, (0, 0, 0, spare)), places.positions, places, len(is_new)
+        )
+        wide_FH = read_FH.to(torch.promote_types(read_FH.dtype, torch.float32))
+        news = Entries(reading.counts[parts])
+        s_EH = news.of(keys.kept("s", wide_FH, parts), wide_FH)
+        s_EH = smoothed(s_EH, news.of(p_M.new_ones(len(parts)), p_M.index_select(0, is_new)))
+        s_FH = s_EH.index_select(0, at_of(news.rows, s_EH))
+        keys.keep("s", s_FH.index_select(0, at_of(news.last, s_FH)), parts)
+        return s_FH.to(read_FH.dtype)
 
 
 def _params(keys: Any, S: int) -> KeysParams:

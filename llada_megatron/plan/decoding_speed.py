@@ -102,8 +102,8 @@ def check_workload(stage: Stage, workload: Workload) -> None:
     block, active = workload.block_size, workload.buffer * workload.block_size
     if stage.geometry.causal:
         raise BadInput(
-            f"The last stage of the schedule, {stage.name}, is autoregressive: its model fills no masks, so"
-            " there is nothing for --decode."
+            f"The last stage of the schedule, {stage.name}, predicts next tokens, and --decode plans forwards"
+            " over blocks of masks: give a schedule whose last stage fills them."
         )
     if workload.buffer < 1 or active > workload.context:
         raise BadInput(

@@ -148,18 +148,23 @@ def test_a_killed_command_goes_on_without_asking_again(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_autoregressive_checkpoint_has_likelihoods_alone(run, folder, tmp_path, capsys):
+def test_an_autoregressive_checkpoint_has_exact_likelihoods_and_writes_next_tokens(
+    run, folder, tmp_path, capsys
+):
     copy = tmp_path / "ar"
     shutil.copytree(run, copy)
     checkpoint = find(str(copy))
     replace(checkpoint.manifest, stage="ar", block_size=1).write(checkpoint.path)
-    options = ["--tasks", "rolls,continues,chooses", "--include-path", folder]
+    options = ["--tasks", "rolls,continues,chooses,writes", "--include-path", folder]
     found = evaluated(str(copy), tmp_path / "ar.json", *options)
+    assert found["llada"]["decoding"]["rule"] == "ar"
+    cost = found["llada"]["cost"].pop("writes")
+    assert cost["texts"] == 4 and cost["tokens_per_forward"] == 1
     assert found["llada"]["block_size"] == 0
     assert all(cost["nats_se"] == 0 for cost in found["llada"]["cost"].values())
     assert found["results"]["rolls"]["bits_per_byte,none"] == pytest.approx(8.06, abs=0.3)
-    assert cli.main(["eval", str(copy), "--tasks", "writes", "--include-path", folder]) == 2
-    assert "of stage ar, an autoregressive model" in capsys.readouterr().err
+    assert cli.main(["eval", str(copy), *options, "--rule", "threshold,factor"]) == 2
+    assert "--rule threshold,factor: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

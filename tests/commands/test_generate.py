@@ -160,7 +160,7 @@ def test_a_file_of_something_else_is_one_sentence(run, tmp_path, capsys, line, s
     assert said in error and error.count("\n") == 1
 
 
-def test_an_autoregressive_checkpoint_is_refused_and_another_block_size_is_a_warning(tmp_path, capsys):
+def test_weights_without_a_block_size_are_refused_and_another_one_is_a_warning(tmp_path, capsys):
     from dataclasses import replace
 
     from llada_megatron.commands.generate import block_size_for
@@ -172,7 +172,6 @@ def test_an_autoregressive_checkpoint_is_refused_and_another_block_size_is_a_war
     assert block_size_for(checkpoint, 8) == 8
     assert "--block-size 8 is not the 4 that the model was trained with last" in capsys.readouterr().err
     for change, said in (
-        ({"stage": "ar", "block_size": 1}, "of stage ar, an autoregressive model"),
         ({"config": {}, "stage": "", "block_size": 0}, "does not say its block size: give --block-size"),
         (
             {"config": {}, "stage": "", "block_size": 0, "lineage": {"architecture": "LlamaForCausalLM"}},

@@ -39,6 +39,14 @@ class Threshold(Rule):
 
 
 @dataclass(frozen=True)
+class Autoregressive(Rule):
+    """The first one, whatever its probability: the only rule of models that predict next tokens."""
+
+    def decide(self, seen: Seen, state: Any) -> Change:
+        return filled(seen, np.flatnonzero(seen.is_masked_m)[: seen.at_least(1)])
+
+
+@dataclass(frozen=True)
 class Quota(Rule):
     """All with p > threshold if they are at least need_s, else the need_s most probable.
 

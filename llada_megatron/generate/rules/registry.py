@@ -10,6 +10,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.ranges import check_values, hints_of, rules_of
 from llada_megatron.generate.rules.editing import JointThreshold, Soft
 from llada_megatron.generate.rules.filling import (
+    Autoregressive,
     Credit,
     EntropyBound,
     FactorRule,
@@ -38,6 +39,7 @@ RULES: dict[str, type[Rule]] = {
     "remdm_rescale": Rescaled,
     "remdm_conf": Unsure,
     "wino": DraftVerify,
+    "ar": Autoregressive,
 }
 """Frozen dataclasses of their settings; a setting that several have is of one kind and meaning."""
 
