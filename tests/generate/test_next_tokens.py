@@ -49,7 +49,9 @@ def decoder(model, rule=RULE, **options) -> NextTokenDecoder:
     )
 
 
-@pytest.mark.parametrize("rule", [RULE, DRAWN], ids=["best", "drawn"])
+@pytest.mark.parametrize(
+    "rule", [pytest.param(RULE, id="best", marks=pytest.mark.slow), pytest.param(DRAWN, id="drawn")]
+)
 @pytest.mark.parametrize(
     "name", ["means", *(pytest.param(each, marks=pytest.mark.slow) for each in [*CONFIGS][1:])]
 )
