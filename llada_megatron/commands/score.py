@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
     """Score and write beside the corpus: 0; BadInput for a checkpoint, corpus or layout that do not fit."""
     import numpy as np
 
+    from llada_megatron.commands.generate import predicts_next
     from llada_megatron.config import compose
     from llada_megatron.config.concept_rules import refuse_masks
+    from llada_megatron.config.errors import BadInput
     from llada_megatron.config.layout_rules import check_layout
     from llada_megatron.config.schedule import block_size_of
     from llada_megatron.data.fingerprint import fingerprint
@@ -46,6 +48,11 @@ def run(args: argparse.Namespace) -> int:
     settings = [f"data.path={json.dumps([args.data])}", "data.weights=[]", "data.split=1,0"]
     config = compose.elsewhere(checkpoint.manifest.config_of_weights, settings + args.overrides)
     refuse_masks(config, "A score by the bound")
+    if predicts_next(checkpoint):
+        raise BadInput(
+            f"{checkpoint.path} is of stage {checkpoint.manifest.stage} and predicts next tokens, while the"
+            " bound fills masks: name the checkpoint that the preference's stage starts from."
+        )
     draws = config.preference.draws
     check_layout(config)
     check_pairs(args.data)

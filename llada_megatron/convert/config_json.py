@@ -44,8 +44,6 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
     except BadInput as fault:
         raise BadInput(f"{where}: {fault}") from None
     model = ModelConfig(mask_token_id=mask_token_id, **values)
-    if family.experts and not model.has_experts:
-        raise BadInput(f"{where} describes no layer with experts: {architecture} is served with some.")
     if not 0 <= mask_token_id < model.vocab_size:
         raise BadInput(
             f"--mask-token-id {mask_token_id} is outside the vocabulary of {model.vocab_size} in {where}."
@@ -55,6 +53,8 @@ def model_config(described: dict[str, Any], mask_token_id: int, where: str) -> M
         formulas_of(model).check(model)
     except BadInput as error:
         raise BadInput(f"{where} describes a model that cannot be built: {error}") from None
+    if family.experts and not model.has_experts:
+        raise BadInput(f"{where} describes no layer with experts: {architecture} is served with some.")
     return model
 
 

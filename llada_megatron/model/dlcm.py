@@ -111,16 +111,20 @@ class DynamicConcepts(LanguageModule):
             tokens, model.vocab_size, longest, position_embedding_type="rope", tp_group=groups.tp
         )
         self.rotary = ExplicitRotary()
-        self.encoder, self.backbone, self.decoder = (
+        encoder, backbone, decoder = (
             TransformerBlock(config, spec, pg_collection=groups) for config, spec in blocks.values()
         )
         whole = {"bias": False, "dtype": tokens.params_dtype}
+        # In the order of the forward, in which weights are gathered and gradients sent.
+        self.encoder = encoder
         self.boundary_q = torch.nn.Linear(H, H, **whole)
         self.boundary_k = torch.nn.Linear(H, H, **whole)
         self.concept_proj = torch.nn.Linear(H, Hc, **whole)
+        self.backbone = backbone
         self.concept_attention = ConceptAttention(
             tokens, Hc, kv_heads=model.kv_heads, backend=backend, pg_collection=groups
         )
+        self.decoder = decoder
         self.output_layer = ColumnParallelLinear(
             H,
             model.vocab_size,
