@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from llada_megatron.commands import generate, opened
 from llada_megatron.config.errors import BadInput, Interrupted
+from llada_megatron.config.quantities import so_many
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,7 +153,8 @@ def in_pipe(conversation: Conversation, lines: Iterable[str]) -> None:
     tokens, denoised = sum(each.tokens for each in answers), sum(each.denoised for each in answers)
     seconds = sum(each.seconds for each in answers)
     print(
-        f"{len(answers)} answers, {tokens} tokens in {seconds:.1f} s ({tokens / (seconds or 1):.1f} tokens/s,"
+        f"{so_many(len(answers), 'answer')}, {so_many(tokens, 'token')} in {seconds:.1f} s"
+        f" ({tokens / (seconds or 1):.1f} tokens/s,"
         f" {tokens / (denoised or 1):.2f} a forward)",
         file=sys.stderr,
     )
