@@ -86,7 +86,7 @@ def _evaluate(args: argparse.Namespace, checkpoint: Checkpoint, loaded: dict[str
 
     config, wording, job = prepare(args, checkpoint)
     kinds = {task.get_config("output_type") for task in loaded["tasks"].values()}
-    if "generate_until" in kinds and not (job["block_size"] or generate.predicts_next(checkpoint)):
+    if "generate_until" in kinds and not (job["block_size"] or generate.predicts_next(checkpoint, args.rule)):
         generate.block_size_for(checkpoint, args.block_size)  # says why it cannot be decoded
     generations, scores = requests_of(loaded["tasks"], wording, limit=args.limit)
     for name, count in wording.cut.items():
@@ -160,7 +160,7 @@ def prepare(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Config, W
     ends = [tokenizer.end_of_document_id]
     if encoder:
         ends.append(encoder.end_of_answer([{"role": "user", "content": "."}]))
-    has_likelihoods_alone = is_autoregressive(args, checkpoint)
+    has_likelihoods_alone = is_autoregressive(args, checkpoint) and args.rule != generate.NEXT_TOKENS
     way = (args.rule or "threshold", None, 0)
     rules, full, filled = way if has_likelihoods_alone else generate.way_of(args, checkpoint, config)
     block_size = filled if full is None else config.data.sequence_length

@@ -275,7 +275,7 @@ def way_of(
 
     0 where a model predicts next tokens; raises BadInput for options that it does not serve.
     """
-    if predicts_next(checkpoint):
+    if predicts_next(checkpoint, args.rule):
         refuse_blocks(args, checkpoint, config)
         return NEXT_TOKENS, None, 0
     full = full_attention.settings_for(args, checkpoint)
@@ -283,8 +283,11 @@ def way_of(
     return args.rule or "threshold", full, size
 
 
-def predicts_next(checkpoint: Checkpoint) -> bool:
-    """Whether the last stage of the weights predicts next tokens, or their family has no other."""
+def predicts_next(checkpoint: Checkpoint, rule: str | None = None) -> bool:
+    """Whether the last stage of the weights predicts next tokens, or their family has no other.
+
+    Weights that no stage of ours trained do so where `rule` says it.
+    """
     from llada_megatron.config.concept_rules import NAME
     from llada_megatron.config.objectives import OBJECTIVES
 
@@ -292,7 +295,8 @@ def predicts_next(checkpoint: Checkpoint) -> bool:
     stages = manifest.config.get("schedule", {}).get("stages", [])
     objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
     is_dlcm = manifest.config_of_weights.get("model", {}).get("family") == NAME
-    return is_dlcm or (objective in OBJECTIVES and OBJECTIVES[objective].causal)
+    is_said = rule == NEXT_TOKENS and not manifest.block_size
+    return is_dlcm or is_said or (objective in OBJECTIVES and OBJECTIVES[objective].causal)
 
 
 def refuse_blocks(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
@@ -305,8 +309,8 @@ def refuse_blocks(args: argparse.Namespace, checkpoint: Checkpoint, config: Conf
         given.append(f"layout.bp={config.layout.bp}")
     if given:
         raise BadInput(
-            f"{', '.join(given)}: {checkpoint.path} is of stage {checkpoint.manifest.stage} and predicts next"
-            " tokens, one a forward: leave that out; --temperature, --top-k and --top-p draw."
+            f"{', '.join(given)}: {checkpoint.path} predicts next tokens, one a forward: leave that out;"
+            " --temperature, --top-k and --top-p draw."
         )
 
 
@@ -343,8 +347,8 @@ def without_block_size(name: str, architecture: str | None) -> str:
     """What to do about weights that no stage of ours trained."""
     made = f" is of architecture {architecture}, that of autoregressive models, and" if architecture else ""
     return (
-        f"{name}{made} does not say its block size: give --block-size if it has learnt to fill masks, else"
-        " train it in a diffusion stage first."
+        f"{name}{made} does not say its block size: give --block-size if it has learnt to fill masks,"
+        f" --rule {NEXT_TOKENS} if it predicts next tokens, else train it in a diffusion stage first."
     )
 
 

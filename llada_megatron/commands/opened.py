@@ -87,7 +87,7 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
 
     Raises BadInput for a model that has not learnt to fill masks, or that needs a block size.
     """
-    from llada_megatron.commands.generate import is_diffusion, without_block_size
+    from llada_megatron.commands.generate import NEXT_TOKENS, is_diffusion, without_block_size
     from llada_megatron.convert.families import family_of
     from llada_megatron.convert.families.family import architecture_of
     from llada_megatron.convert.weight_files import REMEDY
@@ -113,7 +113,7 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
             f"{args.checkpoint} is of architecture {architecture}, an autoregressive model, which has not"
             " learnt to fill masks: train it in a diffusion stage first, or give --mask-token-id if it was."
         )
-    if args.block_size is None and not (fills_masks or args.full_attention):
+    if args.block_size is None and not (fills_masks or args.full_attention or args.rule == NEXT_TOKENS):
         raise BadInput(without_block_size(args.checkpoint, architecture))
     return mask_token_id
 

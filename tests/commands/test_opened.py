@@ -5,9 +5,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from llada_megatron import cli
-from tests.convert.checkpoints import MASK, add_tokenizer, write
+from tests.convert import published_forward
+from tests.convert.checkpoints import MASK, add_tokenizer, described, write
 
 PROMPTS = ["--max-new-tokens", "6", "--threshold", "0.2", "--prompt", "word5 word6"]
 WORDS = {MASK: "<|mask|>", 100: "<|endoftext|>"}
@@ -48,6 +51,34 @@ def test_a_folder_is_decoded_as_its_conversion_in_any_layout(tmp_path, temporary
     assert json.loads(out.read_text())["tokens"] == directly["tokens"]
     assert sorted(path.name for path in source.iterdir()) == before
     assert not list(temporary.glob("llada_hf_*"))
+
+
+def test_a_folder_of_a_model_that_fills_no_masks_writes_next_tokens_where_that_is_said(
+    tmp_path, temporary, capsys
+):
+    source = add_tokenizer(folder(tmp_path / "hf", "llama"), WORDS)
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"tokens": [5, 6, 7]}\n')
+    command = [
+        "generate",
+        f"hf:{source}",
+        "--input",
+        str(prompts),
+        "--output",
+        str(out),
+        "--max-new-tokens",
+        "6",
+    ]
+    assert cli.main(command) == 2
+    assert "--rule ar if it predicts next tokens" in capsys.readouterr().err
+    assert cli.main([*command, "--rule", "ar"]) == 0
+    found, tokens = json.loads(out.read_text())["tokens"], [5, 6, 7]
+    weights, (config, _) = load_file(source / "model.safetensors"), described("llama")
+    for _ in found:
+        logits_V = published_forward.logits(weights, config, torch.tensor(tokens), causal=True)[-1]
+        logits_V[MASK] = -torch.inf
+        tokens.append(int(logits_V.argmax()))
+    assert tokens[3:] == found and len(found) == 6
 
 
 def test_an_interrupted_command_goes_on_although_its_checkpoint_lies_elsewhere(tmp_path, temporary):
