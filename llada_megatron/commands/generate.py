@@ -286,7 +286,7 @@ def way_of(
 def predicts_next(checkpoint: Checkpoint, rule: str | None = None) -> bool:
     """Whether the last stage of the weights predicts next tokens, or their family has no other.
 
-    Weights that no stage of ours trained do so where `rule` says it.
+    Weights that no stage of ours trained, of an architecture that fills no masks, do so where `rule` says it.
     """
     from llada_megatron.config.concept_rules import NAME
     from llada_megatron.config.objectives import OBJECTIVES
@@ -295,8 +295,10 @@ def predicts_next(checkpoint: Checkpoint, rule: str | None = None) -> bool:
     stages = manifest.config.get("schedule", {}).get("stages", [])
     objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
     is_dlcm = manifest.config_of_weights.get("model", {}).get("family") == NAME
-    is_said = rule == NEXT_TOKENS and not manifest.block_size
-    return is_dlcm or is_said or (objective in OBJECTIVES and OBJECTIVES[objective].causal)
+    if is_dlcm or (objective in OBJECTIVES and OBJECTIVES[objective].causal):
+        return True
+    is_untold = not (manifest.block_size or is_diffusion(manifest.lineage.get("architecture")))
+    return rule == NEXT_TOKENS and is_untold
 
 
 def refuse_blocks(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:

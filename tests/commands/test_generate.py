@@ -184,6 +184,20 @@ def test_weights_without_a_block_size_are_refused_and_another_one_is_a_warning(t
     assert "that of autoregressive models: what follows means little" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LLaDA2MoeModelLM", "LLaDAModelLM"])
+def test_converted_weights_predict_next_tokens_where_that_is_said_and_they_fill_no_masks(architecture):
+    from dataclasses import replace
+
+    from llada_megatron.commands.generate import predicts_next
+    from llada_megatron.record.manifest import find
+
+    checkpoint = find(str(OLD / "run"))
+    converted = {"config": {}, "stage": "", "block_size": 0, "lineage": {"architecture": architecture}}
+    converted = replace(checkpoint, manifest=replace(checkpoint.manifest, **converted))
+    assert predicts_next(converted, "ar") == (architecture == "LlamaForCausalLM")
+    assert not predicts_next(converted) and not predicts_next(checkpoint, "ar")
+
+
 def full_checkpoint(block_size=4):
     """A checkpoint of the old run, as if its last stage had blocks of its whole sequences of 4 tokens."""
     from dataclasses import replace
