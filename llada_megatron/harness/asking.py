@@ -58,7 +58,9 @@ class Wording:
         return text
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens of a prompt."""
+        """The tokens of a prompt; a model of next tokens begins a text behind the end of a document."""
+        if not text and self.block_size == 0:
+            return self._first()
         return self._chats.get(text) or self.tokenizer.encode(text, parse_special=self.encoder is not None)
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -66,7 +68,7 @@ class Wording:
         if context in self._chats:  # a question and its answer are tokenized apart, as for training
             return self._chats[context], self.tokenizer.encode(continuation)
         if not context:
-            return self._first() if self.block_size == 0 else [], self.tokenizer.encode(continuation)
+            return self.prompt(context), self.tokenizer.encode(continuation)
         before = self.prompt(context.rstrip())
         return before, self.prompt(context + continuation)[len(before) :]
 
@@ -176,7 +178,7 @@ def _generation(asked: dict[str, Any], args: tuple[Any, ...], wording: Wording) 
             f"it asks for {new_tokens} new tokens, and the model's context is {wording.context}: give fewer"
             " with --max-new-tokens."
         )
-    tokens = wording.prompt(args[0]) if args[0] or wording.block_size else wording._first()
+    tokens = wording.prompt(args[0])
     wording.cut[asked["task"]] += len(tokens) > room
     return Generation(
         **asked,
