@@ -111,7 +111,10 @@ def let_in() -> None:
 
 @contextmanager
 def passed_on() -> Iterator[int]:
-    """The reading end of a pipe that gets the numbers of signals that arrive meanwhile, one byte each."""
+    """The reading end of a pipe that gets the numbers of signals that arrive meanwhile, one byte each.
+
+    Raises Interrupted at the end where they would have interrupted: ranks that train save and return.
+    """
     reading, writing = os.pipe()
 
     def note(number: int, _frame: Any) -> None:
@@ -129,6 +132,8 @@ def passed_on() -> Iterator[int]:
         remembered.extend(number for number in noted if handlers[number] is remember)
         os.close(reading)
         os.close(writing)
+        if interrupting := [number for number in noted if handlers[number] is interrupt]:
+            raise Interrupted(interrupting[0])
 
 
 def end_with_parent() -> None:

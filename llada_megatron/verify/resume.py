@@ -194,15 +194,18 @@ class _Check:
 
     def _signal(self, run_dir: Path, before: int) -> None:
         _wait_for_steps(run_dir, before + 1)
-        os.kill(os.getpid(), signal.SIGUSR1)  # the launcher passes it on to every rank
+        for rank in _ranks():  # not to this process: who interrupts a check ends it
+            os.kill(rank, signal.SIGUSR1)
 
     def _kill_a_rank(self) -> None:
-        os.kill(
-            self.moments.choice(sorted(p.pid or 0 for p in multiprocessing.active_children())), signal.SIGKILL
-        )
+        os.kill(self.moments.choice(_ranks()), signal.SIGKILL)
 
     def _state_sha256(self, run_dir: Path) -> str:
         return launch(journal.state_sha256, find(str(run_dir)).path, processes=1, preload=PRELOAD)[0]
+
+
+def _ranks() -> list[int]:
+    return sorted(process.pid or 0 for process in multiprocessing.active_children())
 
 
 def _wait_for_steps(run_dir: Path, steps: int) -> None:

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from llada_megatron.config.errors import BadInput, NodeFault
+from llada_megatron.config.errors import BadInput, Interrupted, NodeFault
+from llada_megatron.runtime import interrupts
 from llada_megatron.runtime.launch import WorkerError, already_started, set_environment
 from tests.distributed import run_ranks
 
@@ -143,6 +144,23 @@ def test_signals_reach_every_rank_and_the_handlers_come_back(number, tmp_path):
     threading.Thread(target=signal_when_both_wait, daemon=True).start()
     assert run_ranks(wait_for, number, tmp_path, processes=2) == [[number], [number]]
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_verb_is_interrupted_although_its_ranks_end_in_order(number, tmp_path):
+    def signal_when_it_waits():
+        while not (tmp_path / "0").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = interrupts.handle(interrupts.interrupt)
+    try:
+        threading.Thread(target=signal_when_it_waits, daemon=True).start()
+        with pytest.raises(Interrupted) as heard:
+            run_ranks(wait_for, number, tmp_path)
+        assert heard.value.args == (number,) and signal.getsignal(number) is interrupts.interrupt
+    finally:
+        interrupts.give_back(before)
 
 
 def not_picklable():
