@@ -200,7 +200,8 @@ def main(arguments: list[str]) -> int:
         case "start":
             return _start_job(args.run_dir, job)
         case "lost":
-            return _leave_out_lost(args.run_dir, job)
+            _leave_out_lost(args.run_dir, job)
+            return 128 + signal.SIGTERM
     return _end_job(args, job)
 
 
@@ -236,7 +237,9 @@ def _size() -> tuple[int, int]:
 
 
 def _end_job(args: argparse.Namespace, job: str) -> int:
-    is_ending = slurm.state(job) not in ("RUNNING", "")
+    is_ending = slurm.is_ending(job)
+    if is_ending and _leave_out_lost(args.run_dir, job):
+        return args.exit_code
     refusal = refused(events.read(args.run_dir)) if args.exit_code else None
     code, error = (refusal.exit_code, refusal.reason) if refusal else (args.exit_code, "")
     verdict = decide(args.run_dir, code, max_failures=args.max_failures, is_ending=is_ending, error=error)
@@ -253,14 +256,16 @@ def _end_job(args: argparse.Namespace, job: str) -> int:
     return args.exit_code
 
 
-def _leave_out_lost(run_dir: Path, job: str) -> int:
-    """Slurm has requeued the job, if it was for a node, as it was: with as many nodes as before."""
-    if RunDir(run_dir).node_counts():
-        of_job = slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
-        if lost := exclusion.failed_nodes(slurm.down_nodes(of_job), of_job):
-            nodes, tasks_per_node = _size()
-            exclusion.go_on_without(run_dir, job, lost, had=nodes, tasks_per_node=tasks_per_node)
-    return 128 + signal.SIGTERM
+def _leave_out_lost(run_dir: Path, job: str) -> bool:
+    """Whether Slurm ended the job for a node that is gone: it then has requeued it with as many as before."""
+    if not RunDir(run_dir).node_counts():
+        return False
+    of_job = slurm.nodes_of(os.environ.get("SLURM_JOB_NODELIST", ""))
+    lost = exclusion.failed_nodes(slurm.down_nodes(of_job), of_job)
+    if lost:
+        nodes, tasks_per_node = _size()
+        exclusion.go_on_without(run_dir, job, lost, had=nodes, tasks_per_node=tasks_per_node)
+    return bool(lost)
 
 
 def _nodes_to_leave_out(args: argparse.Namespace, refusal: Refused | None) -> list[str]:

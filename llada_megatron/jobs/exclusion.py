@@ -7,7 +7,6 @@ Standard library only, as attempts.py, which calls it in the batch script.
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 from llada_megatron.config.errors import BadInput
@@ -34,9 +33,8 @@ def go_on_without(
 
     It gets as many nodes as it `had`, or the most below that for which it has a layout and there are nodes.
     Slurm changes the nodes of waiting jobs alone, so this goes on for a moment after Slurm asked the script
-    to end; the job cannot start again before it has. requeue: by us; otherwise Slurm has requeued it.
+    to end, which ignores that; the job cannot start again before it has. requeue: by us, unless Slurm has.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     problem, excluded, count = "", "", had
     files = RunDir(run_dir)
     try:
@@ -46,7 +44,7 @@ def go_on_without(
         )
     except BadInput as error:
         problem = f"the job could not start otherwise ({error})"
-    if requeue:
+    if requeue and not slurm.is_ending(job):
         slurm.requeue(job)
     if not problem:
         try:

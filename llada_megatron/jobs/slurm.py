@@ -57,6 +57,11 @@ def state(job: str) -> str:
         return ""
 
 
+def is_ending(job: str) -> bool:
+    """Whether Slurm has ended the job of this batch script, or requeued it."""
+    return state(job) not in ("RUNNING", "")
+
+
 def is_active(job: str) -> bool:
     """Whether a job waits, runs or ends just now."""
     return state(job) in ACTIVE

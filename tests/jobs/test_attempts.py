@@ -10,7 +10,7 @@ import pytest
 from llada_megatron.commands import logs, train
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import FAILED, BadInput, NodeFault, Refusal, RunFailed, RunHeld
-from llada_megatron.jobs import attempts, exclusion, slurm
+from llada_megatron.jobs import attempts, slurm
 from llada_megatron.record import events
 from llada_megatron.record.run_dir import RunDir, rank_log
 from llada_megatron.runtime.launch import WorkerError
@@ -100,8 +100,29 @@ def job(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(slurm, "available", lambda: True)
     monkeypatch.setattr(slurm, "_run", answer)
-    monkeypatch.setattr(exclusion.signal, "signal", lambda *_: None)
     return asked
+
+
+def test_a_job_that_slurm_ends_for_a_node_before_its_script_has_goes_on_without_it(
+    tmp_path, monkeypatch, job
+):
+    """srun may hear of the node first, and the script is then at its last command."""
+    answers = {"squeue": "PENDING", "scontrol": "n1 n2", "sinfo": "n1 idle\nn2 down*"}
+
+    def answer(*command, **_variables):
+        job.append(" ".join(command))
+        return "" if "--format=%x" in command else answers.get(command[0], "")
+
+    monkeypatch.setattr(slurm, "_run", answer)
+    files = RunDir(tmp_path)
+    files.submission.mkdir()
+    for nodes in (1, 2):
+        files.config_on(nodes).touch()
+    attempts.start(tmp_path, job="7")
+    assert attempts.main(["end", str(tmp_path), "1", "--max-failures", "3"]) == 1
+    assert events.last(events.read(tmp_path), "excluded")["nodes"] == ["n2"]
+    assert any("ExcNodeList=n2" in command for command in job) and "scontrol requeue 7" not in job
+    assert not events.last(events.read(tmp_path), "ended")
 
 
 def end_job(run_dir: Path, code: int) -> str:
