@@ -131,7 +131,7 @@ def test_the_mask_token_may_be_in_config_json_or_said(tmp_path, temporary):
         ),
         ("llada2", {}, ["--mask-token-id", "999"], "--mask-token-id 999 is outside the vocabulary of 288"),
         ("llada2", {}, ["--mask-token-id", "257", "model.layers=0"], "model.layers=0 is out of range"),
-        ("qwen3", {}, ["--mask-token-id", "257", "--block-size", "4", "model.layers=5"], "model.experts is 0"),
+        ("qwen3", {}, ["--mask-token-id", "9", "--block-size", "4", "model.layers=5"], "model.experts is 0"),
     ],
     ids=["ling", "llama", "block_size", "architecture", "mask", "context", "vocabulary", "value", "model"],
 )
