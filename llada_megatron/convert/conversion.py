@@ -199,8 +199,8 @@ def _require_one_type(entries: list[Entry], files: SafetensorsReader, source: Pa
             one, other = first.setdefault(entry.ours.name, (part.name, dtype))
             if dtype != other:
                 raise BadInput(
-                    f"{source} has {one} in {NAMES[other]} and {part.name} in {NAMES[dtype]}, which become one"
-                    " tensor here: save the model in one type."
+                    f"{source} has {one} in {NAMES[other]} and {part.name} in {NAMES[dtype]}, which become"
+                    " one tensor here: save the model in one type."
                 )
 
 

@@ -85,7 +85,7 @@ def fields(described: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     scaling = values["rotary_scaling"].type
     if scaling is not RotaryScaling.none:
         raise BadInput(
-            f"it scales rotary frequencies ({scaling}), which the public code of {ARCHITECTURE} does not read:"
+            f"it scales rotary frequencies ({scaling}), which the code of {ARCHITECTURE} does not read:"
             " take it out."
         )
     return {"dense_layers": values["layers"], "head_dim": values["hidden_size"] // max(values["heads"], 1)}
