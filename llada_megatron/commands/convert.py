@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llada_megatron.config.quantities import so_many
+
 if TYPE_CHECKING:
     from llada_megatron.convert.certificate import Certificate
 
@@ -124,7 +126,7 @@ def _convert(args: argparse.Namespace) -> Certificate:
 def _print(certificate: Certificate, target: Path, seconds: float) -> None:
     for reason, count in Counter(certificate.dropped.values()).items():
         first = next(name for name, why in certificate.dropped.items() if why == reason)
-        print(f"left out   {count} tensors ({first}, ...): {reason}")
+        print(f"left out   {so_many(count, 'tensor')} ({first}{', ...' * (count > 1)}): {reason}")
     if certificate.unread:
         count, names = len(certificate.unread), ", ".join(certificate.unread)
         print(f"unread     {count} {'key' if count == 1 else 'keys'} of config.json: {names}")

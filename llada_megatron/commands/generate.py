@@ -220,8 +220,8 @@ def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
         saved |= {"run": {"name": "generate"}, "optimizer": {"lr": 0.0}, "data": _context(checkpoint)}
         if not saved["data"] and not any(each.startswith("data.sequence_length=") for each in overrides):
             raise BadInput(
-                "Neither a run nor max_position_embeddings of config.json says how many positions the model"
-                " was trained for: set data.sequence_length."
+                "Neither a run nor config.json says how many positions the model was trained for: set"
+                " data.sequence_length."
             )
     config = compose.elsewhere(saved, overrides)
     for axis in ("pp", "cp"):
@@ -232,13 +232,16 @@ def configuration(checkpoint: Checkpoint, overrides: list[str]) -> Config:
 
 
 def _context(checkpoint: Checkpoint) -> dict[str, Any]:
-    """As many positions as config.json says that the model was trained for."""
+    """As many positions as config.json says that the model was trained for, under its family's key."""
+    from llada_megatron.convert.families import FAMILIES
+    from llada_megatron.convert.families.family import architecture_of
     from llada_megatron.record.carried import folder_of
 
     folder = folder_of(checkpoint)
     path = folder / "config.json" if folder else None
     described = parse_json(read_bytes(path, "mend it")) if path and path.is_file() else {}
-    positions = described.get("max_position_embeddings") if isinstance(described, dict) else None
+    family = FAMILIES.get(architecture_of(described)) if isinstance(described, dict) else None
+    positions = described.get(family.longest) if family else None
     return {"sequence_length": positions} if isinstance(positions, int) else {}
 
 
@@ -324,6 +327,7 @@ def block_size_for(checkpoint: Checkpoint, asked: int | None, *, is_full: bool =
     manifest = checkpoint.manifest
     architecture = manifest.lineage.get("architecture") if not manifest.block_size else None
     trained = manifest.block_size or published_block(architecture)
+    refuse_shifted(str(checkpoint.path), architecture)
     if asked is not None and asked < 1:
         raise BadInput(f"--block-size {asked}: give at least 1.")
     if is_full:
@@ -352,6 +356,17 @@ def without_block_size(name: str, architecture: str | None) -> str:
         f"{name}{made} does not say its block size: give --block-size if it has learnt to fill masks,"
         f" --rule {NEXT_TOKENS} if it predicts next tokens, else train it in a diffusion stage first."
     )
+
+
+def refuse_shifted(name: str, architecture: str | None) -> None:
+    """Raise BadInput for weights that no stage of ours trained, and whose own code reads other logits."""
+    from llada_megatron.convert.families import FAMILIES
+
+    if architecture in FAMILIES and architecture in FAMILIES[architecture].shifted:
+        raise BadInput(
+            f"{name} is of architecture {architecture}, which reads the logits before a mask: decoding here"
+            " reads those at the mask, convert it and train it in a diffusion stage first."
+        )
 
 
 def is_diffusion(architecture: str | None) -> bool:

@@ -87,7 +87,12 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
 
     Raises BadInput for a model that has not learnt to fill masks, or that needs a block size.
     """
-    from llada_megatron.commands.generate import NEXT_TOKENS, is_diffusion, without_block_size
+    from llada_megatron.commands.generate import (
+        NEXT_TOKENS,
+        is_diffusion,
+        refuse_shifted,
+        without_block_size,
+    )
     from llada_megatron.convert.families import family_of
     from llada_megatron.convert.families.family import architecture_of
     from llada_megatron.convert.weight_files import REMEDY
@@ -96,12 +101,8 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
 
     described: dict[str, Any] = read_json(source / "config.json", REMEDY)
     architecture = architecture_of(described)
-    family = family_of(architecture, source)  # or that it is not served
-    if architecture in family.shifted:
-        raise BadInput(
-            f"{args.checkpoint} is of architecture {architecture}, which reads the logits before a mask:"
-            " decoding here reads those at the mask, convert it and train it in a diffusion stage first."
-        )
+    family_of(architecture, source)  # or that it is not served
+    refuse_shifted(args.checkpoint, architecture)
     fills_masks = is_diffusion(architecture)
     known = [args.mask_token_id]
     if (source / "tokenizer.json").is_file():

@@ -17,6 +17,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from yaml import YAMLError
 
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout import smallest_world
 from llada_megatron.config.overrides import check as check_overrides
 from llada_megatron.config.overrides import check_setting, settings
@@ -176,7 +177,8 @@ def model_of(checkpoint: Path, saved: dict[str, object]) -> ModelConfig:
 def elsewhere(saved: dict[str, object], overrides: Sequence[str]) -> Config:
     """The configuration of a checkpoint for another use of it: on one process, unless overrides say more.
 
-    overrides: `key=value`, the value in YAML. Raises BadInput for what is no setting.
+    overrides: `key=value`, the value in YAML. Raises BadInput for what is no setting, and a model that cannot
+    be built.
     """
     trained = saved.get("layout", {})
     if not isinstance(trained, dict):
@@ -187,7 +189,9 @@ def elsewhere(saved: dict[str, object], overrides: Sequence[str]) -> Config:
     precision = saved.get("precision", {})
     if isinstance(precision, dict):
         precision = {**precision, "fp8": "none"}  # whose products need rows in multiples
-    return resolve({**saved, "layout": layout, "precision": precision}, overrides)
+    config = resolve({**saved, "layout": layout, "precision": precision}, overrides)
+    formulas_of(config.model).check(config.model)
+    return config
 
 
 def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from llada_megatron.config.layout_rules import require
 from llada_megatron.config.schedule import Schedule
-from llada_megatron.config.schema import Config
+from llada_megatron.config.schema import Config, ModelConfig
 
 NAME = "dlcm"
 
@@ -20,6 +22,7 @@ def check_concepts(config: Config, schedule: Schedule) -> None:
             " learns nothing else.",
         )
     if not is_dlcm:
+        _refuse_concepts(config.model)
         return
     check_layout_of_concepts(config)
     layout, training = config.layout, config.training
@@ -37,6 +40,16 @@ def check_concepts(config: Config, schedule: Schedule) -> None:
         ("evaluation.planted_share", config.evaluation.planted_share, "0: it mends no tokens"),
     ):
         require(not isset, f"{setting} is set, and model.family=dlcm needs {instead}.")
+
+
+def _refuse_concepts(model: ModelConfig) -> None:
+    for each in fields(model.concepts):
+        value = getattr(model.concepts, each.name)
+        require(
+            value == each.default,
+            f"model.concepts.{each.name}={value} means nothing with model.family={model.family}: leave it"
+            f" out, or set model.family={NAME}.",
+        )
 
 
 def refuse_masks(config: Config, what: str) -> None:

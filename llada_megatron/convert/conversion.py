@@ -28,7 +28,12 @@ from llada_megatron.convert.families.shared import BLOCK_SIZE
 from llada_megatron.convert.loaded import MAX_PARAMETERS, compare_logits, model_tensors
 from llada_megatron.convert.mapping import Entry
 from llada_megatron.convert.reference_files import ReferenceFiles
-from llada_megatron.convert.safetensors_files import SafetensorsReader, SafetensorsWriter, write_json
+from llada_megatron.convert.safetensors_files import (
+    NAMES,
+    SafetensorsReader,
+    SafetensorsWriter,
+    write_json,
+)
 from llada_megatron.convert.weight_files import REMEDY
 from llada_megatron.record import carried
 from llada_megatron.record.json_files import read_json
@@ -77,6 +82,7 @@ def hf_to_mcore(
     family = family_of(architecture, source)
     layout = family.layout_of(files.tensors)
     entries = list(family.table(model, layout))
+    _require_one_type(entries, files, source)
     notes += config_json.doubts(described)
     certificate = Certificate("hf-to-mcore", str(source), architecture, token_id, layout.value, notes=notes)
     certificate.unread = config_json.unread(described, where)
@@ -180,6 +186,22 @@ def written_aside(target: Path) -> Iterator[Path]:
         yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _require_one_type(entries: list[Entry], files: SafetensorsReader, source: Path) -> None:
+    """Raise BadInput where tensors of several types would become one of ours."""
+    first: dict[str, tuple[str, torch.dtype]] = {}
+    for entry in entries:
+        for part in entry.theirs:
+            if part.name not in files.tensors:
+                continue
+            dtype = files.dtype(part.name)
+            one, other = first.setdefault(entry.ours.name, (part.name, dtype))
+            if dtype != other:
+                raise BadInput(
+                    f"{source} has {one} in {NAMES[other]} and {part.name} in {NAMES[dtype]}, which become"
+                    " one tensor here: save the model in one type."
+                )
 
 
 def _fits(

@@ -78,6 +78,10 @@ class SafetensorsReader:
         """Shape by name."""
         return {name: stored.shape for name, stored in self.tensors.items()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the numbers that `read` gives."""
+        return self.dequantised if name in self._scales else self.tensors[name].dtype
+
     def tensor(self, name: str) -> Tensor:
         """All of a tensor."""
         return self.read(whole(name, *self.tensors[name].shape))

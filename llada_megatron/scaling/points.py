@@ -8,8 +8,7 @@ for a want of tokens.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from llada_megatron.config.compose import load
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import dlcm
 from llada_megatron.config.flops import model_flops_per_token
+from llada_megatron.config.foreign import parse_json, read_bytes
 from llada_megatron.config.parameters import active_parameters, total_parameters
 from llada_megatron.config.quantities import short_count
 from llada_megatron.config.schedule import Schedule, block_size_of
@@ -30,6 +30,8 @@ from llada_megatron.record.metrics import Record, read_jsonl
 from llada_megatron.record.run_dir import RunDir
 from llada_megatron.scaling.laws import CHINCHILLA, DLCM, Columns, Law
 
+LARGEST = 1e30
+"""Of a figure in a file of points, below what overflows."""
 DECAYED = 0.5
 """A learning rate that ends above this share of its largest had not come down."""
 PARSED, LAST_STEPS = 1.2, 10
@@ -275,24 +277,47 @@ def read_points(file: Path) -> tuple[Law, list[Point], list[Point]]:
 
     Raises BadInput for a line that is no point.
     """
-    records = read_jsonl(file)
+    records = list(_lines(file))
     if not records:
         raise BadInput(f"{file} has no line: {POINTS_REMEDY}.")
-    law = DLCM if any(name in records[0] for name in ("R", "P")) else CHINCHILLA
+    law = DLCM if any(name in records[0][1] for name in ("R", "P")) else CHINCHILLA
     points: list[Point] = []
     held_out: list[Point] = []
-    for number, record in enumerate(records, start=1):
+    for number, record in records:
+        others = [name for name in ("R", "P") if record.get(name) is not None]
+        if others and law is not DLCM:
+            raise BadInput(
+                f"line {number} of {file} has {others[0]}, and the lines before have none: one law is fitted"
+                " to all."
+            )
+        is_held_out = record.get("held_out", False)
+        if not isinstance(is_held_out, bool):
+            raise BadInput(f"line {number} of {file} has held_out={is_held_out!r}: it is true or false.")
         variables = {name: _positive(record, name, file, number) for name in law.variables}
         if variables.get("P", 0.5) >= 1:
             raise BadInput(f"line {number} of {file} has P={variables['P']}: it is a share, between 0 and 1.")
         point = Point(f"line {number}", variables, _positive(record, "loss", file, number))
-        (held_out if record.get("held_out") else points).append(point)
+        (held_out if is_held_out else points).append(point)
     return law, points, held_out
+
+
+def _lines(file: Path) -> Iterator[tuple[int, Record]]:
+    """Numbers and objects of the lines that are not empty; BadInput for any other line."""
+    for number, line in enumerate(read_bytes(file, POINTS_REMEDY).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise BadInput(f"line {number} of {file} holds no JSON object: {POINTS_REMEDY}.")
+        yield number, record
 
 
 def _positive(record: Record, name: str, file: Path, number: int) -> float:
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
         said = "has no" if value is None else f"has {value!r} as"
         raise BadInput(f"line {number} of {file} {said} {name}: {POINTS_REMEDY}.")
     return float(value)

@@ -22,6 +22,8 @@ FAR = 100.0
 
 
 ADD_RUNS = "Add runs further apart in {variables}: such a law says little beyond its points."
+NARROWEST = 100
+"""Columns of a page, in pipes too: narrower ones would cut intervals off."""
 MAX_SHOWN = 30
 """Points in a terminal; the JSON file has all."""
 
@@ -132,6 +134,7 @@ def _fitted(found: Findings) -> list[float]:
 def print_findings(found: Findings) -> None:
     """Print the law, its points, what it says of others, and what budgets buy."""
     console = Console(highlight=False)
+    console.width = max(console.width, NARROWEST)
     law = found.fit.law
     console.print(law.equation, style="bold", markup=False, soft_wrap=True)
     console.print(

@@ -126,12 +126,13 @@ class RowsAlarm:
         if peak is None or peak <= self.limit:
             return None
         self.limit = AGAIN * peak
+        bound = "" if rows.model.family == "dlcm" else "bound them with model.router.rows_cap, or "
         mine = max(((most, layer) for layer, most in rows.most.items()), default=(0, 0))
         (most, layer), rank = max((theirs, rank) for rank, theirs in enumerate(gathered(mine)))
         sentence = (
             f"step {step}: the experts of rank {rank} got {peak:.2f} times their mean of a micro-batch's rows"
-            f" ({most:,}) in layer {layer}, and their memory grows with them. Where it gets short, bound them"
-            " with model.router.rows_cap, or recompute them with layout.recompute=selective and"
+            f" ({most:,}) in layer {layer}, and their memory grows with them. Where it gets short,"
+            f" {bound}recompute them with layout.recompute=selective and"
             " layout.recompute_modules=[core_attn,moe]."
         )
         return sentence, {"step": step, "layer": layer, "rank": rank, "rows": most, "over_mean": peak}

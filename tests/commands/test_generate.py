@@ -180,6 +180,9 @@ def test_weights_without_a_block_size_are_refused_and_another_one_is_a_warning(t
     ):
         with pytest.raises(BadInput, match=said):
             block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **change)), None)
+    dream = change | {"lineage": {"architecture": "DreamModel"}}
+    with pytest.raises(BadInput, match="DreamModel, which reads the logits before a mask"):
+        block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **dream)), 8)
     assert block_size_for(replace(checkpoint, manifest=replace(checkpoint.manifest, **change)), 8) == 8
     assert "that of autoregressive models: what follows means little" in capsys.readouterr().err
 

@@ -130,8 +130,10 @@ def test_the_mask_token_may_be_in_config_json_or_said(tmp_path, temporary):
             "set data.sequence_length.",
         ),
         ("llada2", {}, ["--mask-token-id", "999"], "--mask-token-id 999 is outside the vocabulary of 288"),
+        ("llada2", {}, ["--mask-token-id", "257", "model.layers=0"], "model.layers=0 is out of range"),
+        ("qwen3", {}, ["--mask-token-id", "9", "--block-size", "4", "model.layers=5"], "model.experts is 0"),
     ],
-    ids=["ling", "llama", "block_size", "architecture", "mask", "context", "vocabulary"],
+    ids=["ling", "llama", "block_size", "architecture", "mask", "context", "vocabulary", "value", "model"],
 )
 def test_what_cannot_be_decoded_is_one_sentence(tmp_path, temporary, capsys, kind, change, arguments, said):
     source = folder(tmp_path / "hf", kind, **change)
@@ -141,6 +143,16 @@ def test_what_cannot_be_decoded_is_one_sentence(tmp_path, temporary, capsys, kin
         assert said in error and "Traceback" not in error
         assert error.count("\n") == 1 + ("converted in" in error)
     assert not list(temporary.glob("llada_hf_*"))
+
+
+def test_a_folder_of_llada_says_its_context_under_its_own_key(tmp_path, temporary):
+    from llada_megatron.commands import opened
+    from llada_megatron.commands.generate import configuration
+
+    source = write(tmp_path / "hf", "llada")  # max_sequence_length, and no max_position_embeddings
+    _, args = cli.parse("generate", [f"hf:{source}", *PROMPTS])
+    with opened.opened(args) as checkpoint:
+        assert configuration(checkpoint, []).data.sequence_length == 64
 
 
 def test_a_conversion_that_fails_its_certificate_is_not_decoded(tmp_path, temporary, capsys):

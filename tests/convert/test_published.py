@@ -170,6 +170,8 @@ WRONG = [
     ("qwen3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     ("dream", {"use_mrope": True}, "use_mrope=True: only False is served"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: only 1 is served"),
+    ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers=1: only the first layers"),
+    ("llada", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "does not read: take it out"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "only the first layers, counted from 0, can be without experts"),
     ("qwen3_moe", {"num_experts_per_tok": 1}, "of one expert per token is always 1"),
     ("qwen3_moe", {"norm_topk_prob": None}, "norm_topk_prob=null: it must be true or false"),

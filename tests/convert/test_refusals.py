@@ -38,6 +38,12 @@ def other_numbers(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+def mixed(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    save_file(weights | {name: weights[name].half()}, folder / "model.safetensors")
+
+
 def without(folder: Path, name: str) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights[name]
@@ -59,6 +65,11 @@ BAD = [
     (lambda f: shorten(f / "model.safetensors", 10), 2, "it is truncated or damaged"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x05pickle"), 2, "is no safetensors file"),
     (other_numbers, 2, "is of type F8_E4M3 without model.norm.weight_scale_inv"),
+    (
+        mixed,
+        2,
+        "gate_proj.weight in BF16 and model.layers.1.mlp.experts.0.up_proj.weight in F16, which become",
+    ),
     (lambda f: edited(f, architectures=["GPT2LMHeadModel"]), 2, "GPT2LMHeadModel, which is not served"),
     (lambda f: edited(f, use_qkv_bias=True), 2, "sets use_qkv_bias=True: only False is served"),
     (lambda f: edited(f, num_experts_per_tok=2), 2, "only 4 experts per token, two per group, are served"),

@@ -127,12 +127,19 @@ def test_parameters_are_counted_as_asked(tmp_path):
         ({"N": 1e8, "D": 2e9}, "line 2 of .* has no loss"),
         ({"N": -1, "D": 2e9, "loss": 3.0}, "has -1 as N"),
         ({"N": 1e8, "D": 2e9, "R": 4, "loss": 3.0}, "line 1 of .* has no P"),
+        ({"N": 1e300, "D": 2e9, "loss": 3.0}, r"has 1e\+300 as N"),
+        (
+            {"N": 1e8, "D": 2e9, "P": 0.5, "loss": 3.0},
+            "line 2 of .* has P, and the lines before have none",
+        ),
+        ({"N": 1e8, "D": 2e9, "loss": 3.0, "held_out": "yes"}, "line 2 of .* has held_out='yes'"),
+        ('{"N": 1e8', "line 2 of .* holds no JSON object"),
     ],
 )
 def test_a_line_that_is_no_point_is_refused(tmp_path, capsys, line, said):
     file = tmp_path / "points.jsonl"
     lines = [{"N": 1e7, "D": 2e8, "loss": chinchilla(1e7, 2e8)}, line]
     lines = lines[:: -1 if "R" in line else 1]
-    file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    file.write_text("".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in lines))
     assert cli.main(["fit", "--points", str(file)]) == 2
     assert re.search(said, capsys.readouterr().err)

@@ -185,6 +185,13 @@ def test_what_cannot_work_is_refused_in_one_sentence(tmp_path: Path, override: s
     assert str(refused.value).count(". ") == 0
 
 
+def test_concepts_of_another_family_are_refused_and_not_ignored(tmp_path: Path) -> None:
+    with pytest.raises(
+        BadInput, match=r"concepts\.mup_base_hidden_size=32 means nothing with model\.family=gpt"
+    ):
+        rules.check(compose(["experiment=parity", "model.concepts.mup_base_hidden_size=32"]))
+
+
 def test_replicated_concepts_must_be_finished() -> None:
     config = concepts(
         "corpus", "model.concepts.attention=replicated", "model.concepts.concept=boundary_token"

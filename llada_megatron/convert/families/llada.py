@@ -76,10 +76,18 @@ def table(model: ModelConfig, layout: ExpertLayout) -> Iterator[Entry]:
 
 
 def fields(described: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """What no row says; BadInput where config.json leaves out what tells one kind of layer from another."""
+    """What no row says; BadInput where config.json leaves out what tells one kind of layer from another,
+    or says what the public code does not compute.
+    """
     for key in STATED:
         if key not in described:
             raise BadInput(f"it has no '{key}', without which the public code builds another model.")
+    scaling = values["rotary_scaling"].type
+    if scaling is not RotaryScaling.none:
+        raise BadInput(
+            f"it scales rotary frequencies ({scaling}), which the code of {ARCHITECTURE} does not read:"
+            " take it out."
+        )
     return {"dense_layers": values["layers"], "head_dim": values["hidden_size"] // max(values["heads"], 1)}
 
 

@@ -43,7 +43,7 @@ def kv_heads(described: dict[str, Any]) -> int:
 def dense_layers(described: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """How many of the first layers have no experts; BadInput where others have none."""
     listed = described.get(DENSE_LAYERS) or []
-    if listed != list(range(len(listed))) or len(listed) >= values["layers"]:
+    if not isinstance(listed, list) or listed != list(range(min(len(listed), values["layers"] - 1))):
         raise BadInput(
             f"{DENSE_LAYERS}={listed}: only the first layers, counted from 0, can be without experts."
         )
