@@ -109,6 +109,11 @@ def _mask_token(args: argparse.Namespace, source: Path) -> int | None:
         known.append(load_tokenizer(str(source / "tokenizer.json")).mask_token_id)
     known.append(described.get("mask_token_id"))
     mask_token_id = next((each for each in known if type(each) is int), None)
+    if not fills_masks and mask_token_id is None and args.rule == NEXT_TOKENS:
+        raise BadInput(
+            f"{args.checkpoint} names no mask token, which a conversion records: give --mask-token-id, of any"
+            f" token that no text has; --rule {NEXT_TOKENS} does not use it."
+        )
     if not fills_masks and mask_token_id is None:
         raise BadInput(
             f"{args.checkpoint} is of architecture {architecture}, an autoregressive model, which has not"

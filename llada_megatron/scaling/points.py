@@ -290,6 +290,8 @@ def read_points(file: Path) -> tuple[Law, list[Point], list[Point]]:
                 f"line {number} of {file} has {others[0]}, and the lines before have none: one law is fitted"
                 " to all."
             )
+        if unknown := record.keys() - {*law.variables, "loss", "held_out"}:
+            raise BadInput(f"line {number} of {file} has {min(unknown)!r}: {POINTS_REMEDY}.")
         is_held_out = record.get("held_out", False)
         if not isinstance(is_held_out, bool):
             raise BadInput(f"line {number} of {file} has held_out={is_held_out!r}: it is true or false.")

@@ -145,6 +145,12 @@ def test_what_cannot_be_decoded_is_one_sentence(tmp_path, temporary, capsys, kin
     assert not list(temporary.glob("llada_hf_*"))
 
 
+def test_a_model_of_next_tokens_is_asked_for_a_mask_token_by_its_reason(tmp_path, temporary, capsys):
+    source = folder(tmp_path / "hf", "llama")
+    assert cli.main(["generate", f"hf:{source}", "--prompt", "a", "--rule", "ar"]) == 2
+    assert "names no mask token" in capsys.readouterr().err
+
+
 def test_a_folder_of_llada_says_its_context_under_its_own_key(tmp_path, temporary):
     from llada_megatron.commands import opened
     from llada_megatron.commands.generate import configuration

@@ -132,6 +132,7 @@ def test_parameters_are_counted_as_asked(tmp_path):
             {"N": 1e8, "D": 2e9, "P": 0.5, "loss": 3.0},
             "line 2 of .* has P, and the lines before have none",
         ),
+        ({"N": 1e8, "D": 2e9, "loss": 3.0, "heldout": True}, "line 2 of .* has 'heldout'"),
         ({"N": 1e8, "D": 2e9, "loss": 3.0, "held_out": "yes"}, "line 2 of .* has held_out='yes'"),
         ('{"N": 1e8', "line 2 of .* holds no JSON object"),
     ],
