@@ -81,7 +81,7 @@ def test_a_signal_is_heard_while_the_main_thread_is_inside_a_call_to_c():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "ask"),
-    [(["training.hang_timeout_sec=4"], False), (["training.stop_deadline_sec=2"], True)],
+    [(["training.hang_timeout_sec=10"], False), (["training.stop_deadline_sec=2"], True)],
     ids=["hang", "stop"],
 )
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_those_that_wait(corpus, tmp_path, limits, ask):
