@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -98,6 +99,7 @@ class Module:
 
     def __post_init__(self) -> None:
         self.tree = ast.parse(self.text)
+        self.nodes = [*ast.walk(self.tree)]
 
     @property
     def room(self) -> str:
@@ -105,7 +107,7 @@ class Module:
 
     def imports(self, top: ast.AST | None = None) -> Iterator[tuple[int, str]]:
         """(line, dotted name) of all imports, `from a import b` as a.b, relative ones resolved."""
-        for node in ast.walk(top or self.tree):
+        for node in ast.walk(top) if top else self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -117,7 +119,7 @@ class Module:
     def names_bound_to(self, package: str) -> set[str]:
         """Local names that an import binds to `package` or to something in it."""
         names = set()
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     if alias.name.split(".")[0] == package:
@@ -140,7 +142,7 @@ def cuda_outside_runtime(module: Module) -> Iterator[str]:
     for line, name in module.imports():
         if name == "torch.cuda" or name.startswith("torch.cuda."):
             yield f"{line}: imports {name}"
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Attribute) and node.attr == "cuda" and root_name(node) in torch_names:
             yield f"{node.lineno}: torch.cuda"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
@@ -154,7 +156,7 @@ def megatron_patched_outside_runtime(module: Module) -> Iterator[str]:
     for line, name in module.imports():
         if name.startswith("unittest"):
             yield f"{line}: imports {name}"
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
             if root_name(node) in megatron_names:
                 yield f"{node.lineno}: assigns to {ast.unparse(node)}"
@@ -221,7 +223,7 @@ def vague_names_and_long_files(module: Module) -> Iterator[str]:
 
 
 def long_functions(module: Module) -> Iterator[str]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > MAX_FUNCTION_LINES and f"{module.path}:{node.name}" not in LONG_FUNCTIONS:
@@ -240,6 +242,7 @@ RULES: list[Rule] = [
 ]
 
 
+@cache
 def package_modules() -> list[Module]:
     base = ROOT / PACKAGE
     return [Module(path.relative_to(base), path.read_text()) for path in sorted(base.rglob("*.py"))]
@@ -255,7 +258,7 @@ def test_every_allowed_long_function_exists_and_is_long() -> None:
     long = {
         f"{module.path}:{node.name}"
         for module in package_modules()
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
     }
     assert not LONG_FUNCTIONS.keys() - long

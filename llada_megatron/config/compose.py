@@ -200,9 +200,10 @@ def resolve(tree: object, overrides: Sequence[str] = ()) -> Config:
     Raises BadInput for unknown keys, wrong types, and values out of their range.
     """
     try:
-        if isinstance(tree, DictConfig):  # whose types may have been widened by `+new.key=1`
-            tree = OmegaConf.to_container(tree, enum_to_str=True)
-        node = cast(DictConfig, OmegaConf.merge(_schema(), tree, *map(_setting, overrides)))
+        if isinstance(tree, DictConfig) and OmegaConf.get_type(tree) is Config and not overrides:
+            node = tree  # hydra has merged it into the schema
+        else:
+            node = cast(DictConfig, OmegaConf.merge(_schema(), tree, *map(_setting, overrides)))
         if node.layout.processes == 0:
             node.layout.processes = smallest_world(cast(LayoutConfig, OmegaConf.to_object(node.layout)))
         OmegaConf.resolve(node)

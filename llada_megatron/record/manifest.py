@@ -17,6 +17,7 @@ import os
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,9 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
+@cache
 def git_commit() -> str:
-    """The commit of this source, with `-dirty` after it when files differ; empty outside a clone."""
+    """The commit of this source as first found, with `-dirty` when files differ; empty outside a clone."""
     return _of_our_clone("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
 
 

@@ -127,12 +127,12 @@ def test_executor_equals_reference_on_rectangles_with_gaps_halo_and_padding(
 @pytest.mark.parametrize("grid", ["sequence", "document"])
 @pytest.mark.parametrize("backend", OTHERS)
 def test_executor_equals_reference_where_documents_fill_several_segments(backend, grid, block_size):
-    samples = [torch.tensor([0, 1100, 1150, 1500]), torch.tensor([0, 30, 60, 1300, 1500])]
-    mask = BlockDiffusionMask(samples, block_size, grid)
+    samples = [torch.tensor([0, 1100, 1150, 1250]), torch.tensor([0, 30, 60, 1200, 1250])]
+    mask, heads = BlockDiffusionMask(samples, block_size, grid), 1
     if block_size in (4, 100):
-        mask = grouped(mask, 0.5, np.random.default_rng(0))
+        mask, heads = grouped(mask, 0.5, np.random.default_rng(0)), 2
     assert_equals_reference(
-        backend, mask, random_qkv(mask, 2, 1), 1e-12 if mask.group_starts is not None else 1e-10
+        backend, mask, random_qkv(mask, heads, 1), 1e-12 if mask.group_starts is not None else 1e-10
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from llada_megatron import cli
@@ -119,10 +120,10 @@ def test_a_killed_command_goes_on_without_asking_again(run, tmp_path):
         while not partial.exists() or len(partial.read_text().splitlines()) < 25:
             assert process.poll() is None
             time.sleep(0.01)
+        ranks = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
-    size = -1
-    while size != (size := partial.stat().st_size):  # its rank ends with it, within moments
-        time.sleep(0.3)
+    _, left = psutil.wait_procs(ranks, timeout=60)  # they end with it, and may write until then
+    assert not left
     head, *lines = partial.read_text().splitlines(keepends=True)
     whole = [json.loads(line) for line in lines if line.endswith("\n")]
     assert 24 <= len(whole) < 64 and not output.exists()

@@ -1,6 +1,7 @@
 """The loss of a batch is sum_i w_i CE_i / count; uniform logits make every CE_i ln V."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,11 +16,20 @@ LOW, HIGH = 0.05, 0.9
 SAMPLES = 20_000
 
 
+@cache
+def corruptions(t_per: RatePer, complementary: bool, low: float, high: float, samples: int):
+    """Drawn once for all weights and denominators, which they do not know."""
+    diffusion = DiffusionConfig(
+        t_per=t_per, complementary=complementary, mask_rate_min=low, mask_rate_max=high
+    )
+    return [corrupt(3, index, DOCUMENTS, BLOCK, diffusion) for index in range(samples)]
+
+
 def sums_and_counts(diffusion: DiffusionConfig, cross_entropy: np.ndarray, samples: int = SAMPLES):
-    rows = [
-        position_weights(corrupt(3, index, DOCUMENTS, BLOCK, diffusion), diffusion, DOCUMENTS)
-        for index in range(samples)
-    ]
+    drawn = corruptions(
+        diffusion.t_per, diffusion.complementary, diffusion.mask_rate_min, diffusion.mask_rate_max, samples
+    )
+    rows = [position_weights(each, diffusion, DOCUMENTS) for each in drawn]
     sums = np.array([weights @ cross_entropy for weights, _ in rows])
     return sums, np.array([count for _, count in rows])
 

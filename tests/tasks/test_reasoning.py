@@ -39,18 +39,22 @@ def another(answer: str) -> str:
     return answer[:-1] + chr(ord(answer[-1]) + (-1 if answer[-1] in "9z" else 1))
 
 
+@pytest.fixture
+def drawn_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is about scores: items are not drawn in a process for each generator, which takes seconds."""
+    monkeypatch.setattr(reasoning, "FEWSHOT", 0)
+    monkeypatch.setattr(reasoning, "_draw", functools.cache(reasoning.draw_items))
+
+
 @pytest.mark.parametrize("name", ["chain_sum", "word_sorting"])
-def test_right_answers_score_one_and_near_misses_less(name: str) -> None:
+def test_right_answers_score_one_and_near_misses_less(name: str, drawn_here: None) -> None:
     for doc in items(name, 20):
         assert scores(doc, doc["answer"]) == {"acc": 1.0, "score": 1.0}
         assert scores(doc, another(doc["answer"]))["acc"] == 0.0
         assert scores(doc, "")["acc"] == 0.0
 
 
-def test_right_answers_of_every_generator_score_one_and_others_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Drawn here, not in a process for each generator: a second for each saved.
-    monkeypatch.setattr(reasoning, "FEWSHOT", 0)
-    monkeypatch.setattr(reasoning, "_draw", functools.cache(reasoning.draw_items))
+def test_right_answers_of_every_generator_score_one_and_others_less(drawn_here: None) -> None:
     for name in reasoning.generators():
         for doc in items(name, 1):
             if name not in WITHOUT_GOLD:
@@ -150,7 +154,7 @@ def test_the_names_of_scorers_that_evaluate_answers_are_complete() -> None:
         ),
     ],
 )
-def test_a_generated_answer_is_scored_and_not_executed(name: str, tmp_path: Path) -> None:
+def test_a_generated_answer_is_scored_and_not_executed(name: str, tmp_path: Path, drawn_here: None) -> None:
     (doc, *_) = items(name, 1)
     assert scores(doc, doc["answer"])["acc"] == 1.0
     mark = tmp_path / "executed"
