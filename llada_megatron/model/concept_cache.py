@@ -113,7 +113,9 @@ class Entries:
         """counts: int64 [P], the rows of each part."""
         P, T = len(counts), int(counts.sum())
         self.kept = np.cumsum(counts + 1) - counts - 1
-        self.rows = np.setdiff1d(np.arange(P + T), self.kept)
+        is_row = np.ones(P + T, bool)
+        is_row[self.kept] = False
+        self.rows = np.flatnonzero(is_row)
         self._order = np.empty(P + T, np.int64)
         self._order[self.kept], self._order[self.rows] = np.arange(P), P + np.arange(T)
 

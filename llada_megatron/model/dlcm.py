@@ -295,7 +295,8 @@ class DynamicConcepts(LanguageModule):
         wide_FH = read_FH.to(torch.promote_types(read_FH.dtype, torch.float32))
         news = Entries(reading.counts)
         s_EH = news.of(keys.kept("s", wide_FH), wide_FH)
-        s_EH = smoothed(s_EH, news.of(p_M.new_ones(len(keys.begins)), p_M.index_select(0, is_new)))
+        if len(wide_FH):
+            s_EH = smoothed(s_EH, news.of(p_M.new_ones(len(keys.begins)), p_M.index_select(0, is_new)))
         keys.keep("s", s_EH.index_select(0, at_of(news.kept[keys.part] + reading.new, s_EH)))
         return s_EH.index_select(0, at_of(news.rows, s_EH)).to(read_FH.dtype)
 
