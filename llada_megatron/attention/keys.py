@@ -56,6 +56,13 @@ class KeyPool:
             self._layers[layer] = tuple(rows.new_zeros(self.places, *rows.shape[2:]) for rows in (key, value))
         return self._layers[layer]
 
+    def grow(self, places: int) -> None:
+        """Room for so many; what is kept stays where it is."""
+        self.places = places
+        for layer, pair in self._layers.items():  # one layer is there twice meanwhile
+            more = [rows.new_zeros(places - len(rows), *rows.shape[1:]) for rows in pair]
+            self._layers[layer] = tuple(torch.cat(both) for both in zip(pair, more, strict=True))
+
     @property
     def bytes(self) -> int:
         """What the tensors take on this rank."""

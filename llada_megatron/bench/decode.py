@@ -3,8 +3,8 @@
 For each rule the same prompts are decoded by `Decoder`, one at a time and in a batch, and by the loop without
 a cache, whose tokens they must equal, unless the cache is an approximation (generate/full.py). The bound of
 the first is one forward of a block's rows alone for each forward that there was: its matrix products read
-every weight that the rows need, history or not. Seconds on a CPU are those that one thread computed, so that
-other processes cost nothing.
+every weight that the rows need, history or not (of the family dlcm all but the backbone's). Seconds on a CPU
+are those that one thread computed, so that other processes cost nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.utils import unwrap_model
 
 from llada_megatron.attention import BlockDiffusionMask
 from llada_megatron.attention.context import ContextShard
+from llada_megatron.attention.keys import PoolPart
 from llada_megatron.checkpoint.load import load_model
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.quantities import so_many
@@ -32,6 +34,8 @@ from llada_megatron.generate.next_tokens import NextTokenDecoder
 from llada_megatron.generate.reference_loop import Canvas, next_tokens, recomputed, reference_loop
 from llada_megatron.generate.rules import rule_of
 from llada_megatron.generate.running import Running
+from llada_megatron.model.concept_cache import CachedConcepts, ConceptCache
+from llada_megatron.model.dlcm import DynamicConcepts
 from llada_megatron.model.inputs import ModelInputs
 from llada_megatron.model.provider import build_model
 from llada_megatron.parallel import groups
@@ -125,12 +129,18 @@ def run(config: Config, checkpoint: Path | None, setting: Setting, json_file: Pa
 
 @torch.inference_mode()
 def forward_seconds(model: torch.nn.Module, rows: int) -> float:
-    """Median seconds of a forward of so many rows that see each other alone, their head included."""
-    at = device.device()
+    """Median seconds of a forward of so many rows that see each other alone, their head included.
+
+    Of the family dlcm as they are decoded, in a forward that opens no concept.
+    """
+    at, keys = device.device(), None
+    if isinstance(unwrap_model(model), DynamicConcepts):
+        keys = CachedConcepts(ConceptCache(0, 1), [PoolPart(0, np.zeros(rows, np.int64))]).to(at)
     inputs = ModelInputs(
         tokens=torch.arange(rows, device=at)[None],
         positions=torch.arange(rows, device=at)[None],
-        keys=ContextShard(BlockDiffusionMask([torch.tensor([0, rows])], rows, clean_copy=False, causal=True)),
+        keys=keys
+        or ContextShard(BlockDiffusionMask([torch.tensor([0, rows])], rows, clean_copy=False, causal=True)),
         outputs=torch.arange(rows, device=at),
         readout=rule_of("threshold").figures.readout(0),
     )

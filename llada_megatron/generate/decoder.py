@@ -212,7 +212,10 @@ class Decoder:
 
     def check(self, number: int, prompt: Prompt | Ids, limits: Limits) -> Running:
         """The prompt, ready to be decoded; BadInput, naming it by its number, where it cannot be."""
-        running = self.begun(Running, number, prompt, limits)
+        return self.fitting(self.begun(Running, number, prompt, limits))
+
+    def fitting[Kind: Running](self, running: Kind) -> Kind:
+        """The sequence; BadInput where all of it, with what is generated, has no room in the cache."""
         largest = running.largest * self.block_size
         largest += self._beside(largest)
         if largest > self.pages.count * self.block_size:
@@ -223,10 +226,10 @@ class Decoder:
             )
         return running
 
-    def _batch(self, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> _Batch:
-        return _Batch(self, prompts, limits)
+    def _batch(self, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> Batch:
+        return Batch(self, prompts, limits)
 
-    def _steps(self, batch: _Batch) -> Iterator[Event]:
+    def _steps(self, batch: Batch) -> Iterator[Event]:
         done: list[Result] = []
         while True:
             done += batch.enter()
@@ -362,7 +365,7 @@ def numbered(place: int, prompt: Prompt | Ids) -> tuple[int, Prompt]:
     return place if prompt.number is None else prompt.number, prompt
 
 
-class _Batch:
+class Batch:
     """The sequences at hand, oldest first, and those that wait."""
 
     def __init__(self, decoder: Decoder, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> None:
@@ -397,7 +400,7 @@ class _Batch:
     def _share(self, running: Running) -> None:
         """Begin with the pages that hold the first blocks of the sequence already."""
         size = self.decoder.block_size
-        for block in range(running.first // size):
+        for block in range(running.before // size):
             page = self.pages.share(running.digest(block))
             if page is None:
                 break

@@ -11,6 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,6 @@ from llada_megatron.generate.decoder import Decoder
 from llada_megatron.generate.feed import Part, shadow_of
 from llada_megatron.generate.next_tokens import NextTokenDecoder
 from llada_megatron.generate.prompt import BlockChanged, Ids, Limits, Prompt, Result
-from llada_megatron.generate.reserved import Reserved
 from llada_megatron.generate.rules import Figures, label_probability
 from llada_megatron.generate.rules.registry import converted, settings_in
 from llada_megatron.generate.rules.seen import entropy, log_probability, proposed
@@ -265,12 +265,46 @@ def figures_from(
     return np.stack(columns, axis=-1).astype(np.float64)
 
 
-class _Batch(Reserved[Filling]):
-    """The sequences at hand, and the one that waits for room."""
+class _Batch:
+    """The sequences at hand, each with its room from its first forward to its last one, and the one that
+    waits."""
 
     def __init__(self, decoder: FullDecoder, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> None:
-        super().__init__(decoder, prompts, limits)
-        self.decoder = decoder
+        self.decoder, self._prompts, self.limits = decoder, prompts, limits
+        self.running: list[Filling] = []
+        self._waiting: Filling | None = None
+
+    def enter(self) -> list[Result]:
+        """Let sequences in as long as there is room; returns what is done without a forward."""
+        done, decoder = [], self.decoder
+        while len(self.running) < decoder.batch and (running := self._next()) is not None:
+            running.began = running.began or time.perf_counter()
+            if running.is_filled:
+                done.append(running.untouched(decoder.text))
+                continue
+            if not decoder.take_room(running):
+                self._waiting = running
+                break
+            self.running.append(running)
+        return done
+
+    def _next(self) -> Filling | None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            return waiting
+        number, prompt = next(self._prompts, (0, None))
+        return None if prompt is None else self.decoder.check(number, prompt, self.limits)
+
+    def leave(self, running: Filling) -> None:
+        """A sequence is done."""
+        for page in running.pages:
+            self.decoder.pages.release(page)
+        self.running.remove(running)
+
+    def leave_all(self) -> None:
+        """Nobody is decoded any more."""
+        for running in [*self.running]:
+            self.leave(running)
 
     def feeds(self) -> list[Feed]:
         """What the next forward reads of each sequence."""

@@ -2,7 +2,7 @@
 
 A sequence grows by one token a forward, which the row of the token before says: a block of one position whose
 figures are those of the row in front of it. So limits, ends and draws are those of any decoding, and what a
-row left behind is final at once.
+row left behind is final at once: sequences that begin alike share their pages.
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ from llada_megatron.attention.keys import PooledKeys, PoolPart
 from llada_megatron.config.errors import BadInput
 from llada_megatron.generate.branches import Block
 from llada_megatron.generate.buffer import ONE_BLOCK
-from llada_megatron.generate.decoder import Decoder, numbered
-from llada_megatron.generate.feed import Part
-from llada_megatron.generate.prompt import BlockChanged, Ids, Limits, Prompt, PromptRead, Result
-from llada_megatron.generate.reserved import Reserved
+from llada_megatron.generate.decoder import Batch, Decoder, numbered
+from llada_megatron.generate.feed import Feed, Part
+from llada_megatron.generate.prompt import Ids, Limits, Prompt
 from llada_megatron.generate.running import Running
 from llada_megatron.model.concept_cache import CachedConcepts, ConceptCache
 from llada_megatron.model.dlcm import DynamicConcepts
 from llada_megatron.runtime import device
 
+PAGE_TOKENS = 32
+"""Of a page: sequences share whole ones, and the last page of each is half empty on average."""
+
 
 class Growing(Running):
-    """A sequence whose blocks are single tokens; one page has room for all of it."""
+    """A sequence whose blocks are single tokens, in pages of several."""
 
     def __init__(self, *about: Any, block_size: int, **settings: Any) -> None:
         super().__init__(*about, block_size=1, **settings)
         self.block_size = block_size  # of pages
+
+    @property
+    def before(self) -> int:
+        """The tokens in front of the one whose row says the next."""
+        return self.first - 1
 
     def _activate(self, at: int) -> None:
         if at < len(self.tokens):
@@ -43,30 +50,23 @@ class Growing(Running):
             self.anchor.blocks = [Block(at, at + 1)]
 
 
-@dataclass
-class Feed:
-    """What of a sequence the next forward reads: tokens behind those that are kept, up to `stop`."""
-
-    running: Growing
-    stop: int
-    rows: list[np.ndarray]
-    """The position whose next token is wanted, of the only branch; none where the prompt goes on."""
+class OneToken(Feed):
+    """The tokens behind those that are kept, up to `stop`: the last one is the row that says the next token,
+    if there is any."""
 
     def parts(self) -> Iterator[Part]:
-        """Of the sequence."""
-        kept, tokens = self.running.kept, self.running.tokens
-        here, chosen = slice(kept, self.stop), np.concatenate([*self.rows, np.zeros(0, np.int64)])
-        keys = PoolPart(kept, self.running.places(self.stop))
-        yield Part(keys, tokens[here], self.running.weights[here], chosen - kept, tokens[chosen])
+        """Of the only branch."""
+        running = self.running
+        rows = np.concatenate([*self.rows, np.zeros(0, np.int64)])
+        yield self._part(running.anchor, running.kept, self.stop, running.places(self.stop), rows)
 
 
 @dataclass
 class NextTokenDecoder(Decoder):
     """A `Decoder` for models that predict next tokens.
 
-    Its own `block_size` is the page that a sequence has for all its tokens from its first forward to its last
-    one, so prompts that begin alike share nothing. Every rule that fills masks alone fills the only one;
-    `ar` says what happens. Raises BadInput for what a block needs more tokens for.
+    Its own `block_size` is that of pages. Every rule that fills masks alone fills the only one; `ar` says
+    what happens. Raises BadInput for what a block needs more tokens for.
     """
 
     def __post_init__(self) -> None:
@@ -75,17 +75,14 @@ class NextTokenDecoder(Decoder):
                 "A model that predicts next tokens has no blocks: leave buffers, branches (--buffer,"
                 " --branches), --cuda-graphs and rules that change tokens out."
             )
-        self.block_size = self.context
-        if 0 < self.max_cached_tokens < self.context:
-            raise BadInput(
-                f"max_cached_tokens is {self.max_cached_tokens}, and a sequence takes room for the context of"
-                f" {self.context}: raise it, or lower data.sequence_length."
-            )
+        self.block_size = min(PAGE_TOKENS, self.context)
+        whole = -(-self.context // self.block_size) * self.block_size
+        self.max_cached_tokens = self.max_cached_tokens or self.batch * whole
         super().__post_init__()
         self.concepts: ConceptCache | None = None
         """Of the family dlcm."""
         if isinstance(unwrap_model(self.model), DynamicConcepts):
-            self.concepts = ConceptCache(self.pages.count, self.context)
+            self.concepts = ConceptCache(self.pages.count, self.block_size)
             self._even = False  # tokens meet no experts
             self._check_experts()
 
@@ -98,6 +95,11 @@ class NextTokenDecoder(Decoder):
                 " and replicas finish concepts at different times: set layout.ep and layout.etp so that their"
                 " product is at most layout.tp."
             )
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest sequence, whose last page may be short."""
+        return self.context
 
     @property
     def seen_block(self) -> int:
@@ -117,15 +119,9 @@ class NextTokenDecoder(Decoder):
                 f"Prompt {number} {'has holes' if prompt.has_holes else 'is empty'}, and the model predicts"
                 " the token behind others: give it tokens to go on from."
             )
-        return self.begun(Growing, number, prompt, limits)
+        return self.fitting(self.begun(Growing, number, prompt, limits))
 
-    def take_room(self, running: Growing) -> bool:
-        """Give a sequence the places of its keys; False where there are none as long as others run."""
-        page = self.pages.take()
-        running.pages = [] if page is None else [page]
-        return page is not None
-
-    def _batch(self, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> Any:
+    def _batch(self, prompts: Iterator[tuple[int, Prompt]], limits: Limits) -> Batch:
         return _Batch(self, prompts, limits)
 
     def _keys_of(self, parts: list[PoolPart]) -> tuple[PooledKeys, torch.Tensor]:
@@ -135,38 +131,19 @@ class NextTokenDecoder(Decoder):
         return keys, torch.from_numpy(keys.positions)[None].to(device.device())
 
 
-class _Batch(Reserved[Growing]):
-    """The sequences at hand, oldest first, and the one that waits for room."""
-
-    def __init__(
-        self, decoder: NextTokenDecoder, prompts: Iterator[tuple[int, Prompt]], limits: Limits
-    ) -> None:
-        super().__init__(decoder, prompts, limits)
-        self.decoder = decoder
+class _Batch(Batch):
+    """The sequences at hand, oldest first, and those that wait."""
 
     def feeds(self) -> list[Feed]:
         """What the next forward reads: at most `prefill_tokens` beside the last token of each sequence."""
-        budget, feeds = max(self.decoder.prefill_tokens, 1), []
-        for running in self.running:
-            before = running.first - running.kept - 1  # the row that says the next token
-            ahead = min(before, budget)
+        budget = max(self.decoder.prefill_tokens, 1)
+        feeds: list[Feed] = []
+        for running in list(self.running):
+            ahead = min(running.before - running.kept, budget)
             budget -= ahead
-            if ahead == before:
-                feeds.append(Feed(running, running.first, [np.array([running.first - 1])]))
-            elif ahead:
-                feeds.append(Feed(running, running.kept + ahead, []))
+            stop = running.kept + ahead
+            rows = [np.array([stop])] if stop == running.before else []
+            stop += len(rows)
+            if stop > running.kept and running in self.running and self._make_room(running, stop):
+                feeds.append(OneToken(running, stop, rows, here=[], shadows=[]))
         return feeds
-
-    def read(self, feed: Feed, outputs: list[np.ndarray]) -> tuple[PromptRead | BlockChanged, Result | None]:
-        """Take in what a forward said of a sequence's next token, [1, C], and kept of those before it."""
-        running, decoder = feed.running, self.decoder
-        running.kept = feed.stop
-        if not feed.rows:
-            running.forwards["prefill"] += 1
-            return PromptRead(running.number, feed.stop, running.first), None
-        changed, _ = running.step(decoder.method, outputs, decoder.seed)
-        result = running.ended(changed, decoder.rule, decoder.text)
-        running.advance(decoder.buffer)
-        if result is not None:
-            self.leave(running)
-        return changed, result

@@ -105,6 +105,11 @@ class Running:
         return self.anchor.first
 
     @property
+    def before(self) -> int:
+        """The tokens in front of the rows that a forward has to read for the rule."""
+        return self.first
+
+    @property
     def branches(self) -> list[Branch]:
         """What the next forward reads, the anchor last."""
         return [*self.lookahead, self.anchor]

@@ -258,16 +258,16 @@ class DynamicConcepts(LanguageModule):
         entries, first = keys.entries, at_of(keys.first_entries, hidden_TH)
         query_TC, key_TC = self.boundary_q(hidden_TH), self.boundary_k(hidden_TH)
         query_PC = keys.kept("query", query_TC)
-        keys.keep("query", query_TC.index_select(0, at_of(entries.last, query_TC)))
+        keys.keep("query", query_TC.index_select(0, at_of(keys.marked_rows, query_TC)))
         p_E = boundary_probability(
             entries.of(query_PC, query_TC), entries.of(query_PC.new_zeros(query_PC.shape), key_TC), first
         )
         opened_E = opened(p_E, first)
         p_E = p_E.index_copy(0, at_of(entries.kept, p_E), keys.kept("p", p_E))
         reading = keys.read(opened_E.cpu().numpy(), own=self._sees_own)
-        starts = self.concept_attention.start.expand(int(keys.begins.sum()), -1)
+        start = self.concept_attention.start[None][: int(keys.begins.any())]
         new_FH = self._new_concepts(hidden_TH, p_E, reading)
-        written = self.concept_attention.keys_of(torch.cat([starts, new_FH]))
+        written = self.concept_attention.keys_of(torch.cat([start, new_FH]))
         places, read, seen = reading.told()
         known = []
         for pool, rows in zip(keys.cache.seen.of_layer(1, *written), written, strict=True):
@@ -277,34 +277,39 @@ class DynamicConcepts(LanguageModule):
 
     def _new_concepts(self, hidden_TH: Tensor, p_E: Tensor, reading: Reading) -> Tensor:
         """The concepts that the backbone has not read yet, smoothed, [F, Hc], in the order of their parts."""
-        keys, segments, last = reading.keys, reading.segments, at_of(reading.last, p_E)
+        keys, segments, M = reading.keys, reading.segments, reading.segments.count
         p_M = p_E.index_select(0, at_of(segments.first, p_E))
-        keys.keep("p", p_M.index_select(0, last))
+        keys.keep("p", p_M.index_select(0, at_of(reading.marked, p_E)))
         wide_TH = hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
         if self._sees_own:
-            wide_EH = keys.entries.of(wide_TH.new_zeros(len(keys.sequences), wide_TH.shape[1]), wide_TH)
+            wide_EH = keys.entries.of(wide_TH.new_zeros(len(keys.begins), wide_TH.shape[1]), wide_TH)
             raw_MH = wide_EH.index_select(0, at_of(segments.first, wide_EH))
         else:
             wide_EH = keys.entries.of(keys.kept("sum", wide_TH), wide_TH)
-            sums_MH = pooled_sum(wide_EH, at_of(segments.concept, wide_EH), segments.count)
-            keys.keep("sum", sums_MH.index_select(0, last))
-            raw_MH = sums_MH / at_of(reading.tokens, sums_MH).clamp(min=1)[:, None]
-        is_new, parts = at_of(np.flatnonzero(reading.is_new), raw_MH), reading.parts
-        if not len(parts):
-            return self.concept_attention.start.new_zeros(0, len(self.concept_attention.start))
-        spare = -len(is_new) % self.config.tensor_model_parallel_size
-        projected = self.concept_proj(raw_MH.index_select(0, is_new).to(hidden_TH.dtype))
-        places = reading.backbone(spare).to(projected.device)
-        read_FH = self._read_concepts(
-            torch.nn.functional.pad(projected, (0, 0, 0, spare)), places.positions, places, len(is_new)
-        )
+            added, sums, up_to_mark = (at_of(each, wide_EH) for each in reading.summed())
+            sums_H = pooled_sum(wide_EH.index_select(0, added), sums, M + len(keys.marks))
+            keys.keep("sum", sums_H.index_select(0, up_to_mark))
+            raw_MH = sums_H[:M] / at_of(reading.tokens, sums_H).clamp(min=1)[:, None]
+        is_new = at_of(np.flatnonzero(reading.is_new), raw_MH)
+        read_FH = self._read_new(raw_MH.index_select(0, is_new).to(hidden_TH.dtype), reading)
         wide_FH = read_FH.to(torch.promote_types(read_FH.dtype, torch.float32))
-        news = Entries(reading.counts[parts])
-        s_EH = news.of(keys.kept("s", wide_FH, parts), wide_FH)
-        s_EH = smoothed(s_EH, news.of(p_M.new_ones(len(parts)), p_M.index_select(0, is_new)))
-        s_FH = s_EH.index_select(0, at_of(news.rows, s_EH))
-        keys.keep("s", s_FH.index_select(0, at_of(news.last, s_FH)), parts)
-        return s_FH.to(read_FH.dtype)
+        news = Entries(reading.counts)
+        s_EH = news.of(keys.kept("s", wide_FH), wide_FH)
+        if len(wide_FH):
+            s_EH = smoothed(s_EH, news.of(p_M.new_ones(len(keys.begins)), p_M.index_select(0, is_new)))
+        keys.keep("s", s_EH.index_select(0, at_of(news.kept[keys.part] + reading.new, s_EH)))
+        return s_EH.index_select(0, at_of(news.rows, s_EH)).to(read_FH.dtype)
+
+    def _read_new(self, raw_FH: Tensor, reading: Reading) -> Tensor:
+        """What the backbone makes of means or first tokens, [F, Hc] of [F, H], if there are any."""
+        F = len(raw_FH)
+        projected = self.concept_proj(raw_FH)
+        if not F:
+            return projected
+        spare = -F % self.config.tensor_model_parallel_size
+        places = reading.backbone(spare).to(projected.device)
+        padded = torch.nn.functional.pad(projected, (0, 0, 0, spare))
+        return self._read_concepts(padded, places.positions, places, F)
 
 
 def _params(keys: Any, S: int) -> KeysParams:

@@ -61,21 +61,39 @@ def test_tokens_are_those_of_a_loop_without_a_cache_in_any_batch(models, name, r
         next_tokens(models[name], prompt, NEW, rule, mask_token_id=MASK, draws=Draws(3, number))
         for number, prompt in enumerate(prompts)
     ]
-    for batch, cached, prefill in ((1, 0, 1024), (3, 0, 5), (8, 2 * CONTEXT, 1024)):
+    for batch, cached, prefill in ((1, 0, 1024), (3, 0, 5), (8, 64, 1024)):
         ours = decoder(models[name], rule, batch=batch, max_cached_tokens=cached, prefill_tokens=prefill)
         results = ours.results(prompts, limits)
         for tokens, result in zip(expected, results, strict=True):
             np.testing.assert_array_equal(result.tokens, tokens)
             assert result.stop is Stop.length and result.forwards["denoise"] == NEW
         assert ours.pages.available == ours.pages.count and ours.cache_bytes > 0
-        assert ours.counts.rows == sum(LENGTHS) + len(LENGTHS) * (NEW - 1)  # every token once
+        again = ours.counts.rows - sum(LENGTHS) - len(LENGTHS) * (NEW - 1)
+        assert bool(again) == bool(ours.counts.put_back) == (cached > 0)  # else every token once
+
+
+@pytest.mark.parametrize(
+    "name", ["means", *(pytest.param(each, marks=pytest.mark.slow) for each in [*CONFIGS][1:])]
+)
+def test_prompts_that_begin_alike_are_read_once(models, name):
+    model, alike = models[name], prompt_of(70)
+    prompts = [np.append(alike, prompt_of(length)) for length in (1, 9, 4)]
+    ours = decoder(model, DRAWN, batch=1)
+    for number, result in enumerate(ours.results(prompts, Limits(8))):
+        draws = Draws(3, number)
+        expected = next_tokens(model, prompts[number], 8, DRAWN, mask_token_id=MASK, draws=draws)
+        np.testing.assert_array_equal(result.tokens, expected)
+    assert ours.counts.shared_tokens == 2 * 64  # whole pages
+    assert ours.counts.rows == sum(map(len, prompts)) + 3 * 7 - 2 * 64
+    ours.results([prompts[0][:64]], Limits(1))  # a row is left to say the next token
+    assert ours.counts.shared_tokens == 2 * 64 + 32
 
 
 def test_the_backbone_runs_once_for_a_concept(models):
     ours = decoder(models["means"], batch=1)
     (result,) = ours.results([prompt_of(17)], Limits(60))
     assert ours.counts.forwards == len(result.tokens) == 60
-    finished = int(ours.concepts.concepts[0])
+    finished = len(ours.concepts.concepts_of(np.arange(ours.pages.count)))
     assert ours.concepts.backbone_rows == finished
     assert 5 < ours.concepts.backbone_forwards < 60 and finished < 17 + 60
 
@@ -96,7 +114,6 @@ def test_events_tell_of_the_prompt_and_of_each_token(models):
         ({"rule": rule_of("joint")}, "has no blocks"),
         ({"lookahead": Lookahead(2)}, "has no blocks"),
         ({"cuda_graphs": True}, "has no blocks"),
-        ({"max_cached_tokens": 50}, "max_cached_tokens is 50"),
     ],
 )
 def test_what_is_for_blocks_is_refused(models, options, said):
@@ -104,12 +121,14 @@ def test_what_is_for_blocks_is_refused(models, options, said):
         decoder(models["means"], **options)
 
 
-def test_there_is_a_token_to_go_on_from_and_no_hole(models):
+def test_there_is_a_token_to_go_on_from_no_hole_and_room(models):
     ours = decoder(models["means"])
     with pytest.raises(BadInput, match="Prompt 0 is empty"):
         ours.results([[]], Limits(2))
     with pytest.raises(BadInput, match="Prompt 0 has holes"):
         ours.results([Prompt([1, MASK, 2], has_holes=True)], Limits(2))
+    with pytest.raises(BadInput, match=r"Prompt 0 takes 64 .* max_cached_tokens is 50"):
+        decoder(models["means"], max_cached_tokens=50).results([prompt_of(40)], Limits(2))
 
 
 def decoded(overrides: list[str]) -> list[list[int]] | str:
