@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,35 +94,6 @@ def read_index(prefix: str) -> CorpusIndex:
     if bin_bytes == 0:
         raise BadInput(f"{bin_path} holds no tokens: prepare the corpus again.")
     return CorpusIndex(prefix, dtype, lengths, offsets)
-
-
-class CorpusWriter:
-    """A .bin that grows by documents and then gets its .idx, to the byte as megatron-core's builder has it.
-
-    The builder is not used because it brings torch along, which takes seconds. Raises OSError where the disk
-    refuses.
-    """
-
-    def __init__(self, bin_path: Path, dtype: type[numpy.number]) -> None:
-        self._dtype = numpy.dtype(dtype)
-        self._file = open(bin_path, "wb")  # noqa: SIM115  # closed by `finish`
-        self._lengths: list[numpy.ndarray] = []
-
-    def add(self, tokens: numpy.ndarray, lengths: Sequence[int]) -> None:
-        """Append documents that lie one after the other, of so many tokens each."""
-        self._file.write(tokens.astype(self._dtype, copy=False).data)
-        self._lengths.append(numpy.array(lengths, "<i4"))
-
-    def finish(self, idx_path: Path) -> None:
-        """Write the index: no document can be added after it."""
-        self._file.close()
-        lengths = numpy.concatenate(self._lengths) if self._lengths else numpy.zeros(0, "<i4")
-        sizes = lengths.astype("<i8") * self._dtype.itemsize
-        code = next(code for code, name in _TOKEN_DTYPES.items() if name == self._dtype.name)
-        with open(idx_path, "wb") as file:
-            file.write(_INDEX_HEADER.pack(_INDEX_MAGIC, 1, code, len(lengths), len(lengths) + 1))
-            for array in (lengths, numpy.cumsum(sizes) - sizes, numpy.arange(len(lengths) + 1, dtype="<i8")):
-                file.write(array.data)
 
 
 def mapped_lengths(prefix: str, documents: int) -> numpy.ndarray:

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import os
 import struct
-import subprocess
-import sys
 
 import numpy
 import pytest
@@ -15,7 +13,7 @@ import tokenizers
 from llada_megatron.commands.data import add_arguments, run
 from llada_megatron.config.errors import BadInput, RunFailed
 from llada_megatron.data import prepare
-from llada_megatron.data.corpus import CorpusWriter, read_index, read_sidecar
+from llada_megatron.data.corpus import read_index, read_sidecar
 from llada_megatron.data.documents import Preparation
 from llada_megatron.data.prepare import prepare_corpus
 from llada_megatron.data.python_text import MIN_DOCUMENT_BYTES, write_python_text
@@ -78,35 +76,6 @@ def test_every_document_is_kept_in_order_and_ended(tmp_path):
         "corpus.idx",
         "corpus.json",
     ]
-
-
-@pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32, numpy.uint8])
-def test_what_is_written_is_what_megatron_core_s_builder_writes(tmp_path, dtype):
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    ours, theirs = (tmp_path / name for name in ("ours", "theirs"))
-    writer = CorpusWriter(ours.with_suffix(".bin"), dtype)
-    builder = IndexedDatasetBuilder(f"{theirs}.bin", dtype=dtype)
-    for block in ([3, 0, 5], [], [1]):
-        tokens = numpy.arange(sum(block), dtype=dtype)
-        writer.add(tokens, block)
-        for document in numpy.split(tokens, numpy.cumsum(block)[:-1]) if block else []:
-            builder.add_document(document, [document.size])
-    writer.finish(ours.with_suffix(".idx"))
-    builder.finalize(f"{theirs}.idx")
-    for suffix in (".bin", ".idx"):
-        assert ours.with_suffix(suffix).read_bytes() == theirs.with_suffix(suffix).read_bytes()
-
-
-def test_preparing_imports_no_torch(tmp_path):
-    text = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    code = "import sys\nfrom llada_megatron import cli\n"
-    code += (
-        f"cli.main(['data', 'prepare', '--input', {str(text)!r}, '--output', {str(tmp_path / 'out')!r}])\n"
-    )
-    code += "sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "out.idx").exists(), done.stderr
 
 
 def test_the_files_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
