@@ -14,17 +14,21 @@ from llada_megatron.plan.activations import (
     angle_bytes,
     gathered_tokens,
     keeps_angles,
+    keeps_marks,
+    mark_bytes,
     recomputed_modules,
 )
 from llada_megatron.plan.shapes import Shape
 
 
 def during_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
-    """Alive all through a forward: 4r rotary_rows angles, and the micro-batch without its positions."""
+    """Alive all through a forward: 4r rotary_rows angles, what routers know of rows, and the micro-batch
+    without its positions."""
     if layout.overlap_experts:
         return 0  # activations.stage_bytes has it
     angles = 0 if keeps_angles(model, layout) else angle_bytes(model, shape)
-    return angles + 8 * shape.rows + shape.row_bytes.batch * shape.supervised
+    marks = 0 if keeps_marks(layout) else mark_bytes(model, shape)
+    return angles + marks + 8 * shape.rows + shape.row_bytes.batch * shape.supervised
 
 
 def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:

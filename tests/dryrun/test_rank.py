@@ -273,6 +273,17 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             "model.layers=4",
         ],
     ),
+    "clean_half_uncounted_recompute_tp_cp": (
+        BDLM,
+        [
+            *(*NOISY, "layout.recompute=selective", "layout.recompute_modules=[moe]", "layout.micro_batch=2"),
+            *("layout.processes=4", "layout.tp=2", "layout.cp=2", "layout.ep=2"),
+        ],
+    ),
+    "clean_half_uncounted_full_recompute_pp": (
+        BDLM,
+        [*NOISY, "layout.recompute=full", "layout.processes=2", "layout.pp=2", "model.layers=4"],
+    ),
     "clean_rows_end_recompute": (BDLM, [*DENSE, "layout.recompute=full"]),
     "clean_rows_end_core_attn_mlp": (
         BDLM,
