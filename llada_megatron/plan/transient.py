@@ -134,6 +134,38 @@ def dense_backward(
     return gradient + (whole if layout.tp > 1 else 0) + moment + output + _again(parts, left)
 
 
+def attention_backward(
+    model: ModelConfig, shape: Shape, behind: Shape, layout: LayoutConfig, parts: Parts, left: Parts, *, b: int
+) -> int:
+    """Of attention once what lies behind it in its layer, with `behind` its rows, is gone: over what the whole
+    layer keeps.
+
+    All that attention keeps is there or made again, with the first residual and norm; b tH and b S heads/tp Dv of
+    gradients; and the most of three: b S heads/tp hd of queries' gradients with b K g(hd + Dv) of keys' and
+    values'; where core_attn runs again under context parallelism, its inputs, and beside its ordered copy the
+    exchange's rows, what it received and both laid together; where mla_up_proj does, the projections as they
+    come, b S heads/tp (hd + qk_nope_head_dim + Dv), and what is rotated of them, b S (heads/tp + 1) Dr.
+    """
+    S, t, hidden, modules = shape.rows, shape.tokens, model.hidden_size, recomputed_modules(layout)
+    heads, kv_heads = model.heads // layout.tp, model.kv_heads // layout.tp
+    key = kv_heads * (model.head_dim + model.value_dim)
+    there = parts["attention"] + parts["core_attn"] + parts["norms"] + b * t * hidden
+    there -= (b * hidden + 4) * behind.tokens
+    own_keys, exchanged = 0, 0
+    if layout.cp > 1 and "core_attn" in modules:
+        own = shape.halved_rows and S // 2
+        own_keys = b * S * (key if model.mla.is_used else kv_heads * model.head_dim)
+        exchanged = own_keys + b * key * (S + shape.gathered + (own and own + shape.gathered))
+    gradients = own_keys + b * (S * heads * model.head_dim + shape.keys * key)
+    ways_up = 0
+    if "mla_up_proj" in modules:
+        mla = model.mla
+        ways_up = b * S * heads * (model.head_dim + mla.qk_nope_head_dim + mla.v_head_dim)
+        ways_up += b * S * (heads + 1) * mla.qk_rope_head_dim
+    outputs = b * (t * hidden + S * heads * model.value_dim)
+    return there + outputs + max(gradients, exchanged, ways_up) - sum(left.values())
+
+
 def _again(parts: Parts, left: Parts) -> int:
     """What recompute brings back."""
     return sum(parts.values()) - sum(left.values())
