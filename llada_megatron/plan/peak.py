@@ -140,8 +140,11 @@ def _moments(units: Layers, forward: Contents | None, backward: Contents) -> Ite
 
 
 def _attention_behind(units: Layers, theirs: Unit, forward: Contents | None, done: int) -> int:
-    """Of a pair's last moment, attention's backward behind the other's whole layer: gradients that travelled are
-    still held, and where that layer was the last one, its output and the final norm's."""
+    """Of a pair's last moment, attention's backward behind the other's whole layer.
+
+    Gradients that travelled are still held, and where that layer was the last one, its output and the final
+    norm's.
+    """
     is_last = forward is not None and forward.last and done == forward.layers - 1
     normed = units.normed.kept + units.hidden if is_last else 0
     return theirs.attention + theirs.travelling - units.hidden + normed

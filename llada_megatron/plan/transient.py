@@ -135,27 +135,37 @@ def dense_backward(
 
 
 def attention_backward(
-    model: ModelConfig, shape: Shape, behind: Shape, layout: LayoutConfig, parts: Parts, left: Parts, *, b: int
+    model: ModelConfig,
+    shape: Shape,
+    behind: Shape,
+    layout: LayoutConfig,
+    parts: Parts,
+    left: Parts,
+    *,
+    b: int,
 ) -> int:
-    """Of attention once what lies behind it in its layer, with `behind` its rows, is gone: over what the whole
+    """Of attention once what lies behind it in its layer, of the rows `behind`, is gone: over what the whole
     layer keeps.
 
-    All that attention keeps is there or made again, with the first residual and norm; b tH and b S heads/tp Dv of
-    gradients; and the most of three: b S heads/tp hd of queries' gradients with b K g(hd + Dv) of keys' and
-    values'; where core_attn runs again under context parallelism, its inputs, and beside its ordered copy the
-    exchange's rows, what it received and both laid together; where mla_up_proj does, the projections as they
-    come, b S heads/tp (hd + qk_nope_head_dim + Dv), and what is rotated of them, b S (heads/tp + 1) Dr.
+    All that attention keeps is there or made again, with the first residual and norm; gradients of the
+    residual and of attention's output, b tH and b S heads/tp Dv; and the most of three: b S heads/tp hd of
+    queries' gradients and b K kv_heads/tp (hd + Dv) of keys' and values'; where core_attn runs again under
+    context parallelism, its inputs, and beside its ordered copy the exchange's rows, what it received and
+    both laid together; where mla_up_proj does, the projections as they come, b S heads/tp (hd +
+    qk_nope_head_dim + Dv), and what is rotated of them, b S (heads/tp + 1) Dr.
     """
-    S, t, hidden, modules = shape.rows, shape.tokens, model.hidden_size, recomputed_modules(layout)
+    S, t, hidden = shape.rows, shape.tokens, model.hidden_size
+    modules = layout.recompute_modules if layout.recompute is Recompute.selective else []
     heads, kv_heads = model.heads // layout.tp, model.kv_heads // layout.tp
     key = kv_heads * (model.head_dim + model.value_dim)
     there = parts["attention"] + parts["core_attn"] + parts["norms"] + b * t * hidden
     there -= (b * hidden + 4) * behind.tokens
     own_keys, exchanged = 0, 0
     if layout.cp > 1 and "core_attn" in modules:
-        own = shape.halved_rows and S // 2
+        own = S // 2 if shape.halved_rows else 0
         own_keys = b * S * (key if model.mla.is_used else kv_heads * model.head_dim)
-        exchanged = own_keys + b * key * (S + shape.gathered + (own and own + shape.gathered))
+        laid_together = own + shape.gathered if own else 0  # own keys and those received
+        exchanged = own_keys + b * key * (S + shape.gathered + laid_together)
     gradients = own_keys + b * (S * heads * model.head_dim + shape.keys * key)
     ways_up = 0
     if "mla_up_proj" in modules:
