@@ -222,6 +222,8 @@ class Recorder(TorchDispatchMode):
         if func is aten.add.Tensor and _called_by_engine():
             # Where two gradients meet, the engine adds in place, but never under a dispatch mode.
             func = aten.add_.Tensor
+        if func is aten.index_add.default and _called_by_engine():
+            func = aten.index_add_.default  # likewise where rows were chosen, into fresh zeros
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, torch.Tensor):

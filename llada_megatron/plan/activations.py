@@ -191,26 +191,39 @@ def keeps_angles(model: ModelConfig, layout: LayoutConfig) -> bool:
     return layout.recompute is Recompute.full or not latent.isdisjoint(recomputed_modules(layout))
 
 
+def keeps_marks(layout: LayoutConfig) -> bool:
+    """Whether what routers know of rows waits for backward: where a layer with experts runs again."""
+    return "moe" in recomputed_modules(layout)
+
+
 def stage_bytes(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
     """What each (virtual) stage keeps of a micro-batch beside its layers.
 
-    8K order of the exchanged keys, 8 per noisy row sent; with `keeps_angles` 4r rotary_rows angles; where a
-    layer with experts that choose from pools runs again, the marks of its rows, t (1 + w) (model/pools.py).
-    With layout.overlap_experts its plan holds the angles and the whole micro-batch.
+    8K order of the exchanged keys, 8 per noisy row sent; with `keeps_angles` 4r rotary_rows angles; with
+    `keeps_marks` those of rows. With layout.overlap_experts its plan holds the angles and the whole
+    micro-batch.
     """
     kept_here = 8 * (shape.keys + shape.halo) if layout.cp > 1 else 0
     if keeps_angles(model, layout) or layout.overlap_experts:
         kept_here += angle_bytes(model, shape)
     if layout.overlap_experts:
         kept_here += micro_batch_bytes(shape)
-    if model.expert_capacity and "moe" in recomputed_modules(layout):
-        kept_here += shape.tokens * (1 + shape.block_bits)
+    if keeps_marks(layout):
+        kept_here += mark_bytes(model, shape)
     return kept_here
 
 
 def angle_bytes(model: ModelConfig, shape: Shape) -> int:
     """4r rotary_rows."""
     return 4 * shape.rotary_rows * model.rotated_channels
+
+
+def mark_bytes(model: ModelConfig, shape: Shape) -> int:
+    """What routers know of rows: t (1 + w) where experts are chosen from pools (model/pools.py), or one
+    sequence's S where the balance leaves the clean half out (other sequences, and t, are views of it)."""
+    if model.expert_capacity:
+        return shape.tokens * (1 + shape.block_bits)
+    return 0 if model.expert_balance_clean_half else shape.halved_rows
 
 
 def micro_batch_bytes(shape: Shape) -> int:

@@ -94,8 +94,14 @@ class Unit:
     forward: int = 0
     """Beyond what is kept, at the largest moment of its forward; see transient.py."""
     backward: int = 0
+    attention: int = 0
+    """Of its backward once what lies behind attention is gone, over what is kept of all the layer."""
     travelling: int = 0
     """With layout.overlap_experts: of its backward, while another micro-batch's experts compute."""
+
+    def most(self, during_forward: int) -> int:
+        """Of its moments the largest."""
+        return max(self.forward + during_forward, self.backward, self.attention)
 
     @property
     def inside(self) -> int:
@@ -146,7 +152,7 @@ class Units(ABC):
             behind = 0
             for number, unit in reversed(self.of(contents)[:-1]):
                 if number:
-                    largest = max(largest, max(unit.forward + self.stage.forward, unit.backward) - behind)
+                    largest = max(largest, unit.most(self.stage.forward) - behind)
                     behind += number * unit.kept
         return largest
 
@@ -237,6 +243,7 @@ def layer(
             else transient.dense_forward(model, behind, b=b)
         ),
         backward=(transient.experts_backward if moe else transient.dense_backward)(*given, b=b),
+        attention=transient.attention_backward(model, shape, *given[1:], b=b),
         travelling=(
             transient.experts_travelling(model, shape, layout, b=b)
             if moe

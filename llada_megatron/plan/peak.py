@@ -125,8 +125,9 @@ def _moments(units: Layers, forward: Contents | None, backward: Contents) -> Ite
         if ours is not None and theirs is not None:  # of experts, or a dense MLP, there are one's at a time
             yield stuck + grown + ours.kept - ours.inside - gone + theirs.backward
             yield stuck + grown + ours.kept + ours.forward - gone - theirs.inside + theirs.travelling
+            yield stuck + grown + ours.kept - gone + _attention_behind(units, theirs, forward, done)
         elif theirs is not None:
-            yield stuck + grown - gone + theirs.backward
+            yield stuck + grown - gone + max(theirs.backward, theirs.attention)
         elif ours is not None:
             yield stuck + grown - gone + ours.kept + ours.forward
         grown += ours.kept if ours is not None else 0
@@ -136,6 +137,17 @@ def _moments(units: Layers, forward: Contents | None, backward: Contents) -> Ite
         grown += units.normed.kept + units.head.kept
     if backward.first:
         yield grown - gone + units.embedding.backward
+
+
+def _attention_behind(units: Layers, theirs: Unit, forward: Contents | None, done: int) -> int:
+    """Of a pair's last moment, attention's backward behind the other's whole layer.
+
+    Gradients that travelled are still held, and where that layer was the last one, its output and the final
+    norm's.
+    """
+    is_last = forward is not None and forward.last and done == forward.layers - 1
+    normed = units.normed.kept + units.hidden if is_last else 0
+    return theirs.attention + theirs.travelling - units.hidden + normed
 
 
 def _layers(units: Layers, contents: Contents | None) -> list[Unit]:

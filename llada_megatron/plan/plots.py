@@ -36,6 +36,7 @@ TIME = {
     "optimizer": PURPLE,
     "bubble": LIGHT,
     "launches": GREY,
+    "boundaries": LIGHT,  # of a family without pipelines
 }
 
 

@@ -141,6 +141,7 @@ KINDS = {
     "before": "passes before",
     "launches": "starts of kernels",
     "host": "host memory",
+    "boundaries": "wait for boundaries",
 }
 
 

@@ -47,6 +47,8 @@ class Shape:
     """Visible query-key pairs of one layer, per head."""
     row_bytes: RowBytes
     """Of each supervised row."""
+    halved_rows: int = 0
+    """Of `rows` those of one sequence where they are `[x_t ; x_0]`; 0: there is no clean half."""
     block_bits: int = 0
     """w: of the number of a row's block, where blocks share pools of experts (model/pools.py)."""
     blocks: int = 0
@@ -123,6 +125,7 @@ def shape_of(
         sums=stage.geometry.sums,
         pairs=pairs * stage.micro_batch / cp,
         row_bytes=stage.geometry.row_bytes,
+        halved_rows=rows // stage.micro_batch if stage.clean_copy else 0,
         block_bits=block_bits,
         blocks=stage.micro_batch << block_bits,
         supervised_before=math.ceil(read_before_per_sequence(config, stage) * stage.micro_batch / cp),

@@ -14,17 +14,21 @@ from llada_megatron.plan.activations import (
     angle_bytes,
     gathered_tokens,
     keeps_angles,
+    keeps_marks,
+    mark_bytes,
     recomputed_modules,
 )
 from llada_megatron.plan.shapes import Shape
 
 
 def during_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig) -> int:
-    """Alive all through a forward: 4r rotary_rows angles, and the micro-batch without its positions."""
+    """Alive all through a forward: 4r rotary_rows angles, what routers know of rows, and the micro-batch
+    without its positions."""
     if layout.overlap_experts:
         return 0  # activations.stage_bytes has it
     angles = 0 if keeps_angles(model, layout) else angle_bytes(model, shape)
-    return angles + 8 * shape.rows + shape.row_bytes.batch * shape.supervised
+    marks = 0 if keeps_marks(layout) else mark_bytes(model, shape)
+    return angles + marks + 8 * shape.rows + shape.row_bytes.batch * shape.supervised
 
 
 def experts_forward(model: ModelConfig, shape: Shape, layout: LayoutConfig, *, b: int) -> int:
@@ -128,6 +132,48 @@ def dense_backward(
     output = gradient if layout.recompute is Recompute.full else 0
     moment = max(2 * product, weights + whole - product)
     return gradient + (whole if layout.tp > 1 else 0) + moment + output + _again(parts, left)
+
+
+def attention_backward(
+    model: ModelConfig,
+    shape: Shape,
+    behind: Shape,
+    layout: LayoutConfig,
+    parts: Parts,
+    left: Parts,
+    *,
+    b: int,
+) -> int:
+    """Of attention once what lies behind it in its layer, of the rows `behind`, is gone: over what the whole
+    layer keeps.
+
+    All that attention keeps is there or made again, with the first residual and norm; gradients of the
+    residual and of attention's output, b tH and b S heads/tp Dv; and the most of three: b S heads/tp hd of
+    queries' gradients and b K kv_heads/tp (hd + Dv) of keys' and values'; where core_attn runs again under
+    context parallelism, its inputs, and beside its ordered copy the exchange's rows, what it received and
+    both laid together; where mla_up_proj does, the projections as they come, b S heads/tp (hd +
+    qk_nope_head_dim + Dv), and what is rotated of them, b S (heads/tp + 1) Dr.
+    """
+    S, t, hidden = shape.rows, shape.tokens, model.hidden_size
+    modules = layout.recompute_modules if layout.recompute is Recompute.selective else []
+    heads, kv_heads = model.heads // layout.tp, model.kv_heads // layout.tp
+    key = kv_heads * (model.head_dim + model.value_dim)
+    there = parts["attention"] + parts["core_attn"] + parts["norms"] + b * t * hidden
+    there -= (b * hidden + 4) * behind.tokens
+    own_keys, exchanged = 0, 0
+    if layout.cp > 1 and "core_attn" in modules:
+        own = S // 2 if shape.halved_rows else 0
+        own_keys = b * S * (key if model.mla.is_used else kv_heads * model.head_dim)
+        laid_together = own + shape.gathered if own else 0  # own keys and those received
+        exchanged = own_keys + b * key * (S + shape.gathered + laid_together)
+    gradients = own_keys + b * (S * heads * model.head_dim + shape.keys * key)
+    ways_up = 0
+    if "mla_up_proj" in modules:
+        mla = model.mla
+        ways_up = b * S * heads * (model.head_dim + mla.qk_nope_head_dim + mla.v_head_dim)
+        ways_up += b * S * (heads + 1) * mla.qk_rope_head_dim
+    outputs = b * (t * hidden + S * heads * model.value_dim)
+    return there + outputs + max(gradients, exchanged, ways_up) - sum(left.values())
 
 
 def _again(parts: Parts, left: Parts) -> int:

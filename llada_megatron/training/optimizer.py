@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,19 @@ def wrap(config: Config, stages: list[torch.nn.Module]) -> list[DistributedDataP
     if ddp.overlap_grad_reduce:  # gradients leave with the last micro-batch of a step, not with each
         schedule.no_sync_func = _for_each([chunk.no_sync for chunk in model])
     if ddp.align_param_gather:
-        schedule.param_sync_func = _for_each([chunk.start_param_sync for chunk in model])
+        schedule.param_sync_func = _for_each([partial(_gather_weights, chunk) for chunk in model])
     return model
+
+
+def _gather_weights(chunk: DistributedDataParallel, *_parameters: Any) -> None:
+    """Begin to gather a virtual stage's weights, but for buckets that were gathered since the last update: by
+    noise that reads the embedding, a pass before the step's own, an evaluation or a checkpoint.
+
+    DistributedDataParallel.start_param_sync, which megatron-core's schedule asks for, gathers those again.
+    """
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        if not group.param_gather_dispatched:
+            group.start_param_sync()
 
 
 def _sum_inside_products(model: list[DistributedDataParallel]) -> None:

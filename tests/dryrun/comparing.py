@@ -49,7 +49,7 @@ def all_comparisons(
     return {name: comparisons(*case, small) for name, case in cases.items()}
 
 
-def assert_same(one: exact.RankComparison) -> None:
+def assert_same(one: exact.RankComparison, *, within: float = 0.05) -> None:
     held, report = one.parameters, one.report
     assert report["parameters"] == {
         "sharded": held.sharded,
@@ -61,4 +61,4 @@ def assert_same(one: exact.RankComparison) -> None:
     assert report["kept"] == one.kept
     assert one.messages_found == one.messages
     activations = report["peak"] - one.static_found
-    assert one.peak - one.static_found == pytest.approx(activations, rel=0.05)
+    assert one.peak - one.static_found == pytest.approx(activations, rel=within)

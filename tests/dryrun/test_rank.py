@@ -211,6 +211,20 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "latents_up_tp_ep": (BDLM, [*MLA, *UP, "layout.processes=4", "layout.tp=2", "layout.ep=2"]),
     "latents_up_cp_pp": (BDLM, [*MLA, *UP, *PP2, "layout.processes=4", "layout.cp=2"]),
     "latents_up_core": (BDLM, [*MLA, UP[0], "layout.recompute_modules=[core_attn,mla_up_proj]"]),
+    "latents_up_core_cp": (
+        BDLM,
+        [
+            *(*MLA, UP[0], "layout.recompute_modules=[core_attn,mla_up_proj]"),
+            *("layout.processes=2", "layout.cp=2"),
+        ],
+    ),
+    "latents_up_overlap_tp_vpp": (
+        BDLM,
+        [
+            *(*MLA, *UP, *OVERLAPPED, "layout.processes=4", "layout.tp=2", "layout.pp=2", "layout.vpp=2"),
+            "model.layers=4",
+        ],
+    ),
     "latents_up_full_queries_tp": (
         MDLM,
         [
@@ -273,6 +287,17 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
             "model.layers=4",
         ],
     ),
+    "clean_half_uncounted_recompute_tp_cp": (
+        BDLM,
+        [
+            *(*NOISY, "layout.recompute=selective", "layout.recompute_modules=[moe]", "layout.micro_batch=2"),
+            *("layout.processes=4", "layout.tp=2", "layout.cp=2", "layout.ep=2"),
+        ],
+    ),
+    "clean_half_uncounted_full_recompute_pp": (
+        BDLM,
+        [*NOISY, "layout.recompute=full", "layout.processes=2", "layout.pp=2", "model.layers=4"],
+    ),
     "clean_rows_end_recompute": (BDLM, [*DENSE, "layout.recompute=full"]),
     "clean_rows_end_core_attn_mlp": (
         BDLM,
@@ -290,6 +315,10 @@ MORE_CASES: dict[str, tuple[int, list[str]]] = {
     "clean_rows_end_oput_tp": (FIRST, [*OPUT, *NOISY, "layout.processes=2", "layout.tp=2"]),
     "dpo_chunked": (FIRST, [*DPO, "model.head_chunk_tokens=8"]),
 }
+
+
+PEAKS_OF_ATTENTION = dict.fromkeys(("latents_up_core_cp", "latents_up_overlap_tp_vpp"), 0.03)
+"""Whose peak is a backward of attention, and how near the plan is."""
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +355,7 @@ def test_the_closed_form_is_the_dry_run_to_the_byte_under_every_other_layout(
     found_in_the_rest, name: str
 ) -> None:
     for one in found_in_the_rest[name]:
-        assert_same(one)
+        assert_same(one, within=PEAKS_OF_ATTENTION.get(name, 0.05))
 
 
 def test_what_is_alive_at_the_peak_and_over_time_adds_up_to_the_peak(found) -> None:

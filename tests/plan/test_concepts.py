@@ -49,6 +49,19 @@ def test_replicated_concepts_keep_and_take_more() -> None:
     assert replicated.stages[0].step_seconds > ragged.stages[0].step_seconds
 
 
+def test_the_device_waits_for_the_host_once_in_each_of_the_step_s_own_forwards(capsys) -> None:
+    from llada_megatron.plan.report import print_plan
+
+    given, (stage,) = config(), (several := planned(config())).stages
+    tokens = given.layout.global_batch * 8192 / given.layout.processes
+    assert stage.seconds["boundaries"] == pytest.approx(60e-9 * tokens)
+    replicated = planned(config(attention=ConceptAttention.replicated)).stages[0]
+    assert replicated.seconds["boundaries"] == pytest.approx(150e-9 * tokens)
+    print_plan(several, given)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the device waits for the host" in said and "60 ns a token" in said
+
+
 def test_with_several_micro_batches_the_encoder_runs_once_more_and_with_one_it_does_not() -> None:
     several, one = planned(config()), planned(config_with(config(), global_batch=256))
     (of_several,), (of_one,) = several.stages, one.stages

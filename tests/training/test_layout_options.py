@@ -1,5 +1,6 @@
 """Recompute, overlap, uneven pipelines and the other dispatcher change nothing that a run computes."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,36 @@ def test_overlapped_gradients_and_weights_are_those_of_one_process(corpus, strai
     run_ranks(train_in_small_buckets, [config], processes=config.layout.processes)
     assert run_ranks(not_the_optimizers, checkpoint(tmp_path, 4)) == [[]]
     assert_goes_on_as_one_process(corpus, straight, tmp_path)
+
+
+def gathers_of_buckets(config: Config, steps: int) -> list[int]:
+    """How often this rank gathered the weights of each bucket."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+    from llada_megatron.parallel import groups
+    from llada_megatron.training.loop import build_trainer
+    from llada_megatron.training.step import train_step
+
+    gathered: Counter[int] = Counter()
+    start = _ParamAndGradBucketGroup.start_param_sync
+
+    def counted(group: Any, *args: Any, **options: Any) -> None:
+        gathered[id(group)] += 1
+        start(group, *args, **options)
+
+    _ParamAndGradBucketGroup.start_param_sync = counted
+    groups.initialize(config.layout)
+    trainer = build_trainer(config, rules.schedule_of(config))
+    for step in range(steps):
+        assert train_step(trainer, step).embedding_noise_sigma > 0
+    return list(gathered.values())
+
+
+@pytest.mark.slow
+def test_noise_on_embeddings_leaves_one_gather_of_every_bucket_in_a_step(corpus, tmp_path):
+    config = configure(corpus, tmp_path, TWO, "layout.pp=2", "layout.vpp=2", *OVERLAP)
+    for counts in run_ranks(gathers_of_buckets, config, 2, processes=2):
+        assert set(counts) == {2}
 
 
 PIPELINES = [

@@ -25,6 +25,10 @@ from llada_megatron.plan.traffic import Message
 
 FOUND, TOLD = (45, 60), (20, 30)
 """Kernels in forward and backward around encoder and backbone; smoothing starts 5 more by doubling."""
+ARRANGING = {ConceptAttention.ragged: 60e-9, ConceptAttention.replicated: 150e-9}
+"""Seconds of the host per token: it reads the boundaries, which empties the device's queue, and works out
+segments, who sees which concept and the backbone's mask (model/dlcm.py: on_host). Measured on one core, of
+8,192 tokens."""
 SMOOTHING_PASSES = 8
 """Over fp32 concepts for each doubling: a product, a sum and the parts laid together."""
 
@@ -131,6 +135,7 @@ def seconds_of(
         _add(behind, dense, layer_time.layer(wide, blocks.dense, moe=False))
         _add(behind, moe, layer_time.layer(wide, blocks.moe, moe=True))
         _add(behind, 1, _told(*given, blocks.told))
+        behind.forward.add("attention", "boundaries", ARRANGING[model.concepts.attention] * shape.rows)
         _add(behind, decoder, layer_time.layer(tokens, blocks.tokens, moe=False))
         _add(behind, 1, layer_time.head_alone(tokens))
     return Seconds(Block(), Block(), before, behind)
