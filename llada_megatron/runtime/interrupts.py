@@ -6,6 +6,7 @@ until its ranks agree at a step (guard/signals.py). What was ignored when the pr
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from llada_megatron.config.errors import Interrupted
@@ -22,6 +24,8 @@ ONE_KEYPRESS_SEC = 0.5
 REPEATS = 2
 """How often one Ctrl-C may reach a rank: from the terminal, and from the launcher that passes it on."""
 AGAIN_SEC = 0.02
+IMPORTING = "<frozen importlib._bootstrap>"
+"""Where Python's code for imports says that it comes from."""
 
 remembered: list[int] = []
 """Signals that arrived while `remember` handled them."""
@@ -42,15 +46,39 @@ def remember(number: int, _frame: Any = None) -> None:
         raise Interrupted(number)
 
 
-def interrupt(number: int, _frame: Any = None) -> None:
-    """Raise Interrupted, as a handler; for one keypress once, since another would break into the clean-up."""
+def interrupt(number: int, frame: FrameType | None = None) -> None:
+    """Raise Interrupted, as a handler; for one keypress once, since another would break into the clean-up.
+
+    During an import a moment later: torch's ends the process with SIGABRT when something is raised in it, and
+    others turn it into an error of their own.
+    """
     if _held is not None:
         _held.append(number)
+        return
+    if _imports(frame):
+        _send_later(number)
         return
     now_sec = time.monotonic()
     if now_sec - _first_sec["interrupt"] > ONE_KEYPRESS_SEC:
         _first_sec["interrupt"] = now_sec
         raise Interrupted(number)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether this code runs for an import."""
+    while frame is not None and frame.f_code.co_filename != IMPORTING:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_later(number: int) -> None:
+    """Send this process a signal again. Not by threading.Timer, whose locks the handled code may hold."""
+
+    def send() -> None:
+        time.sleep(AGAIN_SEC)
+        os.kill(os.getpid(), number)
+
+    _thread.start_new_thread(send, ())
 
 
 def _again(lost: sys.UnraisableHookArgs) -> None:
@@ -61,9 +89,7 @@ def _again(lost: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(lost)
         return
     _first_sec["interrupt"] = -ONE_KEYPRESS_SEC  # as if it had not been heard
-    later = threading.Timer(AGAIN_SEC, os.kill, (os.getpid(), lost.exc_value.args[0]))
-    later.daemon = True
-    later.start()
+    _send_later(lost.exc_value.args[0])
 
 
 def handle(handler: Callable[[int, Any], None]) -> dict[int, Any]:
