@@ -10,7 +10,6 @@ from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
 from llada_megatron.commands import full_attention, opened
 from llada_megatron.commands.generate import NEXT_TOKENS, add_graphs_argument
-from llada_megatron.config.concept_rules import NAME as CONCEPTS
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 
@@ -137,6 +136,7 @@ def _decode(args: argparse.Namespace) -> int:
     from llada_megatron.bench import decode
     from llada_megatron.commands.generate import configuration, way_of
     from llada_megatron.config.compose import compose
+    from llada_megatron.config.families import formulas_of
 
     for name in ("prompt_tokens", "new_tokens", "batch"):
         if getattr(args, name) < 1:
@@ -154,7 +154,7 @@ def _decode(args: argparse.Namespace) -> int:
     if not args.checkpoint:
         full = full_attention.settings_for(args, None)
         config = compose(["experiment=bench", "data.path=[]", *args.overrides])
-        return measured(None, config, 0 if config.model.family == CONCEPTS else block_size, full)
+        return measured(None, config, block_size if formulas_of(config.model).FILLS_MASKS else 0, full)
     with opened.opened(args) as checkpoint:
         config = configuration(checkpoint, args.overrides)
         _, full, block_size = way_of(args, checkpoint, config)

@@ -288,14 +288,15 @@ def predicts_next(checkpoint: Checkpoint, rule: str | None = None) -> bool:
 
     Weights that no stage of ours trained, of an architecture that fills no masks, do so where `rule` says it.
     """
-    from llada_megatron.config.concept_rules import NAME
+    from llada_megatron.config.families import formulas_named
     from llada_megatron.config.objectives import OBJECTIVES
+    from llada_megatron.config.schema import ModelConfig
 
     manifest = checkpoint.manifest
     stages = manifest.config.get("schedule", {}).get("stages", [])
     objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
-    is_dlcm = manifest.config_of_weights.get("model", {}).get("family") == NAME
-    if is_dlcm or (objective in OBJECTIVES and OBJECTIVES[objective].causal):
+    family = manifest.config_of_weights.get("model", {}).get("family", ModelConfig.family)
+    if not formulas_named(family).FILLS_MASKS or (objective in OBJECTIVES and OBJECTIVES[objective].causal):
         return True
     is_untold = not (manifest.block_size or is_diffusion(manifest.lineage.get("architecture")))
     return rule == NEXT_TOKENS and is_untold

@@ -179,6 +179,20 @@ def of_rank(
         yield message.calls(again), message
 
 
+def assumed_of_shapes(model: ModelConfig) -> list[str]:
+    """How many concepts there are, and where the encoder runs alone."""
+    R = model.concepts.tokens_per_concept
+    return [
+        f"in every micro-batch one token in {R:g} opens a concept (model.concepts.tokens_per_concept)",
+        "a pass before the step's own is the encoder's alone",
+    ]
+
+
+def assumed_of_times(model: ModelConfig) -> list[str]:
+    """What waits for nothing."""
+    return ["the host reads the boundaries in no time"]
+
+
 def _layers(model: ModelConfig) -> tuple[int, int, int, int]:
     moe = model.layers - model.dense_layers
     dense = model.concepts.backbone_layers(model.layers) - moe
