@@ -53,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode = benches.add_parser("decode", help="decoding with a cache: equal tokens first, then speed")
     opened.add_arguments(decode, default="first weights of model=small")
-    decode.add_argument(
-        "--rules", dest="rule", metavar="NAME,NAME", help=f"default threshold, or {NEXT_TOKENS}"
-    )
+    decode.add_argument("--rule", metavar="NAME,NAME", help=f"default threshold, or {NEXT_TOKENS}")
     for name, default, what in (
         ("prompt-tokens", 512, "of each prompt"),
         ("new-tokens", 512, "behind each prompt"),
@@ -134,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _decode(args: argparse.Namespace) -> int:
     from llada_megatron.bench import decode
-    from llada_megatron.commands.generate import configuration, way_of
+    from llada_megatron.commands.generate import configuration, refuse_blocks, way_of
     from llada_megatron.config.compose import compose
     from llada_megatron.config.families import formulas_of
 
@@ -154,7 +152,10 @@ def _decode(args: argparse.Namespace) -> int:
     if not args.checkpoint:
         full = full_attention.settings_for(args, None)
         config = compose(["experiment=bench", "data.path=[]", *args.overrides])
-        return measured(None, config, block_size if formulas_of(config.model).FILLS_MASKS else 0, full)
+        if formulas_of(config.model).FILLS_MASKS:
+            return measured(None, config, block_size, full)
+        refuse_blocks(args, f"model.family={config.model.family}", config)
+        return measured(None, config, 0, None)
     with opened.opened(args) as checkpoint:
         config = configuration(checkpoint, args.overrides)
         _, full, block_size = way_of(args, checkpoint, config)

@@ -276,7 +276,7 @@ def way_of(
     0 where a model predicts next tokens; raises BadInput for options that it does not serve.
     """
     if predicts_next(checkpoint, args.rule):
-        refuse_blocks(args, checkpoint, config)
+        refuse_blocks(args, str(checkpoint.path), config)
         return NEXT_TOKENS, None, 0
     full = full_attention.settings_for(args, checkpoint)
     size = block_size_for(checkpoint, args.block_size, is_full=full is not None)
@@ -302,8 +302,10 @@ def predicts_next(checkpoint: Checkpoint, rule: str | None = None) -> bool:
     return rule == NEXT_TOKENS and is_untold
 
 
-def refuse_blocks(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
-    """Raise BadInput for options that are for models which fill masks, where a model predicts next tokens."""
+def refuse_blocks(args: argparse.Namespace, name: str, config: Config) -> None:
+    """Raise BadInput for options that are for models which fill masks, where the one of this name predicts
+    next tokens.
+    """
     options = ("block_size", "full_attention", "cuda_graphs", *full_attention.OPTIONS)
     given = [full_attention.option(name) for name in options if getattr(args, name)]
     if args.rule not in (None, NEXT_TOKENS):
@@ -311,9 +313,9 @@ def refuse_blocks(args: argparse.Namespace, checkpoint: Checkpoint, config: Conf
     if config.layout.bp > 1:
         given.append(f"layout.bp={config.layout.bp}")
     if given:
+        drawing = "; --temperature, --top-k and --top-p draw" if hasattr(args, "temperature") else ""
         raise BadInput(
-            f"{', '.join(given)}: {checkpoint.path} predicts next tokens, one a forward: leave that out;"
-            " --temperature, --top-k and --top-p draw."
+            f"{', '.join(given)}: {name} predicts next tokens, one a forward: leave that out{drawing}."
         )
 
 
