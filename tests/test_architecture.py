@@ -230,6 +230,17 @@ def long_functions(module: Module) -> Iterator[str]:
                 yield f"{node.lineno}: {node.name} has {lines} lines, at most {MAX_FUNCTION_LINES}"
 
 
+def families_by_name(module: Module) -> Iterator[str]:
+    """What differs between families is asked of their formulas (config/families)."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(isinstance(side, ast.Attribute) and side.attr == "family" for side in sides) and any(
+                isinstance(side, ast.Constant | ast.Name) for side in sides
+            ):
+                yield f"{node.lineno}: {ast.unparse(node)}"
+
+
 Rule = Callable[[Module], Iterator[str]]
 RULES: list[Rule] = [
     cuda_outside_runtime,
@@ -239,6 +250,7 @@ RULES: list[Rule] = [
     heavy_imports_in_torch_free_rooms,
     vague_names_and_long_files,
     long_functions,
+    families_by_name,
 ]
 
 
@@ -327,6 +339,8 @@ BREACHES = [
     (vague_names_and_long_files, "common/x.py", ""),
     (vague_names_and_long_files, "model/x.py", "\n" * (MAX_FILE_LINES + 1)),
     (long_functions, "model/x.py", "def f():\n" + "    pass\n" * MAX_FUNCTION_LINES),
+    (families_by_name, "plan/x.py", "if config.model.family == 'dlcm': ..."),
+    (families_by_name, "plan/x.py", "if NAME != model.family: ..."),
 ]
 
 
@@ -344,6 +358,7 @@ KEPT = [
     (arrows_against_the_grain, "model/x.py", "from . import specs\nfrom ..attention.mask import A"),
     (heavy_imports_in_torch_free_rooms, "data/x.py", "import torch"),
     (long_functions, "model/x.py", "def f():\n" + "    pass\n" * (MAX_FUNCTION_LINES - 1)),
+    (families_by_name, "convert/x.py", "kept = [one for one in SERVED if one.builds == model.family]"),
 ]
 
 

@@ -10,7 +10,6 @@ from llada_megatron.bench.attention_cases import SUITES
 from llada_megatron.bench.checkpoint import WIDTHS
 from llada_megatron.commands import full_attention, opened
 from llada_megatron.commands.generate import NEXT_TOKENS, add_graphs_argument
-from llada_megatron.config.concept_rules import NAME as CONCEPTS
 from llada_megatron.config.errors import BadInput
 from llada_megatron.config.schema import Config
 
@@ -54,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     decode = benches.add_parser("decode", help="decoding with a cache: equal tokens first, then speed")
     opened.add_arguments(decode, default="first weights of model=small")
-    decode.add_argument(
-        "--rules", dest="rule", metavar="NAME,NAME", help=f"default threshold, or {NEXT_TOKENS}"
-    )
+    decode.add_argument("--rule", metavar="NAME,NAME", help=f"default threshold, or {NEXT_TOKENS}")
     for name, default, what in (
         ("prompt-tokens", 512, "of each prompt"),
         ("new-tokens", 512, "behind each prompt"),
@@ -135,8 +132,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _decode(args: argparse.Namespace) -> int:
     from llada_megatron.bench import decode
-    from llada_megatron.commands.generate import configuration, way_of
+    from llada_megatron.commands.generate import configuration, refuse_blocks, way_of
     from llada_megatron.config.compose import compose
+    from llada_megatron.config.families import formulas_of
 
     for name in ("prompt_tokens", "new_tokens", "batch"):
         if getattr(args, name) < 1:
@@ -154,7 +152,10 @@ def _decode(args: argparse.Namespace) -> int:
     if not args.checkpoint:
         full = full_attention.settings_for(args, None)
         config = compose(["experiment=bench", "data.path=[]", *args.overrides])
-        return measured(None, config, 0 if config.model.family == CONCEPTS else block_size, full)
+        if formulas_of(config.model).FILLS_MASKS:
+            return measured(None, config, block_size, full)
+        refuse_blocks(args, f"model.family={config.model.family}", config)
+        return measured(None, config, 0, None)
     with opened.opened(args) as checkpoint:
         config = configuration(checkpoint, args.overrides)
         _, full, block_size = way_of(args, checkpoint, config)

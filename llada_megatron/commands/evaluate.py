@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print: 0; BadInput for a checkpoint, text or layout that do not fit."""
     from llada_megatron.config import compose
-    from llada_megatron.config.concept_rules import NAME, refuse_masks
+    from llada_megatron.config.families import formulas_of, require_masks
     from llada_megatron.config.objectives import OBJECTIVES
     from llada_megatron.record.manifest import find
 
@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     stages = {stage.name: stage.objective for stage in config.schedule.stages}
     is_causal = OBJECTIVES[stages[manifest.stage]].causal if manifest.stage in stages else True
     with_ar = is_causal if args.ar is None else args.ar
-    if config.model.family == NAME:
+    if not formulas_of(config.model).FILLS_MASKS:
         if args.block_sizes is not None:
-            refuse_masks(config, "The bound of --block-sizes")
+            require_masks(config.model, "The bound of --block-sizes")
         config = replace(config, evaluation=replace(config.evaluation, block_sizes=[]))
     _check(config, with_ar)
     found = evaluate(config, checkpoint.path, autoregressive=with_ar)

@@ -279,7 +279,7 @@ def way_of(
     0 where a model predicts next tokens; raises BadInput for options that it does not serve.
     """
     if predicts_next(checkpoint, args.rule):
-        refuse_blocks(args, checkpoint, config)
+        refuse_blocks(args, str(checkpoint.path), config)
         return NEXT_TOKENS, None, 0
     full = full_attention.settings_for(args, checkpoint)
     size = block_size_for(checkpoint, args.block_size, is_full=full is not None)
@@ -291,21 +291,24 @@ def predicts_next(checkpoint: Checkpoint, rule: str | None = None) -> bool:
 
     Weights that no stage of ours trained, of an architecture that fills no masks, do so where `rule` says it.
     """
-    from llada_megatron.config.concept_rules import NAME
+    from llada_megatron.config.families import formulas_named
     from llada_megatron.config.objectives import OBJECTIVES
+    from llada_megatron.config.schema import ModelConfig
 
     manifest = checkpoint.manifest
     stages = manifest.config.get("schedule", {}).get("stages", [])
     objective = next((s.get("objective") for s in stages if s.get("name") == manifest.stage), None)
-    is_dlcm = manifest.config_of_weights.get("model", {}).get("family") == NAME
-    if is_dlcm or (objective in OBJECTIVES and OBJECTIVES[objective].causal):
+    family = manifest.config_of_weights.get("model", {}).get("family", ModelConfig.family)
+    if not formulas_named(family).FILLS_MASKS or (objective in OBJECTIVES and OBJECTIVES[objective].causal):
         return True
     is_untold = not (manifest.block_size or is_diffusion(manifest.lineage.get("architecture")))
     return rule == NEXT_TOKENS and is_untold
 
 
-def refuse_blocks(args: argparse.Namespace, checkpoint: Checkpoint, config: Config) -> None:
-    """Raise BadInput for options that are for models which fill masks, where a model predicts next tokens."""
+def refuse_blocks(args: argparse.Namespace, name: str, config: Config) -> None:
+    """Raise BadInput for options that are for models which fill masks, where the one of this name predicts
+    next tokens.
+    """
     options = ("block_size", "full_attention", "cuda_graphs", *full_attention.OPTIONS)
     given = [full_attention.option(name) for name in options if getattr(args, name)]
     if args.rule not in (None, NEXT_TOKENS):
@@ -313,9 +316,9 @@ def refuse_blocks(args: argparse.Namespace, checkpoint: Checkpoint, config: Conf
     if config.layout.bp > 1:
         given.append(f"layout.bp={config.layout.bp}")
     if given:
+        drawing = "; --temperature, --top-k and --top-p draw" if hasattr(args, "temperature") else ""
         raise BadInput(
-            f"{', '.join(given)}: {checkpoint.path} predicts next tokens, one a forward: leave that out;"
-            " --temperature, --top-k and --top-p draw."
+            f"{', '.join(given)}: {name} predicts next tokens, one a forward: leave that out{drawing}."
         )
 
 

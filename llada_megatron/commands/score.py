@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
     from llada_megatron.commands.generate import predicts_next
     from llada_megatron.config import compose
-    from llada_megatron.config.concept_rules import refuse_masks
     from llada_megatron.config.errors import BadInput
+    from llada_megatron.config.families import require_masks
     from llada_megatron.config.layout_rules import check_layout
     from llada_megatron.config.schedule import block_size_of
     from llada_megatron.data.fingerprint import fingerprint
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = find(args.checkpoint)
     settings = [f"data.path={json.dumps([args.data])}", "data.weights=[]", "data.split=1,0"]
     config = compose.elsewhere(checkpoint.manifest.config_of_weights, settings + args.overrides)
-    refuse_masks(config, "A score by the bound")
+    require_masks(config.model, "A score by the bound")
     if predicts_next(checkpoint):
         raise BadInput(
             f"{checkpoint.path} is of stage {checkpoint.manifest.stage} and predicts next tokens, while the"

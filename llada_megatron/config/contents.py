@@ -81,6 +81,17 @@ class Watched:
     """One of `layers` whose rows are padded; its padding counts in no figure."""
 
 
+@dataclass(frozen=True, slots=True)
+class Coarse:
+    """The part of a model that reads fewer rows than there are tokens; where there is one, all experts are in
+    it.
+    """
+
+    tokens_per_row: float
+    parameters: int
+    """Of the whole model, all experts among them."""
+
+
 def aligned(*sizes: int) -> int:
     """Elements that parameters of these sizes take in a buffer."""
     return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)

@@ -73,6 +73,8 @@ class Geometry:
     """Samples in a row that read one sequence: sample i is made of sequence i // n."""
     together: Callable[[Config], int] = lambda config: 1
     """Those of them that must be in one micro-batch."""
+    family: str = ""
+    """The one value of model.family that learns it; empty: any may."""
     pairs: bool = False
     """Whether its corpora are pairs of a chosen and a rejected text."""
     denominators: int = 1
@@ -129,6 +131,7 @@ OBJECTIVES: dict[str, Geometry] = {
     ),
     "concepts": Geometry(
         module="llada_megatron.objectives.concepts",
+        family="dlcm",
         causal=True,
         reads_clean_half=False,
         supervised=lambda diffusion, length: length - 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from llada_megatron.config.changes import check_names
 from llada_megatron.config.choices import GroupRates, WrongWords
-from llada_megatron.config.concept_rules import check_concepts
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_batches, check_layout, require
 from llada_megatron.config.schedule import Batches, Schedule, Stage, block_size_of
@@ -31,7 +30,7 @@ def check(config: Config) -> Schedule:
     schedule = schedule_of(config)
     check_batches(config.layout, schedule)
     check_switches(config, schedule)
-    check_concepts(config, schedule)
+    formulas_of(config.model).check_run(config, schedule)
     require(
         config.optimizer.warmup_tokens < schedule.total_tokens,
         f"optimizer.warmup_tokens={config.optimizer.warmup_tokens} is not less than the schedule's"
@@ -58,6 +57,11 @@ def _check_stage(config: Config, stage: Stage) -> None:
     own, where = at_stage(config, stage.index), f"schedule.stages[{stage.index}]"
     said = config.schedule.stages[stage.index]
     formulas_of(own.model).check(own.model)
+    require(
+        stage.geometry.family in ("", config.model.family),
+        f"{where}.objective={stage.objective} is what the family {stage.geometry.family} learns, not"
+        f" model.family={config.model.family}: choose another objective.",
+    )
     paths, weights = own.data.path, own.data.weights
     names = [where if getattr(said, name) else "data" for name in ("weights", "path")]
     require(

@@ -59,10 +59,6 @@ def _check_core(config: Config) -> None:
     if model.core is Core.gpt:
         return
     require(
-        model.family == "gpt",
-        f"model.core=hybrid is for model.family=gpt, not {model.family}: set model.core=gpt.",
-    )
-    require(
         not layout.overlap_experts,
         "layout.overlap_experts needs a schedule plan, which megatron-core's HybridModel has not: set"
         " model.core=gpt.",

@@ -11,25 +11,15 @@ from llada_megatron.plan import launches
 from llada_megatron.plan.activations import recomputed_modules
 from llada_megatron.plan.dispatch import reached
 from llada_megatron.plan.estimate import StageTime
-from llada_megatron.plan.families.dlcm import ARRANGING
+from llada_megatron.plan.families import plan_formulas_of
 from llada_megatron.plan.rates import rates
 
 
 def of_switches(config: Config, stage: StageTime) -> list[str]:
     """Of the run's family, and of its switches where they are on."""
-    return [*_of_concepts(config), *_of_experts(config, stage), *_of_products(config)]
-
-
-def _of_concepts(config: Config) -> Iterator[str]:
-    if config.model.family == "dlcm":
-        R = config.model.concepts.tokens_per_concept
-        per_token = 1e9 * ARRANGING[config.model.concepts.attention]
-        yield (
-            f"in every micro-batch one token in {R:g} opens a concept (model.concepts.tokens_per_concept); a"
-            " pass before the step's own is the encoder's alone; once in a forward the device waits for the"
-            f" host, which makes of boundaries what concepts are and who sees them in {per_token:.0f} ns a"
-            " token"
-        )
+    family = plan_formulas_of(config.model)
+    of_family = [*family.assumed_of_shapes(config.model), *family.assumed_of_times(config.model)]
+    return [*of_family, *_of_experts(config, stage), *_of_products(config)]
 
 
 def _of_experts(config: Config, stage: StageTime) -> Iterator[str]:

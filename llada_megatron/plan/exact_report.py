@@ -15,6 +15,7 @@ from llada_megatron.config.quantities import GB, quantity
 from llada_megatron.config.schedule import Stage
 from llada_megatron.config.schema import Config
 from llada_megatron.plan.exact import RankComparison
+from llada_megatron.plan.families import plan_formulas_of
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.report import bars, table_of
 from llada_megatron.plan.search import describe
@@ -67,14 +68,10 @@ def print_exact(
     seconds = sum(one.report["seconds"] for one in found)
     if without:
         console.print(f"\nLeft out, since no dry run has it: {', '.join(without)}.")
-    model = planner.model
-    rows = (
-        f"a concept every {model.concepts.tokens_per_concept:g} tokens"
-        if model.family == "dlcm"
-        else "half of the positions supervised, no noise on embeddings"
-    )
+    assumed = [] if stage.geometry.causal else ["half of the positions masked, no noise on embeddings"]
+    assumed += [*plan_formulas_of(planner.model).assumed_of_shapes(planner.model), "experts balanced"]
     console.print(
-        f"\nAssumed: {rows}; experts balanced; {micro_batches} of a step's {real} micro-batches, each sending"
+        f"\nAssumed: {'; '.join(assumed)}; {micro_batches} of a step's {real} micro-batches, each sending"
         f" {real / micro_batches:g} times"
         f"{', in the pass before the step as well' * stage.geometry.passes_before(planner.config, real)}."
         " Attention, RMSNorm and SwiGLU keep and make what fused kernels do."

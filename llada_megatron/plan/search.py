@@ -17,8 +17,8 @@ from typing import Any
 
 from llada_megatron.config import rules
 from llada_megatron.config.choices import Recompute, RecomputeModule
-from llada_megatron.config.concept_rules import check_layout_of_concepts
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.layout_rules import check_layout
 from llada_megatron.config.quantities import GB
 from llada_megatron.config.schedule import Schedule
@@ -155,7 +155,7 @@ class Search:
         """Whether the rules of layouts accept it, micro-batches aside: those depend on axes that are open."""
         try:
             check_layout(replace(self.config, layout=layout))
-            check_layout_of_concepts(replace(self.config, layout=layout))
+            formulas_of(self.model).check_layout(replace(self.config, layout=layout))
         except BadInput as refusal:
             self.result.reject(_reason(refusal), f"{describe(layout)}: {refusal}")
             return False

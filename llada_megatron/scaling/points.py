@@ -17,8 +17,9 @@ import numpy as np
 
 from llada_megatron.config import rules
 from llada_megatron.config.compose import load
+from llada_megatron.config.contents import Coarse
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.families import dlcm
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.flops import model_flops_per_token
 from llada_megatron.config.foreign import parse_json, read_bytes
 from llada_megatron.config.parameters import active_parameters, total_parameters
@@ -94,10 +95,9 @@ class Counting:
         counted = active_parameters(model) if self.active else total_parameters(model)
         return counted if self.embedding else counted - _tables(model)
 
-    def backbone(self, model: ModelConfig) -> int:
-        """Those of N that a DLCM's backbone has: all experts are its."""
-        idle = total_parameters(model) - active_parameters(model) if self.active else 0
-        return dlcm.backbone_parameters(model) - idle
+    def coarse(self, model: ModelConfig, part: Coarse) -> int:
+        """Those of N that are of the part that fewer rows pass: all experts are its."""
+        return part.parameters - (total_parameters(model) - active_parameters(model) if self.active else 0)
 
     def __str__(self) -> str:
         kind = "active" if self.active else "all"
@@ -174,8 +174,8 @@ def _variables(model: ModelConfig, schedule: Schedule, counting: Counting) -> di
     """
     size = counting(model)
     found = {"N": float(size), "D": float(schedule.total_tokens)}
-    if model.family == "dlcm":
-        found |= {"R": model.concepts.tokens_per_concept, "P": counting.backbone(model) / size}
+    if part := formulas_of(model).coarse(model):
+        found |= {"R": part.tokens_per_row, "P": counting.coarse(model, part) / size}
     return found
 
 

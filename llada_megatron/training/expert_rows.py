@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import Config
 from llada_megatron.model.router import BalancedRouter
 from llada_megatron.parallel.dealing import data_parallel
@@ -85,12 +86,11 @@ class ExpertRows:
     def mean(self, sizes: Mapping[str, int]) -> float:
         """Rows that each rank would get of a micro-batch if all got as many; sizes: of training.step.
 
-        Each rank sends its rows' copies, and experts that are cut over etp ranks are on all of them. Of the
-        family dlcm rows are concepts, as many as the parser aims at.
+        Each rank sends its rows' copies, and experts that are cut over etp ranks are on all of them.
         """
         rows = sizes["seq_length"] * sizes["micro_batch_size"] / (self.layout.cp * self.layout.tp)
-        if self.model.family == "dlcm":
-            rows /= self.model.concepts.tokens_per_concept
+        if coarse := formulas_of(self.model).coarse(self.model):
+            rows /= coarse.tokens_per_row
         return rows * self.model.experts_per_token * self.layout.etp
 
     def figures(self, load: torch.Tensor, sizes: Mapping[str, int]) -> LoadFigures:

@@ -22,7 +22,7 @@ def measured(json_file: Path, change: int, *options: str) -> int:
         return tokens
 
     uncached, decode.uncached = decode.uncached, changed
-    rules = ["--rules", "threshold,lopa"] if not options else ["--rules", "threshold,factor"]
+    rules = ["--rule", "threshold,lopa"] if not options else ["--rule", "threshold,factor"]
     return cli.main(["bench", "decode", *rules, *FEW, *options, "--json", str(json_file), *SMALL])
 
 
@@ -53,7 +53,7 @@ def test_tokens_of_a_cache_that_is_an_approximation_may_differ(tmp_path, options
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rules", "best"], "There is no rule 'best': give threshold"),
+        (["--rule", "best"], "There is no rule 'best': give threshold"),
         (["--new-tokens", "60"], "20 tokens of a prompt and 60 new ones are more than the context of 64"),
         (["--batch", "0"], "--batch 0: give at least 1."),
     ],

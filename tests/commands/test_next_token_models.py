@@ -92,6 +92,17 @@ def test_a_chat_answers_with_next_tokens(
     assert "next tokens, rule ar" in chat.prepare(args, find(run))[2]
 
 
+@pytest.mark.parametrize("is_run", [True, False], ids=["run", "first weights"])
+def test_the_benchmark_refuses_another_rule_by_its_own_option(
+    run: str, is_run: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = run if is_run else "model=dlcm_parity"
+    assert cli.main(["bench", "decode", source, "--rule", "threshold,factor"]) == 2
+    error = capsys.readouterr().err
+    name = f"{run}/checkpoints/" if is_run else "model.family=dlcm"
+    assert f"--rule threshold,factor: {name}" in error and "--temperature" not in error
+
+
 @pytest.mark.slow
 def test_the_benchmark_compares_with_a_loop_that_computes_everything_anew(run: str, tmp_path: Path) -> None:
     few = ["--prompt-tokens", "12", "--new-tokens", "8", "--batch", "2"]

@@ -9,8 +9,9 @@ import pytest
 from llada_megatron.config import families, rules
 from llada_megatron.config.compose import compose
 from llada_megatron.config.errors import BadInput
-from llada_megatron.config.families import gpt
+from llada_megatron.config.families import gpt, require_masks
 from llada_megatron.config.flops import training_flops_per_sequence
+from llada_megatron.config.layout_rules import require
 from llada_megatron.config.parameters import total_parameters
 from llada_megatron.config.schema import Config
 from llada_megatron.plan.planner import Planner
@@ -24,12 +25,19 @@ def of_family(name: str) -> Config:
 class Doubled:
     """Twice the weights of `gpt`."""
 
+    FILLS_MASKS = False
     check = staticmethod(gpt.check)
+    check_layout = staticmethod(gpt.check_layout)
+    coarse = staticmethod(gpt.coarse)
     stage_contents = staticmethod(gpt.stage_contents)
     pair_flops = staticmethod(gpt.pair_flops)
     last_layer_weights = staticmethod(gpt.last_layer_weights)
     kept_numbers = staticmethod(gpt.kept_numbers)
     active_adapters = staticmethod(gpt.active_adapters)
+
+    @staticmethod
+    def check_run(config, schedule):
+        require(not config.evaluation.infill_sequences, "doubled needs evaluation.infill_sequences=0.")
 
     @staticmethod
     def parameters(model, contents, **ways):
@@ -44,6 +52,18 @@ class Doubled:
 def test_an_unknown_family_is_refused_with_the_list() -> None:
     with pytest.raises(BadInput, match=r"model.family=nonesuch is unknown: choose from gpt, dlcm\."):
         rules.check(of_family("nonesuch"))
+
+
+def test_a_family_says_what_it_does_not_serve(monkeypatch) -> None:
+    monkeypatch.setitem(families.FAMILIES, "doubled", Doubled())
+    doubled = of_family("doubled")
+    filling = replace(doubled, evaluation=replace(doubled.evaluation, infill_sequences=8))
+    rules.check(replace(filling, model=of_family("gpt").model))
+    with pytest.raises(BadInput, match="doubled needs evaluation"):
+        rules.check(filling)
+    require_masks(of_family("gpt").model, "A bound")
+    with pytest.raises(BadInput, match="A bound fills masks, and the model is of the family doubled"):
+        require_masks(doubled.model, "A bound")
 
 
 def test_a_family_is_counted_by_its_own_formulas(monkeypatch) -> None:

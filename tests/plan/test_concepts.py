@@ -10,6 +10,7 @@ from llada_megatron.config.choices import ConceptAttention
 from llada_megatron.config.families.dlcm import tokens_of
 from llada_megatron.config.families.gpt import active_weights
 from llada_megatron.config.schema import Config
+from llada_megatron.plan.assumptions import of_switches
 from llada_megatron.plan.estimate import Plan, plan
 from llada_megatron.plan.planner import Planner
 from llada_megatron.plan.search import Search
@@ -40,6 +41,12 @@ def test_half_as_many_concepts_are_half_of_the_backbone_s_memory() -> None:
         assert eight.fullest.activations[part] == four.fullest.activations[part] // 2
     assert eight.fullest.activations["encoder"] == four.fullest.activations["encoder"]
     assert eight.stages[0].step_seconds < four.stages[0].step_seconds
+
+
+def test_a_plan_says_how_many_concepts_it_takes_for_granted() -> None:
+    of_eight = config(tokens_per_concept=8.0)
+    (stage,) = planned(of_eight).stages
+    assert any("one token in 8 opens a concept" in clause for clause in of_switches(of_eight, stage))
 
 
 def test_replicated_concepts_keep_and_take_more() -> None:

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from llada_megatron.config.compose import compose, save
-from llada_megatron.config.families.dlcm import backbone_parameters
+from llada_megatron.config.families.dlcm import coarse
 from llada_megatron.config.parameters import total_parameters
 from llada_megatron.config.schema import ScheduleConfig, StageConfig
 
@@ -76,7 +76,7 @@ def make_dlcm_run(run_dir, encoder, backbone, tokens, R, *, opened=None, **conce
         schedule=ScheduleConfig(stages=[stage]),
     )
     size = total_parameters(model)
-    share = backbone_parameters(model) / size
+    share = coarse(model).parameters / size
     loss = float(dlcm(size, tokens, R, share, DLCM_RUNS))
     record = {"held_out": {"tokens_per_concept": {"mean": opened or R, "se": 0.1}}}
     return _write(run_dir, config, stage, loss, record=record, boundary_rate=1 / (opened or R))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llada_megatron.config.errors import BadInput
 from llada_megatron.config.families import formulas_of
 from llada_megatron.config.schema import Config
 from llada_megatron.model.concepts import parser_loss
+from llada_megatron.training.expert_rows import ExpertRows
 from llada_megatron.verify.comparison import compare
 from llada_megatron.verify.layouts import measure_in_processes
 from tests.distributed import run_ranks
@@ -163,6 +165,13 @@ def test_a_run_says_how_long_concepts_are_by_corpus(corpus: str, tmp_path: Path)
         assert one["mean"] == pytest.approx(found[1][name]["mean"]) and one["mean"] >= 1
 
 
+def test_the_experts_of_a_backbone_expect_a_row_for_every_concept() -> None:
+    sizes = dict(seq_length=64, micro_batch_size=2)
+    config = concepts("corpus", "model.concepts.tokens_per_concept=4")
+    plain = replace(config, model=replace(config.model, family="gpt"))
+    assert ExpertRows(config, []).mean(sizes) == ExpertRows(plain, []).mean(sizes) / 4
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -170,11 +179,12 @@ def test_a_run_says_how_long_concepts_are_by_corpus(corpus: str, tmp_path: Path)
         ("layout.cp=2", "layout.cp=2 deals a sequence's tokens"),
         ("model.lora.rank=4", "model.lora.rank is set"),
         ("model.tied_head=true", "model.tied_head is set"),
+        ("model.core=hybrid", "model.family=dlcm needs gpt"),
         ("model.concepts.kv_heads=3", "model.concepts.heads=4 is not a multiple"),
         ("model.concepts.encoder_layers=3", "leave some to the backbone"),
         ("model.dense_layers=1", "experts are the backbone's"),
-        ("model.family=gpt", "objective=concepts, and model.family=gpt needs another"),
-        ("schedule.stages.0.objective=autoregressive", "needs concepts"),
+        ("model.family=gpt", "objective=concepts is what the family dlcm learns"),
+        ("schedule.stages.0.objective=autoregressive", "set it to concepts"),
         ("model.router.rows_cap=2", "model.router.rows_cap is set"),
     ],
 )

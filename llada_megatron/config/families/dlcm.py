@@ -18,12 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from llada_megatron.config.choices import ConceptAttention, ConceptOf
+from llada_megatron.config.choices import ConceptAttention, ConceptOf, Core
 from llada_megatron.config.concepts import ConceptsConfig
-from llada_megatron.config.contents import Contents, Parameters, Watched, aligned
+from llada_megatron.config.contents import Coarse, Contents, Parameters, Watched, aligned
 from llada_megatron.config.families import gpt
 from llada_megatron.config.layout_rules import require
-from llada_megatron.config.schema import LayoutConfig, ModelConfig
+from llada_megatron.config.schedule import Schedule
+from llada_megatron.config.schema import Config, LayoutConfig, ModelConfig
+
+FILLS_MASKS = False
 
 
 def tokens_of(model: ModelConfig, layers: int) -> ModelConfig:
@@ -92,12 +95,60 @@ def check(model: ModelConfig) -> None:
     )
     gpt.check(replace(model, family="gpt"))
     for setting, isset, instead in (
+        ("model.core=hybrid", model.core is Core.hybrid, "gpt: it builds its stacks itself"),
         ("model.lora.rank", model.lora.rank, "0: adapters stand beside the gpt family's layers"),
         ("model.mla.kv_lora_rank", model.mla.is_used, "0: both its attentions keep keys and values of heads"),
         ("model.tied_head", model.tied_head, "false: muP gives embedding and head other scales"),
         ("model.expert_capacity", model.expert_capacity, "0: concepts have no blocks to route by"),
         ("model.router.rows_cap", model.router.rows_cap, "0: it counts rows of tokens"),
         ("model.router", model.router.has_losses, "its defaults: its losses count sequences of tokens"),
+    ):
+        require(not isset, f"{setting} is set, and model.family=dlcm needs {instead}.")
+
+
+def check_layout(config: Config) -> None:
+    """Raise BadInput for a layout that concepts cannot be split by."""
+    layout, concepts = config.layout, config.model.concepts
+    require(
+        layout.pp == 1,
+        f"layout.pp={layout.pp} sends tensors of one shape from stage to stage, and concepts have another"
+        " than tokens and vary in number: model.family=dlcm needs layout.pp=1.",
+    )
+    require(
+        layout.cp == 1,
+        f"layout.cp={layout.cp} deals a sequence's tokens over processes, which would cut concepts:"
+        " model.family=dlcm needs layout.cp=1.",
+    )
+    for field in ("heads", "kv_heads", "ffn_hidden_size"):
+        size = getattr(concepts, field)
+        require(
+            size % layout.tp == 0,
+            f"layout.tp={layout.tp} does not divide model.concepts.{field}={size}: choose another.",
+        )
+
+
+def check_run(config: Config, schedule: Schedule) -> None:
+    """Raise BadInput for what the family does not learn, and for what it does not serve."""
+    for stage in schedule.stages:
+        require(
+            stage.objective == "concepts",
+            f"schedule.stages[{stage.index}].objective={stage.objective} is nothing that model.family=dlcm"
+            " learns: set it to concepts.",
+        )
+    check_layout(config)
+    layout, training = config.layout, config.training
+    for setting, isset, instead in (
+        (
+            "layout.overlap_experts",
+            layout.overlap_experts,
+            "false: its plan of a forward is the gpt family's",
+        ),
+        ("layout.overlap_shared_experts", layout.overlap_shared_experts, "false"),
+        ("layout.overlap_tensor_parallel", layout.overlap_tensor_parallel, "false: concepts vary in number"),
+        ("layout.offload_modules", layout.offload_modules, "[]"),
+        ("training.cuda_graphs", training.cuda_graphs, "[]: the number of concepts is a shape"),
+        ("evaluation.infill_sequences", config.evaluation.infill_sequences, "0: it fills no masks"),
+        ("evaluation.planted_share", config.evaluation.planted_share, "0: it mends no tokens"),
     ):
         require(not isset, f"{setting} is set, and model.family=dlcm needs {instead}.")
 
@@ -135,12 +186,13 @@ def parameters(
     )
 
 
-def backbone_parameters(model: ModelConfig) -> int:
-    """Parameters of the whole backbone: its layers and last norm, all experts among them."""
+def coarse(model: ModelConfig) -> Coarse:
+    """The backbone, with its last norm; its rows are concepts, as many as the parser aims at."""
     backbone = concepts_of(model)
     moe = backbone.layers - backbone.dense_layers
     layers = gpt.parameters(backbone, [Contents(backbone.dense_layers, moe, False, False)])
-    return layers.trained + layers.bias + backbone.hidden_size
+    parameters = layers.trained + layers.bias + backbone.hidden_size
+    return Coarse(model.concepts.tokens_per_concept, parameters)
 
 
 def active_weights(model: ModelConfig) -> dict[str, int]:

@@ -22,10 +22,10 @@ copy counts on its process and not in the total.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from llada_megatron.config.choices import Core, ExpertScore
-from llada_megatron.config.contents import Contents, Parameters, Watched, aligned, separate_experts
+from llada_megatron.config.contents import Coarse, Contents, Parameters, Watched, aligned, separate_experts
 from llada_megatron.config.families.gpt_adapters import active_adapters as active_adapters
 from llada_megatron.config.families.gpt_adapters import adapter_parameters
 from llada_megatron.config.families.gpt_attention import (
@@ -40,7 +40,10 @@ from llada_megatron.config.families.gpt_attention import kept_numbers as kept_nu
 from llada_megatron.config.families.gpt_attention import pair_flops as pair_flops
 from llada_megatron.config.layout import pipeline_stages
 from llada_megatron.config.layout_rules import require
-from llada_megatron.config.schema import LayoutConfig, LoraConfig, ModelConfig, RotaryScaling
+from llada_megatron.config.schedule import Schedule
+from llada_megatron.config.schema import Config, LayoutConfig, LoraConfig, ModelConfig, RotaryScaling
+
+FILLS_MASKS = True
 
 
 def check(model: ModelConfig) -> None:
@@ -67,6 +70,21 @@ def check(model: ModelConfig) -> None:
         _check_pools(model)
     else:
         _check_groups(model)
+
+
+def check_layout(config: Config) -> None:
+    """Nothing beside the rules for all families."""
+
+
+def check_run(config: Config, schedule: Schedule) -> None:
+    """Raise BadInput for settings of concepts, which nothing of the family reads."""
+    for each in fields(config.model.concepts):
+        value = getattr(config.model.concepts, each.name)
+        require(
+            value == each.default,
+            f"model.concepts.{each.name}={value} means nothing with model.family=gpt: leave it out, or set"
+            " model.family=dlcm.",
+        )
 
 
 def _check_scores(model: ModelConfig) -> None:
@@ -244,6 +262,11 @@ def last_layer_weights(model: ModelConfig) -> dict[str, int]:
 def before(model: ModelConfig) -> tuple[dict[str, int], int]:
     """Weights and FLOPs of a pair in a pass before a step's own: all layers'."""
     return active_weights(model), pair_flops(model)
+
+
+def coarse(model: ModelConfig) -> Coarse | None:
+    """None: each token passes all layers."""
+    return None
 
 
 def watched(model: ModelConfig) -> Watched:

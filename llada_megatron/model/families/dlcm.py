@@ -6,8 +6,7 @@ import math
 from dataclasses import replace
 
 from llada_megatron.attention.registry import Executor
-from llada_megatron.config.concept_rules import check_layout_of_concepts
-from llada_megatron.config.families.dlcm import concepts_of, tokens_of
+from llada_megatron.config.families.dlcm import check_layout, concepts_of, tokens_of
 from llada_megatron.config.schema import Config
 from llada_megatron.model import speed
 from llada_megatron.model.dlcm import Blocks, DynamicConcepts
@@ -29,7 +28,7 @@ def build_stage(
 
     `attention` takes the place of the executor that model.attention_backend names.
     """
-    check_layout_of_concepts(config)
+    check_layout(config)
     model, layer_spec = config.model, resolve_layer_spec(config.model)
     speed.refuse_here(config)
     backend = attention or model.attention_backend

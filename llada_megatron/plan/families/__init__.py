@@ -69,6 +69,14 @@ class PlanFormulas(Protocol):
         """Messages of such a forward through the model, and how often it sends them."""
         ...
 
+    def assumed_of_shapes(self, model: ModelConfig) -> list[str]:
+        """What these formulas and a dry run take for granted of the family's rows, a clause each."""
+        ...
+
+    def assumed_of_times(self, model: ModelConfig) -> list[str]:
+        """What `seconds_of` takes for granted besides."""
+        ...
+
 
 def plan_formulas_of(model: ModelConfig) -> PlanFormulas:
     """The formulas of model.family; BadInput for a family that has none here, or that is unknown."""

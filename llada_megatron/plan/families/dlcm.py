@@ -184,6 +184,24 @@ def of_rank(
         yield message.calls(again), message
 
 
+def assumed_of_shapes(model: ModelConfig) -> list[str]:
+    """How many concepts there are, and where the encoder runs alone."""
+    R = model.concepts.tokens_per_concept
+    return [
+        f"in every micro-batch one token in {R:g} opens a concept (model.concepts.tokens_per_concept)",
+        "a pass before the step's own is the encoder's alone",
+    ]
+
+
+def assumed_of_times(model: ModelConfig) -> list[str]:
+    """How long a forward waits for its boundaries."""
+    per_token = 1e9 * ARRANGING[model.concepts.attention]
+    return [
+        "once in a forward the device waits for the host, which makes of boundaries what concepts are and who"
+        f" sees them in {per_token:.0f} ns a token"
+    ]
+
+
 def _layers(model: ModelConfig) -> tuple[int, int, int, int]:
     moe = model.layers - model.dense_layers
     dense = model.concepts.backbone_layers(model.layers) - moe
