@@ -152,7 +152,8 @@ def print_summary(run_dir: Path) -> None:
     references.add_row("unigram", _decimal(baselines.get("unigram")), "entropy of a token")
 
     console = Console()
-    console.print("Training loss, and bound on held-out text @ block size, in nats per token", style="bold")
+    bounds = ", and bound on held-out text @ block size" if sizes else ""
+    console.print(f"Training loss{bounds}, in nats per token", style="bold")
     console.print(table, "", references, sep="\n")
     errors = [
         bound["se"]

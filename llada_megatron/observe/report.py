@@ -1,6 +1,6 @@
 """The report of a run, finished or not: Markdown and HTML from one list of parts, pictures, and report.json.
 
-What a run has not produced is shown as "not yet".
+What a run has not produced is shown as "not yet", what its stages never produce as "-" or in a sentence.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _parts(run: Run, figures: Figures, folder: Path) -> list[Part]:
         Heading("Tasks"),
         *report_training.tasks(run, folder),
         Heading("Samples"),
-        *report_training.samples(run.samples),
+        *report_training.samples(run),
         Heading("Layout and plan"),
         *report_life.layout(run, figures),
         Heading("Cost"),

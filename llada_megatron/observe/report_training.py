@@ -37,37 +37,39 @@ def missing(stage: Figures) -> str:
 
 def likelihood(run: Run, figures: Figures, folder: Path) -> list[Part]:
     sizes = sorted({size for stage in figures["stages"] for size in stage["bound"]}, key=int)
+    causal = {stage.name for stage in run.schedule.stages if stage.geometry.causal}
+    columns = [f"bound, block {size}" for size in sizes] or ["bound"] * run.fills_masks
     rows = []
     for stage in figures["stages"]:
         absent = missing(stage)
-        cells = [plus_minus(stage["bound"].get(size), absent) for size in sizes] or [absent]
+        bound = "-" if stage["name"] in causal else absent
+        cells = [plus_minus(stage["bound"].get(size), bound) for size in sizes] or [bound] * len(columns)
         loss = absent if stage["train_loss"] is None else f"{stage['train_loss']:.4f}"
         rows.append([stage["name"], str(stage["block_size"]), short_count(stage["tokens"]), loss, *cells])
-    header = [
-        "stage",
-        "block size",
-        "tokens",
-        "training loss",
-        *([f"bound, block {size}" for size in sizes] or ["bound"]),
-    ]
     parts: list[Part] = [
         Paragraph(
-            "Nats per token, mean ± standard error. The bound is never below the negative log-likelihood."
+            "Nats per token, mean ± standard error. "
+            + (
+                "The bound is never below the negative log-likelihood."
+                if columns
+                else "No stage fills masks: the likelihood on held-out text is exact, and there is no bound."
+            )
         ),
-        Table(header, rows),
+        Table(["stage", "block size", "tokens", "training loss", *columns], rows),
         _references(run, figures),
     ]
     evaluated = [record for record in run.evaluations if record["bound"]]
-    parts.append(
-        _picture(
-            bool(evaluated),
-            folder / "bound.png",
-            "The bound at the end of each stage; bars are standard errors, dashed lines references.",
-            lambda path: plots.plot_bound(
-                evaluated, (figures["ar"] or {}).get("nll"), figures["baselines"], path
-            ),
+    if columns:
+        parts.append(
+            _picture(
+                bool(evaluated),
+                folder / "bound.png",
+                "The bound at the end of each stage; bars are standard errors, dashed lines references.",
+                lambda path: plots.plot_bound(
+                    evaluated, (figures["ar"] or {}).get("nll"), figures["baselines"], path
+                ),
+            )
         )
-    )
     parts += _domains(evaluated, sizes) + _bits_per_byte(evaluated, sizes, run.latest("ar"))
     parts += _block1_views(run.evaluations)
     return parts + _held_out(run.evaluations)
@@ -220,10 +222,12 @@ def _picture(available: bool, path: Path, caption: str, draw: Callable[[Path], N
     return Picture.of(path, caption)
 
 
-def samples(found: list[Record]) -> list[Part]:
+def samples(run: Run) -> list[Part]:
     """Of the newest stage at once, of the ones before it when asked for."""
+    found = run.samples
     if not found:
-        return [Paragraph(f"{NOT_YET.capitalize()}.")]
+        why = "None: no stage fills masks" if not run.fills_masks else NOT_YET.capitalize()
+        return [Paragraph(f"{why}.")]
     *before, (stage, newest) = by_stage(found)
     shown: list[Part] = [Paragraph("░ is a masked token."), Heading(f"After {stage}", level=3)]
     if any(Decoded.of(record) for record in found):

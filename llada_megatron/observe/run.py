@@ -83,6 +83,11 @@ class Run:
             tuple(saved_last[0].manifest.rollbacks) if saved_last else (),
         )
 
+    @property
+    def fills_masks(self) -> bool:
+        """Whether a stage of the schedule learns to: such stages have bounds and samples, others do not."""
+        return any(not stage.geometry.causal for stage in self.schedule.stages)
+
     def latest(self, key: str) -> Any:
         """The newest value of `key` among the evaluations that is not null."""
         return next(

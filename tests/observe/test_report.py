@@ -9,6 +9,7 @@ import pytest
 
 from llada_megatron.commands.report import add_arguments, print_summary, run
 from llada_megatron.config.errors import BadInput
+from llada_megatron.config.quantities import short_count
 from llada_megatron.observe.parts import Decoded, Span
 from llada_megatron.observe.plots import _running_mean, _spread
 from llada_megatron.observe.report import write_report
@@ -87,6 +88,9 @@ def test_a_running_run_without_evaluations_says_not_yet_and_invents_nothing(tmp_
     markdown, page = read_texts(run_dir)
     assert "The schedule is not complete" in markdown
     assert "not yet" in markdown and "not yet" in page
+    bounds = [line.rpartition(" | ")[2] for line in markdown.splitlines() if line.startswith("| warmup-4 | ")]
+    assert "| training loss | bound |" in markdown and "not yet |" in bounds
+    assert f"| pretrain | 1 | {short_count(60 * STEP_TOKENS)} | not yet | - |" in markdown
     assert not (run_dir / "report" / "bound.png").exists() and "bound.png" not in page
     report = json.loads((run_dir / "report.json").read_text())
     assert (report["ar"], report["baselines"], report["wall_sec"]) == (None, None, None)
@@ -97,7 +101,10 @@ def test_a_running_run_without_evaluations_says_not_yet_and_invents_nothing(tmp_
 def test_a_run_of_one_step_of_an_autoregressive_model_without_experts_gives_a_report(tmp_path):
     run_dir = make_run(tmp_path / "run", schedule=SCHEDULE[:1], stop_after=1, evaluated=False, experts=0)
     write_report(run_dir)
-    assert "the model has no experts" in read_texts(run_dir)[0]
+    markdown, page = read_texts(run_dir)
+    assert "the model has no experts" in markdown
+    assert "training loss | bound" not in markdown and "The bound at the end" not in page
+    assert "there is no bound" in page and "None: no stage fills masks" in page
     assert sorted(file.name for file in (run_dir / "report").glob("*.png")) == ["loss.png"]
 
 
