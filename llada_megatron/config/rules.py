@@ -30,7 +30,6 @@ def check(config: Config) -> Schedule:
     schedule = schedule_of(config)
     check_batches(config.layout, schedule)
     check_switches(config, schedule)
-    formulas_of(config.model).check_run(config, schedule)
     require(
         config.optimizer.warmup_tokens < schedule.total_tokens,
         f"optimizer.warmup_tokens={config.optimizer.warmup_tokens} is not less than the schedule's"
@@ -38,6 +37,7 @@ def check(config: Config) -> Schedule:
     )
     for stage in schedule.stages:
         _check_stage(config, stage)
+    formulas_of(config.model).check_run(config, schedule)
     _check_conversations(config, schedule)
     if any(stage.objective == "levenshtein" for stage in schedule.stages):
         _check_orders(config)

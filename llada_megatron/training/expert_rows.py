@@ -126,7 +126,8 @@ class RowsAlarm:
         if peak is None or peak <= self.limit:
             return None
         self.limit = AGAIN * peak
-        bound = "" if rows.model.family == "dlcm" else "bound them with model.router.rows_cap, or "
+        has_caps = formulas_of(rows.model).coarse(rows.model) is None  # a cap counts rows of tokens
+        bound = "bound them with model.router.rows_cap, or " if has_caps else ""
         mine = max(((most, layer) for layer, most in rows.most.items()), default=(0, 0))
         (most, layer), rank = max((theirs, rank) for rank, theirs in enumerate(gathered(mine)))
         sentence = (
